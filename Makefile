@@ -1,0 +1,49 @@
+# Everything goes through .venv; `make setup` builds it once and costs nothing when nothing changed.
+PYTHON ?= python3
+DATA ?= data
+PORT ?= 5000
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PACKAGES := preprocessing sdan tuning pipelines
+export MLFLOW_DISABLE_TELEMETRY := true
+export RAY_USAGE_STATS_ENABLED := 0
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow check ui constraints clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## create .venv with the exact versions of constraints.txt (7 GB, a few minutes the first time)
+
+$(READY): pyproject.toml constraints.txt .ci/preflight.py
+	@$(PYTHON) .ci/preflight.py
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing SDAN and its dependencies into $(VENV) (about 7 GB, a few minutes) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $(READY)
+
+demo: setup  ## simulate -> preprocess -> train -> evaluate -> zoom, small, on this machine
+	@$(BIN)/sdan --data $(DATA) demo
+
+test: setup  ## the test suite (under 12 minutes on 2 cores)
+	@$(BIN)/python -m pytest -m "not slow" tests
+
+test-slow: setup  ## kills, restarts, sweeps over the real trainer (under 40 minutes on 2 cores)
+	@$(BIN)/python -m pytest -m slow tests
+
+check: setup  ## lint, formatting, types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+ui: setup  ## the MLflow UI on http://127.0.0.1:$(PORT)
+	@$(BIN)/sdan --data $(DATA) ui --port $(PORT)
+
+constraints: setup  ## write the versions now in .venv to constraints.txt
+	@{ head -n 1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sort -f; } > constraints.new
+	@mv constraints.new constraints.txt
+
+clean:  ## remove .venv and caches (never the data folder)
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
