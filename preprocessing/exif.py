@@ -1,0 +1,125 @@
+"""What a photograph's own tags say about how it was taken: camera, focal length, exposure, orientation.
+
+Works on the first bytes of a file (a JPG's or a TIFF-like RAW's tags stand there), so a frame costs one short read.
+"""
+
+import contextlib
+import io
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import exifread
+from PIL import Image
+
+_EXIF_IFD = 0x8769
+_EXIF_HEADER = b"Exif\x00\x00"
+
+
+@dataclass(frozen=True)
+class Exif:
+    """Tags of one picture; None where the file does not say (0, negative or not a number count as not said)."""
+
+    camera: str | None = None
+    """Make and model, e.g. "SONY ILCE-7SM2"."""
+    focal_mm: float | None = None
+    iso: float | None = None
+    exposure_s: float | None = None
+    orientation: int = 1
+    """EXIF orientation 1-8: how the stored picture has to be turned for the viewer; 1 when the file does not say."""
+
+
+def read_exif(data: bytes) -> Exif:
+    """The tags in `data`, the first bytes of a JPG or RAW file (64 KB hold them in nearly all files).
+
+    Never raises: damaged or missing tags read as not said, since a picture can be good where its tags are not.
+    """
+    header = _jpg_exif(data) if data[:2] == b"\xff\xd8" else data
+    found = Exif()
+    if header[:4] in (b"II*\x00", b"MM\x00*"):
+        with contextlib.suppress(Exception):  # Pillow raises nearly anything on damaged tags
+            found = _by_pillow(header)
+    if found.focal_mm is None and header:
+        with contextlib.suppress(Exception):
+            found = _by_exifread(data)
+    return found
+
+
+def _jpg_exif(data: bytes) -> bytes:
+    """The TIFF block inside a JPG's Exif segment, b"" when there is none."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
+        length = int.from_bytes(data[at + 2 : at + 4], "big")
+        if data[at + 1] == 0xE1 and data[at + 4 : at + 10] == _EXIF_HEADER:
+            return data[at + 10 : at + 2 + length]
+        at += 2 + max(length, 2)
+    return b""
+
+
+def _by_pillow(tiff: bytes) -> Exif:
+    tags = Image.Exif()
+    tags.load(_EXIF_HEADER + tiff)
+    more = tags.get_ifd(_EXIF_IFD)
+    return _exif(
+        {
+            "make": tags.get(0x010F),
+            "model": tags.get(0x0110),
+            "orientation": tags.get(0x0112),
+            "focal": more.get(0x920A, tags.get(0x920A)),
+            "iso": more.get(0x8827, tags.get(0x8827)),
+            "exposure": more.get(0x829A, tags.get(0x829A)),
+        }
+    )
+
+
+def _by_exifread(data: bytes) -> Exif:
+    logging.getLogger("exifread").setLevel(logging.CRITICAL)  # it logs damaged tags; we report per frame ourselves
+    tags = exifread.process_file(io.BytesIO(data), details=False)
+
+    def value(name: str) -> Any:
+        return tags[name].values if name in tags else None
+
+    return _exif(
+        {
+            "make": value("Image Make"),
+            "model": value("Image Model"),
+            "orientation": value("Image Orientation"),
+            "focal": value("EXIF FocalLength"),
+            "iso": value("EXIF ISOSpeedRatings"),
+            "exposure": value("EXIF ExposureTime"),
+        }
+    )
+
+
+def _exif(tags: Mapping[str, Any]) -> Exif:
+    orientation = _positive(tags["orientation"])
+    return Exif(
+        camera=camera_name(tags["make"], tags["model"]),
+        focal_mm=_positive(tags["focal"]),
+        iso=_positive(tags["iso"]),
+        exposure_s=_positive(tags["exposure"]),
+        orientation=int(orientation) if orientation is not None and orientation in range(1, 9) else 1,
+    )
+
+
+def camera_name(make: Any, model: Any) -> str | None:
+    """ "SONY", "ILCE-7SM2" -> "SONY ILCE-7SM2"; the make is not repeated where the model starts with it."""
+    maker, kind = (str(text or "").replace("\x00", " ").strip() for text in (make, model))
+    if kind.lower().startswith(maker.lower()):
+        return kind or None
+    return f"{maker} {kind}".strip() or None
+
+
+def _positive(value: Any) -> float | None:
+    if isinstance(value, list | tuple):
+        value = value[0] if len(value) else None
+    if value is None:
+        return None
+    try:
+        number = float(Fraction(value.num, value.den)) if hasattr(value, "num") else float(value)
+    except (TypeError, ValueError, ZeroDivisionError):
+        return None
+    return number if math.isfinite(number) and number > 0 else None

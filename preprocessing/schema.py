@@ -1,0 +1,226 @@
+"""One shard row: one tile of one pair. The contract between preprocessing and everything that trains on its shards.
+
+Arrays are binary columns (Parquet would store uint8 tensors as int32, measured 12 times slower to write); their shapes
+and dtypes stand in the file's metadata, so a shard is readable without us: np.frombuffer(value, dtype).reshape(shape).
+t = tile size in packed pixels, s = scale.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+SCHEMA_VERSION = 1
+SPLITS = ("train", "val", "test")
+_METADATA_KEY = b"sdan"
+
+ARRAYS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "lr_raw": ("uint16", ("4", "t", "t")),
+    "lr_render": ("uint8", ("3", "2t", "2t")),
+    "lr_rgb": ("uint8", ("3", "2t", "2t")),
+    "hr_rgb": ("uint8", ("3", "2ts", "2ts")),
+    "true_rgb": ("uint8", ("3", "2ts", "2ts")),
+    "true_flow": ("float16", ("2", "t", "t")),
+}
+"""Binary columns: dtype (little-endian) and shape. true_rgb and true_flow are null where the truth is not known."""
+
+_LEVELS = pa.list_(pa.float32(), 4)
+COLUMNS: Mapping[str, tuple[pa.DataType, str]] = {
+    "sequence": (pa.string(), 'folder of the zoom sequence, e.g. "00134"'),
+    "pair": (pa.string(), 'stems of the LR and the HR frame, e.g. "00006-00002"'),
+    "lr_raw": (pa.binary(), "uint16 [4, t, t]: R, G1, G2, B sensor counts, not normalised, phase always RGGB"),
+    "lr_render": (pa.binary(), "uint8 [3, 2t, 2t]: LibRaw's rendering of the tile, sRGB"),
+    "lr_rgb": (pa.binary(), "uint8 [3, 2t, 2t]: the camera JPG of the same area"),
+    "hr_rgb": (pa.binary(), "uint8 [3, 2ts, 2ts]: the long-focal JPG on the LR grid at exactly the scale"),
+    "true_rgb": (pa.binary(), "uint8 [3, 2ts, 2ts] or null: simulated only, the ideal picture in the LR frame's view"),
+    "true_flow": (
+        pa.binary(),
+        "float16 [2, t, t] or null: simulated only, (dy, dx) in packed pixels:"
+        " what hr_rgb shows at p lies at p + flow(p) in lr_raw",
+    ),
+    "black_level": (_LEVELS, "counts, R G1 G2 B, from the file"),
+    "wb": (_LEVELS, "white balance gains, R G1 G2 B, green = 1, from the file"),
+    "white_level": (pa.float32(), "counts at which the sensor clips, from the file"),
+    "focal_lr_mm": (pa.float32(), "EXIF focal length of the LR frame"),
+    "focal_hr_mm": (pa.float32(), "EXIF focal length of the HR frame"),
+    "scale": (pa.int32(), "s: hr_rgb has s times the mosaic's resolution"),
+    "iso_lr": (pa.float32(), "null when the file does not say"),
+    "iso_hr": (pa.float32(), "null when the file does not say"),
+    "exposure_lr_s": (pa.float32(), "null when the file does not say"),
+    "exposure_hr_s": (pa.float32(), "null when the file does not say"),
+    "camera": (pa.string(), "make and model of the LR frame"),
+    "row": (pa.int32(), "tile's first row, packed pixels of the LR frame after the phase crop"),
+    "col": (pa.int32(), "tile's first column, packed pixels of the LR frame after the phase crop"),
+    "origin_row": (
+        pa.int32(),
+        "rows dropped by the phase crop: mosaic row in LibRaw's visible area = origin_row + 2 row",
+    ),
+    "origin_col": (pa.int32(), "columns dropped by the phase crop"),
+    "lr_to_hr": (
+        pa.list_(pa.float64(), 6),
+        "a b c d e f: X = a x + b y + c, Y = d x + e y + f; LR mosaic (x, y) in LibRaw's visible area, sensor"
+        " orientation, to the stored pixels of the HR JPG; pixel i covers [i, i + 1)",
+    ),
+    "aligned_by": (
+        pa.string(),
+        "scale (focal lengths only), ecc (registered), or scale_fallback (ecc was asked for and failed)",
+    ),
+    "align_score": (
+        pa.float32(),
+        "correlation of lr_rgb and the low-passed hr_rgb, luminance, this tile; NaN when flat",
+    ),
+    "residual_px": (pa.float32(), "measured shift left between them, HR pixels, this tile; NaN when not measurable"),
+}
+"""Every column, in the file's order: Arrow type and meaning."""
+
+SCHEMA = pa.schema([pa.field(name, kind) for name, (kind, _) in COLUMNS.items()])
+
+
+class SchemaError(ValueError):
+    """A shard folder or file that this version cannot read; the message is one line that says why."""
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What all shards of one folder have in common."""
+
+    tile_px: int
+    """t, packed pixels."""
+    scale: int
+    """s."""
+    options: Mapping[str, Any]
+    """The options that made the shards, as `preprocess` was given them."""
+    schema_version: int = SCHEMA_VERSION
+
+    def shape(self, column: str) -> tuple[int, ...]:
+        """The array shape of a binary column, e.g. lr_raw -> (4, 96, 96)."""
+        sizes = {"t": self.tile_px, "2t": 2 * self.tile_px, "2ts": 2 * self.tile_px * self.scale}
+        return tuple(sizes[axis] if axis in sizes else int(axis) for axis in ARRAYS[column][1])
+
+
+def encode(rows: Iterable[Mapping[str, Any]], info: ShardInfo) -> pa.Table:
+    """Rows (column name -> numpy array, scalar or None) as an Arrow table whose metadata describes the arrays.
+
+    Raises SchemaError when an array's dtype or shape is not the column's.
+    """
+    table = pa.Table.from_pylist([_encode_row(row, info) for row in rows], schema=SCHEMA)
+    arrays = {name: {"dtype": dtype, "shape": info.shape(name)} for name, (dtype, _) in ARRAYS.items()}
+    described = {
+        "schema_version": info.schema_version,
+        "tile_px": info.tile_px,
+        "scale": info.scale,
+        "options": dict(info.options),
+        "arrays": arrays,
+        "columns": {name: meaning for name, (_, meaning) in COLUMNS.items()},
+    }
+    return table.replace_schema_metadata({_METADATA_KEY: json.dumps(described, sort_keys=True).encode()})
+
+
+def decode(row_or_batch: Mapping[str, Any], info: ShardInfo) -> dict[str, Any]:
+    """Encoded columns as numpy: one row (a binary value each) or a batch (a sequence of them each, stacked on axis 0).
+
+    Arrays are copied only when batched; a lone row's are read-only views. Columns that are null, in a batch those where
+    any row is null, come back as None (arrays) or NaN (scalars). Strings and unknown columns pass through.
+    """
+    return {name: _decode_column(name, value, info) for name, value in row_or_batch.items()}
+
+
+def read_info(shards: str) -> ShardInfo:
+    """What the shards in the folder or `s3://` URI `shards` have in common, from the first one's metadata.
+
+    Raises SchemaError when there is none, or when it was written by another schema version.
+    """
+    paths = list_shards(shards)
+    if not paths:
+        raise SchemaError(f"{shards}: no shards (split=*/*.parquet); make them with: sdan preprocess RAW {shards}")
+    filesystem, _ = pyarrow.fs.FileSystem.from_uri(shards) if "://" in shards else (pyarrow.fs.LocalFileSystem(), "")
+    return info_of(pq.read_schema(paths[0], filesystem=filesystem), paths[0])
+
+
+def info_of(schema: pa.Schema, path: str) -> ShardInfo:
+    """The ShardInfo in a shard's Arrow schema; `path` stands for it in messages."""
+    described = json.loads((schema.metadata or {}).get(_METADATA_KEY, b"{}"))
+    if described.get("schema_version") != SCHEMA_VERSION:
+        raise SchemaError(
+            f"{path}: schema version {described.get('schema_version', 'none')}, expected {SCHEMA_VERSION}; "
+            "preprocess again into an empty folder"
+        )
+    return ShardInfo(described["tile_px"], described["scale"], described["options"])
+
+
+def list_shards(shards: str, split: str | None = None) -> list[str]:
+    """Sorted paths of the finished shards of `split` (train, val, test; None: all) in a folder or `s3://` URI.
+
+    The paths are for pyarrow's filesystem of `shards` (an `s3://` URI's come without the scheme). A folder that does
+    not exist has none.
+    """
+    if split is not None and split not in SPLITS:
+        raise SchemaError(f"split {split!r}, expected one of {', '.join(SPLITS)}")
+    if "://" in shards:
+        filesystem, root = pyarrow.fs.FileSystem.from_uri(shards)
+    else:
+        filesystem, root = pyarrow.fs.LocalFileSystem(), shards
+    paths = []
+    for name in SPLITS if split is None else (split,):
+        selector = pyarrow.fs.FileSelector(f"{root.rstrip('/')}/split={name}", allow_not_found=True)
+        paths += [entry.path for entry in filesystem.get_file_info(selector) if is_shard(entry.base_name)]
+    return sorted(paths)
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file of this name is a finished shard: files being written start with a dot."""
+    return name.endswith(".parquet") and not name.startswith(".")
+
+
+def _encode_row(row: Mapping[str, Any], info: ShardInfo) -> dict[str, Any]:
+    if set(row) != set(COLUMNS):
+        raise SchemaError(f"row has columns {sorted(row)}, expected {sorted(COLUMNS)}")
+    return {name: _encode_value(name, row[name], info) for name in COLUMNS}
+
+
+def _encode_value(name: str, value: Any, info: ShardInfo) -> Any:
+    if value is None or name not in ARRAYS:
+        return value.tolist() if isinstance(value, np.ndarray) else value
+    dtype, shape = np.dtype(ARRAYS[name][0]), info.shape(name)
+    if value.dtype != dtype or value.shape != shape:
+        raise SchemaError(f"{name}: {value.dtype}{list(value.shape)}, expected {dtype}{list(shape)}")
+    return value.astype(dtype.newbyteorder("<"), copy=False).tobytes()
+
+
+def _decode_column(name: str, value: Any, info: ShardInfo) -> Any:
+    single = value is None or isinstance(value, bytes | bytearray | memoryview | str) or np.isscalar(value)
+    if name in ARRAYS:
+        dtype, shape = np.dtype(ARRAYS[name][0]).newbyteorder("<"), info.shape(name)
+        if single:
+            return None if value is None else np.frombuffer(value, dtype).reshape(shape)
+        values = list(value)
+        if any(item is None for item in values):
+            return None
+        flat = np.frombuffer(b"".join(values), dtype)
+        return flat.reshape(len(values), *shape)
+    kind = COLUMNS[name][0] if name in COLUMNS else pa.string()
+    if pa.types.is_string(kind):
+        return value
+    target = _numpy_type(kind)
+    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+        return np.asarray(list(value) if _nested(value) else value, target)
+    if value is None:
+        return np.asarray(np.nan, target)
+    if single:
+        return np.asarray(value, target)
+    return np.asarray([np.nan if item is None else item for item in value], target)
+
+
+def _nested(value: Sequence[Any]) -> bool:
+    return len(value) > 0 and not np.isscalar(value[0])
+
+
+def _numpy_type(kind: pa.DataType) -> np.dtype[Any]:
+    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+        kind = kind.value_type
+    return np.dtype(kind.to_pandas_dtype())
