@@ -32,8 +32,9 @@ CFA_CODES = {"RGGB": (0, 1, 1, 2), "GRBG": (1, 0, 2, 1), "GBRG": (1, 2, 0, 1), "
 SONY_CROPPED_WIDTHS = {3984: 3925, 4288: 4256, 4928: 4920, 5504: 5472, 6048: 6024, 7392: 7362, 8000: 7968, 9600: 9568}
 SONY_WHITE = 16383
 
-# sRGB-like camera: XYZ (D65) -> camera RGB, so that a linear sRGB scene comes back as itself.
-XYZ_TO_CAMERA = (3.2405, -1.5371, -0.4985, -0.9693, 1.8760, 0.0416, 0.0556, -0.2040, 1.0572)
+# XYZ -> camera RGB of the ILCE-7SM2, as LibRaw's own table has it (times 10000): an ARW is decoded with these figures
+# whatever the file says, so the DNG states the same ones.
+XYZ_TO_CAMERA = (0.5838, -0.1430, -0.0246, -0.3497, 1.1477, 0.2297, -0.0748, 0.1885, 0.5778)
 
 
 @dataclass
