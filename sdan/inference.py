@@ -1,0 +1,176 @@
+"""Zoom a whole photo: overlapping, feathered tiles of the size that the network was trained on.
+
+Cross packing attention sums over the tile, so its answer belongs to one tile size; and offsets are learnt on crops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from sdan.network import CHANNELS, SDANConfig
+from sdan.raw_input import mosaic_to_packed, packed_to_mosaic
+from sdan.resample import low_pass
+
+
+@torch.inference_mode()
+def zoom(
+    model: nn.Module,
+    x: Tensor,
+    rendering: Tensor,
+    *,
+    tile_px: int,
+    overlap_px: int | None = None,
+    batch: int = 4,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """The photo, `scale` times larger, as a user gets it: the reference is the rendering ({X, X}); there is no target.
+
+    Inner tile borders are dropped (there the network saw zero padding where the photo goes on) and the rest is
+    feathered, with weights that add up to 1. Memory: the output and a few tiles.
+
+    Args:
+        model: SDAN or SRResNet; put into eval mode, runs on its own device.
+        x: one photo as the network takes it, [C,H,W] in [0, 1] (raw_input.normalise), any size.
+        rendering: [3,H,W] ([3,2H,2W] for packed) sRGB in [0, 1], of the same RAW; for input="rgb" x itself.
+        tile_px: side of a tile in pixels of x: the training crop's.
+        overlap_px: shared by neighbouring tiles, pixels of x; default a quarter of the tile.
+        batch: tiles at a time.
+        progress: called with (tiles done, tiles in all).
+
+    Returns:
+        float32 [3, upscale H, upscale W] in [0, 1], on the CPU.
+
+    Raises:
+        ValueError: sizes that do not fit, an overlap that is not between 4 pixels and half a tile.
+    """
+    config: SDANConfig = model.config  # type: ignore[assignment]
+    overlap = _check(config, x, rendering, tile_px, overlap_px)
+    height, width = x.shape[-2:]
+    x, reference, rendering = _padded(config, x, rendering, tile_px)
+    step = 2 if config.input == "mosaic" else 1  # tiles of a mosaic start on an R
+    rows, cols = (_starts(side, tile_px, overlap, step) for side in x.shape[-2:])
+    row_weights, col_weights = (
+        _weights(starts, side, tile_px, overlap, config.upscale)
+        for starts, side in ((rows, x.shape[-2]), (cols, x.shape[-1]))
+    )
+    output = torch.zeros(3, *(config.upscale * side for side in x.shape[-2:]))
+    places = [(i, j) for i in range(len(rows)) for j in range(len(cols))]
+    model.eval()
+    device = next(model.parameters()).device
+    for done in range(0, len(places), batch):
+        chosen = places[done : done + batch]
+        corners = [(rows[i], cols[j]) for i, j in chosen]
+        zoomed = _zoom_tiles(model, config, x, reference, rendering, corners, tile_px, device)
+        for (i, j), (row, col), tile in zip(chosen, corners, zoomed, strict=True):
+            top, left, side = row * config.upscale, col * config.upscale, tile_px * config.upscale
+            tile *= row_weights[i][:, None] * col_weights[j]
+            output[:, top : top + side, left : left + side] += tile
+        if progress is not None:
+            progress(done + len(chosen), len(places))
+    return output[:, : height * config.upscale, : width * config.upscale].clamp_(0, 1).contiguous()
+
+
+def _zoom_tiles(
+    model: nn.Module,
+    config: SDANConfig,
+    x: Tensor,
+    reference: Tensor,
+    rendering: Tensor,
+    corners: list[tuple[int, int]],
+    tile_px: int,
+    device: torch.device,
+) -> Tensor:
+    factor = config.mosaic_factor
+    tiles = _windows(x, corners, tile_px, 1).to(device)
+    references = _windows(reference, corners, tile_px, 1).to(device)
+    return model(tiles, references, _windows(rendering, corners, tile_px, factor).to(device)).zoomed.float().cpu()
+
+
+def _windows(image: Tensor, corners: list[tuple[int, int]], side: int, factor: int) -> Tensor:
+    side *= factor
+    tops_lefts = [(row * factor, col * factor) for row, col in corners]
+    return torch.stack([image[:, top : top + side, left : left + side].float() for top, left in tops_lefts])
+
+
+def _starts(length: int, tile: int, overlap: int, step: int) -> list[int]:
+    """Tile origins that cover `length`, at most tile - overlap apart; the last tile ends with the photo."""
+    stride = (tile - overlap) // step * step
+    return [*range(0, length - tile, stride), length - tile]
+
+
+def _weights(starts: list[int], length: int, tile: int, overlap: int, upscale: int) -> list[Tensor]:
+    """Each tile's weights along one axis, at output resolution; they add up to 1 at every pixel.
+
+    A ramp over the middle half of the overlap; the outer quarter of an inner border has weight 0. The photo's own
+    border has no ramp.
+    """
+    position = (torch.arange(tile * upscale, dtype=torch.float64) + 0.5) / upscale  # pixels of x from the tile's start
+    margin, ramp = overlap / 4, overlap / 2
+    total = torch.zeros(length * upscale, dtype=torch.float64)
+    windows = []
+    for start in starts:
+        rising = ((position - margin) / ramp).clamp(0, 1) if start > 0 else torch.ones_like(position)
+        falling = (
+            ((tile - position - margin) / ramp).clamp(0, 1) if start + tile < length else torch.ones_like(position)
+        )
+        windows.append(torch.minimum(rising, falling))
+        total[start * upscale : (start + tile) * upscale] += windows[-1]
+    return [
+        (window / total[start * upscale : (start + tile) * upscale]).float()
+        for start, window in zip(starts, windows, strict=True)
+    ]
+
+
+def _padded(config: SDANConfig, x: Tensor, rendering: Tensor, tile: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x, its reference and its rendering, extended to the bottom and the right where they are smaller than a tile.
+
+    What the network looks at goes on by reflection (about a pixel, which keeps a mosaic's phase). The rendering, which
+    it only moves and enlarges, repeats its border, as everywhere at a photo's edge.
+    """
+    factor = config.mosaic_factor
+    tall, wide = (max(side, tile) * factor for side in x.shape[-2:])
+    reference = low_pass(_extended(rendering, tall, wide, _bounce), factor)
+    if config.input == "packed":  # reflect photosites, not cells, so that RAW and reference stay registered
+        mosaic = _extended(packed_to_mosaic(x[None])[0], tall, wide, _bounce)
+        x = mosaic_to_packed(mosaic[None])[0]
+    else:
+        x = _extended(x, tall, wide, _bounce)
+    return x, reference, _extended(rendering, tall, wide, _stay)
+
+
+def _extended(image: Tensor, height: int, width: int, index: Callable[[int, int], Tensor]) -> Tensor:
+    if tuple(image.shape[-2:]) == (height, width):
+        return image
+    rows, cols = index(height, image.shape[-2]), index(width, image.shape[-1])
+    return image[:, rows.to(image.device)][:, :, cols.to(image.device)]
+
+
+def _bounce(new: int, old: int) -> Tensor:
+    """Reflection about the outer pixels, repeatedly if need be: 0, 1, ..., old - 1, old - 2, ..., 0, 1, ..."""
+    period = max(2 * (old - 1), 1)
+    place = torch.arange(new) % period
+    return torch.minimum(place, period - place) if old > 1 else torch.zeros_like(place)
+
+
+def _stay(new: int, old: int) -> Tensor:
+    """The last pixel repeated."""
+    return torch.arange(new).clamp(max=old - 1)
+
+
+def _check(config: SDANConfig, x: Tensor, rendering: Tensor, tile_px: int, overlap_px: int | None) -> int:
+    channels, factor = CHANNELS[config.input], config.mosaic_factor
+    if x.dim() != 3 or x.shape[0] != channels or 0 in x.shape:
+        raise ValueError(f"x: one photo [{channels},H,W] expected for input={config.input!r}, got {tuple(x.shape)}")
+    expected = (3, x.shape[1] * factor, x.shape[2] * factor)
+    if tuple(rendering.shape) != expected:
+        raise ValueError(f"rendering: {expected} expected, got {tuple(rendering.shape)}")
+    if config.input == "mosaic" and (x.shape[1] % 2 or x.shape[2] % 2):
+        raise ValueError(f"a mosaic of whole RGGB cells (even height and width) expected, got {tuple(x.shape[1:])}")
+    config.check_crop(tile_px)
+    overlap = tile_px // 4 if overlap_px is None else overlap_px
+    if not 4 <= overlap <= tile_px // 2:
+        raise ValueError(f"overlap_px: 4 to {tile_px // 2} expected (half of tile_px={tile_px}), got {overlap}")
+    return overlap

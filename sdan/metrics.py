@@ -1,0 +1,161 @@
+"""How good a picture is: PSNR, SSIM, LPIPS; and how good an offset is: the end-point error. One value per image.
+
+Pictures are [N,3,H,W] in [0, 1]; masks [N,1,H,W] (or [N,3,H,W]), 1 where a pixel counts. Scores are normalised by the
+number of pixels that count; an image in which none does scores NaN.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+BACKBONE = "alexnet-owt-7be5be79.pth"
+"""torchvision's AlexNet (IMAGENET1K_V1), LPIPS v0.1 (alex)'s backbone; the name ends in its SHA-256's first digits."""
+
+
+def psnr(image: Tensor, target: Tensor, *, mask: Tensor | None = None, border_px: int = 0) -> Tensor:
+    """Peak signal-to-noise ratio, 10 log10(1 / MSE), over all channels.
+
+    Args:
+        image, target: [N,3,H,W] in [0, 1].
+        mask: pixels that count; None: all.
+        border_px: left out on each side.
+
+    Returns:
+        [N] float64, dB; infinite for equal pictures.
+
+    Raises:
+        ValueError: sizes that differ, or a border that leaves nothing.
+    """
+    image, target, mask = _prepared(image, target, mask, border_px)
+    error = _mean((image - target).square(), mask)
+    return -10 * torch.log10(error)
+
+
+def ssim(image: Tensor, target: Tensor, *, mask: Tensor | None = None, border_px: int = 0) -> Tensor:
+    """Structural similarity (Wang et al. 2004): 11-tap Gaussian, sigma 1.5, K1 = 0.01, K2 = 0.03, mean over channels.
+
+    Only windows that lie wholly inside the picture, and whose pixels all count, are averaged.
+
+    Args, Raises: as psnr; pictures of at least 11 pixels.
+
+    Returns:
+        [N] float64, at most 1.
+    """
+    image, target, mask = _prepared(image, target, mask, border_px)
+    if min(image.shape[-2:]) < 11:
+        raise ValueError(f"ssim: at least 11x11 pixels expected inside the border, got {tuple(image.shape[-2:])}")
+    mean_a, mean_b = _blurred(image), _blurred(target)
+    var_a = _blurred(image.square()) - mean_a.square()
+    var_b = _blurred(target.square()) - mean_b.square()
+    covariance = _blurred(image * target) - mean_a * mean_b
+    c1, c2 = 0.01**2, 0.03**2
+    similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    similarity /= (mean_a.square() + mean_b.square() + c1) * (var_a + var_b + c2)
+    whole = None if mask is None else -F.max_pool2d(-mask, 11, stride=1)  # the least of the window's mask
+    return _mean(similarity, whole)
+
+
+def end_point_error(offset: Tensor, true_flow: Tensor, *, mask: Tensor | None = None, border_px: int = 0) -> Tensor:
+    """Mean distance between learnt and true displacement, in the pixels of their common grid.
+
+    Args:
+        offset, true_flow: [N,2,H,W], (dy, dx) with output(p) = input(p + offset(p)).
+        mask: [N,1,H,W]; None: all.
+        border_px: left out on each side.
+
+    Returns:
+        [N] float64.
+    """
+    offset, true_flow, mask = _prepared(offset, true_flow, mask, border_px)
+    return _mean((offset - true_flow).square().sum(1, keepdim=True).sqrt(), mask)
+
+
+def lpips_distance(image: Tensor, target: Tensor) -> Tensor | None:
+    """LPIPS v0.1 with AlexNet (Zhang et al. 2018): [N] float32, 0 for equal pictures; no mask.
+
+    None where the backbone's weights are not at hand; `lpips_unavailable` says why and what to do. Nothing is ever
+    downloaded and no random weights are used.
+    """
+    if lpips_unavailable() is not None:
+        return None
+    model = _lpips(_backbone_path()).to(image.device)
+    with torch.no_grad():
+        return model(image.float(), target.float(), normalize=True).flatten()
+
+
+def lpips_unavailable() -> str | None:
+    """None if LPIPS can be computed, else one line that says how to provide its backbone."""
+    path = _backbone_path()
+    remedy = f"download https://download.pytorch.org/models/{BACKBONE} there, or set SDAN_LPIPS_BACKBONE to its path"
+    if not path.is_file():
+        return f"LPIPS n/a: AlexNet weights expected at {path}, got no such file; {remedy}"
+    if not _sha256(path, path.stat().st_mtime_ns).startswith(_expected_hash()):
+        return f"LPIPS n/a: {path} is not torchvision's AlexNet (SHA-256 {_expected_hash()}... expected); {remedy}"
+    return None
+
+
+def _backbone_path() -> Path:
+    given = os.environ.get("SDAN_LPIPS_BACKBONE")
+    return Path(given) if given else Path(torch.hub.get_dir()) / "checkpoints" / BACKBONE
+
+
+def _expected_hash() -> str:
+    return BACKBONE.removesuffix(".pth").rsplit("-", 1)[1]
+
+
+@lru_cache(maxsize=4)
+def _sha256(path: Path, modified_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _lpips(path: Path) -> nn.Module:
+    import lpips  # it imports half of torchvision
+
+    # pnet_rand=True only keeps it from downloading: every backbone weight is replaced below (strict).
+    model = lpips.LPIPS(net="alex", version="0.1", pnet_rand=True, verbose=False)
+    stored = torch.load(path, map_location="cpu", weights_only=True)
+    wanted = model.net.state_dict()  # e.g. slice2.3.weight for torchvision's features.3.weight
+    model.net.load_state_dict({name: stored["features." + name.split(".", 1)[1]] for name in wanted})
+    return model.eval().requires_grad_(False)
+
+
+def _prepared(image: Tensor, target: Tensor, mask: Tensor | None, border: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    if image.dim() != 4 or image.shape != target.shape:
+        raise ValueError(
+            f"two images [N,C,H,W] of one size expected, got {tuple(image.shape)} and {tuple(target.shape)}"
+        )
+    n, _, height, width = image.shape
+    if mask is not None and (mask.shape[0], *mask.shape[2:]) != (n, height, width):
+        raise ValueError(f"mask: [{n},1,{height},{width}] expected, got {tuple(mask.shape)}")
+    if border < 0 or 2 * border >= min(height, width):
+        raise ValueError(f"border_px: 0 to {(min(height, width) - 1) // 2} expected for {height}x{width}, got {border}")
+    inside = (..., slice(border, height - border), slice(border, width - border))
+    cropped = None if mask is None else mask[inside].double()
+    return image[inside].double(), target[inside].double(), cropped
+
+
+def _mean(value: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over channels and the pixels that count; NaN where none does."""
+    if mask is None:
+        return value.mean(dim=(1, 2, 3))
+    weight = mask.expand_as(value)
+    return torch.where(weight > 0, value * weight, 0).sum(dim=(1, 2, 3)) / weight.sum(dim=(1, 2, 3))
+
+
+def _blurred(image: Tensor) -> Tensor:
+    """The 11-tap Gaussian mean of every window inside the picture: [N,C,H-10,W-10]."""
+    position = torch.arange(11, dtype=image.dtype, device=image.device) - 5
+    taps = torch.exp(-position.square() / (2 * 1.5**2))
+    taps = taps / taps.sum()
+    channels = image.shape[1]
+    rows = F.conv2d(image, taps.view(1, 1, 11, 1).repeat(channels, 1, 1, 1), groups=channels)
+    return F.conv2d(rows, taps.view(1, 1, 1, 11).repeat(channels, 1, 1, 1), groups=channels)

@@ -1,0 +1,259 @@
+"""SDAN, the Squared Deformable Alignment Network: the paper's figures 1 and 2.
+
+Axes: N batch, C features, (H, W) the size of the input x. The mosaic's size is (H, W) for mosaic and RGB input and
+(2H, 2W) for packed RAW; s is the scale, and the zoomed output is s times the mosaic's size.
+
+    x ---------> head ---> F^X ----------------------------+
+                            |                              |
+    reference -> flips -> conv -> F^Y' -> concat -> offset learner -> Theta      figure 2
+                                                           |
+                              F^X' = ReLU(SDCN(F^X | Theta)) -> conv -> X'
+                                           |
+                     16 residual blocks -> pixel shuffle -> conv -> zoomed       figure 1
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import deform_conv2d
+
+from sdan.attention import ChannelAttention, CrossPackingAttention, check_packing
+from sdan.ops import offset_mask, squared_deform_conv2d
+from sdan.resample import bicubic, enlarge_offset, sample
+
+Input = Literal["mosaic", "packed", "rgb"]
+Offset = Literal["squared", "per_point"]
+Attention = Literal["none", "channel", "cross_packing"]
+Skip = Literal["none", "rendering"]
+CHANNELS = {"mosaic": 1, "packed": 4, "rgb": 3}
+
+
+@dataclass(frozen=True)
+class SDANConfig:
+    """What the network is made of; checked when constructed (ValueError). Table 2 is values of this class."""
+
+    input: Input = "mosaic"
+    """mosaic [N,1,H,W] (as released), packed RGGB [N,4,H,W] at half the mosaic's size (a trunk 4x cheaper), or rgb."""
+    scale: int = 4
+    """Zoom of the mosaic: 2, 4, 8, ..."""
+    features: int = 64
+    blocks: int = 16
+    packing_kernel: int = 8
+    """K of cross packing attention; must divide the input's height and width."""
+    offset: Offset = "squared"
+    """squared: one offset for the whole window (SDCN); per_point: one for each of its points (vanilla DCN)."""
+    attention: Attention = "cross_packing"
+    flips: bool = True
+    """Show the offset learner the reference's three flips as well."""
+    skip: Skip = "none"
+    """rendering: add the input's own rendering, moved by the learnt offset and enlarged, to the output (ours)."""
+
+    def __post_init__(self) -> None:
+        for name, kind in (("input", Input), ("offset", Offset), ("attention", Attention), ("skip", Skip)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name}: one of {', '.join(get_args(kind))} expected, got {getattr(self, name)!r}")
+        for name in ("features", "blocks", "packing_kernel"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name}: a whole number of at least 1 expected, got {getattr(self, name)!r}")
+        if self.scale not in (2, 4, 8, 16):
+            raise ValueError(f"scale: one of 2, 4, 8, 16 expected (pixel-shuffle stages double), got {self.scale!r}")
+
+    @property
+    def upscale(self) -> int:
+        """Side of the zoomed output over side of the input x: packed RAW has half the mosaic's size to begin with."""
+        return self.scale * self.mosaic_factor
+
+    @property
+    def mosaic_factor(self) -> int:
+        """Side of the mosaic (and of the rendering) over side of the input x."""
+        return 2 if self.input == "packed" else 1
+
+    def check_crop(self, crop_px: int) -> None:
+        """Raise ValueError, with the remedy, unless crops of crop_px x crop_px input pixels suit the network."""
+        if self.input == "mosaic" and crop_px % 2:
+            raise ValueError(f"mosaic crops must be even, so that each holds whole RGGB cells; got {crop_px}")
+        if self.attention == "cross_packing":
+            check_packing(self.packing_kernel, crop_px, crop_px)
+
+
+class SDANOutput(NamedTuple):
+    """What forward returns."""
+
+    zoomed: Tensor
+    """[N, 3, upscale H, upscale W], sRGB about [0, 1], not clipped."""
+    aligned: Tensor
+    """X' [N, 3, H, W]: the input seen from the reference's view."""
+    mask: Tensor
+    """M [N, 1, H, W], 1 where p + offset(p) is inside the image, else 0; no gradient."""
+    offset: Tensor
+    """Theta [N, 2, H, W] = (dy, dx), pixels of x: X'(p) comes from x(p + offset(p)). Per-point: the window's centre."""
+
+
+class OffsetLearner(nn.Module):
+    """f_offset, figure 2 top: conv, attention, ReLU, conv, attention, ReLU, conv -> offsets in pixels (float32)."""
+
+    def __init__(self, config: SDANConfig, offset_channels: int) -> None:
+        super().__init__()
+        c = config.features
+        self.conv1, self.attention1 = nn.Conv2d(2 * c, c, 3, padding=1), _attention(config)
+        self.conv2, self.attention2 = nn.Conv2d(c, c, 3, padding=1), _attention(config)
+        self.conv3 = nn.Conv2d(c, offset_channels, 3, padding=1)
+        for conv in (self.conv1, self.conv2, self.conv3):  # as released
+            nn.init.kaiming_normal_(conv.weight, a=0.02)
+            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+        if config.skip == "rendering":
+            nn.init.zeros_(self.conv3.weight)
+
+    def forward(self, features_N2CHW: Tensor) -> Tensor:
+        hidden = F.relu(self.attention1(self.conv1(features_N2CHW)))
+        hidden = F.relu(self.attention2(self.conv2(hidden)))
+        # An offset of 30 px in bfloat16 is good to 1/8 px only: the last layer keeps float32.
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.conv3(hidden.float()) if self.conv3.weight.dtype == torch.float32 else self.conv3(hidden)
+
+
+class AlignmentModule(nn.Module):
+    """The squared deformable alignment module, figure 2."""
+
+    def __init__(self, config: SDANConfig) -> None:
+        super().__init__()
+        c, self.kernel = config.features, 3
+        self.flips, self.per_point = config.flips, config.offset == "per_point"
+        self.reference_conv = nn.Conv2d(12 if config.flips else 3, c, 3, padding=1)
+        self.offset_learner = OffsetLearner(config, 2 * self.kernel**2 if self.per_point else 2)
+        self.deform = nn.Conv2d(c, c, self.kernel, padding=1)  # holds SDCN's weight and bias
+        self.to_rgb = nn.Conv2d(c, 3, 3, padding=1)
+
+    def forward(self, features_NCHW: Tensor, reference_N3HW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """F^X, Y' -> F^X', X', M, Theta."""
+        views = with_flips(reference_N3HW) if self.flips else reference_N3HW
+        reference_features = F.relu(self.reference_conv(views))
+        offset = self.offset_learner(torch.cat((features_NCHW, reference_features), dim=1))
+        if self.per_point:
+            moved = per_point_deform_conv2d(features_NCHW, offset, self.deform.weight, self.deform.bias)
+            centre = self.kernel**2 // 2
+            offset = offset[:, 2 * centre : 2 * centre + 2]
+        else:
+            moved = squared_deform_conv2d(features_NCHW, offset, self.deform.weight, self.deform.bias)
+        aligned_features = F.relu(moved)
+        mask = offset_mask(offset.detach(), self.kernel)
+        return aligned_features, self.to_rgb(aligned_features), mask, offset
+
+
+class ResidualBlock(nn.Module):
+    """SRResNet's block without normalisation: x + conv(ReLU(conv(x))), no biases (as released)."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(features, features, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(features, features, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.relu(self.conv1(x)))
+
+
+class SuperResolution(nn.Module):
+    """Figure 1 right: residual blocks with a global skip, pixel-shuffle upsampling by two a stage, conv -> RGB."""
+
+    def __init__(self, config: SDANConfig) -> None:
+        super().__init__()
+        c, stages = config.features, config.upscale.bit_length() - 1
+        self.blocks = nn.Sequential(*(ResidualBlock(c) for _ in range(config.blocks)))
+        self.join = nn.Conv2d(c, c, 3, padding=1, bias=False)
+        self.enlarge = nn.ModuleList(nn.Conv2d(c, 4 * c, 3, padding=1) for _ in range(stages))
+        self.last = nn.Conv2d(c, 3, 3, padding=1)
+        # A last convolution that starts at zero learns slowly on inputs that are all positive: Adam's first steps then
+        # add up to one large change of the mean. Leaky features have both signs.
+        self.slope = 0.2 if config.skip == "rendering" else 0.0
+        if config.skip == "rendering":
+            nn.init.zeros_(self.last.weight)
+            nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
+
+    def forward(self, features_NCHW: Tensor) -> Tensor:
+        x = features_NCHW + self.join(self.blocks(features_NCHW))
+        for conv in self.enlarge:
+            x = F.leaky_relu(F.pixel_shuffle(conv(x), 2), self.slope)
+        return self.last(x)
+
+
+class SDAN(nn.Module):
+    """The whole network, figure 1. `.config` says what it is made of."""
+
+    def __init__(self, config: SDANConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.head = nn.Conv2d(CHANNELS[config.input], config.features, 3, padding=1)
+        self.alignment = AlignmentModule(config)
+        self.super_resolution = SuperResolution(config)
+
+    def forward(self, x: Tensor, reference: Tensor, rendering: Tensor | None = None) -> SDANOutput:
+        """Zoom x into the view of the reference.
+
+        Args:
+            x: RAW or RGB in [0, 1], white-balanced: [N,1,H,W] (mosaic), [N,4,H,W] (packed) or [N,3,H,W] (rgb).
+            reference: [N,3,H,W] sRGB in [0, 1]. Y' in training; the rendering at x's size ({X, X}) when deployed.
+            rendering: [N,3,H,W] ([N,3,2H,2W] for packed) sRGB in [0, 1]; needed, and used, by skip="rendering" alone.
+
+        Returns:
+            SDANOutput(zoomed, aligned, mask, offset).
+
+        Raises:
+            ValueError: shapes that do not fit each other or the config.
+        """
+        check_inputs(self.config, x, reference, rendering)
+        features = F.relu(self.head(x))
+        aligned_features, aligned, mask, offset = self.alignment(features, reference)
+        zoomed = self.super_resolution(aligned_features).float()
+        if self.config.skip == "rendering":
+            assert rendering is not None  # check_inputs
+            zoomed = zoomed + moved_and_enlarged(rendering, offset, self.config)
+        return SDANOutput(zoomed, aligned.float(), mask, offset)
+
+
+def with_flips(image_NCHW: Tensor) -> Tensor:
+    """The image, flipped top to bottom, left to right, and both: [N, 4C, H, W] (flip augmentation, section 3.2)."""
+    flips = (image_NCHW.flip(2), image_NCHW.flip(3), image_NCHW.flip(2, 3))
+    return torch.cat((image_NCHW, *flips), dim=1)
+
+
+def per_point_deform_conv2d(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Vanilla DCN (Table 2, first row): offset [N, 2 K^2, H, W]; in float32, since torchvision's CPU op lacks bf16."""
+    with torch.autocast(x.device.type, enabled=False):
+        moved = deform_conv2d(
+            x.float(),
+            offset.float(),
+            weight.float(),
+            None if bias is None else bias.float(),
+            padding=weight.shape[-1] // 2,
+        )
+    return moved.to(x.dtype)
+
+
+def moved_and_enlarged(rendering: Tensor, offset: Tensor, config: SDANConfig) -> Tensor:
+    """The rendering sampled at p + offset(p) - the offset brought to its grid - and enlarged bicubically; float32."""
+    return bicubic(sample(rendering, enlarge_offset(offset.float(), config.mosaic_factor)), config.scale)
+
+
+def check_inputs(config: SDANConfig, x: Tensor, reference: Tensor, rendering: Tensor | None) -> None:
+    """Raise ValueError unless the three inputs fit the config and each other."""
+    n, channels, height, width = x.shape if x.dim() == 4 else (0, 0, 0, 0)
+    if x.dim() != 4 or channels != CHANNELS[config.input]:
+        raise ValueError(f"input={config.input!r}: x [N,{CHANNELS[config.input]},H,W] expected, got {tuple(x.shape)}")
+    if reference.shape != (n, 3, height, width):
+        raise ValueError(f"reference: {(n, 3, height, width)} expected, x's size; got {tuple(reference.shape)}")
+    if config.skip == "rendering":
+        expected = (n, 3, height * config.mosaic_factor, width * config.mosaic_factor)
+        got = None if rendering is None else tuple(rendering.shape)
+        if got != expected:
+            raise ValueError(f'skip="rendering": rendering {expected} expected, got {got}')
+
+
+def _attention(config: SDANConfig) -> nn.Module:
+    if config.attention == "cross_packing":
+        return CrossPackingAttention(config.packing_kernel)
+    return ChannelAttention(config.features) if config.attention == "channel" else nn.Identity()

@@ -1,0 +1,74 @@
+"""Sensor counts to the network's input, and the two layouts of RAW.
+
+mosaic: [N, 1, 2h, 2w], one value per photosite, as the released code feeds it.
+packed: [N, 4, h, w], channels R, G1, G2, B of one RGGB cell: R G1 / G2 B.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def normalise(packed_N4HW: Tensor, black_N4: Tensor, white_N: Tensor, wb_N4: Tensor) -> Tensor:
+    """Sensor counts to white-balanced values in [0, 1].
+
+    The released code leaves the input unbalanced and divides the gains out of the *target* instead; balancing the input
+    keeps the target as the camera shot it.
+
+    Args:
+        packed_N4HW: sensor counts, any integer or float dtype, channels R, G1, G2, B.
+        black_N4: black level of each channel, counts.
+        white_N: white level, counts.
+        wb_N4: white-balance gain of each channel, green = 1.
+
+    Returns:
+        float32 [N, 4, H, W], clipped to [0, 1].
+
+    Raises:
+        ValueError: shapes that do not fit, or a white level that is not above the black level.
+    """
+    n = packed_N4HW.shape[0]
+    shapes = [tuple(t.shape) for t in (packed_N4HW, black_N4, white_N, wb_N4)]
+    if packed_N4HW.dim() != 4 or packed_N4HW.shape[1] != 4 or shapes[1:] != [(n, 4), (n,), (n, 4)]:
+        raise ValueError(f"expected packed [N,4,H,W], black [N,4], white [N], wb [N,4]; got {shapes}")
+    black = black_N4.float()[:, :, None, None]
+    span = white_N.float()[:, None, None, None] - black
+    if n and float(span.min()) <= 0:
+        raise ValueError(
+            f"white level must exceed black level; got white {white_N.tolist()}, black {black_N4.tolist()}"
+        )
+    gain = wb_N4.float()[:, :, None, None] / span
+    return (packed_N4HW.float() - black).mul_(gain).clamp_(0, 1)
+
+
+def packed_to_mosaic(packed_N4HW: Tensor) -> Tensor:
+    """[N, 4, h, w] (R, G1, G2, B) -> [N, 1, 2h, 2w]; any dtype."""
+    if packed_N4HW.dtype == torch.uint16:  # pixel_shuffle has no uint16 kernel; the bits only move
+        return F.pixel_shuffle(packed_N4HW.view(torch.int16), 2).view(torch.uint16)
+    return F.pixel_shuffle(packed_N4HW, 2)
+
+
+def mosaic_to_packed(mosaic_N1HW: Tensor) -> Tensor:
+    """[N, 1, 2h, 2w] with R at (0, 0) -> [N, 4, h, w] (R, G1, G2, B); any dtype."""
+    if mosaic_N1HW.dtype == torch.uint16:
+        return F.pixel_unshuffle(mosaic_N1HW.view(torch.int16), 2).view(torch.uint16)
+    return F.pixel_unshuffle(mosaic_N1HW, 2)
+
+
+def mosaic_from_srgb(image_N3HW: Tensor) -> Tensor:
+    """A stand-in for RAW where only a picture is left: its linearised pixels, seen through a Bayer pattern.
+
+    The camera's colour matrix and tone curve are not undone (a JPG does not say what they were).
+
+    Args:
+        image_N3HW: sRGB in [0, 1], even H and W.
+
+    Returns:
+        float32 [N, 4, H/2, W/2] (R, G1, G2, B) in [0, 1].
+    """
+    image = image_N3HW.float()
+    linear = torch.where(image <= 0.04045, image / 12.92, ((image + 0.055) / 1.055) ** 2.4)
+    planes = (linear[:, 0, ::2, ::2], linear[:, 1, ::2, 1::2], linear[:, 1, 1::2, ::2], linear[:, 2, 1::2, 1::2])
+    return torch.stack(planes, dim=1)
