@@ -1,0 +1,90 @@
+"""Ray, started or joined: quietly, on 127.0.0.1, and with a clear word when there are too few CPUs.
+
+Nothing here runs at import. `RAY_ADDRESS` (set on a cluster's head, or by `ray job submit`) joins that cluster;
+without it a private local instance is started for the command and ends with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+DATA_CPUS = 0.5
+"""Left for Ray Data's tasks beside the train workers: without any, training waits for its first crop for ever."""
+
+
+class ClusterError(ValueError):
+    """The resources asked for are not there."""
+
+
+def start_ray(*, resources: dict[str, float] | None = None) -> None:
+    """Join the cluster that RAY_ADDRESS names, or start a local instance; does nothing when connected already.
+
+    Args:
+        resources: extra named resources of a local instance (a cluster's are set where it is launched).
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    verbose = os.environ.get("SDAN_VERBOSE") == "1"
+    common: dict[str, Any] = {
+        "log_to_driver": verbose,
+        "logging_level": logging.INFO if verbose else logging.ERROR,
+        "runtime_env": {"env_vars": {"PYTHONWARNINGS": "ignore"}},
+    }
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**common)
+    else:
+        ray.init(address="local", _node_ip_address="127.0.0.1", resources=resources, **common)
+    if not verbose:
+        for name in ("ray.data", "ray.train", "ray.tune"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    """What each train worker gets."""
+
+    num_workers: int
+    use_gpu: bool
+    cpus_per_worker: float
+    threads: int
+    """torch's intra-operator threads in each worker."""
+
+
+def plan_workers(workers: int | None, resources: dict[str, float] | None = None) -> WorkerPlan:
+    """Fit the workers asked for into the cluster, or say that they do not fit.
+
+    Args:
+        workers: as asked for; None: one per GPU, or one on a machine without.
+        resources: ray.cluster_resources() (the default).
+
+    Raises:
+        ClusterError: fewer CPUs than the workers and Ray Data need; Ray itself would wait in silence.
+    """
+    have = ray.cluster_resources() if resources is None else resources
+    cpus, gpus = have.get("CPU", 0.0), int(have.get("GPU", 0))
+    num_workers = workers if workers is not None else max(1, gpus)
+    if num_workers < 1:
+        raise ClusterError(f"--workers: at least 1 expected, got {num_workers}")
+    use_gpu = gpus >= num_workers
+    if gpus and not use_gpu:
+        raise ClusterError(
+            f"--workers {num_workers}: one GPU each expected, the cluster has {gpus}; use --workers {gpus}"
+        )
+    each = 1.0 if cpus >= num_workers + 1 else 0.5
+    if num_workers * each + DATA_CPUS > cpus:
+        fits = int((cpus - DATA_CPUS) / 0.5)
+        raise ClusterError(
+            f"--workers {num_workers}: {num_workers * 0.5 + DATA_CPUS:g} CPUs expected (at least 0.5 a worker and "
+            f"{DATA_CPUS} for Ray Data), the cluster has {cpus:g}; "
+            + (f"use --workers {fits} or fewer" if fits >= 1 else "add a CPU")
+        )
+    return WorkerPlan(num_workers, use_gpu, each, threads=max(1, int(cpus) // num_workers))

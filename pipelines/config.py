@@ -1,0 +1,271 @@
+"""Runs as named functions that return a whole, checked config; single values are changed by dotted name.
+
+`srraw_4x()` is the default. `--set model.packing_kernel=4`, the search space of `sdan tune` and MLflow's params all
+use the same dotted names: `model.*` (SDANConfig), `loss.*` (LossConfig), `train.*` (TrainConfig).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+from sdan.losses import LossConfig
+from sdan.network import SDANConfig
+
+
+class ConfigError(ValueError):
+    """A config name, key or value that cannot be used; the message says what was expected."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how fast and on what crops."""
+
+    epochs: int = 300
+    crops_per_epoch: int | None = None
+    """Random crops an epoch; None: one per pair, as in the paper."""
+    crop_px: int = 64
+    """Side of a training crop in packed RAW pixels (64 is 128x128 mosaic or RGB pixels)."""
+    batch_per_worker: int = 8
+    learning_rate: float = 1e-4
+    restart_epochs: int = 20
+    """First period of the cosine warm restarts; each next one is twice as long."""
+    learning_rate_floor: float = 1e-5
+    warmup_steps: int = 0
+    """Optimizer steps over which the learning rate rises linearly from zero."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    grad_clip: float = 0.0
+    """Largest gradient norm; 0: no clipping."""
+    ema_decay: float = 0.0
+    """Decay of the exponential moving average of the weights; 0: none."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    augment: bool = True
+    """Random flips and transposes (Bayer-phase-correct)."""
+    validate_every: int = 1
+    """Epochs between validations (a checkpoint follows each)."""
+    picture_every: int = 5
+    """Validations between logged pictures."""
+    val_crops: int = 32
+    """Crops of the val split that a validation looks at (the same ones every time)."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        positive = ("epochs", "crop_px", "batch_per_worker", "restart_epochs", "validate_every", "picture_every")
+        for name in (*positive, "val_crops"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name}: at least 1 expected, got {getattr(self, name)}")
+        if self.crops_per_epoch is not None and self.crops_per_epoch < 1:
+            raise ConfigError(f"train.crops_per_epoch: at least 1 (or none) expected, got {self.crops_per_epoch}")
+        if not 0 < self.learning_rate_floor <= self.learning_rate:
+            raise ConfigError(
+                "train.learning_rate: a value above train.learning_rate_floor expected, "
+                f"got {self.learning_rate} with a floor of {self.learning_rate_floor}"
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"train.ema_decay: 0 <= value < 1 expected, got {self.ema_decay}")
+        if self.precision not in ("fp32", "bf16", "fp16"):
+            raise ConfigError(f"train.precision: fp32, bf16 or fp16 expected, got {self.precision!r}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run depends on besides its data."""
+
+    name: str
+    model: SDANConfig = field(default_factory=SDANConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        try:
+            self.model.check_crop(self.input_px)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    @property
+    def input_px(self) -> int:
+        """Side of a training crop in the network's own input pixels."""
+        return self.train.crop_px if self.model.input == "packed" else 2 * self.train.crop_px
+
+
+def paper_4x() -> RunConfig:
+    """The paper as printed and released: mosaic RAW, no skip, the reference is always Y' (batch 8 a GPU on 8 GPUs)."""
+    return RunConfig(name="paper_4x")
+
+
+def paper_4x_rgb() -> RunConfig:
+    """The paper's RGB row: the camera JPG as input."""
+    return replace(paper_4x(), name="paper_4x_rgb", model=SDANConfig(input="rgb"))
+
+
+def srraw_4x() -> RunConfig:
+    """Ours, for deployment: skip through the rendering, self-reference samples, bf16, EMA."""
+    return RunConfig(
+        name="srraw_4x",
+        model=SDANConfig(skip="rendering"),
+        loss=LossConfig(kind="charbonnier", self_reference_weight=1.0),
+        train=TrainConfig(precision="bf16", ema_decay=0.999, grad_clip=1.0, learning_rate=4e-4, warmup_steps=100),
+    )
+
+
+def srraw_8x() -> RunConfig:
+    """The same at 8x."""
+    base = srraw_4x()
+    return replace(base, name="srraw_8x", model=replace(base.model, scale=8))
+
+
+def smoke() -> RunConfig:
+    """Seconds on a CPU: does every part run?"""
+    return RunConfig(
+        name="smoke",
+        model=SDANConfig(features=8, blocks=1, packing_kernel=4, skip="rendering"),
+        loss=LossConfig(kind="charbonnier", self_reference_weight=1.0),
+        train=TrainConfig(
+            epochs=2,
+            crops_per_epoch=4,
+            crop_px=16,
+            batch_per_worker=2,
+            learning_rate=1e-3,
+            val_crops=4,
+            picture_every=1,
+        ),
+    )
+
+
+def demo() -> RunConfig:
+    """A few minutes on two CPU cores."""
+    return RunConfig(
+        name="demo",
+        model=SDANConfig(input="packed", features=32, blocks=4, packing_kernel=4, skip="rendering"),
+        loss=LossConfig(kind="charbonnier", self_reference_weight=1.0),
+        train=TrainConfig(
+            epochs=12,
+            crops_per_epoch=160,
+            crop_px=24,
+            batch_per_worker=4,
+            learning_rate=1e-3,
+            restart_epochs=12,
+            ema_decay=0.98,
+            grad_clip=1.0,
+            warmup_steps=20,
+            val_crops=24,
+            picture_every=4,
+        ),
+    )
+
+
+CONFIGS: dict[str, Callable[[], RunConfig]] = {
+    function.__name__: function for function in (paper_4x, paper_4x_rgb, srraw_4x, srraw_8x, smoke, demo)
+}
+
+
+def named(name: str) -> RunConfig:
+    """The config that `--config NAME` picks."""
+    if name not in CONFIGS:
+        raise ConfigError(f"--config: one of {', '.join(CONFIGS)} expected, got {name!r}")
+    return CONFIGS[name]()
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """Every value by its dotted name, e.g. {'model.packing_kernel': 8, ...}."""
+    flat: dict[str, Any] = {"name": config.name}
+    for section in ("model", "loss", "train"):
+        part = getattr(config, section)
+        flat.update({f"{section}.{item.name}": getattr(part, item.name) for item in fields(part)})
+    return flat
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """JSON-ready; `from_dict` is the way back."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(stored: Mapping[str, Any]) -> RunConfig:
+    """A config written by `to_dict` (by this version or, with values since added at their defaults, an older one)."""
+    known: dict[str, Any] = {
+        "model": _build(SDANConfig, stored.get("model", {})),
+        "loss": _build(LossConfig, stored.get("loss", {})),
+        "train": _build(TrainConfig, stored.get("train", {})),
+    }
+    return RunConfig(name=str(stored.get("name", "stored")), **known)
+
+
+def _build(cls: type, values: Mapping[str, Any]) -> Any:
+    unknown = set(values) - {item.name for item in fields(cls)}
+    if unknown:
+        raise ConfigError(f"{cls.__name__}: unknown values {sorted(unknown)}; was it written by a newer SDAN?")
+    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def parse_assignments(assignments: Iterable[str]) -> dict[str, str]:
+    """['model.features=32'] -> {'model.features': '32'}."""
+    parsed = {}
+    for assignment in assignments:
+        key, separator, value = assignment.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"--set: KEY=VALUE expected, got {assignment!r}; e.g. --set model.packing_kernel=4")
+        parsed[key.strip()] = value.strip()
+    return parsed
+
+
+def override(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
+    """The config with single values replaced by dotted name.
+
+    Args:
+        overrides: dotted name -> value; text is read as the field's type, anything else must already have it.
+
+    Raises:
+        ConfigError: unknown key (with the nearest known one), value of the wrong type or out of range.
+    """
+    known = flatten(config)
+    sections: dict[str, dict[str, Any]] = {"model": {}, "loss": {}, "train": {}}
+    for key, value in overrides.items():
+        section, _, name = key.partition(".")
+        if key not in known or section not in sections:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]}?" if near else f"; keys are {', '.join(k for k in known if '.' in k)}"
+            raise ConfigError(f"--set: unknown key {key!r}{hint}")
+        kind = typing.get_type_hints(type(getattr(config, section)))[name]
+        sections[section][name] = _read(key, value, kind)
+    try:
+        changed = {name: replace(getattr(config, name), **values) for name, values in sections.items() if values}
+        return replace(config, **changed)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"--set: {error}") from error
+
+
+def _read(key: str, value: Any, kind: Any) -> Any:
+    """`value` as `kind`: int, float, bool, str, a Literal, an optional, or a tuple of one type."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    text = value if isinstance(value, str) else repr(value)
+    if origin in (types.UnionType, typing.Union):
+        if value is None or text.lower() == "none":
+            return None
+        return _read(key, value, next(argument for argument in arguments if argument is not type(None)))
+    if origin is typing.Literal:
+        for choice in arguments:
+            if text == str(choice) or value == choice:
+                return choice
+        raise ConfigError(f"--set {key}: one of {', '.join(map(str, arguments))} expected, got {text}")
+    if origin is tuple:
+        parts = value if isinstance(value, (tuple, list)) else text.strip("()[]").split(",")
+        if len(parts) != len(arguments):
+            raise ConfigError(f"--set {key}: {len(arguments)} values separated by commas expected, got {text}")
+        return tuple(_read(key, part, argument) for part, argument in zip(parts, arguments, strict=True))
+    if kind is bool:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise ConfigError(f"--set {key}: true or false expected, got {text}")
+    try:
+        if kind is int and float(text) != int(float(text)):
+            raise ValueError
+        return kind(float(text)) if kind is int else kind(value)
+    except ValueError:
+        raise ConfigError(f"--set {key}: {kind.__name__} expected, got {text}") from None

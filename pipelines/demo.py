@@ -1,0 +1,96 @@
+"""`sdan demo`: the whole road, small, on this machine, from simulated RAW to a zoomed photograph."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from preprocessing.shards import PreprocessOptions, preprocess
+from preprocessing.simulate import simulate
+from tqdm import tqdm
+
+from pipelines import cluster, registry
+from pipelines.config import demo as demo_config
+from pipelines.evaluate import Evaluation, evaluate
+from pipelines.pictures import labelled_grid
+from pipelines.train import TrainResult, train
+from pipelines.zoom import Zoomer, read_photo, write_png
+from sdan.baselines import bicubic
+
+SEQUENCES = 10
+HELD_OUT = ("00009", "00010")
+PRESET = "perfect"
+OPTIONS = PreprocessOptions(scale=4, align="scale", tile_px=40, stride_px=32, val=HELD_OUT)
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Where everything is."""
+
+    evaluation: Evaluation
+    training: TrainResult
+    pictures: list[Path]
+    seconds: float
+
+
+def run(data: Path, *, say: Callable[[str], None]) -> DemoResult:
+    """Simulate -> preprocess -> train -> evaluate -> zoom, under `data`/demo; what is there already is kept."""
+    started = time.perf_counter()
+    folder = data / "demo"
+    raw, shards, out = folder / "raw", folder / "shards", folder / "pictures"
+    say(f"1/5 simulate: {SEQUENCES} zoom sequences, preset {PRESET} (simulated RAW + camera JPG) -> {raw}")
+    with tqdm(total=SEQUENCES, desc="simulate", unit="sequence") as bar:
+        simulate(raw, sequences=SEQUENCES, preset=PRESET, progress=lambda done, total: _move(bar, done))
+    cluster.start_ray()
+    say(f"2/5 preprocess -> {shards}")
+    report = preprocess(str(raw), str(shards), OPTIONS)
+    say(f"    {report.written} pairs written, {report.skipped} there already, {len(report.quarantined)} set aside")
+    config = demo_config()
+    say(f"3/5 train: config demo, {config.train.epochs} epochs of {config.train.crops_per_epoch} crops")
+    trained = train(str(shards), config, data=data, workers=2)
+    uri = registry.default_tracking_uri(data)
+    if registry.get_champion(uri) is None and trained.version is not None:
+        registry.set_champion(uri, trained.version)
+    say("4/5 evaluate on sequences that training has not seen")
+    result = evaluate(str(shards), trained.model, split="val", out=out)
+    say("5/5 zoom a held-out photograph 4x")
+    zoomed = _zoom(raw / HELD_OUT[0], trained.model, out)
+    return DemoResult(result, trained, [out / "examples.png", *zoomed], time.perf_counter() - started)
+
+
+def _move(bar: tqdm, done: int) -> None:
+    bar.update(done - bar.n)
+
+
+def _zoom(sequence: Path, model: Path, out: Path) -> list[Path]:
+    """Zoom the sequence's 50 mm frame (00005) and set its centre beside bicubic and the 240 mm frame's own picture."""
+    zoomer = Zoomer.load(model)
+    photo = read_photo(
+        next(path for path in sequence.glob("00005.*") if path.suffix.lower() in (".dng", ".arw")),
+        zoomer.model.config.input,
+    )
+    with tqdm(desc="zoom", unit="tile") as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            _move(bar, done)
+
+        image = zoomer.zoom(photo, progress)
+    full = out / "zoomed_4x.png"
+    write_png(image, full)
+    plain = bicubic(photo.rendering[None], zoomer.model.config.scale)[0].permute(1, 2, 0).clamp(0, 1).numpy()
+    strip = out / "zoom_centre.png"
+    panels = [_centre(plain), _centre(image)]
+    Image.fromarray(labelled_grid([panels], ["bicubic of the rendering", "SDAN"], "4x zoom, centre (simulated)")).save(
+        strip
+    )
+    return [strip, full]
+
+
+def _centre(image_HW3: np.ndarray, side_px: int = 640) -> np.ndarray:
+    top, left = (image_HW3.shape[0] - side_px) // 2, (image_HW3.shape[1] - side_px) // 2
+    return (image_HW3[top : top + side_px, left : left + side_px] * 255).round().astype(np.uint8)

@@ -1,0 +1,98 @@
+"""`sdan doctor`: what works on this machine and what to do about the rest, one line a check."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check's outcome."""
+
+    name: str
+    state: str
+    """ok, absent (works without it) or broken."""
+    detail: str
+
+
+def report(data: Path, *, say: Callable[[str], None]) -> int:
+    """Run every check and say what came; 0, or 1 when something that should work is broken."""
+    findings = []
+    for check in (_torch, _gpu, _operators, _ray, lambda: _mlflow(data), lambda: _disk(data), _s3):
+        try:
+            found = check()
+        except Exception as error:  # a doctor reports; it does not fall ill
+            found = Finding(
+                getattr(check, "__name__", "check").strip("_<>"), "broken", f"{type(error).__name__}: {error}"
+            )
+        findings.append(found)
+        say(f"{found.state:7} {found.name:10} {found.detail}")
+    return int(any(found.state == "broken" for found in findings))
+
+
+def _torch() -> Finding:
+    import torch
+    import torchvision
+
+    return Finding("torch", "ok", f"{torch.__version__}, torchvision {torchvision.__version__}, {os.cpu_count()} CPUs")
+
+
+def _gpu() -> Finding:
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding("GPU", "absent", "no CUDA device; training and zooming run on the CPU")
+    names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return Finding("GPU", "ok", ", ".join(names))
+
+
+def _operators() -> Finding:
+    from sdan.ops import selftest
+
+    lines = selftest()
+    broken = [line for line in lines if not line.ok]
+    return Finding("operators", "broken" if broken else "ok", "; ".join(str(line) for line in (broken or lines)))
+
+
+def _ray() -> Finding:
+    import ray
+
+    from pipelines.cluster import start_ray
+
+    start_ray()
+    have = ray.cluster_resources()
+    where = os.environ.get("RAY_ADDRESS", "a local instance")
+    return Finding("Ray", "ok", f"{where}: {have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs")
+
+
+def _mlflow(data: Path) -> Finding:
+    from mlflow.tracking import MlflowClient
+
+    from pipelines import registry
+
+    uri = registry.default_tracking_uri(data)
+    registry.prepare_database(uri)
+    runs = len(MlflowClient(tracking_uri=uri).search_experiments())
+    return Finding("MLflow", "ok", f"{uri}, {runs} experiments")
+
+
+def _disk(data: Path) -> Finding:
+    data.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=data):
+        free_gb = shutil.disk_usage(data).free / 1e9
+    state = "ok" if free_gb > 2 else "broken"
+    return Finding("disk", state, f"{free_gb:.0f} GB free in {data}" + ("" if state == "ok" else "; free some space"))
+
+
+def _s3() -> Finding:
+    import boto3
+
+    credentials = boto3.Session().get_credentials()
+    if credentials is None:
+        return Finding("S3", "absent", "no credentials; s3:// needs an instance role (or the usual AWS variables)")
+    return Finding("S3", "ok", f"credentials from {credentials.method}")

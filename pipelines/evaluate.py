@@ -1,0 +1,200 @@
+"""`sdan evaluate`: one honest table - bicubic beside the model, by protocol and target - and examples to look at.
+
+The central `train.crop_px` crop of every tile of a split is scored; the same crops for every row.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pipelines import config as configs
+from pipelines.loader import HeldOut, held_out, model_inputs
+from pipelines.pictures import labelled_grid, to_uint8
+from pipelines.scores import BORDER_PX, PROTOCOLS, TARGETS, PerCrop, mean_scores, score_bicubic, score_model
+from sdan import checkpoint, metrics
+from sdan.baselines import bicubic
+from sdan.network import SDAN
+
+METRICS = ("psnr", "ssim", "lpips")
+EXAMPLES = 4
+
+
+class EvaluateError(ValueError):
+    """An evaluation that cannot be made."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one checkpoint and its baselines on one split."""
+
+    rows: dict[str, dict[str, float]]
+    """Row label -> <target>_<metric> -> mean."""
+    targets: tuple[str, ...]
+    crops: int
+    crop_px: int
+    split: str
+    simulated: bool
+    valid_share: float
+    """Share of the aligned target's pixels that registration could fill."""
+    epe_px: float
+    """Mean end-point error of the oracle offsets in mosaic pixels (simulated data; else NaN)."""
+    lpips_missing: str | None
+
+    @property
+    def gap_db(self) -> dict[str, float]:
+        """oracle - self, in dB, by target."""
+        return {
+            target: self.rows["SDAN (oracle)"][f"{target}_psnr"] - self.rows["SDAN (self)"][f"{target}_psnr"]
+            for target in self.targets
+        }
+
+    def gain_db(self, target: str, over: str = "bicubic of the camera JPG") -> float:
+        """SDAN (self) - bicubic, in dB."""
+        return self.rows["SDAN (self)"][f"{target}_psnr"] - self.rows[over][f"{target}_psnr"]
+
+    def table(self, protocols: Sequence[str] = PROTOCOLS) -> str:
+        """Markdown, with everything said that the numbers depend on."""
+        names = [row for row in self.rows if not any(f"({other})" in row for other in set(PROTOCOLS) - set(protocols))]
+        shown = [metric for metric in METRICS if metric != "lpips" or self.lpips_missing is None]
+        head = ["", *(f"{target} {metric.upper()}" for target in self.targets for metric in shown)]
+        lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+        for name in names:
+            cells = [
+                _cell(self.rows[name].get(f"{target}_{metric}"), metric) for target in self.targets for metric in shown
+            ]
+            lines.append("| " + " | ".join([name, *cells]) + " |")
+        return "\n".join(lines) + "\n\n" + self.notes()
+
+    def notes(self) -> str:
+        gaps = ", ".join(f"{target} {gap:+.2f} dB" for target, gap in self.gap_db.items())
+        lines = [
+            f"{'Simulated data. ' if self.simulated else ''}{self.crops} crops of {self.crop_px} packed pixels, "
+            f"split {self.split}, RGB in [0, 1], border {BORDER_PX} px; "
+            f"aligned: {100 * self.valid_share:.1f} % of pixels valid.",
+            f"Oracle - self gap: {gaps}.",
+        ]
+        if math.isfinite(self.epe_px):
+            lines.append(f"End-point error of the oracle offsets: {self.epe_px:.2f} mosaic px.")
+        if self.lpips_missing:
+            lines.append(f"{self.lpips_missing}.")
+        return "\n".join(lines)
+
+
+def _cell(value: float | None, metric: str) -> str:
+    if value is None or math.isnan(value):
+        return "n/a"
+    return f"{value:.2f}" if metric == "psnr" else f"{value:.4f}"
+
+
+def evaluate(
+    shards: str,
+    model_folder: Path,
+    *,
+    split: str = "val",
+    targets: Sequence[str] | None = None,
+    limit: int | None = None,
+    out: Path | None = None,
+) -> Evaluation:
+    """Score a checkpoint on a split and, with `out`, write table.md, evaluation.json and examples.png there.
+
+    Args:
+        targets: raw, aligned, true; None: every one that the shards have.
+        limit: at most so many crops, spread evenly; None: one of every tile.
+    """
+    if split not in ("train", "val", "test"):
+        raise EvaluateError(f"--split: train, val or test expected, got {split!r}")
+    for target in targets or ():
+        if target not in TARGETS:
+            raise EvaluateError(f"--target: raw, aligned or true expected, got {target!r}")
+    stored = checkpoint.load(model_folder)
+    config = configs.from_dict(stored.config)
+    held = held_out(shards, split, config, limit=limit, align=True)
+    if targets and "true" in targets and "true_rgb" not in held.batch:
+        raise EvaluateError(f"--target true: simulated shards expected, {shards} has no truth; use raw or aligned")
+    result = evaluate_model(stored.model, held, split=split, crop_px=config.train.crop_px, targets=targets)
+    if out is not None:
+        _write(out, result, stored.model, held)
+    return result
+
+
+def evaluate_model(
+    model: SDAN, held: HeldOut, *, split: str, crop_px: int, targets: Sequence[str] | None = None
+) -> Evaluation:
+    """The table of one model on crops that are loaded already."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(device)
+    lpips = metrics.lpips_unavailable() is None
+    scores = score_model(model, held, device, lpips=lpips)
+    per_row: dict[str, PerCrop] = {
+        "bicubic of the camera JPG": score_bicubic(model, held, device, "camera", lpips=lpips),
+        "bicubic of the rendering": score_bicubic(model, held, device, "rendering", lpips=lpips),
+    }
+    for protocol in PROTOCOLS:
+        prefix = f"{protocol}_"
+        per_row[f"SDAN ({protocol})"] = {
+            name.removeprefix(prefix): values for name, values in scores.items() if name.startswith(prefix)
+        }
+    present = tuple(target for target in TARGETS if f"{target}_psnr" in per_row["SDAN (self)"])
+    return Evaluation(
+        rows={name: mean_scores(values) for name, values in per_row.items()},
+        targets=tuple(targets) if targets else present,
+        crops=len(held),
+        crop_px=crop_px,
+        split=split,
+        simulated="true_rgb" in held.batch,
+        valid_share=float(held.aligned_mask.mean()) if held.aligned_mask is not None else math.nan,
+        epe_px=mean_scores(scores).get("oracle_epe_px", math.nan),
+        lpips_missing=metrics.lpips_unavailable(),
+    )
+
+
+def examples(model: SDAN, held: HeldOut, count: int = EXAMPLES) -> np.ndarray:
+    """bicubic | SDAN | target, a row a crop, the crops with the most detail first; uint8 [H, W, 3]."""
+    device = next(model.parameters()).device
+    target_name = "true_rgb" if "true_rgb" in held.batch else "hr_rgb"
+    rows = []
+    for number in _most_detailed(held.batch[target_name], count):
+        part = held.select(range(number, number + 1))
+        inputs = model_inputs(part.batch, model.config, device)
+        with torch.inference_mode():
+            zoomed = model(inputs.x, inputs.self_reference, inputs.rendering).zoomed
+        truth = part.batch[target_name].float() / 255
+        panels = (
+            bicubic(inputs.camera, model.config.scale),
+            bicubic(inputs.rendering, model.config.scale),
+            zoomed,
+            truth,
+        )
+        rows.append([_fit(to_uint8(panel[0])) for panel in panels])
+    labels = ["bicubic, camera JPG", "bicubic, rendering", "SDAN (self)", "target"]
+    simulated = " (simulated)" if target_name == "true_rgb" else ""
+    return labelled_grid(rows, labels, f"{model.config.scale}x zoom of held-out crops{simulated}")
+
+
+def _fit(image: np.ndarray, side_px: int = 320) -> np.ndarray:
+    """Small crops are shown enlarged without smoothing, so that each pixel is seen as it is."""
+    factor = max(1, round(side_px / image.shape[0]))
+    return image.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def _most_detailed(images: torch.Tensor, count: int) -> list[int]:
+    gray = images.float().mean(1)
+    detail = (gray.diff(dim=1).abs().mean((1, 2)) + gray.diff(dim=2).abs().mean((1, 2))).argsort(descending=True)
+    return [int(number) for number in detail[:count]]
+
+
+def _write(out: Path, result: Evaluation, model: SDAN, held: HeldOut) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "table.md").write_text(result.table() + "\n")
+    stored: dict[str, Any] = {**result.__dict__, "gap_db": result.gap_db}
+    (out / "evaluation.json").write_text(json.dumps(stored, indent=2))
+    Image.fromarray(examples(model, held)).save(out / "examples.png")

@@ -1,0 +1,263 @@
+"""The join of the two contracts: shard rows (preprocessing.schema) in, tensors for SDAN.forward out.
+
+Training crops are numbered from 0 to epochs * crops_per_epoch. What crop number i shows - which pair, tile, window and
+flips - depends on (seed, i) alone, never on the number of workers or on restarts: so a resumed run sees the crops
+that an unbroken one would have seen. Ray Data reads, decodes and cuts them ahead of the training step.
+
+Axes: B batch, C channels, H W rows and columns. Sizes in packed RAW pixels end in `_px` as in TrainConfig.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+import ray
+import torch
+from pyarrow import fs
+from torch import Tensor
+
+from pipelines.config import RunConfig
+from preprocessing import schema
+from preprocessing.aligned import align_to
+from sdan import augment, raw_input
+from sdan.losses import low_pass
+from sdan.network import SDANConfig
+
+IMAGES = ("lr_render", "lr_rgb", "hr_rgb")
+LEVELS = ("black_level", "wb", "white_level")
+
+
+class ShardsError(ValueError):
+    """The shards cannot feed this run; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where the tiles of one split are: one Parquet file per pair, one row group per tile."""
+
+    shards: str
+    split: str
+    paths: tuple[str, ...]
+    tiles: tuple[int, ...]
+    """Tiles in each file."""
+    info: schema.ShardInfo
+
+    @property
+    def num_tiles(self) -> int:
+        return sum(self.tiles)
+
+
+def index_split(shards: str, split: str) -> ShardIndex:
+    """List one split's pairs and count their tiles (file footers only).
+
+    Raises:
+        ShardsError: the split is empty.
+    """
+    info = schema.read_info(shards)
+    paths = sorted(schema.list_shards(shards, split))
+    if not paths:
+        remedy = (
+            "name sequences for it with `sdan preprocess ... --val SEQ,SEQ`"
+            if split == "val"
+            else "preprocess more sequences"
+        )
+        raise ShardsError(f"{shards}: at least one pair expected in split={split}, got none; {remedy}")
+    with ThreadPoolExecutor(16) as pool:
+        tiles = tuple(pool.map(lambda path: _open(shards, path).num_row_groups, paths))
+    return ShardIndex(shards, split, tuple(paths), tiles, info)
+
+
+@lru_cache(maxsize=64)
+def _open(shards: str, path: str) -> pq.ParquetFile:
+    if "://" in shards:
+        filesystem, _ = fs.FileSystem.from_uri(shards)
+        return pq.ParquetFile(filesystem.open_input_file(path))
+    return pq.ParquetFile(path, memory_map=True)
+
+
+def read_tile(index: ShardIndex, pair: int, tile: int, columns: tuple[str, ...] | None = None) -> dict[str, Any]:
+    """One row, decoded to arrays (schema.decode)."""
+    table = _open(index.shards, index.paths[pair]).read_row_group(tile, columns=list(columns) if columns else None)
+    row = {name: values[0] for name, values in table.to_pydict().items()}
+    return schema.decode(row, index.info)
+
+
+@dataclass(frozen=True)
+class CropStream:
+    """The endless, numbered stream of training crops."""
+
+    index: ShardIndex
+    seed: int
+    crop_px: int
+    augment: bool
+
+    def crop(self, number: int) -> dict[str, np.ndarray]:
+        """Crop `number`: raw [4,c,c] float32 in [0,1], lr_render and lr_rgb uint8 [3,2c,2c], hr_rgb uint8 [3,2cs,2cs].
+
+        Each round of len(pairs) crops visits every pair once, in an order of its own.
+        """
+        pairs = len(self.index.paths)
+        order = np.random.default_rng((self.seed, 1, number // pairs)).permutation(pairs)
+        random = np.random.default_rng((self.seed, 2, number))
+        pair = int(order[number % pairs])
+        tile = int(random.integers(self.index.tiles[pair]))
+        row = read_tile(self.index, pair, tile, ("lr_raw", *IMAGES, *LEVELS))
+        plan = augment.random_plan(random, self.index.info.tile_px, self.crop_px, flips=self.augment)
+        return cut(row, plan, self.crop_px, self.index.info.scale)
+
+
+def cut(row: dict[str, Any], plan: augment.CropPlan, crop_px: int, scale: int) -> dict[str, np.ndarray]:
+    """Cut one window out of a decoded row and normalise its RAW; truth columns are cut too where the row has them."""
+    names = ("lr_raw", *IMAGES, "true_rgb", "true_flow")
+    sample = {name: torch.from_numpy(row[name].copy()) for name in names if row.get(name) is not None}
+    sample["lr_raw"] = raw_input.normalise(
+        sample["lr_raw"][None].float(),
+        torch.as_tensor(row["black_level"])[None],
+        torch.as_tensor(row["white_level"]).reshape(1),
+        torch.as_tensor(row["wb"])[None],
+    )[0]
+    cropped = augment.apply(sample, plan, crop_px, scale)
+    return {name: np.ascontiguousarray(value.numpy()) for name, value in cropped.items()}
+
+
+def training_batches(
+    stream: CropStream, *, batch: int, rank: int, world: int, first_step: int, last_step: int
+) -> Iterator[dict[str, Tensor]]:
+    """This worker's batches from step `first_step` up to `last_step`, read ahead by Ray Data.
+
+    Step s of `world` workers takes crops s * world * batch ... (s + 1) * world * batch; each worker its own part.
+    """
+    reference = ray.put(stream)
+
+    def load(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        torch.set_num_threads(1)
+        crops = ray.get(reference)
+        step, place = np.divmod(rows["id"], batch)
+        numbers = (step + first_step) * (world * batch) + rank * batch + place
+        samples = [crops.crop(int(number)) for number in numbers]
+        return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+    rows = (last_step - first_step) * batch
+    if rows <= 0:
+        return
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.execution_options.verbose_progress = False
+    dataset = ray.data.range(rows, override_num_blocks=last_step - first_step).map_batches(
+        load,  # type: ignore[arg-type]
+        batch_size=batch,
+        num_cpus=0.25,
+        zero_copy_batch=True,
+    )
+    yield from dataset.iter_torch_batches(batch_size=batch, prefetch_batches=2, drop_last=True)
+
+
+class Inputs(NamedTuple):
+    """One batch as SDAN.forward and the losses take it, float32 in [0, 1]; s is the scale, (H, W) the mosaic's size."""
+
+    x: Tensor
+    """RAW [B,1,H,W] (mosaic), [B,4,H/2,W/2] (packed), or the camera JPG [B,3,H,W] (rgb)."""
+    rendering: Tensor
+    """[B,3,H,W]: LibRaw's rendering, or the camera JPG when that is the input."""
+    self_reference: Tensor
+    """The rendering at x's size: the reference of the self protocol."""
+    oracle_reference: Tensor
+    """Y': the target low-passed to x's size: the reference of the oracle protocol."""
+    camera: Tensor
+    """[B,3,H,W]: the camera JPG of the input's own frame."""
+    target: Tensor
+    """[B,3,sH,sW]: the long-focal JPG."""
+
+
+def model_inputs(batch: dict[str, Tensor], config: SDANConfig, device: torch.device) -> Inputs:
+    """Crops of `CropStream.crop`, stacked, as the network's inputs on `device`."""
+    images = {name: batch[name].to(device, non_blocking=True).float() / 255 for name in IMAGES}
+    raw = batch["lr_raw"].to(device, non_blocking=True)
+    if config.input == "rgb":
+        x = rendering = images["lr_rgb"]
+    else:
+        x = raw if config.input == "packed" else raw_input.packed_to_mosaic(raw)
+        rendering = images["lr_render"]
+    shrink = 2 if config.input == "packed" else 1
+    return Inputs(
+        x=x,
+        rendering=rendering,
+        self_reference=low_pass(rendering, shrink),
+        oracle_reference=low_pass(images["hr_rgb"], shrink * config.scale),
+        camera=images["lr_rgb"],
+        target=images["hr_rgb"],
+    )
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Fixed crops of a held-out split, stacked: what validation and evaluation look at."""
+
+    batch: dict[str, Tensor]
+    names: tuple[str, ...]
+    """sequence/pair@row,col of each crop."""
+    aligned: Tensor | None
+    """[N,3,sH,sW] float32: the target registered to the bicubically enlarged camera JPG; None unless asked for."""
+    aligned_mask: Tensor | None
+    """[N,1,sH,sW] float32: 1 where `aligned` is valid; all 0 where registration failed."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def select(self, numbers: range) -> HeldOut:
+        """Some of the crops, e.g. one worker's part."""
+        picked = list(numbers)
+        rest = {name: value[picked] for name, value in self.batch.items()}
+        aligned = None if self.aligned is None else self.aligned[picked]
+        mask = None if self.aligned_mask is None else self.aligned_mask[picked]
+        return replace(self, batch=rest, names=tuple(self.names[n] for n in picked), aligned=aligned, aligned_mask=mask)
+
+
+def held_out(shards: str, split: str, config: RunConfig, *, limit: int | None, align: bool) -> HeldOut:
+    """The central crop of `limit` tiles, spread evenly over the split's pairs (None: of every tile)."""
+    index = index_split(shards, split)
+    check_fit(index, config)
+    tiles = [(pair, tile) for pair, count in enumerate(index.tiles) for tile in range(count)]
+    if limit is not None and limit < len(tiles):
+        tiles = [tiles[int(place)] for place in np.linspace(0, len(tiles) - 1, limit).round()]
+    margin = 2 * ((index.info.tile_px - config.train.crop_px) // 2)
+    plan = augment.CropPlan(row=margin, col=margin, flip_rows=False, flip_cols=False, transpose=False)
+    window = slice(margin * config.model.scale, (margin + 2 * config.train.crop_px) * config.model.scale)
+    names, samples, aligned = [], [], []
+    for pair, tile in tiles:
+        row = read_tile(index, pair, tile)
+        sample = cut(row, plan, config.train.crop_px, index.info.scale)
+        names.append(f"{row['sequence']}/{row['pair']}@{row['row']},{row['col']}")
+        samples.append(sample)
+        if align:  # over the whole tile, which holds more to register by than the crop
+            target, mask = align_to(row["hr_rgb"], row["lr_rgb"], index.info.scale)
+            aligned.append((target[:, window, window], mask[window, window]))
+    present = [name for name in samples[0] if all(name in sample for sample in samples)]
+    return HeldOut(
+        batch={name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in present},
+        names=tuple(names),
+        aligned=torch.from_numpy(np.stack([target for target, _ in aligned])).float() / 255 if align else None,
+        aligned_mask=torch.from_numpy(np.stack([mask for _, mask in aligned])).float()[:, None] if align else None,
+    )
+
+
+def check_fit(index: ShardIndex, config: RunConfig) -> None:
+    """The shards' scale and tiles suit the config, or a ShardsError that names both sides."""
+    if index.info.scale != config.model.scale:
+        raise ShardsError(
+            f"{index.shards}: scale {config.model.scale} expected by the model, the shards hold {index.info.scale}; "
+            f"--set model.scale={index.info.scale}, or preprocess with --scale {config.model.scale}"
+        )
+    if index.info.tile_px < config.train.crop_px:
+        raise ShardsError(
+            f"{index.shards}: tiles of at least train.crop_px = {config.train.crop_px} packed pixels expected, the "
+            f"shards hold {index.info.tile_px}; --set train.crop_px={index.info.tile_px // 8 * 8}, or preprocess with "
+            "a larger --tile"
+        )

@@ -1,0 +1,250 @@
+"""`sdan train`: a run from shards to a registered model, through Ray Train.
+
+A run is a folder `data/runs/NAME`: `run.json` (what it is), Ray Train's own state and checkpoints (the latest and the
+best), and at the end `model/`, the best checkpoint. Started again with resume=True it goes on from the latest one.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.train
+from mlflow.tracking import MlflowClient
+from ray.train import CheckpointConfig, FailureConfig, ScalingConfig, UserCallback
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchTrainer
+from tqdm import tqdm
+
+from pipelines import cluster, registry
+from pipelines import config as configs
+from pipelines.config import ConfigError, RunConfig
+from pipelines.loader import check_fit, index_split
+from pipelines.worker import SELECT_BY, train_worker
+from sdan import checkpoint
+
+EXPERIMENT = "sdan"
+
+
+class TrainError(ValueError):
+    """A run that cannot start; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run."""
+
+    name: str
+    folder: Path
+    model: Path
+    """The best checkpoint's folder."""
+    run_id: str
+    scores: dict[str, float]
+    """The best checkpoint's validation scores."""
+    version: str | None
+    """Its version in the registry."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """run.json: what a resumed run must know."""
+
+    config: dict[str, Any]
+    shards: str
+    run_id: str
+    init_from: str | None
+
+    def write(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = folder / "run.json.partial"
+        aside.write_text(json.dumps(self.__dict__, indent=2))
+        aside.replace(folder / "run.json")
+
+
+def newest_run(data: Path) -> str:
+    """The name of the run whose run.json is youngest."""
+    runs = sorted((data / "runs").glob("*/run.json"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise TrainError(f"--resume: a run expected in {data / 'runs'}, got none; start one without --resume")
+    return runs[-1].parent.name
+
+
+def train(
+    shards: str,
+    config: RunConfig,
+    *,
+    data: Path,
+    workers: int | None = None,
+    name: str | None = None,
+    resume: bool = False,
+    init_from: Path | None = None,
+    run_id: str | None = None,
+    callbacks: Sequence[UserCallback] = (),
+    register: bool = True,
+    progress: bool = True,
+) -> TrainResult:
+    """Train `config` on `shards`.
+
+    Args:
+        data: where runs, MLflow's database and artifacts live.
+        workers: DDP ranks; None: one per GPU, or one.
+        name: the run's folder; None: from the config and the time (or the newest run, when resuming).
+        init_from: a checkpoint folder whose weights to start from.
+        run_id: an MLflow run that exists already (a sweep's child); None: one is made.
+        callbacks: Ray Train callbacks, called in the controller after each report.
+        register: make a version of the registered model from the best checkpoint.
+
+    Raises:
+        TrainError, ConfigError, ShardsError, ClusterError: one clear line, before anything has started.
+    """
+    tracking_uri = registry.default_tracking_uri(data)
+    registry.prepare_database(tracking_uri)
+    folder, run = _open_run(shards, config, data, name, resume, init_from, run_id, tracking_uri)
+    config = configs.from_dict(run.config)
+    check_fit(index_split(run.shards, "train"), config)
+    index_split(run.shards, "val")
+    cluster.start_ray()
+    plan = cluster.plan_workers(workers)
+    client = MlflowClient(tracking_uri=tracking_uri)
+    client.update_run(run.run_id, status="RUNNING")
+    job = {
+        "config": run.config,
+        "shards": run.shards,
+        "threads": plan.threads,
+        "tracking_uri": tracking_uri,
+        "run_id": run.run_id,
+        "init_from": run.init_from,
+    }
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=job,
+        scaling_config=ScalingConfig(
+            num_workers=plan.num_workers,
+            use_gpu=plan.use_gpu,
+            resources_per_worker={"CPU": plan.cpus_per_worker} | ({"GPU": 1} if plan.use_gpu else {}),
+        ),
+        run_config=RayRunConfig(
+            name=folder.name,
+            storage_path=str(folder.parent.resolve()),
+            failure_config=FailureConfig(max_failures=3),
+            checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=SELECT_BY),
+            callbacks=[*callbacks, _ProgressFile(folder / "progress.jsonl")],  # type: ignore[list-item]
+        ),
+    )
+    try:
+        with _ProgressBar(folder / "progress.jsonl", config, enabled=progress):
+            result = trainer.fit()
+    except BaseException as error:
+        if run_id is None:
+            client.set_terminated(run.run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+        raise
+    finished = _finish(folder, run, result, tracking_uri, register)
+    if run_id is None:  # a sweep ends its children itself
+        client.set_terminated(run.run_id, "FINISHED")
+    return finished
+
+
+def _open_run(
+    shards: str,
+    config: RunConfig,
+    data: Path,
+    name: str | None,
+    resume: bool,
+    init_from: Path | None,
+    run_id: str | None,
+    tracking_uri: str,
+) -> tuple[Path, _Run]:
+    if resume:
+        name = name or newest_run(data)
+        stored = data / "runs" / name / "run.json"
+        if not stored.exists():
+            raise TrainError(f"--resume --name {name}: a run expected in {stored.parent}, got none")
+        return stored.parent, _Run(**json.loads(stored.read_text()))
+    name = name or f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = data / "runs" / name
+    if (folder / "run.json").exists():
+        raise TrainError(f"--name {name}: a new name expected, {folder} exists; add --resume to go on with it")
+    if init_from is not None and checkpoint.load(init_from).model.config != config.model:
+        raise ConfigError(
+            f"{init_from}: a checkpoint of the same model.* values expected; leave model.* as it is there"
+        )
+    run_id = run_id or registry.create_run(tracking_uri, EXPERIMENT, name)
+    registry.log_config(tracking_uri, run_id, configs.flatten(config) | {"shards": shards})
+    run = _Run(configs.to_dict(config), shards, run_id, str(init_from.resolve()) if init_from else None)
+    run.write(folder)
+    return folder, run
+
+
+def _finish(folder: Path, run: _Run, result: ray.train.Result, tracking_uri: str, register: bool) -> TrainResult:
+    """Put the best checkpoint at `model/` (without the trainer's state) and register it."""
+    if not result.best_checkpoints:
+        raise TrainError(f"{folder}: at least one checkpoint expected, got none; see Ray's logs")
+    best, metrics = max(result.best_checkpoints, key=lambda pair: pair[1].get(SELECT_BY, float("-inf")))
+    model = folder / "model"
+    with best.as_directory() as source:
+        shutil.rmtree(model, ignore_errors=True)
+        shutil.copytree(source, model, ignore=shutil.ignore_patterns("trainer.pt", ".*"))
+    scores = {name: float(value) for name, value in metrics.items() if name.startswith("val_")}
+    version = registry.register_model(tracking_uri, run.run_id, model) if register else None
+    return TrainResult(folder.name, folder, model, run.run_id, scores, version)
+
+
+class _ProgressFile(UserCallback):
+    """Runs in Ray Train's controller, on the driver's machine: appends every report to a file that the bar reads."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path.resolve())
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        with Path(self.path).open("a") as file:
+            file.write(json.dumps({"time": time.time()} | metrics[0]) + "\n")
+
+
+class _ProgressBar:
+    """One live line: epoch, loss, PSNR, crops/s, time left."""
+
+    def __init__(self, path: Path, config: RunConfig, *, enabled: bool) -> None:
+        self.path, self.config, self.enabled = path, config, enabled
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> None:
+        if self.enabled:
+            self.path.touch()
+            self.skip = self.path.stat().st_size
+            self.thread.start()
+
+    def __exit__(self, *exception: object) -> None:
+        self.stopped.set()
+        if self.enabled:
+            self.thread.join()
+
+    def _follow(self) -> None:
+        with (
+            self.path.open() as file,
+            tqdm(total=self.config.train.epochs, desc="train", unit="epoch", file=sys.stderr) as bar,
+        ):
+            file.seek(self.skip)
+            while True:
+                last = self.stopped.is_set()
+                for line in file:
+                    self._show(bar, json.loads(line))
+                if last:
+                    return
+                self.stopped.wait(0.5)
+
+    @staticmethod
+    def _show(bar: Any, report: dict[str, Any]) -> None:
+        bar.set_postfix_str(
+            f"loss {report.get('train_loss', float('nan')):.4f}, PSNR {report.get(SELECT_BY, float('nan')):.2f} dB "
+            f"(self), {report.get('crops_per_s', 0):.1f} crops/s",
+            refresh=False,
+        )
+        bar.update(report["epoch"] - bar.n)

@@ -1,0 +1,103 @@
+"""`sdan tune`: the sweep of tuning/ over the real trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray.train import UserCallback
+
+from pipelines import config as configs
+from pipelines import registry
+from pipelines.config import RunConfig
+from pipelines.loader import check_fit, index_split
+from pipelines.worker import SELECT_BY
+from tuning.space import check_space, default_space, load_space
+from tuning.summary import table
+from tuning.sweep import SweepResult, run_sweep
+
+
+class _Report(UserCallback):
+    """Hands every validation of a trial to the sweep; called in Ray Train's controller."""
+
+    def __init__(self, report: Callable[[dict[str, float]], None]) -> None:
+        self.report = report
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        self.report(metrics[0])
+
+
+@dataclass(frozen=True)
+class TrialTrainer:
+    """The train function that the sweep calls for each trial."""
+
+    shards: str
+    config: RunConfig
+    data: Path
+    workers: int | None
+    sweep: str
+
+    def __call__(self, overrides: Mapping[str, Any], report: Any) -> dict[str, float]:
+        from pipelines.train import train
+
+        result = train(
+            self.shards,
+            configs.override(self.config, overrides),
+            data=self.data,
+            workers=self.workers,
+            name=f"{self.sweep}-{report.trial_id}",
+            resume=(self.data / "runs" / f"{self.sweep}-{report.trial_id}" / "run.json").exists(),
+            run_id=report.run_id,
+            callbacks=[_Report(report)],
+            register=False,
+            progress=False,
+        )
+        return result.scores
+
+
+def tune(
+    shards: str,
+    config: RunConfig,
+    *,
+    data: Path,
+    trials: int,
+    space: Path | None = None,
+    workers: int | None = None,
+    name: str = "sweep",
+    resume: bool = False,
+) -> SweepResult:
+    """Sweep `space` (or the default one) over the real trainer, starting from `config`.
+
+    Raises:
+        SweepError, ConfigError, ShardsError: one clear line.
+    """
+    searched = check_space(load_space(space) if space else default_space())
+    unknown = sorted(set(searched) - set(configs.flatten(config)))
+    if unknown:
+        configs.override(config, {unknown[0]: ""})  # names the nearest known key
+    check_fit(index_split(shards, "train"), config)
+    uri = registry.default_tracking_uri(data)
+    registry.prepare_database(uri)
+    return run_sweep(
+        TrialTrainer(shards, config, data.resolve(), workers, name),
+        searched,
+        name=name,
+        storage_path=data / "sweeps",
+        tracking_uri=uri,
+        experiment="sdan-sweeps",
+        num_trials=trials,
+        max_epochs=config.train.epochs,
+        metric=SELECT_BY,
+        seed=config.train.seed,
+        resume=resume,
+        parent_tags={"config": config.name, "shards": shards},
+    )
+
+
+def summary(result: SweepResult) -> str:
+    """The table of trials and how to use the best one."""
+    best = " ".join(f"--set {key}={value}" for key, value in result.best_overrides.items())
+    lines = [table(result.trials, metric=SELECT_BY), "", f"best: {result.best_score:.3f} with {best}"]
+    return "\n".join([*lines, f"pictures and table: {result.folder} (MLflow run {result.parent_run_id})"])

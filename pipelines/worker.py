@@ -1,0 +1,173 @@
+"""What one train worker does: steps over its crops, validates, checkpoints, and - on rank 0 - writes to MLflow.
+
+Runs inside Ray Train, alone or as one of many: the same code on CPUs (gloo) and GPUs (nccl).
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train.torch import get_device, prepare_model
+from torch import Tensor
+
+from pipelines import config as configs
+from pipelines import step
+from pipelines.loader import CropStream, HeldOut, check_fit, held_out, index_split, model_inputs, training_batches
+from pipelines.pictures import training_sheet
+from pipelines.scores import mean_scores, score_model
+from pipelines.tracking import RunLog
+from sdan import checkpoint
+
+SELECT_BY = "val_psnr"
+"""The best checkpoint has the highest of these: self protocol (what a user gets) against the aligned target (what real
+data has, too); against the raw target where no crop could be aligned."""
+
+
+class NotFiniteError(RuntimeError):
+    """The loss became NaN or infinite."""
+
+
+class EpochMeter:
+    """Means of the loss terms over an epoch, crops per second, and the share of time spent waiting for data."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.steps = 0
+        self.waited_s = 0.0
+        self.started = time.perf_counter()
+
+    def add(self, terms: dict[str, Tensor], waited_s: float) -> None:
+        for name, term in terms.items():
+            self.sums[name] = self.sums[name] + term if name in self.sums else term
+        self.steps += 1
+        self.waited_s += waited_s
+
+    def means(self, crops_per_step: int) -> dict[str, float]:
+        elapsed = time.perf_counter() - self.started
+        means = {f"train_{name}": float(value) / self.steps for name, value in self.sums.items()}
+        if not all(math.isfinite(value) for value in means.values()):
+            raise NotFiniteError(
+                f"finite losses expected, got {means}; lower train.learning_rate, "
+                "set train.grad_clip=1, or use train.precision=fp32"
+            )
+        return means | {"crops_per_s": self.steps * crops_per_step / elapsed, "data_wait": self.waited_s / elapsed}
+
+
+class Worker:
+    """One rank's part of a run."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.job = job
+        self.config = configs.from_dict(job["config"])
+        self.device = get_device()
+        torch.set_num_threads(job["threads"])
+        self.index = index_split(job["shards"], "train")
+        check_fit(self.index, self.config)
+        wrap = prepare_model if self.world > 1 else (lambda model: model)
+        self.training = step.start(self.config, job["init_from"], self.device, wrap)
+        self.log = RunLog(job["tracking_uri"], job["run_id"]) if self.rank == 0 else None
+
+    @cached_property
+    def validation(self) -> HeldOut:
+        """This rank's part of the held-out crops."""
+        crops = held_out(self.job["shards"], "val", self.config, limit=self.config.train.val_crops, align=True)
+        return crops.select(range(self.rank, len(crops), self.world))
+
+    @property
+    def crops_per_step(self) -> int:
+        return self.config.train.batch_per_worker * self.world
+
+    @property
+    def steps_per_epoch(self) -> int:
+        crops = self.config.train.crops_per_epoch or len(self.index.paths)
+        return max(1, crops // self.crops_per_step)
+
+    def run(self) -> None:
+        """Train from the last checkpoint (if any) to the last epoch."""
+        previous = ray.train.get_checkpoint()
+        if previous is not None:
+            with previous.as_directory() as folder:
+                self.training.restore(Path(folder))
+        else:
+            self._report(0, {})
+        stream = CropStream(self.index, self.config.train.seed, self.config.train.crop_px, self.config.train.augment)
+        batches = training_batches(
+            stream,
+            batch=self.config.train.batch_per_worker,
+            rank=self.rank,
+            world=self.world,
+            first_step=self.training.step,
+            last_step=self.config.train.epochs * self.steps_per_epoch,
+        )
+        meter, waiting = EpochMeter(), time.perf_counter()
+        for batch in batches:
+            waited_s = time.perf_counter() - waiting
+            rate = step.learning_rate(self.training.step, self.steps_per_epoch, self.config.train)
+            inputs = model_inputs(batch, self.config.model, self.device)
+            meter.add(step.train_step(self.training, inputs, self.config, rate), waited_s)
+            if self.training.step % self.steps_per_epoch == 0:
+                epoch = self.training.step // self.steps_per_epoch
+                metrics = meter.means(self.crops_per_step) | {"learning_rate": rate}
+                self._end_epoch(epoch, metrics)
+                meter = EpochMeter()
+            waiting = time.perf_counter()
+
+    def _end_epoch(self, epoch: int, metrics: dict[str, float]) -> None:
+        if epoch % self.config.train.validate_every == 0 or epoch == self.config.train.epochs:
+            self._report(epoch, metrics)
+        elif self.log:
+            self.log.metrics(epoch, metrics)
+
+    def _report(self, epoch: int, metrics: dict[str, float]) -> None:
+        """Validate, write to MLflow, hand Ray Train the checkpoint."""
+        metrics = metrics | self._validate()
+        if self.log:
+            self.log.metrics(epoch, metrics)
+            every = self.config.train.validate_every * self.config.train.picture_every
+            if epoch % every == 0 or epoch == self.config.train.epochs:
+                self.log.picture(
+                    epoch, "validation", training_sheet(self.training.averaged, self.validation, self.device)
+                )
+        reported = metrics | {"epoch": epoch, "epochs": self.config.train.epochs}
+        if self.rank > 0:
+            ray.train.report(reported)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint.save(
+                Path(folder) / "checkpoint",
+                self.training.averaged,
+                config=configs.to_dict(self.config),
+                scores=metrics,
+                trainer_state=self.training.state(),
+            )
+            ray.train.report(reported, checkpoint=ray.train.Checkpoint.from_directory(str(Path(folder) / "checkpoint")))
+
+    def _validate(self) -> dict[str, float]:
+        """Scores of the averaged weights by both protocols, over all ranks' crops."""
+        per_crop = score_model(self.training.averaged, self.validation, self.device)
+        if self.world > 1:
+            parts: list[dict[str, list[float]]] = [{} for _ in range(self.world)]
+            dist.all_gather_object(parts, per_crop)
+            per_crop = {name: [value for part in parts for value in part[name]] for name in per_crop}
+        means = {f"val_{name}": value for name, value in mean_scores(per_crop).items()}
+        aligned = means.get("val_self_aligned_psnr", math.nan)
+        return means | {SELECT_BY: aligned if math.isfinite(aligned) else means["val_self_raw_psnr"]}
+
+
+def train_worker(job: dict[str, Any]) -> None:
+    """Ray Train's per-worker function.
+
+    Args:
+        job: config (configs.to_dict), shards, threads, tracking_uri, run_id, init_from (a checkpoint folder or None).
+    """
+    Worker(job).run()
