@@ -96,7 +96,7 @@ def simulate(
             sequences=sequences,
             width_px=width,
             preset=preset,
-            raw_format=raw_format,  # type: ignore[arg-type]  # checked there
+            raw_format=raw_format,
             seed=seed,
             progress=step,
         )
@@ -289,9 +289,8 @@ def doctor() -> None:
 def _options(
     scale: int, align: str, tile: int, stride: int | None, exclude: Path | None, val: str
 ) -> PreprocessOptions:
-    from preprocessing.shards import PreprocessOptions
-
     from preprocessing.frames import read_exclusions
+    from preprocessing.shards import PreprocessOptions
 
     return PreprocessOptions(
         scale=scale,

@@ -21,8 +21,7 @@ from pipelines.loader import HeldOut, held_out, model_inputs
 from pipelines.pictures import labelled_grid, to_uint8
 from pipelines.scores import BORDER_PX, PROTOCOLS, TARGETS, PerCrop, mean_scores, score_bicubic, score_model
 from sdan import checkpoint, metrics
-from sdan.baselines import bicubic
-from sdan.network import SDAN
+from sdan.baselines import Network, bicubic
 
 METRICS = ("psnr", "ssim", "lpips")
 EXAMPLES = 4
@@ -127,7 +126,7 @@ def evaluate(
 
 
 def evaluate_model(
-    model: SDAN, held: HeldOut, *, split: str, crop_px: int, targets: Sequence[str] | None = None
+    model: Network, held: HeldOut, *, split: str, crop_px: int, targets: Sequence[str] | None = None
 ) -> Evaluation:
     """The table of one model on crops that are loaded already."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -157,7 +156,7 @@ def evaluate_model(
     )
 
 
-def examples(model: SDAN, held: HeldOut, count: int = EXAMPLES) -> np.ndarray:
+def examples(model: Network, held: HeldOut, count: int = EXAMPLES) -> np.ndarray:
     """bicubic | SDAN | target, a row a crop, the crops with the most detail first; uint8 [H, W, 3]."""
     device = next(model.parameters()).device
     target_name = "true_rgb" if "true_rgb" in held.batch else "hr_rgb"
@@ -192,7 +191,7 @@ def _most_detailed(images: torch.Tensor, count: int) -> list[int]:
     return [int(number) for number in detail[:count]]
 
 
-def _write(out: Path, result: Evaluation, model: SDAN, held: HeldOut) -> None:
+def _write(out: Path, result: Evaluation, model: Network, held: HeldOut) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text(result.table() + "\n")
     stored: dict[str, Any] = {**result.__dict__, "gap_db": result.gap_db}

@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 from torchvision.utils import flow_to_image
 
 from pipelines.loader import HeldOut, model_inputs
-from sdan.network import SDAN
+from sdan.baselines import Network
 
 PAPER, INK = (250, 250, 248), (32, 32, 32)
 CELL_PX, GAP_PX, LABEL_PX = 256, 8, 18
@@ -24,7 +24,7 @@ def to_uint8(image: Tensor) -> np.ndarray:
     return (image.float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
 
 
-def training_sheet(model: SDAN, held: HeldOut, device: torch.device) -> np.ndarray:
+def training_sheet(model: Network, held: HeldOut, device: torch.device) -> np.ndarray:
     """A row a crop: input, reference Y', aligned X', output (self), target, mask M, offsets as colours (oracle).
 
     Returns:

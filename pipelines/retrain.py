@@ -10,13 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from preprocessing.shards import PreprocessOptions, PreprocessReport, preprocess
-
 from pipelines import cluster, registry
 from pipelines import config as configs
 from pipelines.config import RunConfig
 from pipelines.evaluate import Evaluation, evaluate
 from pipelines.train import TrainResult, train
+from preprocessing.shards import PreprocessOptions, PreprocessReport, preprocess
 from sdan import checkpoint
 
 FINE_TUNE_EPOCHS = 0.2

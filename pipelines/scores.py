@@ -13,8 +13,7 @@ from torch import Tensor
 
 from pipelines.loader import HeldOut, Inputs, model_inputs
 from sdan import metrics
-from sdan.baselines import bicubic
-from sdan.network import SDAN
+from sdan.baselines import Network, bicubic
 
 BORDER_PX = 8
 """Target pixels left out at each side of a crop when it is scored."""
@@ -27,7 +26,7 @@ PerCrop = dict[str, list[float]]
 
 
 def score_model(
-    model: SDAN, held: HeldOut, device: torch.device, protocols: Sequence[str] = PROTOCOLS, *, lpips: bool = False
+    model: Network, held: HeldOut, device: torch.device, protocols: Sequence[str] = PROTOCOLS, *, lpips: bool = False
 ) -> PerCrop:
     """Scores of a model's outputs; with simulated truth also the end-point error of its offsets, in mosaic pixels."""
     collected: PerCrop = {}
@@ -44,7 +43,7 @@ def score_model(
     return collected
 
 
-def score_bicubic(model: SDAN, held: HeldOut, device: torch.device, source: str, *, lpips: bool = False) -> PerCrop:
+def score_bicubic(model: Network, held: HeldOut, device: torch.device, source: str, *, lpips: bool = False) -> PerCrop:
     """Scores of the bicubic enlargement of the `source`: "camera" (the JPG) or "rendering" (LibRaw's)."""
     collected: PerCrop = {}
     for inputs, part in _batches(model, held, device):
@@ -90,7 +89,7 @@ def _target(part: HeldOut, name: str) -> tuple[Tensor | None, Tensor | None]:
     return part.aligned, part.aligned_mask
 
 
-def _batches(model: SDAN, held: HeldOut, device: torch.device) -> Iterator[tuple[Inputs, HeldOut]]:
+def _batches(model: Network, held: HeldOut, device: torch.device) -> Iterator[tuple[Inputs, HeldOut]]:
     for first in range(0, len(held), BATCH):
         part = held.select(range(first, min(first + BATCH, len(held))))
         yield model_inputs(part.batch, model.config, device), part

@@ -19,7 +19,7 @@ from torch import Tensor
 from pipelines import config as configs
 from preprocessing import raw
 from sdan import checkpoint, inference, raw_input
-from sdan.network import SDAN
+from sdan.baselines import Network
 
 PICTURES = (".jpg", ".jpeg", ".png")
 
@@ -89,7 +89,7 @@ def _to_tensor(image_HW3: np.ndarray) -> Tensor:
 class Zoomer:
     """A loaded model, ready for many photographs."""
 
-    model: SDAN
+    model: Network
     tile_px: int
 
     @classmethod

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sdan.network import CHANNELS, SDANConfig, SDANOutput, SuperResolution, check_inputs
+from sdan.network import CHANNELS, SDAN, SDANConfig, SDANOutput, SuperResolution, check_inputs
 from sdan.resample import bicubic
 
-__all__ = ["SRResNet", "bicubic"]
+__all__ = ["Network", "SRResNet", "bicubic"]
 
 
 class SRResNet(nn.Module):
@@ -37,3 +37,7 @@ class SRResNet(nn.Module):
         n, _, height, width = x.shape
         zeros = torch.zeros(n, 2, height, width, device=x.device)
         return SDANOutput(zoomed, reference, torch.ones_like(zeros[:, :1]), zeros)
+
+
+Network = SDAN | SRResNet
+"""Whatever a checkpoint can hold: the same inputs, the same SDANOutput."""

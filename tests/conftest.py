@@ -1,0 +1,67 @@
+"""Shards small enough for a test: a smooth random scene seen at both resolutions, perfectly aligned, with its truth."""
+
+import cv2
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from preprocessing import schema
+
+TILE_PX, SCALE = 24, 4
+
+
+def scene(seed: int, side: int) -> np.ndarray:
+    """uint8 [side, side, 3] with detail at every scale."""
+    random = np.random.default_rng(seed)
+    picture = np.zeros((side, side, 3), np.float32)
+    for cells in (3, 8, 20, 50):
+        layer = random.normal(size=(cells, cells, 3)).astype(np.float32)
+        picture += cv2.resize(layer, (side, side), interpolation=cv2.INTER_CUBIC) / np.sqrt(cells)
+    picture -= picture.min()
+    return (40 + 180 * picture / picture.max()).astype(np.uint8)
+
+
+def tile_row(sequence: str, number: int, tile_px: int = TILE_PX) -> dict:
+    """One row of the schema, made from `scene`."""
+    high = scene(hash((int(sequence), number)) % 2**31, 2 * tile_px * SCALE)
+    low = cv2.resize(high, (2 * tile_px, 2 * tile_px), interpolation=cv2.INTER_AREA)
+    linear = (low.astype(np.float32) / 255) ** 2.2 * 15000 + 512
+    planes = (linear[::2, ::2, 0], linear[::2, 1::2, 1], linear[1::2, ::2, 1], linear[1::2, 1::2, 2])
+    chw = {name: np.ascontiguousarray(image.transpose(2, 0, 1)) for name, image in (("low", low), ("high", high))}
+    return dict.fromkeys(schema.COLUMNS) | {
+        "sequence": sequence,
+        "pair": "00005-00001",
+        "lr_raw": np.stack(planes).astype(np.uint16),
+        "lr_render": chw["low"],
+        "lr_rgb": chw["low"],
+        "hr_rgb": chw["high"],
+        "true_rgb": chw["high"],
+        "true_flow": np.zeros((2, tile_px, tile_px), np.float16),
+        "black_level": [512.0] * 4,
+        "wb": [1.0] * 4,
+        "white_level": 16383.0,
+        "focal_lr_mm": 50.0,
+        "focal_hr_mm": 240.0,
+        "scale": SCALE,
+        "camera": "test",
+        "row": 0,
+        "col": number * tile_px,
+        "origin_row": 0,
+        "origin_col": 0,
+        "lr_to_hr": [4.0, 0.0, 0.0, 0.0, 4.0, 0.0],
+        "aligned_by": "scale",
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory):
+    """Four train pairs, one val pair, two tiles of 24 packed pixels each, 4x."""
+    folder = tmp_path_factory.mktemp("shards")
+    info = schema.ShardInfo(tile_px=TILE_PX, scale=SCALE, options={})
+    for split, sequences in (("train", ("00001", "00002", "00003", "00004")), ("val", ("00005",))):
+        target = folder / f"split={split}"
+        target.mkdir()
+        for sequence in sequences:
+            table = schema.encode([tile_row(sequence, number) for number in range(2)], info)
+            pq.write_table(table, target / f"{sequence}_00005-00001_0123456789abcdef.parquet", row_group_size=1)
+    return folder

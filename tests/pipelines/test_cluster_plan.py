@@ -1,0 +1,29 @@
+"""Workers that would starve are refused before anything starts."""
+
+import pytest
+
+from pipelines.cluster import ClusterError, plan_workers
+
+
+def test_two_workers_fit_on_two_cpus_and_leave_some_for_data():
+    plan = plan_workers(2, {"CPU": 2.0})
+    assert plan.num_workers * plan.cpus_per_worker < 2
+    assert (plan.use_gpu, plan.threads) == (False, 1)
+
+
+def test_gpus_set_the_default():
+    plan = plan_workers(None, {"CPU": 32.0, "GPU": 8.0})
+    assert (plan.num_workers, plan.use_gpu, plan.cpus_per_worker) == (8, True, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("workers", "resources", "said"),
+    [
+        (8, {"CPU": 2.0}, "use --workers 3 or fewer"),
+        (0, {"CPU": 2.0}, "at least 1"),
+        (4, {"CPU": 16.0, "GPU": 2.0}, "use --workers 2"),
+    ],
+)
+def test_too_few_is_said_with_what_would_fit(workers, resources, said):
+    with pytest.raises(ClusterError, match=said):
+        plan_workers(workers, resources)

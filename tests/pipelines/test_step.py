@@ -1,0 +1,71 @@
+"""One training step: the schedule, the average, and that a step resumed is the step continued."""
+
+import copy
+
+import pytest
+import torch
+
+from pipelines import config as configs
+from pipelines import step
+from pipelines.loader import CropStream, index_split, model_inputs
+from sdan import checkpoint
+
+
+def test_warm_restarts():
+    config = configs.TrainConfig(learning_rate=1.0, learning_rate_floor=0.1, restart_epochs=2, warmup_steps=4)
+    rates = [step.learning_rate(number, 10, config) for number in range(62)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[20] == pytest.approx(1.0)  # first restart, after 2 epochs
+    assert rates[19] < 0.12
+    assert rates[40] == pytest.approx(0.55)  # the middle of the second period, 4 epochs long
+    assert rates[60] == pytest.approx(1.0)
+
+
+@pytest.fixture
+def smoke(tiny_shards):
+    config = configs.override(configs.smoke(), {"train.ema_decay": 0.9})
+    stream = CropStream(index_split(str(tiny_shards), "train"), seed=0, crop_px=16, augment=True)
+
+    def inputs(number):
+        batch = {name: torch.from_numpy(value)[None] for name, value in stream.crop(number).items()}
+        return model_inputs(batch, config.model, torch.device("cpu"))
+
+    return config, inputs
+
+
+def test_the_loss_falls(smoke):
+    config, inputs = smoke
+    training = step.start(config, None, torch.device("cpu"), lambda model: model)
+    losses = [float(step.train_step(training, inputs(0), config, 1e-3)["loss"]) for _ in range(40)]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_restored_step_is_the_step_continued(smoke, tmp_path):
+    config, inputs = smoke
+    training = step.start(config, None, torch.device("cpu"), lambda model: model)
+    for number in range(3):
+        step.train_step(training, inputs(number), config, 1e-3)
+    checkpoint.save(
+        tmp_path / "c", training.averaged, config=configs.to_dict(config), scores={}, trainer_state=training.state()
+    )
+    step.train_step(training, inputs(3), config, 1e-3)
+    resumed = step.start(config, None, torch.device("cpu"), lambda model: model)
+    resumed.restore(tmp_path / "c")
+    step.train_step(resumed, inputs(3), config, 1e-3)
+    assert resumed.step == training.step == 4
+    for name, value in training.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    for name, value in training.averaged.state_dict().items():
+        assert torch.equal(value, resumed.averaged.state_dict()[name]), name
+
+
+def test_the_average_lags_behind(smoke):
+    config, inputs = smoke
+    training = step.start(config, None, torch.device("cpu"), lambda model: model)
+    before = copy.deepcopy(training.averaged.state_dict())
+    for number in range(4):
+        step.train_step(training, inputs(number), config, 1e-3)
+    name = "head.weight"
+    moved = (training.averaged.state_dict()[name] - before[name]).norm()
+    ahead = (training.model.state_dict()[name] - before[name]).norm()
+    assert 0 < moved < ahead
