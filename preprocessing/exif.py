@@ -28,8 +28,8 @@ class Exif:
     focal_mm: float | None = None
     iso: float | None = None
     exposure_s: float | None = None
-    orientation: int = 1
-    """EXIF orientation 1-8: how the stored picture has to be turned for the viewer; 1 when the file does not say."""
+    orientation: int | None = None
+    """EXIF orientation 1-8: how the stored picture has to be turned for the viewer."""
 
 
 def read_exif(data: bytes) -> Exif:
@@ -101,7 +101,7 @@ def _exif(tags: Mapping[str, Any]) -> Exif:
         focal_mm=_positive(tags["focal"]),
         iso=_positive(tags["iso"]),
         exposure_s=_positive(tags["exposure"]),
-        orientation=int(orientation) if orientation is not None and orientation in range(1, 9) else 1,
+        orientation=int(orientation) if orientation is not None and orientation in range(1, 9) else None,
     )
 
 

@@ -89,18 +89,11 @@ def load(source: str | Path | bytes, *, name: str | None = None) -> RawImage:
 
 
 def upright(image_HWC: NDArray[Any], flip: int) -> NDArray[Any]:
-    """`image_HWC` turned for the viewer. `flip` is LibRaw's: 4 transpose, 2 upside down, 1 mirror (3 = half turn,
-    5 = quarter turn left, 6 = quarter turn right)."""
-    turned = image_HWC
-    if flip & 4:
-        turned = turned.swapaxes(0, 1)
-        # LibRaw flips the source's rows and columns before it swaps them, so after the swap they trade places.
-        flip = (flip & 4) | (flip & 1) << 1 | (flip & 2) >> 1
-    if flip & 2:
-        turned = turned[::-1]
-    if flip & 1:
-        turned = turned[:, ::-1]
-    return np.ascontiguousarray(turned)
+    """`image_HWC` turned for the viewer. `flip` is LibRaw's: 2 rows reversed, 1 columns reversed, then 4 transposed
+    (3 = half turn, 5 = quarter turn left, 6 = quarter turn right)."""
+    turned = image_HWC[::-1] if flip & 2 else image_HWC
+    turned = turned[:, ::-1] if flip & 1 else turned
+    return np.ascontiguousarray(turned.swapaxes(0, 1) if flip & 4 else turned)
 
 
 def _decode(raw: Any, label: str, head: bytes) -> RawImage:

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs
 import pyarrow.parquet as pq
+
+from preprocessing.storage import open_folder
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "val", "test")
@@ -138,8 +139,7 @@ def read_info(shards: str) -> ShardInfo:
     paths = list_shards(shards)
     if not paths:
         raise SchemaError(f"{shards}: no shards (split=*/*.parquet); make them with: sdan preprocess RAW {shards}")
-    filesystem, _ = pyarrow.fs.FileSystem.from_uri(shards) if "://" in shards else (pyarrow.fs.LocalFileSystem(), "")
-    return info_of(pq.read_schema(paths[0], filesystem=filesystem), paths[0])
+    return info_of(pq.read_schema(paths[0], filesystem=open_folder(shards).filesystem), paths[0])
 
 
 def info_of(schema: pa.Schema, path: str) -> ShardInfo:
@@ -161,14 +161,10 @@ def list_shards(shards: str, split: str | None = None) -> list[str]:
     """
     if split is not None and split not in SPLITS:
         raise SchemaError(f"split {split!r}, expected one of {', '.join(SPLITS)}")
-    if "://" in shards:
-        filesystem, root = pyarrow.fs.FileSystem.from_uri(shards)
-    else:
-        filesystem, root = pyarrow.fs.LocalFileSystem(), shards
+    folder = open_folder(shards)
     paths = []
     for name in SPLITS if split is None else (split,):
-        selector = pyarrow.fs.FileSelector(f"{root.rstrip('/')}/split={name}", allow_not_found=True)
-        paths += [entry.path for entry in filesystem.get_file_info(selector) if is_shard(entry.base_name)]
+        paths += [entry.path for entry in folder.files(f"split={name}") if is_shard(entry.base_name)]
     return sorted(paths)
 
 

@@ -1,0 +1,178 @@
+"""Find zoom sequences by listing, and pair their frames by focal length.
+
+Layout (SR-RAW's): RAW/NNNNN/NNNNN.ARW + NNNNN.JPG, or the same below RAW/train and RAW/test. Any RAW suffix, any case;
+everything else in a folder (tform.txt, truth/) is left alone.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from preprocessing.exif import Exif
+from preprocessing.schema import SPLITS
+from preprocessing.storage import Folder
+
+_RAW_NAMES = (
+    "3fr ari arw bay cr2 cr3 crw dcr dng erf fff gpr iiq k25 kdc mef mos mrw nef nrw orf pef raf raw rw2 rwl sr2 srf"
+    " srw x3f"
+)
+RAW_SUFFIXES = frozenset(_RAW_NAMES.split())
+JPG_SUFFIXES = frozenset({"jpg", "jpeg"})
+TRUTH_FOLDER = "truth"
+
+MAX_EXCESS = 1.3
+"""The largest focal ratio that still makes a pair, as a multiple of the scale (SR-RAW's 240/50 is 1.2 times 4)."""
+
+KNOWN_BAD = ("00350/00001", "00350/00002", "00350/00003", "00560/00003", "00267/00003")
+"""SR-RAW's frames with a broken JPG, as sequence/frame."""
+
+
+@dataclass(frozen=True)
+class File:
+    """A file by its path below the RAW folder, and its size in bytes."""
+
+    path: str
+    size: int
+
+    @property
+    def name(self) -> str:
+        return self.path.rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One exposure: its files by stem. More than one file of a kind is ambiguous and makes the frame unusable."""
+
+    stem: str
+    raws: tuple[File, ...]
+    jpgs: tuple[File, ...]
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One scene at several focal lengths."""
+
+    name: str
+    folder: str
+    """Its path below the RAW folder ("" when RAW is the sequence itself)."""
+    split: str | None
+    """train, val or test when the layout says so."""
+    frames: tuple[Frame, ...]
+    truth: tuple[File, ...] = ()
+    """What the simulator left in truth/."""
+
+
+@dataclass(frozen=True)
+class Shot:
+    """A frame and what its tags say."""
+
+    frame: Frame
+    exif: Exif
+
+
+@dataclass
+class _Listing:
+    files: dict[str, list[File]] = field(default_factory=lambda: defaultdict(list))
+    truth: dict[str, list[File]] = field(default_factory=lambda: defaultdict(list))
+
+
+def discover(raw: Folder) -> list[Sequence]:
+    """All sequences below `raw`, sorted by folder, from one recursive listing: no file is opened."""
+    listing = _Listing()
+    for entry in raw.files(recursive=True):
+        folder, _, name = raw.relative(entry.path).rpartition("/")
+        if name.startswith("."):
+            continue
+        file = File(f"{folder}/{name}".lstrip("/"), entry.size)
+        if _is_sequence_folder(folder):
+            listing.files[folder].append(file)
+        elif folder.rpartition("/")[2] == TRUTH_FOLDER:
+            listing.truth[folder.rpartition("/")[0]].append(file)
+    found = []
+    for folder, files in sorted(listing.files.items()):
+        frames = _frames(files)
+        if frames:
+            name = (folder or raw.root).rpartition("/")[2]
+            split = folder.partition("/")[0] if "/" in folder else None
+            truth = tuple(sorted(listing.truth[folder], key=lambda file: file.path))
+            found.append(Sequence(name, folder, split, frames, truth))
+    return found
+
+
+def pair(shots: Iterable[Shot], scale: int) -> list[tuple[Shot, Shot]]:
+    """(LR, HR) pairs: for each HR frame the LR frame with the smallest focal ratio from scale to 1.3 scale.
+
+    An LR frame needs a RAW and a JPG, an HR frame a JPG. Of frames with equal focal lengths the first by name serves as
+    LR; each of them is an HR frame of its own. Shots without a focal length are in no pair.
+    """
+    known = sorted((shot for shot in shots if shot.exif.focal_mm), key=lambda shot: shot.frame.stem)
+    pairs = []
+    for hr in known:
+        candidates = [
+            (ratio(lr, hr), index)
+            for index, lr in enumerate(known)
+            if len(lr.frame.raws) == 1 and len(lr.frame.jpgs) == 1 and _fits(ratio(lr, hr), scale)
+        ]
+        if len(hr.frame.jpgs) == 1 and candidates:
+            pairs.append((known[min(candidates)[1]], hr))
+    return pairs
+
+
+def ratio(lr: Shot, hr: Shot) -> float:
+    """HR focal length / LR focal length; both must be known."""
+    assert lr.exif.focal_mm and hr.exif.focal_mm
+    return hr.exif.focal_mm / lr.exif.focal_mm
+
+
+def is_excluded(sequence: str, stem: str, excluded: Iterable[str]) -> bool:
+    """Whether "sequence/frame" or the whole "sequence" is among `excluded`."""
+    names = set(excluded)
+    return sequence in names or f"{sequence}/{stem}" in names
+
+
+def read_exclusions(path: str | Path) -> tuple[str, ...]:
+    """Names to leave out, one a line: a sequence ("00350") or a frame ("00350/00001", a suffix is ignored). # comments.
+
+    Raises OSError when the file cannot be read and ValueError for a line that is neither.
+    """
+    names = []
+    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+        text = line.partition("#")[0].strip().strip("/")
+        if not text:
+            continue
+        sequence, _, frame = text.partition("/")
+        if not sequence or "/" in frame:
+            raise ValueError(f"{path}, line {number}: {text!r}, expected SEQUENCE or SEQUENCE/FRAME, e.g. 00350/00001")
+        stem = frame.rpartition(".")[0] if _suffix(frame) in RAW_SUFFIXES | JPG_SUFFIXES else frame
+        names.append(f"{sequence}/{stem}" if stem else sequence)
+    return tuple(names)
+
+
+def _is_sequence_folder(folder: str) -> bool:
+    parts = folder.split("/") if folder else []
+    if parts[:1] and parts[0] in SPLITS and len(parts) == 2:
+        return parts[1] != TRUTH_FOLDER
+    return len(parts) <= 1 and parts != [TRUTH_FOLDER]
+
+
+def _frames(files: list[File]) -> tuple[Frame, ...]:
+    raws: dict[str, list[File]] = defaultdict(list)
+    jpgs: dict[str, list[File]] = defaultdict(list)
+    for file in sorted(files, key=lambda file: file.path):
+        stem = file.name.rpartition(".")[0]
+        if _suffix(file.name) in RAW_SUFFIXES:
+            raws[stem].append(file)
+        elif _suffix(file.name) in JPG_SUFFIXES:
+            jpgs[stem].append(file)
+    stems = sorted(raws.keys() | jpgs.keys())
+    return tuple(Frame(stem, tuple(raws[stem]), tuple(jpgs[stem])) for stem in stems)
+
+
+def _suffix(name: str) -> str:
+    return name.rpartition(".")[2].lower() if "." in name else ""
+
+
+def _fits(value: float, scale: int) -> bool:
+    # EXIF focal lengths are rationals: 4.0 may arrive as 3.9999999.
+    return scale * (1 - 1e-6) <= value <= scale * MAX_EXCESS * (1 + 1e-6)

@@ -1,0 +1,192 @@
+"""Where a pixel of one picture lies in another, as one affine; and sampling a picture through it, once.
+
+Conventions: a map is float64 [2, 3], (x, y) -> (X, Y); coordinates are continuous, pixel i covers [i, i + 1), so its
+centre is i + 0.5. Sizes are (height, width). Shapes end in HWC.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Map = NDArray[np.float64]
+Size = tuple[int, int]
+
+LANCZOS_LOBES = 3
+_PHASES = 1024
+_STRIP_ROWS = 64
+
+
+def compose(outer: Map, inner: Map) -> Map:
+    """The map that applies `inner` first: outer(inner(x, y))."""
+    return np.asarray(_square(outer)[:2] @ _square(inner), np.float64)
+
+
+def invert(mapping: Map) -> Map:
+    return np.asarray(np.linalg.inv(_square(mapping))[:2], np.float64)
+
+
+def apply(mapping: Map, points_N2: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[N, 2] points (x, y) through the map."""
+    return points_N2 @ mapping[:, :2].T + mapping[:, 2]
+
+
+def scaling(factor: float) -> Map:
+    return np.array([[factor, 0, 0], [0, factor, 0]], np.float64)
+
+
+def translation(x: float, y: float) -> Map:
+    return np.array([[1, 0, x], [0, 1, y]], np.float64)
+
+
+def about_centres(factor: float, from_size: Size, to_size: Size) -> Map:
+    """Scale by `factor`, the centre of one picture on the centre of the other."""
+    (height, width), (to_height, to_width) = from_size, to_size
+    return np.array(
+        [[factor, 0, (to_width - factor * width) / 2], [0, factor, (to_height - factor * height) / 2]], np.float64
+    )
+
+
+def turn(flip: int, size: Size) -> Map:
+    """Sensor coordinates of a picture of `size` to those of `raw.upright(picture, flip)`."""
+    height, width = size
+    x = [-1.0, 0.0, width] if flip & 1 else [1.0, 0.0, 0.0]
+    y = [0.0, -1.0, height] if flip & 2 else [0.0, 1.0, 0.0]
+    return np.array([y, x] if flip & 4 else [x, y], np.float64)
+
+
+def stored_flip(orientation: int | None, flip: int, jpg_size: Size, visible_size: Size) -> int:
+    """How the stored pixels of a camera JPG are turned against the sensor, as a LibRaw flip.
+
+    orientation: the JPG's EXIF tag (None: not there); flip: the RAW's. Cameras store the sensor's pixels and say in the
+    tag how to turn them; software that has turned the pixels writes 1. A tag that got lost is told by the JPG's shape.
+    """
+    if orientation not in (None, 1) or flip == 0:
+        return 0
+    transposed = (jpg_size[0] > jpg_size[1]) != (visible_size[0] > visible_size[1])
+    if flip & 4:
+        return flip if transposed else 0
+    return flip if orientation == 1 else 0
+
+
+def jpg_scale(jpg_size: Size, visible_size: Size) -> float:
+    """JPG pixels per sensor pixel; both sizes in sensor orientation.
+
+    1 for a full-size JPG (cameras crop up to a few per cent of the visible area), else the ratio of the sides that the
+    JPG did not crop (a smaller in-camera JPG, perhaps 16:9).
+    """
+    ratio = max(jpg_size[0] / visible_size[0], jpg_size[1] / visible_size[1])
+    return 1.0 if 0.95 <= ratio <= 1.05 else ratio
+
+
+def visible_to_jpg(zoom: float, visible_size: Size, jpg_size: Size, flip: int) -> Map:
+    """LR mosaic (LibRaw's visible area, sensor orientation) -> stored pixels of a camera JPG with a `zoom` times
+    as long focal length, by the field of view about the centre. `flip` is the JPG's `stored_flip`, jpg_size as stored.
+    """
+    size = (jpg_size[1], jpg_size[0]) if flip & 4 else jpg_size
+    return compose(turn(flip, size), about_centres(zoom * jpg_scale(size, visible_size), visible_size, size))
+
+
+def footprint(mapping: Map, size: Size) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of the largest upright box whose points `mapping` takes into a picture of `size`.
+
+    For maps that are nearly upright up to quarter turns. An empty box has right <= left or bottom <= top.
+    """
+    height, width = size
+    corners = np.array([[0, 0], [width, 0], [0, height], [width, height]], np.float64)
+    points = apply(invert(mapping), corners)
+    xs, ys = np.sort(points[:, 0]), np.sort(points[:, 1])
+    return float(xs[1]), float(ys[1]), float(xs[2]), float(ys[2])
+
+
+def sample(image_HWC: NDArray[np.uint8], to_source: Map, size: Size) -> NDArray[np.uint8]:
+    """The picture of `size` whose pixel at (x, y) is `image_HWC` at to_source(x, y), uint8 [h, w, C].
+
+    A Lanczos window of three lobes, stretched where the map shrinks (the low-pass), placed exactly to a thousandth of a
+    pixel. Raises ValueError when the target reaches outside the source.
+    """
+    height, width = size
+    corners = apply(to_source, np.array([[0, 0], [width, 0], [0, height], [width, height]], np.float64))
+    low, high = corners.min(0), corners.max(0)
+    if (low < -1e-6).any() or (high > np.array(image_HWC.shape[1::-1]) + 1e-6).any():
+        raise ValueError(
+            f"target reaches from {low.round(2).tolist()} to {high.round(2).tolist()} in a source of "
+            f"{image_HWC.shape[1]}x{image_HWC.shape[0]}"
+        )
+    stretch = max(1.0, float(np.abs(to_source[:, :2]).sum(1).max()))
+    margin = int(np.ceil(LANCZOS_LOBES * stretch)) + 1
+    left, top = np.maximum(np.floor(low).astype(int) - margin, 0)
+    right, bottom = np.ceil(high).astype(int) + margin
+    crop = image_HWC[top:bottom, left:right]
+    mapping = compose(translation(-left, -top), to_source)
+    if abs(mapping[0, 0]) < abs(mapping[0, 1]):
+        crop, mapping = crop.swapaxes(0, 1), mapping[::-1]
+    if mapping[0, 0] < 0:
+        crop, mapping = crop[:, ::-1], compose(turn(1, crop.shape[:2]), mapping)
+    if mapping[1, 1] < 0:
+        crop, mapping = crop[::-1], compose(turn(2, crop.shape[:2]), mapping)
+    if abs(mapping[0, 1]) * height < 1e-6 and abs(mapping[1, 0]) * width < 1e-6:
+        return _sample_upright(crop, mapping, size)
+    return _sample_sheared(np.ascontiguousarray(crop, np.float32), mapping, size)
+
+
+def _sample_upright(crop: NDArray[np.uint8], mapping: Map, size: Size) -> NDArray[np.uint8]:
+    """Scale and shift only: Pillow's resampler, whose box may start anywhere."""
+    height, width = size
+    box = (
+        max(mapping[0, 2], 0.0),
+        max(mapping[1, 2], 0.0),
+        min(mapping[0, 2] + mapping[0, 0] * width, crop.shape[1]),
+        min(mapping[1, 2] + mapping[1, 1] * height, crop.shape[0]),
+    )
+    picture = Image.fromarray(np.ascontiguousarray(crop))
+    return np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS, box=box))
+
+
+def _sample_sheared(crop: NDArray[np.float32], mapping: Map, size: Size) -> NDArray[np.uint8]:
+    """Any affine near upright in two one-dimensional passes (Catmull and Smith): columns first, then rows; in between
+    nothing is rounded. Column X of the source holds target row v at Y(X, v) = d/a X + (e - d b / a) v + ..."""
+    height, width = size
+    (a, b, c), (d, e, f) = mapping
+    slope, step, start = d / a, e - d * b / a, f - d * c / a
+    out = np.empty((height, width, crop.shape[2]), np.uint8)
+    x_source = np.arange(crop.shape[1]) + 0.5
+    u = np.arange(width) + 0.5
+    for first in range(0, height, _STRIP_ROWS):
+        v = np.arange(first, min(first + _STRIP_ROWS, height)) + 0.5
+        columns = _resample_rows(crop, slope * x_source[None] + step * v[:, None] + start, step)
+        rows = _resample_rows(columns.swapaxes(0, 1), (a * u[None] + b * v[:, None] + c).T, a).swapaxes(0, 1)
+        out[first : first + len(v)] = np.clip(np.rint(rows), 0, 255)
+    return out
+
+
+def _resample_rows(
+    image_HWC: NDArray[np.float32], position_MW: NDArray[np.float64], step: float
+) -> NDArray[np.float32]:
+    """[M, W, C]: column w of the result is column w of the image at heights position_MW[:, w]; the border repeats."""
+    weights_PK, reach = _lanczos_table(abs(step))
+    base = np.floor(position_MW - 0.5)
+    phase = np.rint((position_MW - 0.5 - base) * _PHASES).astype(np.int32)
+    weights_MWK = weights_PK[phase]
+    base = base.astype(np.int32)
+    height, width, channels = image_HWC.shape
+    flat = np.ascontiguousarray(image_HWC).reshape(height * width, channels)
+    column = np.arange(width, dtype=np.int32)
+    out = np.zeros((*position_MW.shape, channels), np.float32)
+    for tap in range(weights_PK.shape[1]):
+        row = np.clip(base + (tap - reach + 1), 0, height - 1)
+        out += weights_MWK[..., tap, None] * flat[row * width + column]
+    return out
+
+
+def _lanczos_table(step: float) -> tuple[NDArray[np.float32], int]:
+    """([phases + 1, taps] weights, reach): row p weighs pixels floor - reach + 1 ... floor + reach at phase p/1024."""
+    stretch = max(1.0, step)
+    reach = int(np.ceil(LANCZOS_LOBES * stretch))
+    offset = np.arange(-reach + 1, reach + 1)[None] - np.linspace(0, 1, _PHASES + 1)[:, None]
+    x = offset / stretch
+    weights = np.sinc(x) * np.sinc(x / LANCZOS_LOBES) * (np.abs(x) < LANCZOS_LOBES)
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32), reach
+
+
+def _square(mapping: Map) -> NDArray[np.float64]:
+    return np.vstack([mapping, [0.0, 0.0, 1.0]])

@@ -1,0 +1,138 @@
+"""Local folders and `s3://` URIs alike, through pyarrow.fs: open a folder, read a file or its two ends, put a file
+in place in one step."""
+
+import os
+import socket
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.fs
+
+ENDS_BYTES = 64 * 1024
+_STALE_S = 24 * 3600
+
+
+@dataclass(frozen=True)
+class Folder:
+    """One folder of a file system; paths given to its methods are relative to it."""
+
+    filesystem: pyarrow.fs.FileSystem
+    root: str
+    label: str
+    """What the user called it, for messages."""
+
+    def path(self, relative: str) -> str:
+        return f"{self.root}/{relative}" if relative else self.root
+
+    def files(self, relative: str = "", *, recursive: bool = False) -> list[pyarrow.fs.FileInfo]:
+        """The files (not folders) below `relative`, by listing alone; [] where the folder does not exist."""
+        selector = pyarrow.fs.FileSelector(self.path(relative), allow_not_found=True, recursive=recursive)
+        return [entry for entry in self.filesystem.get_file_info(selector) if entry.type == pyarrow.fs.FileType.File]
+
+    def relative(self, path: str) -> str:
+        """A listed path relative to this folder."""
+        return path[len(self.root) :].lstrip("/")
+
+    def exists(self, relative: str = "") -> bool:
+        return self.filesystem.get_file_info(self.path(relative)).type != pyarrow.fs.FileType.NotFound
+
+    def read(self, relative: str, limit: int | None = None) -> bytes:
+        """The whole file, or its first `limit` bytes."""
+        with self.filesystem.open_input_file(self.path(relative)) as file:
+            return file.read(limit) if limit is not None else file.read()
+
+    def read_ends(self, relative: str) -> tuple[bytes, bytes]:
+        """(first, last) 64 KB of a file; a short file is all in the first."""
+        with self.filesystem.open_input_file(self.path(relative)) as file:
+            size = file.size()
+            first = file.read_at(min(size, ENDS_BYTES), 0)
+            last = file.read_at(min(size - len(first), ENDS_BYTES), max(len(first), size - ENDS_BYTES))
+        return first, last
+
+    def put(self, relative: str, data: bytes | pa.Buffer) -> None:
+        """Write a file so that readers see either none (or the old one) or all of it, even if we are killed.
+
+        Locally written aside and renamed; on S3 an object appears when its upload is complete.
+        """
+        target = self.path(relative)
+        if not self.is_local:
+            with self.filesystem.open_output_stream(target) as stream:
+                stream.write(data)
+            return
+        parent, name = target.rsplit("/", 1)
+        self.filesystem.create_dir(parent, recursive=True)
+        aside = f"{parent}/.{name}.{_writer()}"
+        try:
+            with self.filesystem.open_output_stream(aside) as stream:
+                stream.write(data)
+            self.filesystem.move(aside, target)
+        except BaseException:
+            self.delete_path(aside)
+            raise
+
+    def move(self, source: str, target: str) -> None:
+        """Move a file within the folder; on S3 a copy, then a deletion."""
+        if self.is_local:
+            self.filesystem.create_dir(self.path(target).rpartition("/")[0], recursive=True)
+            self.filesystem.move(self.path(source), self.path(target))
+            return
+        self.filesystem.copy_file(self.path(source), self.path(target))
+        self.delete(source)
+
+    def delete(self, relative: str) -> None:
+        """Remove a file; one that is already gone is fine (another run may have removed it)."""
+        self.delete_path(self.path(relative))
+
+    def delete_path(self, path: str) -> None:
+        try:
+            self.filesystem.delete_file(path)
+        except (FileNotFoundError, OSError):
+            if self.filesystem.get_file_info(path).type == pyarrow.fs.FileType.File:
+                raise
+
+    def sweep(self, relative: str) -> None:
+        """Remove what killed runs left half-written: asides of dead processes of this host, or older than a day."""
+        if not self.is_local:
+            return
+        for entry in self.files(relative):
+            if entry.base_name.startswith(".") and _abandoned(entry.base_name, entry.mtime_ns / 1e9):
+                self.delete_path(entry.path)
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.filesystem, pyarrow.fs.LocalFileSystem)
+
+
+def open_folder(uri: str) -> Folder:
+    """The folder at a local path or `s3://bucket/prefix` (credentials and endpoint from AWS's usual variables).
+
+    Raises OSError or pyarrow.ArrowInvalid when the URI cannot be understood; the folder need not exist.
+    """
+    if "://" in uri:
+        filesystem, root = pyarrow.fs.FileSystem.from_uri(uri)
+    else:
+        filesystem, root = pyarrow.fs.LocalFileSystem(), str(Path(uri).absolute())
+    return Folder(filesystem, root.rstrip("/"), uri)
+
+
+def _writer() -> str:
+    return f"{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex[:8]}"
+
+
+def _abandoned(name: str, modified_s: float) -> bool:
+    if time.time() - modified_s > _STALE_S:
+        return "~" in name
+    host, _, rest = name.rpartition(".")[2].partition("~")
+    pid = rest.partition("~")[0]
+    if host != socket.gethostname() or not pid.isdigit():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False

@@ -1,0 +1,193 @@
+"""Cut one pair into tiles: everything of a shard's row that comes from the pictures themselves.
+
+Areas are (top, left, height, width). Packed pixels unless said otherwise; the mosaic has twice as many each way.
+"""
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from preprocessing import geometry, registration
+from preprocessing.exif import read_exif
+from preprocessing.geometry import Map, Size
+from preprocessing.raw import RawImage
+
+Area = tuple[int, int, int, int]
+
+_MEASURE_PX = 96
+"""Least side of the window in which a tile's residual shift is measured: a shift must be small against the window."""
+
+
+class TileError(ValueError):
+    """A pair that cannot be cut; the message is one line that says why."""
+
+
+@dataclass(frozen=True)
+class Jpg:
+    """A camera JPG as stored: pixels [H, W, 3] uint8 without EXIF's turn, and the turn."""
+
+    pixels_HWC: NDArray[np.uint8]
+    orientation: int | None
+
+    @property
+    def size(self) -> Size:
+        return self.pixels_HWC.shape[0], self.pixels_HWC.shape[1]
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """The maps of one pair, from the LR mosaic (LibRaw's visible area, sensor orientation) to stored JPG pixels."""
+
+    lr_to_lr_jpg: Map
+    lr_to_hr: Map
+    aligned_by: str
+
+
+def decode_jpg(data: bytes, name: str) -> Jpg:
+    """Raises TileError for a file that is no JPG, is damaged or ends early."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "MPO")) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = "no JPG" if isinstance(error, Image.UnidentifiedImageError) else str(error).strip() or "damaged"
+        raise TileError(f"{name}: cannot be decoded ({reason}); copy it again or exclude it") from error
+    return Jpg(pixels, read_exif(data).orientation)
+
+
+def align(raw: RawImage, lr: Jpg, hr: Jpg, zoom: float, *, ecc: bool) -> Alignment:
+    """The maps by the focal ratio `zoom`, with `ecc` refined by registering the JPGs (or "scale_fallback")."""
+    to_lr = _nominal(raw, lr, 1.0)
+    to_hr = _nominal(raw, hr, zoom)
+    if not ecc:
+        return Alignment(to_lr, to_hr, "scale")
+    area = shared_area(raw, Alignment(to_lr, to_hr, "scale"), lr.size, hr.size)
+    place = mosaic_origin(raw, area)
+    size = (2 * area[2], 2 * area[3])
+    try:
+        if min(size) <= 0:
+            raise registration.RegistrationError("the pictures do not overlap")
+        correction = registration.register(
+            registration.luminance(geometry.sample(lr.pixels_HWC, geometry.compose(to_lr, place), size)),
+            registration.luminance(geometry.sample(hr.pixels_HWC, geometry.compose(to_hr, place), size)),
+        )
+    except registration.RegistrationError:
+        return Alignment(to_lr, to_hr, "scale_fallback")
+    refined = geometry.compose(to_hr, geometry.compose(place, geometry.compose(correction, geometry.invert(place))))
+    return Alignment(to_lr, refined, "ecc")
+
+
+def shared_area(raw: RawImage, alignment: Alignment, lr_size: Size, hr_size: Size) -> Area:
+    """The packed area that all three pictures cover; height or width can be 0 or less."""
+    _, rows, cols = raw.packed.shape
+    boxes = [geometry.footprint(alignment.lr_to_lr_jpg, lr_size), geometry.footprint(alignment.lr_to_hr, hr_size)]
+    top, left = raw.origin
+    first_col = max(0.0, *((box[0] - left) / 2 for box in boxes))
+    first_row = max(0.0, *((box[1] - top) / 2 for box in boxes))
+    end_col = min(float(cols), *((box[2] - left) / 2 for box in boxes))
+    end_row = min(float(rows), *((box[3] - top) / 2 for box in boxes))
+    row, col = int(np.ceil(first_row - 1e-6)), int(np.ceil(first_col - 1e-6))
+    return row, col, int(np.floor(end_row + 1e-6)) - row, int(np.floor(end_col + 1e-6)) - col
+
+
+def mosaic_origin(raw: RawImage, area: Area) -> Map:
+    """Mosaic pixels counted from the area's corner -> LibRaw's visible area."""
+    return geometry.translation(raw.origin[1] + 2 * area[1], raw.origin[0] + 2 * area[0])
+
+
+def spread(length: int, tile: int, stride: int) -> list[int]:
+    """Starts of tiles that cover `length` from end to end, evenly, at most `stride` apart; [] when not one fits."""
+    if length < tile:
+        return []
+    count = -(-(length - tile) // stride) + 1
+    return [round(start) for start in np.linspace(0, length - tile, count).tolist()]
+
+
+def cut(
+    raw: RawImage, lr: Jpg, hr: Jpg, zoom: float, *, scale: int, tile_px: int, stride_px: int, ecc: bool
+) -> list[dict[str, Any]]:
+    """The picture columns of each tile's row. Raises TileError when the shared area does not hold one tile."""
+    alignment = align(raw, lr, hr, zoom, ecc=ecc)
+    area = shared_area(raw, alignment, lr.size, hr.size)
+    rows, cols = spread(area[2], tile_px, stride_px), spread(area[3], tile_px, stride_px)
+    if not rows or not cols:
+        shared = f"{max(area[3], 0)}x{max(area[2], 0)}"
+        raise TileError(
+            f"the frames share {shared} packed pixels, a tile has {tile_px}x{tile_px}; use --tile to cut smaller"
+        )
+    place = mosaic_origin(raw, area)
+    size = (2 * area[2], 2 * area[3])
+    fine = geometry.compose(place, geometry.scaling(1 / scale))
+    lr_HWC = geometry.sample(lr.pixels_HWC, geometry.compose(alignment.lr_to_lr_jpg, place), size)
+    hr_HWC = geometry.sample(
+        hr.pixels_HWC, geometry.compose(alignment.lr_to_hr, fine), (scale * size[0], scale * size[1])
+    )
+    quality = _Quality(lr_HWC, hr_HWC, scale, tile_px)
+    shared_columns = {
+        "black_level": raw.black_level,
+        "wb": raw.wb,
+        "white_level": raw.white_level,
+        "scale": scale,
+        "camera": raw.camera,
+        "origin_row": raw.origin[0],
+        "origin_col": raw.origin[1],
+        "lr_to_hr": alignment.lr_to_hr.ravel(),
+        "aligned_by": alignment.aligned_by,
+    }
+    tiles = []
+    for row in rows:
+        for col in cols:
+            score, residual_px = quality.of(row, col)
+            top, left = area[0] + row, area[1] + col
+            tiles.append(
+                shared_columns
+                | {
+                    "row": top,
+                    "col": left,
+                    "lr_raw": raw.packed[:, top : top + tile_px, left : left + tile_px],
+                    "lr_render": _window(raw.rendering, top, left, 2, tile_px),
+                    "lr_rgb": _window(lr_HWC, row, col, 2, tile_px),
+                    "hr_rgb": _window(hr_HWC, row, col, 2 * scale, tile_px),
+                    "align_score": score,
+                    "residual_px": residual_px,
+                }
+            )
+    return tiles
+
+
+class _Quality:
+    """Per tile: correlation and residual shift of the long-focal picture against the camera's short-focal one."""
+
+    def __init__(self, lr_HWC: NDArray[np.uint8], hr_HWC: NDArray[np.uint8], scale: int, tile_px: int) -> None:
+        height, width = lr_HWC.shape[:2]
+        low = cv2.resize(hr_HWC, (width, height), interpolation=cv2.INTER_AREA)
+        self._lr, self._hr = registration.luminance(lr_HWC), registration.luminance(np.asarray(low, np.uint8))
+        self._lr_detail, self._hr_detail = map(registration.local_detail, (self._lr, self._hr))
+        self._scale, self._side = scale, 2 * tile_px
+
+    def of(self, row: int, col: int) -> tuple[float, float]:
+        """(correlation, residual shift in HR pixels) of the tile at packed (row, col) of the area."""
+        at = (slice(2 * row, 2 * row + self._side), slice(2 * col, 2 * col + self._side))
+        wide = tuple(self._widened(span, length) for span, length in zip(at, self._lr.shape, strict=True))
+        shift = registration.measure_shift(self._lr_detail[wide], self._hr_detail[wide])
+        return registration.correlation(self._lr[at], self._hr[at]), float(np.hypot(*shift)) * self._scale
+
+    @staticmethod
+    def _widened(span: slice, length: int) -> slice:
+        extra = max(0, 2 * _MEASURE_PX - (span.stop - span.start)) // 2
+        return slice(max(0, span.start - extra), min(length, span.stop + extra))
+
+
+def _nominal(raw: RawImage, jpg: Jpg, zoom: float) -> Map:
+    flip = geometry.stored_flip(jpg.orientation, raw.flip, jpg.size, raw.visible_size)
+    return geometry.visible_to_jpg(zoom, raw.visible_size, jpg.size, flip)
+
+
+def _window(image_HWC: NDArray[np.uint8], row: int, col: int, factor: int, tile_px: int) -> NDArray[np.uint8]:
+    """[C, factor t, factor t] of a picture with `factor` pixels per packed pixel."""
+    top, left, side = factor * row, factor * col, factor * tile_px
+    return image_HWC[top : top + side, left : left + side].transpose(2, 0, 1)
