@@ -1,0 +1,141 @@
+"""The scenes that the simulated camera looks at: two planes of nested canvases, finest in the centre.
+
+At 24 mm a frame takes in ten times what it does at 240 mm, so one canvas at native density would need a hundred frames'
+pixels. Four canvases do instead, each about two frames wide, half as dense as the one inside it: what the 240 mm frame sees at
+1.5 canvas pixels per frame pixel, then 150-100 mm, 70-50 mm, 35-24 mm. The centre of each is the area average (in linear
+light) of the finer one, so that all of them show one and the same scene.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from preprocessing.scenery import light, near, photographs, subjects
+from preprocessing.scenery.painter import Box, Canvas, Plan
+
+FINEST_DENSITY = 1.5
+NUM_LEVELS = 4
+
+_VALUES = np.arange(256) / 255.0
+SRGB_TO_LINEAR = np.where(_VALUES <= 0.04045, _VALUES / 12.92, ((_VALUES + 0.055) / 1.055) ** 2.4).astype(np.float32)
+_STEPS = np.arange(4096) / 4095.0
+_LINEAR_TO_SRGB = np.rint(
+    255 * np.where(_STEPS <= 0.0031308, 12.92 * _STEPS, 1.055 * np.maximum(_STEPS, 1e-9) ** (1 / 2.4) - 0.055)
+).astype(np.uint8)
+
+
+@dataclass
+class Scene:
+    """What stands before the camera: canvases finest first; near ones have alpha and may be absent."""
+
+    far: list[Canvas]
+    near: list[Canvas]
+    subject: str
+
+
+def level_of(focal_mm: float) -> int:
+    """The canvas that serves a focal length: 240 | 150, 100 | 70, 50 | 35, 24 mm."""
+    return sum(focal_mm < limit for limit in (200, 85, 42))
+
+
+def build_scene(
+    rng: np.random.Generator,
+    boxes: Sequence[Box],
+    *,
+    frame_width: int,
+    subject: str | None = None,
+    photos: Sequence[Path] = (),
+    first_photo: int = 0,
+) -> Scene:
+    """Draw a scene.
+
+    boxes        what each of the NUM_LEVELS canvases must cover, scene units, finest first
+    frame_width  width of a 240 mm frame in scene units: the size of things follows it
+    subject      one of `subjects.SUBJECTS`; None lets the random generator choose
+    photos       photographs to hang instead of a procedural subject, starting with number `first_photo`
+    """
+    unit = frame_width / 1536
+    nested = _nest(boxes)
+    names = list(subjects.SUBJECTS)
+    chosen = names[int(rng.integers(len(names)))] if subject is None else subject
+    plan = Plan()
+    if photos:
+        chosen = "photographs"
+        photographs.plan_gallery(plan, rng, nested, photos, first_photo, unit)
+    else:
+        subjects.SUBJECTS[chosen](plan, rng, nested[-1], unit)
+    light.plan_light(plan, rng, nested[-1], unit)
+    colour_plan, mask_plan = near.plan_near(rng, nested[-1], unit)
+    far_canvases = _draw(plan, nested, background=(128, 128, 128))
+    return Scene(far_canvases, _draw_near(colour_plan, mask_plan, nested), chosen)
+
+
+def _nest(boxes: Sequence[Box]) -> list[Box]:
+    """Snap each box outward to the coarsest canvas's pixel grid, and let it hold the finer ones with a pixel to spare."""
+    step = 2 ** (NUM_LEVELS - 1) / FINEST_DENSITY
+    nested: list[Box] = []
+    for box in boxes:
+        if nested:
+            inner = nested[-1]
+            box = (
+                *(min(a, b - step) for a, b in zip(box[:2], inner[:2], strict=True)),
+                *(max(a, b + step) for a, b in zip(box[2:], inner[2:], strict=True)),
+            )  # type: ignore[assignment]
+        left, top = (float(np.floor(value / step) * step) for value in box[:2])
+        right, bottom = (float(np.ceil(value / step) * step) for value in box[2:])
+        nested.append((left, top, right, bottom))
+    return nested
+
+
+def _blank(box: Box, level: int, background: tuple[int, int, int]) -> Canvas:
+    density = FINEST_DENSITY / 2**level
+    left, top, right, bottom = box
+    shape = (round((bottom - top) * density), round((right - left) * density), 3)
+    pixels = np.empty(shape, np.uint8)
+    pixels[:] = background
+    return Canvas(pixels, left, top, density, level)
+
+
+def _draw(plan: Plan, boxes: Sequence[Box], background: tuple[int, int, int]) -> list[Canvas]:
+    canvases: list[Canvas] = []
+    for level, box in enumerate(boxes):
+        canvas = _blank(box, level, background)
+        finer = canvases[-1] if canvases else None
+        plan.play(canvas, finer.box if finer else None)
+        if finer:
+            _lay_in(finer, canvas)
+        canvases.append(canvas)
+    return canvases
+
+
+def _draw_near(colour_plan: Plan, mask_plan: Plan, boxes: Sequence[Box]) -> list[Canvas]:
+    """Colour and coverage are drawn apart (coverage as white on black) and stored premultiplied, in linear light."""
+    colours = _draw(colour_plan, boxes, background=(60, 62, 54))
+    masks = _draw(mask_plan, boxes, background=(0, 0, 0))
+    near = []
+    for colour, mask in zip(colours, masks, strict=True):
+        alpha = mask.pixels[..., :1]
+        linear = cv2.LUT(colour.pixels, SRGB_TO_LINEAR) * (alpha / np.float32(255))
+        near.append(Canvas(np.dstack([encode(linear), alpha]), colour.x0, colour.y0, colour.density, colour.level))
+    return near
+
+
+def _lay_in(finer: Canvas, canvas: Canvas) -> None:
+    """Replace a canvas's centre by the finer canvas's 2x2 averages."""
+    row = round((finer.y0 - canvas.y0) * canvas.density)
+    column = round((finer.x0 - canvas.x0) * canvas.density)
+    height, width = finer.pixels.shape[0] // 2, finer.pixels.shape[1] // 2
+    for start in range(0, height, 256):
+        stop = min(start + 256, height)
+        linear = cv2.LUT(finer.pixels[2 * start : 2 * stop], SRGB_TO_LINEAR)
+        half = encode(np.asarray(cv2.resize(linear, (width, stop - start), interpolation=cv2.INTER_AREA)))
+        canvas.pixels[row + start : row + stop, column : column + width] = half
+
+
+def encode(linear: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """Linear light [0, 1] -> sRGB bytes."""
+    return _LINEAR_TO_SRGB[np.minimum(linear * np.float32(4095) + np.float32(0.5), 4095).astype(np.uint16)]

@@ -1,0 +1,215 @@
+"""The truth beside a simulated sequence: what an ideal 4x (8x) photo would show, and where everything really lies.
+
+Stored in SEQUENCE/truth/, all relative to the sequence, so that a copied folder keeps its truth:
+
+    geometry.json     parameters, scene, and per frame the exact geometry and exposure; the windows of the ideal pictures
+    00005_4x.png      the scene in frame 00005's geometry and JPG tone at 4 times its density: no noise, no mosaic, no
+                      sharpening, alias-free; only the window that a 4x pair can use (the long frame's view and nominal area)
+    00001_near.png    1 bit, a quarter of the JPG's size: where frame 00001 shows the near plane
+
+Rectangles are (top, left, height, width) in RAW pixels of the short frame's visible area (LibRaw's), sensor orientation.
+"""
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from preprocessing import sensor
+from preprocessing.optics import FAR, FOCALS_MM, NEAR, FrameGeometry, nominal_lr_to_hr
+from preprocessing.scenes import Scene
+
+Window = tuple[int, int, int, int]
+
+FOLDER = "truth"
+STORED_SCALES = (4, 8)
+# A pair's focal ratio may exceed the scale by this factor (design: the smallest ratio >= scale, up to 1.3 x scale).
+MAX_RATIO = 1.3
+NEAR_SHRINK = 4
+
+
+@dataclass(frozen=True)
+class Ideal:
+    """One stored ideal picture: frame number (0 is the longest), scale, window in RAW pixels."""
+
+    frame: int
+    scale: int
+    window: Window
+
+
+@dataclass(frozen=True)
+class Truth:
+    """A sequence's truth, loaded by `load_truth`; pictures are read when first asked for."""
+
+    frames: dict[str, FrameGeometry]
+    """By frame stem."""
+    exposures: dict[str, sensor.Exposure]
+    ideals: dict[tuple[str, int], Window]
+    """By (frame stem, scale)."""
+    parameters: dict[str, Any]
+    subject: str
+    key: str
+    read: Callable[[str], bytes]
+    """Reads a file of the sequence by its relative path."""
+
+    def true_rgb(self, lr_stem: str, rect: Window, scale: int) -> npt.NDArray[np.uint8] | None:
+        """The ideal picture of a rectangle of a short frame, uint8 [scale h, scale w, 3] in the frame's JPG tone.
+
+        None where it is not stored: another scale (a divisor of a stored one is averaged down), or outside the window.
+        """
+        for stored in sorted(s for stem, s in self.ideals if stem == lr_stem and s % scale == 0):
+            top, left, height, width = self.ideals[lr_stem, stored]
+            row, column = rect[0] - top, rect[1] - left
+            if row < 0 or column < 0 or row + rect[2] > height or column + rect[3] > width:
+                continue
+            picture = _picture(self.key, _Reader(self.read), f"{FOLDER}/{lr_stem}_{stored}x.png")
+            part = picture[row * stored : (row + rect[2]) * stored, column * stored : (column + rect[3]) * stored]
+            if stored == scale:
+                return part.copy()
+            size = (rect[3] * scale, rect[2] * scale)
+            return np.asarray(cv2.resize(part, size, interpolation=cv2.INTER_AREA), np.uint8)
+        return None
+
+    def true_flow(
+        self, lr_stem: str, hr_stem: str, rect: Window, lr_to_hr: npt.ArrayLike | None = None
+    ) -> npt.NDArray[np.float16]:
+        """Where what the pair's map takes to each packed pixel really lies in the short frame.
+
+        For the packed pixel with centre p, h = lr_to_hr(p) is the place in the long JPG that the pair puts there; what is seen
+        at h is found in the short frame at p + flow(p). The sign is SDAN's: output(p) samples input at p + offset(p).
+
+        rect      even height and width, RAW pixels
+        lr_to_hr  2x3 (or 6 numbers) affine, (x, y): short RAW -> long JPG; None is the nominal one, from EXIF alone
+        Returns float16 [2, h/2, w/2]: (dy, dx) in packed pixels (2 RAW pixels).
+        """
+        lr, hr = self.frames[lr_stem], self.frames[hr_stem]
+        affine = nominal_lr_to_hr(lr, hr) if lr_to_hr is None else np.asarray(lr_to_hr, np.float64).reshape(2, 3)
+        top, left, height, width = rect
+        x, y = np.meshgrid(left + np.arange(width // 2) * 2 + 1.0, top + np.arange(height // 2) * 2 + 1.0)
+        at = np.stack([x, y], axis=-1)
+        in_jpg = at @ affine[:, :2].T + affine[:, 2]
+        in_raw = in_jpg + np.array(hr.jpg_origin)
+        found = lr.from_scene(hr.to_scene(in_raw, FAR), FAR)
+        near = self.shows_near(hr_stem, in_jpg)
+        if near.any():
+            found[near] = lr.from_scene(hr.to_scene(in_raw[near], NEAR), NEAR)
+        flow = (found - at) / 2
+        return np.asarray(np.moveaxis(flow[..., ::-1], -1, 0), np.float16)
+
+    def shows_near(self, stem: str, jpg_xy: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+        """Which JPG positions [..., 2] of a frame show the near plane (its coverage above a half)."""
+        mask = _picture(self.key, _Reader(self.read), f"{FOLDER}/{stem}_near.png")
+        at = np.floor(jpg_xy / NEAR_SHRINK).astype(int)
+        row, column = np.clip(at[..., 1], 0, mask.shape[0] - 1), np.clip(at[..., 0], 0, mask.shape[1] - 1)
+        return np.asarray(mask[row, column] > 127)
+
+
+@dataclass(frozen=True, eq=False)
+class _Reader:
+    """Keeps the reading function out of the cache's key: equal sequences read equal files."""
+
+    read: Callable[[str], bytes]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Reader)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@lru_cache(maxsize=4)
+def _picture(key: str, reader: _Reader, name: str) -> npt.NDArray[np.uint8]:
+    """Decode a picture once for all tiles of a pair: uint8 [H, W, 3], or [H, W] for a mask."""
+    with Image.open(io.BytesIO(reader.read(name))) as image:
+        return np.asarray(image.convert("L" if image.mode == "1" else image.mode), np.uint8)
+
+
+def load_truth(sequence_dir: Path | str, *, read: Callable[[str], bytes] | None = None) -> Truth | None:
+    """A sequence's truth, or None where there is none (a real sequence).
+
+    read   reads a file of the sequence by its relative path ("truth/geometry.json") and raises FileNotFoundError (or
+           another OSError) where it is absent, for sequences that are not on a local disk; None reads below `sequence_dir`
+    Raises ValueError, one line, for a truth folder that is damaged.
+    """
+    folder = Path(sequence_dir)
+    reader = read or (lambda name: (folder / name).read_bytes())
+    try:
+        content = reader(f"{FOLDER}/geometry.json")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        stored = json.loads(content)
+        frames = {stem: FrameGeometry.from_json(values["geometry"]) for stem, values in stored["frames"].items()}
+        exposures = {stem: sensor.Exposure.from_json(values["exposure"]) for stem, values in stored["frames"].items()}
+        ideals = {(str(stem), int(scale)): tuple(window) for stem, scale, window in stored["ideals"]}
+        return Truth(frames, exposures, ideals, stored["job"], stored["subject"], f"{folder}|{hash(content)}", reader)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}/{FOLDER}/geometry.json: damaged ({error}); simulate the sequence again") from error
+
+
+def plan_ideals(frames: Sequence[FrameGeometry]) -> list[Ideal]:
+    """Which ideal pictures to store: each pair's nominal area in the short frame and all that its long frame shows."""
+    ideals = []
+    for scale in STORED_SCALES:
+        for long, hr in enumerate(frames):
+            ratios = [(FOCALS_MM[long] / FOCALS_MM[short], short) for short in range(len(frames))]
+            fitting = [pair for pair in ratios if scale <= pair[0] <= MAX_RATIO * scale]
+            if fitting:
+                short = min(fitting)[1]
+                ideals.append(Ideal(short, scale, _window(frames[short], hr)))
+    return ideals
+
+
+def _window(lr: FrameGeometry, hr: FrameGeometry) -> Window:
+    """Nominal and true footprint of the long frame in the short one, grown by 4 px, even, inside the short frame."""
+    nominal = nominal_lr_to_hr(lr, hr)
+    corners = np.array([[x, y] for x in (0, hr.jpg_width) for y in (0, hr.jpg_height)], np.float64)
+    points = [(corners - nominal[:, 2]) / nominal[0, 0]]
+    edge = np.stack(np.meshgrid(np.linspace(0, hr.jpg_width, 9), np.linspace(0, hr.jpg_height, 9)), -1).reshape(-1, 2)
+    points += [lr.from_scene(hr.to_scene(edge + hr.jpg_origin, plane), plane) for plane in (FAR, NEAR)]
+    table = np.concatenate(points)
+    left, top = (int(2 * np.floor(max(0.0, value - 4) / 2)) for value in table.min(axis=0))
+    right, bottom = (
+        int(min(size, 2 * np.ceil((value + 4) / 2)))
+        for size, value in zip((lr.raw_width, lr.raw_height), table.max(axis=0), strict=True)
+    )
+    return top, left, bottom - top, right - left
+
+
+def write(
+    folder: Path,
+    job: dict[str, Any],
+    scene: Scene,
+    frames: Sequence[FrameGeometry],
+    exposures: Sequence[sensor.Exposure],
+    ideals: Sequence[Ideal],
+) -> None:
+    """Write a sequence's truth into `folder` (SEQUENCE/truth)."""
+    stems = [f"{number + 1:05d}" for number in range(len(frames))]
+    for ideal in ideals:
+        picture = sensor.ideal_picture(scene, frames[ideal.frame], exposures[ideal.frame], ideal.scale, ideal.window)
+        bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
+        _, png = cv2.imencode(".png", bgr, [cv2.IMWRITE_PNG_COMPRESSION, 1])
+        (folder / f"{stems[ideal.frame]}_{ideal.scale}x.png").write_bytes(png.tobytes())
+    for stem, frame in zip(stems, frames, strict=True):
+        covered = sensor.near_coverage(scene, frame, NEAR_SHRINK) > 0.5
+        Image.fromarray(covered).save(folder / f"{stem}_near.png", optimize=True)
+    stored = {
+        "job": job,
+        "subject": scene.subject,
+        "frames": {
+            stem: {"geometry": frame.to_json(), "exposure": exposure.to_json()}
+            for stem, frame, exposure in zip(stems, frames, exposures, strict=True)
+        },
+        "ideals": [[stems[ideal.frame], ideal.scale, ideal.window] for ideal in ideals],
+    }
+    (folder / "geometry.json").write_text(json.dumps(stored, indent=1))
+    assert all(asdict(frame) for frame in frames)
