@@ -167,9 +167,9 @@ class SuperResolution(nn.Module):
         self.join = nn.Conv2d(c, c, 3, padding=1, bias=False)
         self.enlarge = nn.ModuleList(nn.Conv2d(c, 4 * c, 3, padding=1) for _ in range(stages))
         self.last = nn.Conv2d(c, 3, 3, padding=1)
-        # A last convolution that starts at zero learns slowly on inputs that are all positive: Adam's first steps then
-        # add up to one large change of the mean. Leaky features have both signs.
-        self.slope = 0.2 if config.skip == "rendering" else 0.0
+        # skip="rendering" starts with a last convolution of zero. Behind a ReLU all its inputs are positive and Adam's first
+        # steps add up to one large change of the mean; so this form has no activation between its last stages (as EDSR).
+        self.activation = nn.Identity() if config.skip == "rendering" else nn.ReLU(inplace=True)
         if config.skip == "rendering":
             nn.init.zeros_(self.last.weight)
             nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
@@ -177,7 +177,7 @@ class SuperResolution(nn.Module):
     def forward(self, features_NCHW: Tensor) -> Tensor:
         x = features_NCHW + self.join(self.blocks(features_NCHW))
         for conv in self.enlarge:
-            x = F.leaky_relu(F.pixel_shuffle(conv(x), 2), self.slope)
+            x = self.activation(F.pixel_shuffle(conv(x), 2))
         return self.last(x)
 
 

@@ -1,0 +1,152 @@
+"""Scores against their definitions, written as plain loops."""
+
+import hashlib
+import math
+
+import lpips
+import pytest
+import torch
+from torchvision.models import alexnet
+
+from sdan import metrics
+from sdan.metrics import end_point_error, psnr, ssim
+
+
+def pair(height=17, width=19, n=2):
+    generator = torch.Generator().manual_seed(3)
+    target = torch.rand(n, 3, height, width, generator=generator)
+    return (target + 0.1 * torch.randn(target.shape, generator=generator)).clamp(0, 1), target
+
+
+def ssim_by_definition(a, b, valid):
+    """Wang et al. 2004, window by window."""
+    taps = [math.exp(-((i - 5) ** 2) / (2 * 1.5**2)) for i in range(11)]
+    window = torch.tensor([[p * q for p in taps] for q in taps], dtype=torch.float64)
+    window /= window.sum()
+    values = []
+    for channel in range(a.shape[0]):
+        for row in range(a.shape[1] - 10):
+            for col in range(a.shape[2] - 10):
+                place = (slice(row, row + 11), slice(col, col + 11))
+                if valid[place].min() == 0:
+                    continue
+                x, y = a[channel][place].double(), b[channel][place].double()
+                mx, my = (window * x).sum(), (window * y).sum()
+                vx, vy = (window * (x - mx) ** 2).sum(), (window * (y - my) ** 2).sum()
+                cov = (window * (x - mx) * (y - my)).sum()
+                c1, c2 = 0.01**2, 0.03**2
+                values.append((2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2)))
+    return float(torch.stack(values).mean())
+
+
+def test_psnr_is_its_definition_per_image():
+    image, target = pair()
+    for n in range(2):
+        errors = [(float(a) - float(b)) ** 2 for a, b in zip(image[n].flatten(), target[n].flatten(), strict=True)]
+        assert float(psnr(image, target)[n]) == pytest.approx(10 * math.log10(len(errors) / sum(errors)), abs=1e-6)
+
+
+def test_psnr_counts_only_the_mask_and_the_inside_of_the_border():
+    image, target = pair()
+    mask = torch.zeros(2, 1, 17, 19)
+    mask[0, :, 4:9, 5:12] = 1
+    mask[1, :, 6:, 7:] = 1
+    spoilt = torch.where(mask > 0, image, 9.0)
+    assert torch.allclose(psnr(spoilt, target, mask=mask)[0], psnr(image[:1, :, 4:9, 5:12], target[:1, :, 4:9, 5:12])[0])
+    expected = psnr(image[1:, :, 6:14, 7:16], target[1:, :, 6:14, 7:16])
+    assert torch.allclose(psnr(spoilt, target, mask=mask, border_px=3)[1], expected[0])
+
+
+def test_scores_of_equal_pictures_and_of_nothing():
+    image, target = pair()
+    assert torch.isinf(psnr(image, image)).all()
+    assert torch.allclose(ssim(image, image), torch.ones(2, dtype=torch.float64))
+    nothing = torch.zeros(2, 1, 17, 19)
+    assert torch.isnan(psnr(image, target, mask=nothing)).all()
+    assert torch.isnan(ssim(image, target, mask=nothing)).all()
+
+
+def test_masked_pixels_may_be_anything():
+    image, target = pair()
+    mask = torch.ones(2, 1, 17, 19)
+    mask[:, :, :3] = 0
+    poisoned = torch.where(mask > 0, target, torch.nan)
+    assert torch.allclose(psnr(image, poisoned, mask=mask), psnr(image[:, :, 3:], target[:, :, 3:]))
+    assert torch.allclose(ssim(image, poisoned, mask=mask), ssim(image[:, :, 3:], target[:, :, 3:]))
+
+
+def test_ssim_is_its_definition():
+    image, target = pair()
+    mask = torch.ones(2, 1, 17, 19)
+    mask[1, :, 2, 3] = 0
+    scores = ssim(image, target, mask=mask)
+    for n in range(2):
+        assert float(scores[n]) == pytest.approx(ssim_by_definition(image[n], target[n], mask[n, 0]), abs=1e-9)
+    assert torch.allclose(ssim(image, target, border_px=3), ssim(image[:, :, 3:-3, 3:-3], target[:, :, 3:-3, 3:-3]))
+
+
+def test_end_point_error():
+    true = torch.zeros(1, 2, 4, 6)
+    offset = true.clone()
+    offset[:, 0], offset[:, 1] = 3.0, -4.0
+    assert float(end_point_error(offset, true)) == pytest.approx(5.0)
+    offset[..., :3] = 0
+    assert float(end_point_error(offset, true)) == pytest.approx(2.5)
+    mask = torch.ones(1, 1, 4, 6)
+    mask[..., :3] = 0
+    assert float(end_point_error(offset, true, mask=mask)) == pytest.approx(5.0)
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    image, target = pair()
+    with pytest.raises(ValueError, match="one size"):
+        psnr(image, target[..., :-1])
+    with pytest.raises(ValueError, match="mask"):
+        psnr(image, target, mask=torch.ones(2, 1, 4, 4))
+    with pytest.raises(ValueError, match="border_px"):
+        psnr(image, target, border_px=9)
+    with pytest.raises(ValueError, match="11x11"):
+        ssim(image[..., :10], target[..., :10])
+
+
+@pytest.fixture
+def backbone(tmp_path, monkeypatch):
+    """Seeded weights in the place of torchvision's download, whose hash the module is told to expect."""
+    torch.manual_seed(0)
+    path = tmp_path / "alexnet.pth"
+    torch.save(alexnet(weights=None).state_dict(), path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(metrics, "BACKBONE", f"alexnet-owt-{digest[:8]}.pth")
+    monkeypatch.setenv("SDAN_LPIPS_BACKBONE", str(path))
+    return path
+
+
+def test_lpips_uses_the_given_backbone_and_the_packages_heads(backbone):
+    generator = torch.Generator().manual_seed(1)
+    image, target = (torch.rand(2, 3, 64, 64, generator=generator) for _ in range(2))
+    assert metrics.lpips_unavailable() is None
+    distance = metrics.lpips_distance(image, target)
+    reference = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    stored = torch.load(backbone, weights_only=True)
+    with torch.no_grad():
+        for name, value in reference.net.named_parameters():
+            value.copy_(stored["features." + name.split(".", 1)[1]])
+        expected = reference(2 * image - 1, 2 * target - 1).flatten()
+    assert torch.allclose(distance, expected, atol=1e-6)
+    assert torch.allclose(metrics.lpips_distance(image, image), torch.zeros(2), atol=1e-6)
+
+
+def test_lpips_without_its_backbone_is_none_with_a_remedy(tmp_path, monkeypatch):
+    monkeypatch.setenv("SDAN_LPIPS_BACKBONE", str(tmp_path / "none.pth"))
+    image, target = pair(64, 64)
+    assert metrics.lpips_distance(image, target) is None
+    line = metrics.lpips_unavailable()
+    assert "SDAN_LPIPS_BACKBONE" in line and metrics.BACKBONE in line and "\n" not in line
+
+
+def test_lpips_refuses_other_weights(tmp_path, monkeypatch):
+    path = tmp_path / "other.pth"
+    torch.save({"features.0.weight": torch.zeros(1)}, path)
+    monkeypatch.setenv("SDAN_LPIPS_BACKBONE", str(path))
+    assert "not torchvision's AlexNet" in metrics.lpips_unavailable()
+    assert metrics.lpips_distance(*pair(64, 64)) is None
