@@ -118,6 +118,11 @@ def open_folder(uri: str) -> Folder:
     return Folder(filesystem, root.rstrip("/"), uri)
 
 
+def one_line(error: BaseException) -> str:
+    """An error's message for one of ours: without line breaks, never empty."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _writer() -> str:
     return f"{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex[:8]}"
 

@@ -1,0 +1,136 @@
+"""One pair from its files to its shard: what a task of the preprocessing job does."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from preprocessing import raw as raw_files
+from preprocessing.frames import TRUTH_FOLDER
+from preprocessing.plan import PairJob, PreprocessOptions
+from preprocessing.schema import ShardInfo, encode
+from preprocessing.storage import Folder, one_line
+from preprocessing.tiles import TileError, cut, decode_jpg
+from preprocessing.truth import Truth, load_truth
+
+_ROW_GROUP = 8
+
+
+class _Unreadable(Exception):
+    """A file could not be fetched: the storage's fault and not the pair's."""
+
+
+@dataclass(frozen=True)
+class PairResult:
+    """What became of one pair."""
+
+    key: str
+    status: str
+    """written; quarantined; unreadable (its files could not be fetched: worth another run); unwritable (SHARDS could
+    not be written: the run cannot go on)."""
+    reason: str = ""
+    rows: int = 0
+    bytes: int = 0
+
+
+def process(job: PairJob, source: Folder, target: Folder, options: PreprocessOptions) -> PairResult:
+    """Turn one pair into its shard and put that in place. Never raises for a fault of the pair."""
+    cv2.setNumThreads(1)  # the task has one CPU; OpenCV would take them all
+    try:
+        info = ShardInfo(options.tile_px, options.scale, options.of_shards)
+        table = encode(pair_rows(source, job, options), info)
+        data = _parquet(table)
+    except (raw_files.RawError, TileError) as error:
+        return PairResult(job.key, "quarantined", one_line(error))
+    except (_Unreadable, MemoryError) as error:
+        return PairResult(job.key, "unreadable", one_line(error))
+    except Exception as error:  # whatever else a damaged file provokes in a decoder costs this pair alone
+        return PairResult(job.key, "quarantined", f"{job.lr_raw}: {type(error).__name__}: {one_line(error)}")
+    try:
+        target.put(job.shard, data)
+    except (OSError, pa.ArrowException) as error:
+        return PairResult(job.key, "unwritable", one_line(error))
+    return PairResult(job.key, "written", rows=table.num_rows, bytes=data.size)
+
+
+def pair_rows(source: Folder, job: PairJob, options: PreprocessOptions) -> list[dict[str, Any]]:
+    """All rows of one pair. Raises RawError or TileError when it cannot be used."""
+    raw = raw_files.load(_read(source, job.lr_raw), name=job.lr_raw)
+    lr_jpg = decode_jpg(_read(source, job.lr_jpg), job.lr_jpg)
+    hr_jpg = decode_jpg(_read(source, job.hr_jpg), job.hr_jpg)
+    tiles = cut(
+        raw,
+        lr_jpg,
+        hr_jpg,
+        job.zoom,
+        scale=options.scale,
+        tile_px=options.tile_px,
+        stride_px=options.stride_px,
+        ecc=options.align == "ecc",
+    )
+    of_pair = {
+        "sequence": job.sequence,
+        "pair": job.pair,
+        "focal_lr_mm": job.lr_exif.focal_mm,
+        "focal_hr_mm": job.hr_exif.focal_mm,
+        "iso_lr": raw.iso or job.lr_exif.iso,
+        "iso_hr": job.hr_exif.iso,
+        "exposure_lr_s": raw.exposure_s or job.lr_exif.exposure_s,
+        "exposure_hr_s": job.hr_exif.exposure_s,
+    }
+    camera = {"camera": job.lr_exif.camera} if raw.camera == "unknown" and job.lr_exif.camera else {}
+    truth = _truth(source, job) if job.has_truth else None
+    return [tile | of_pair | camera | _true_columns(truth, job, tile, options) for tile in tiles]
+
+
+def _read(source: Folder, path: str) -> bytes:
+    try:
+        return source.read(path)
+    except OSError as error:
+        raise _Unreadable(f"{path}: cannot be read ({one_line(error)}); run again") from error
+
+
+def _truth(source: Folder, job: PairJob) -> Truth:
+    """What the simulator left beside the sequence."""
+    prefix = f"{job.folder}/" if job.folder else ""
+    try:
+        truth = load_truth(f"{source.label}/{job.folder}", read=lambda name: source.read(prefix + name))
+    except (ValueError, OSError) as error:
+        raise TileError(one_line(error)) from error
+    if truth is None or not {job.lr, job.hr} <= truth.frames.keys():
+        raise TileError(f"{prefix}{TRUTH_FOLDER}: lacks {job.lr} or {job.hr}; simulate the sequence again or delete it")
+    return truth
+
+
+def _true_columns(
+    truth: Truth | None, job: PairJob, tile: Mapping[str, Any], options: PreprocessOptions
+) -> dict[str, NDArray[Any] | None]:
+    if truth is None:
+        return {"true_rgb": None, "true_flow": None}
+    side = 2 * options.tile_px
+    rect = (tile["origin_row"] + 2 * tile["row"], tile["origin_col"] + 2 * tile["col"], side, side)
+    try:
+        picture = truth.true_rgb(job.lr, rect, options.scale)
+        flow = truth.true_flow(job.lr, job.hr, rect, tile["lr_to_hr"])
+    except (ValueError, OSError) as error:
+        where = f"{job.folder}/{TRUTH_FOLDER}".lstrip("/")
+        raise TileError(f"{where}: damaged ({one_line(error)}); simulate the sequence again or delete it") from error
+    return {"true_rgb": None if picture is None else picture.transpose(2, 0, 1), "true_flow": flow}
+
+
+def _parquet(table: pa.Table) -> pa.Buffer:
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table,
+        sink,
+        row_group_size=_ROW_GROUP,
+        compression="zstd",
+        compression_level=1,
+        use_dictionary=False,
+        write_statistics=False,
+    )
+    return sink.getvalue()
