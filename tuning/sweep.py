@@ -38,8 +38,6 @@ from tuning.tracking import (
 )
 from tuning.trial import Train, make_trial
 
-logger = logging.getLogger(__name__)
-
 SLOT = "trial_slot"
 RECORD = "sweep.json"
 REDUCTION_FACTOR = 3
@@ -113,7 +111,7 @@ def run_sweep(
     run = SweepRun(name, tracking_uri, experiment_id, record.parent_run_id, metric, mode, max_epochs)
     try:
         client.update_run(run.parent_run_id, status="RUNNING")
-        with _ray_with_slots(max_concurrent), _frequent_snapshots():
+        with _ray_with_slots(max_concurrent), _frequent_snapshots(), _no_tracebacks():
             _fit(train, space, run, record, folder, max_concurrent)
         return _conclude(client, run, folder, num_trials)
     except BaseException as error:
@@ -255,7 +253,13 @@ def _ray_with_slots(max_concurrent: int) -> Iterator[None]:
         ray.init()
     elif started:
         # The dashboard stays on: without it later trials hang (Ray 2.60).
-        ray.init(resources={SLOT: max_concurrent}, include_dashboard=True, log_to_driver=False)
+        ray.init(
+            address="local",
+            resources={SLOT: max_concurrent},
+            include_dashboard=True,
+            log_to_driver=False,
+            _node_ip_address="127.0.0.1",
+        )
     try:
         slots = ray.cluster_resources().get(SLOT, 0)
         if slots < 1:
@@ -280,3 +284,17 @@ def _frequent_snapshots() -> Iterator[None]:
     finally:
         if before is None:
             del os.environ[key]
+
+
+@contextmanager
+def _no_tracebacks() -> Iterator[None]:
+    """Tune prints a failed trial's whole traceback; its reason stands in the table and its traceback in error.txt."""
+    loggers = [logging.getLogger(name) for name in ("ray.tune.execution.tune_controller", "ray.tune.tune")]
+    before = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, before, strict=True):
+            each.setLevel(level)

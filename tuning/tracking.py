@@ -1,7 +1,9 @@
 """What a sweep writes to MLflow: one parent run, and one child run per trial that is found again after a restart."""
 
 import json
+import logging
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,8 @@ from mlflow.entities import Run
 from ray import tune
 
 from tuning.space import Value
+
+logger = logging.getLogger(__name__)
 
 PARENT_TAG = "mlflow.parentRunId"
 SWEEP_TAG = "sdan.sweep"
@@ -121,12 +125,18 @@ class EndOfTrial(tune.Callback):
         child = find_child(self.run, trial.trial_id)
         if child is not None and child.data.tags.get(STATUS_TAG) == "running":
             close_child(self.run.client(), child.info.run_id, "stopped")
+        _say(self.run, trial, trial.last_result)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         child = open_child_of(self.run, trial)
         if child.data.tags.get(STATUS_TAG) != "failed":
-            reason = f"the trial's process died: {_first_line(trial.get_error())}"
-            close_child(self.run.client(), child.info.run_id, "failed", reason)
+            close_child(self.run.client(), child.info.run_id, "failed", f"the trial's process died: {_cause(trial)}")
+        _say(self.run, trial, {})
+
+
+def _say(run: SweepRun, trial: Any, result: Mapping[str, Any]) -> None:
+    score = f"{run.metric} {result[run.metric]:.4f} at epoch {result['epoch']}" if run.metric in result else "failed"
+    logger.info("%s: trial %s %s: %s", run.name, trial.trial_id, trial.config, score)
 
 
 def open_child_of(run: SweepRun, trial: Any) -> Run:
@@ -172,6 +182,9 @@ def _row(client: MlflowClient, run: SweepRun, child: Run) -> TrialRow:
     )
 
 
-def _first_line(error: object) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "no message"
+def _cause(trial: Any) -> str:
+    """The last exception that Tune's own record of the failure names, or the record's first line."""
+    record = Path(trial.local_path or "") / "error.txt"
+    text = record.read_text() if record.is_file() else ""
+    named = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", text, re.MULTILINE)
+    return (named[-1:] or text.strip().splitlines()[:1] or ["no reason recorded"])[0].strip()

@@ -1,0 +1,159 @@
+"""cluster.yaml, as far as it can be checked without AWS: Ray's own validation, which does not look inside `provider`
+and `node_config`, and the model of EC2's RunInstances that botocore carries, which does."""
+
+import copy
+import functools
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+import boto3
+import pytest
+import yaml
+from botocore.validate import ParamValidator
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+ROOT = Path(__file__).parents[1]
+FILE = ROOT / "cluster.yaml"
+PROVIDER_KEYS = {
+    "type": str,
+    "region": str,
+    "availability_zone": str,
+    "cache_stopped_nodes": bool,
+    "use_internal_ips": bool,
+    "security_group": dict,
+}
+NODE_TYPE_KEYS = {"min_workers", "max_workers", "resources", "node_config", "worker_setup_commands"}
+
+
+@pytest.fixture
+def config():
+    return yaml.safe_load(FILE.read_text())
+
+
+@functools.cache
+def ec2():
+    """The regions of EC2, and what RunInstances takes; botocore carries both."""
+    session = boto3.session.Session()
+    model = session.client("ec2", region_name="us-east-1").meta.service_model
+    return session.get_available_regions("ec2"), model.operation_model("RunInstances").input_shape
+
+
+def problems(config):
+    """What is wrong with the parts of a config that Ray leaves to AWS to refuse."""
+    found = []
+    for key, value in config["provider"].items():
+        if key not in PROVIDER_KEYS:
+            found.append(f"provider: unknown key {key}")
+        elif not isinstance(value, PROVIDER_KEYS[key]):
+            found.append(f"provider: {key} is {value!r}")
+    regions, shape = ec2()
+    region = config["provider"]["region"]
+    if region not in regions:
+        found.append(f"provider: no region {region}")
+    for zone in config["provider"]["availability_zone"].split(","):
+        if not re.fullmatch(rf"{region}[a-z]", zone):
+            found.append(f"provider: zone {zone} is not in {region}")
+    for name, node_type in config["available_node_types"].items():
+        found += [f"{name}: unknown key {key}" for key in sorted(set(node_type) - NODE_TYPE_KEYS)]
+        node = node_type["node_config"]
+        report = ParamValidator().validate({**node, "MinCount": 1, "MaxCount": 1}, shape)
+        if report.has_errors():
+            found.append(f"{name}: {report.generate_report()}")
+        found += [f"{name}: {wrong}" for wrong in wrong_values(node, shape)]
+    return found
+
+
+def wrong_values(params, shape, path="node_config"):
+    """Values outside EC2's enumerations, which ParamValidator lets through."""
+    if shape.type_name == "structure" and isinstance(params, dict):
+        return [
+            wrong
+            for key, value in params.items()
+            if key in shape.members
+            for wrong in wrong_values(value, shape.members[key], f"{path}.{key}")
+        ]
+    if shape.type_name == "list" and isinstance(params, list):
+        return [wrong for value in params for wrong in wrong_values(value, shape.member, path)]
+    allowed = getattr(shape, "enum", [])
+    return [f"{path} is {params!r}"] if allowed and params not in allowed else []
+
+
+def test_ray_accepts_it(config):
+    validate_config(prepare_config(config))
+
+
+def test_aws_would_know_every_key_and_value(config):
+    assert problems(config) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("provider", "regoin"), "us-east-1", "unknown key regoin"),
+        (("provider", "cache_stopped_nodes"), "no", "cache_stopped_nodes is 'no'"),
+        (("provider", "region"), "us-esat-1", "no region us-esat-1"),
+        (("available_node_types", "gpu_worker", "node_config", "InstanceTyp"), "g5.2xlarge", "InstanceTyp"),
+        (("available_node_types", "gpu_worker", "node_config", "InstanceType"), "g5.2xlrage", "'g5.2xlrage'"),
+        (("available_node_types", "head", "node_config", "IamInstanceProfile"), "sdan-head", "IamInstanceProfile"),
+        (("available_node_types", "head", "node_config", "MetadataOptions"), {"HttpToken": "required"}, "HttpToken"),
+        (("available_node_types", "head", "node_config", "MetadataOptions"), {"HttpTokens": "yes"}, "HttpTokens is"),
+        (("available_node_types", "head", "node_config", "BlockDeviceMappings", 0, "Ebs"), {"VolumeSize": "1"}, "Size"),
+        (("available_node_types", "cpu_worker", "max_worker"), 3, "unknown key max_worker"),
+    ],
+)
+def test_typos_that_ray_overlooks_are_found(config, path, value, message):
+    broken = copy.deepcopy(config)
+    place = broken
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    assert any(message in problem for problem in problems(broken)), problems(broken)
+
+
+def test_no_secret_stands_in_it():
+    text = FILE.read_text()
+    assert not re.search(r"AKIA|ASIA|aws_(access|secret)|BEGIN [A-Z ]*PRIVATE KEY|password", text, re.IGNORECASE)
+    assert not re.search(r"\b[0-9a-zA-Z/+]{40,}\b", text)
+    assert not re.search(r"\b\d{12}\b", text.replace("0" * 17, "")), "an AWS account number?"
+
+
+def test_nodes_get_the_tested_versions(config):
+    install = [command for command in config["setup_commands"] if "pip install" in command]
+    assert len(install) == 1 and "--constraint constraints.txt" in install[0]
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    assert pins["ray"] == version("ray"), "cluster.yaml was validated with another Ray than the nodes will run"
+    assert config["file_mounts"]["~/sdan"] == "." and "~/sdan" in install[0]
+
+
+def test_what_is_copied_leaves_data_and_caches_behind(config):
+    ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines() if line]
+    patterns = {pattern.removeprefix("**/") for pattern in config["rsync_exclude"]}
+    assert {".git", ".venv", "data"} <= patterns
+    assert set(ignored) - {"build"} <= patterns
+
+
+def test_nothing_listens_to_the_world(config):
+    head, worker = (" ".join(config[f"{kind}_start_ray_commands"]) for kind in ("head", "worker"))
+    assert re.findall(r"--dashboard-host[= ](\S+)", head) == ["127.0.0.1"]
+    assert "0.0.0.0" not in FILE.read_text() and "::/0" not in FILE.read_text()
+    assert all("RAY_AUTH_MODE=token" in command for command in (head, worker))
+    assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+    assert all("ingress" not in key.lower() for key in config["provider"])
+
+
+def test_nodes_reach_s3_by_profile_and_disks_are_encrypted(config):
+    for node_type in config["available_node_types"].values():
+        node = node_type["node_config"]
+        assert node["IamInstanceProfile"].keys() == {"Name"}
+        assert node["MetadataOptions"]["HttpTokens"] == "required"
+        assert all(disk["Ebs"]["Encrypted"] for disk in node["BlockDeviceMappings"])
+
+
+def test_idle_workers_go_and_sweeps_find_their_slots(config):
+    assert 0 < config["idle_timeout_minutes"] <= 30
+    head = config["available_node_types"][config["head_node_type"]]
+    assert head["resources"]["trial_slot"] >= 1
+    workers = {name: node for name, node in config["available_node_types"].items() if name != config["head_node_type"]}
+    assert workers and all(node["min_workers"] == 0 for node in workers.values())
+    assert sum(node["max_workers"] for node in workers.values()) <= config["max_workers"]

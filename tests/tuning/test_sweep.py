@@ -1,0 +1,353 @@
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+from mlflow import MlflowClient
+from ray import cloudpickle
+
+from tuning.space import SweepError, choice, uniform
+from tuning.sweep import run_sweep
+from tuning.tracking import PARENT_TAG, STATUS_TAG
+
+EPOCHS = 4
+SEED = 120
+
+
+@pytest.fixture(scope="module")
+def slots():
+    """A local Ray with trial slots; sweeps share it instead of starting one each."""
+    ray.shutdown()
+    resources = {"trial_slot": 1.0}
+    ray.init(address="local", num_cpus=2, resources=resources, log_to_driver=False, _node_ip_address="127.0.0.1")
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
+    yield
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    ray.shutdown()
+
+
+@ray.remote(num_cpus=0)
+class Elsewhere:
+    """Stands for a Ray Train controller: reports from a process that is not the trial's."""
+
+    def train(self, report):
+        for epoch in range(1, EPOCHS + 1):
+            report({"epoch": epoch, "val_psnr": 30.0 + epoch, "loss": 1 / epoch})
+
+
+def train(overrides, report):
+    kind, shift = overrides["kind"], overrides["model.shift"]
+    if kind == "raises":
+        raise RuntimeError("packing kernel 4 does not divide 62\nsecond line")
+    if kind == "dies":
+        os._exit(1)  # as the kernel's out-of-memory killer does
+    if kind == "elsewhere":
+        ray.get(Elsewhere.remote().train.remote(report))
+        return {"val_psnr": 30.0 + EPOCHS, "ssim": 0.9}
+    for epoch in range(1, EPOCHS + 1):
+        psnr = 20.0 + shift + epoch
+        if kind == "diverges":
+            psnr = 25.0 if epoch == 1 else float("nan")
+        report({"val_psnr": psnr, "loss": 1 / epoch})
+    MlflowClient(tracking_uri=overrides_uri(report)).set_tag(report.run_id, "after_the_last_epoch", "reached")
+    return {"val_psnr": 20.0 + shift + EPOCHS, "ssim": 0.8}
+
+
+def overrides_uri(report):
+    return Path("uri").read_text()  # relative: trials keep the caller's working folder
+
+
+@pytest.fixture(scope="module")
+def sweep(slots, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    (folder / "uri").write_text(uri)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        space = {"kind": choice(["here", "elsewhere", "raises", "diverges", "dies"]), "model.shift": uniform(0, 1)}
+        result = run_sweep(
+            train,
+            space,
+            name="first",
+            storage_path="sweeps",
+            tracking_uri=uri,
+            experiment="sweeps",
+            num_trials=8,
+            max_epochs=EPOCHS,
+            seed=SEED,
+            parent_tags={"commit": "abc"},
+        )
+    return result, MlflowClient(tracking_uri=uri), folder
+
+
+def trials_of(sweep, kind):
+    rows = [row for row in sweep[0].trials if row.overrides["kind"] == kind]
+    assert rows, f"the seed no longer draws a trial of kind {kind!r}: choose another"
+    return rows
+
+
+def test_best_trial_is_the_one_with_the_highest_metric(sweep):
+    result, client, _ = sweep
+    assert result.best_score == 34.0 and result.best_overrides["kind"] == "elsewhere"
+    assert len(result.trials) == 8
+    parent = client.get_run(result.parent_run_id)
+    assert parent.info.status == "FINISHED" and parent.data.metrics["best_val_psnr"] == 34.0
+    assert parent.data.tags["commit"] == "abc"
+    assert json.loads(parent.data.tags["sdan.best_overrides"]) == result.best_overrides
+    best = [row for row in result.trials if client.get_run(row.run_id).data.tags["sdan.best"] == "true"]
+    assert [row.run_id for row in best] == [parent.data.tags["sdan.best_run_id"]]
+
+
+def test_every_trial_is_a_child_run_with_params_and_ended(sweep):
+    result, client, _ = sweep
+    for row in result.trials:
+        run = client.get_run(row.run_id)
+        assert run.data.tags[PARENT_TAG] == result.parent_run_id
+        assert run.data.params == {name: str(value) for name, value in row.overrides.items()}
+        assert run.info.status == ("FAILED" if row.status == "failed" else "FINISHED")
+
+
+def test_metrics_stand_at_their_epochs_from_both_kinds_of_process(sweep):
+    client = sweep[1]
+    for row in trials_of(sweep, "here") + trials_of(sweep, "elsewhere"):
+        history = client.get_metric_history(row.run_id, "loss")
+        assert [entry.step for entry in history] == list(range(1, row.epochs + 1))
+        assert [entry.value for entry in history] == [1 / epoch for epoch in range(1, row.epochs + 1)]
+
+
+def test_finished_trials_ran_on_after_their_last_report(sweep):
+    client = sweep[1]
+    finished = [row for row in trials_of(sweep, "here") if row.status == "finished"]
+    assert finished
+    for row in finished:
+        run = client.get_run(row.run_id)
+        assert row.epochs == EPOCHS and run.data.tags["after_the_last_epoch"] == "reached"
+        assert run.data.metrics["ssim"] == 0.8  # returned, not reported
+
+
+def test_asha_stops_the_weak_and_says_so(sweep):
+    client = sweep[1]
+    stopped = [row for row in sweep[0].trials if row.status == "stopped"]
+    assert stopped
+    for row in stopped:
+        assert row.epochs < EPOCHS
+        run = client.get_run(row.run_id)
+        assert run.data.tags[STATUS_TAG] == "stopped" and run.info.end_time is not None
+
+
+def test_failed_trials_give_their_reason_and_stop_nothing(sweep):
+    assert {row.reason for row in trials_of(sweep, "raises")} == {
+        "RuntimeError: packing kernel 4 does not divide 62",
+    }
+    assert "SweepError: report: val_psnr is nan; the trial diverged" in {
+        row.reason for row in trials_of(sweep, "diverges")
+    }
+    for row in trials_of(sweep, "dies"):
+        assert row.reason.startswith("the trial's process died: ") and "died unexpectedly" in row.reason
+
+
+def test_summary_lies_in_the_folder_and_at_the_parent(sweep):
+    result, client, folder = sweep
+    names = {"trials.txt", "epochs.png", "parameters.png"}
+    assert result.folder == folder / "sweeps" / "first"
+    assert names <= {path.name for path in result.folder.iterdir()}
+    logged = client.list_artifacts(result.parent_run_id, "sweep")
+    assert {Path(entry.path).name for entry in logged} == names
+    assert len((result.folder / "trials.txt").read_text().splitlines()) == 9
+    assert not (folder / "mlruns").exists()
+
+
+def test_ray_without_trial_slots_is_said_at_once(slots, sweep, monkeypatch):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    with pytest.raises(SweepError, match="without the resource 'trial_slot'"):
+        run_other(sweep[2], name="no-slots")
+
+
+def test_all_trials_failed_gives_the_first_reason(slots, sweep):
+    def broken(overrides, report):
+        raise ValueError("no shards in data/shards")
+
+    with pytest.raises(SweepError, match=r"all 2 trials failed; the first: ValueError: no shards in data/shards"):
+        run_other(sweep[2], name="broken", train=broken)
+    (parent,) = [run for run in runs(sweep) if run.data.tags.get("mlflow.runName") == "broken"]
+    assert parent.info.status == "FAILED"
+
+
+def test_train_that_only_returns_counts_as_one_epoch_and_min_is_minimised(slots, sweep):
+    def returns(overrides, report):
+        return {"loss": overrides["a"]}
+
+    result = run_other(sweep[2], name="returns", train=returns, metric="loss", mode="min")
+    assert result.best_score == min(row.overrides["a"] for row in result.trials)
+    assert [row.epochs for row in result.trials] == [1, 1]
+
+
+def test_resuming_a_finished_sweep_redoes_nothing(slots, sweep):
+    calls = sweep[2] / "calls"
+    folder = str(sweep[2])
+
+    def counting(overrides, report):
+        with Path(folder, "calls").open("a") as file:
+            file.write("x")
+        return {"val_psnr": overrides["a"]}
+
+    first = run_other(sweep[2], name="again", train=counting)
+    again = run_other(sweep[2], name="again", train=counting, resume=True)
+    assert calls.read_text() == "xx"
+    assert again == first
+    with pytest.raises(SweepError, match=r"started with num_trials 2, got 3"):
+        run_other(sweep[2], name="again", train=counting, resume=True, num_trials=3)
+    with pytest.raises(SweepError, match=r"started with space"):
+        run_other(sweep[2], {"a": uniform(0, 2)}, name="again", train=counting, resume=True)
+    with pytest.raises(SweepError, match="exists"):
+        run_other(sweep[2], name="again", train=counting)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_trials": 0}, "got 0 trials, expected at least 1"),
+        ({"max_epochs": 0}, "got 0 epochs"),
+        ({"max_concurrent": 0}, "got 0 concurrent trials"),
+        ({"mode": "highest"}, "expected 'min' or 'max'"),
+        ({"name": "../elsewhere"}, "sweep name"),
+        ({"name": "unknown", "resume": True}, r"no sweep 'unknown' in .* to resume; there: none"),
+        ({"space": {}}, "empty"),
+        ({"space": {"a": 1}}, "a: got 1"),
+    ],
+)
+def test_wrong_arguments_are_one_line_and_leave_nothing(tmp_path, changed, message):
+    arguments = {"name": "s", "num_trials": 2, "space": {"a": uniform(0, 1)}} | changed
+    with pytest.raises(SweepError, match=message) as caught:
+        run_other(tmp_path, **arguments)
+    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
+def test_unwritable_storage(tmp_path):
+    (tmp_path / "sweeps").write_text("a file where the folder should be")
+    with pytest.raises(SweepError, match="cannot write there"):
+        run_other(tmp_path, name="s")
+
+
+def run_other(folder, space=None, *, train=train, num_trials=2, max_epochs=2, **arguments):
+    return run_sweep(
+        train,
+        {"a": uniform(0, 1)} if space is None else space,
+        storage_path=folder / "sweeps",
+        tracking_uri=f"sqlite:///{folder / 'mlflow.db'}",
+        experiment="sweeps",
+        num_trials=num_trials,
+        max_epochs=max_epochs,
+        **arguments,
+    )
+
+
+def runs(sweep):
+    experiment = sweep[1].get_experiment_by_name("sweeps")
+    return sweep[1].search_runs([experiment.experiment_id])
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from tuning.space import uniform
+from tuning.sweep import run_sweep
+
+folder = Path(sys.argv[1])
+
+def train(overrides, report):
+    with (folder / "calls").open("a") as file:
+        file.write(report.trial_id + chr(10))
+    for epoch in range(1, 4):
+        time.sleep(0.5)
+        report({"val_psnr": overrides["a"] + epoch})
+
+run_sweep(train, {"a": uniform(0, 1)}, name="killed", storage_path=folder / "sweeps", num_trials=4, max_epochs=3,
+          grace_epochs=3, tracking_uri=f"sqlite:///{folder / 'mlflow.db'}", experiment="sweeps",
+          resume=len(sys.argv) > 2)
+"""
+
+
+@pytest.mark.slow
+def test_killed_sweep_goes_on_without_redoing_finished_trials(tmp_path):
+    calls = tmp_path / "calls"
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until(lambda: calls.exists() and len(calls.read_text().split()) == 3, process)
+    time.sleep(0.7)  # inside the third trial
+    everyone = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for each in everyone:  # as a power cut: Ray's processes too
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    process.wait()
+    before = calls.read_text().split()
+    done = subprocess.run([*command, "resume"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    after = calls.read_text().split()
+    assert after[:3] == before and set(before[:2]).isdisjoint(after[3:])  # the two finished ones were not redone
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    every = client.search_runs([client.get_experiment_by_name("sweeps").experiment_id])
+    children = [run for run in every if PARENT_TAG in run.data.tags]
+    assert sum(run.data.tags[STATUS_TAG] in ("finished", "stopped") for run in children) == 4
+    assert len(every) - len(children) == 1  # one parent, found again
+    for run in children:
+        steps = [entry.step for entry in client.get_metric_history(run.info.run_id, "val_psnr")]
+        assert len(steps) == len(set(steps)) and run.info.status in ("FINISHED", "KILLED")
+
+
+def wait_until(condition, process, timeout_s=120):
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, "the sweep ended before it could be killed"
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_sweep_over_a_torch_trainer(slots, tmp_path):
+    """The real shape: each trial runs Ray Train with its own controller, which reports; and ASHA can stop it."""
+    space = {"lr": choice([0.1, 0.01])}
+    result = run_other(tmp_path, space, name="torch", train=torch_train, num_trials=3, max_epochs=3)
+    assert {row.status for row in result.trials} <= {"finished", "stopped"}
+    assert any(row.status == "finished" and row.epochs == 3 for row in result.trials)
+    assert result.best_score == max(value for row in result.trials for _, value in row.history)
+
+
+def torch_train(overrides, report):
+    import ray.train
+    from ray.train import RunConfig, ScalingConfig, UserCallback
+    from ray.train.torch import TorchTrainer
+
+    class Forward(UserCallback):
+        def __init__(self, report):
+            self.report = report
+
+        def after_report(self, run_context, metrics, checkpoint):
+            self.report(metrics[0])
+
+    def loop(config):
+        import torch
+
+        torch.manual_seed(0)
+        weight = torch.zeros(1, requires_grad=True)
+        for epoch in range(1, 4):
+            loss = (weight - 1).square().sum()
+            loss.backward()
+            weight.data -= config["lr"] * weight.grad
+            weight.grad = None
+            ray.train.report({"epoch": epoch, "val_psnr": -loss.item()})
+
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config={"lr": overrides["lr"]},
+        scaling_config=ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0.5}),
+        run_config=RunConfig(name=report.trial_id, storage_path=str(Path.cwd() / "train"), callbacks=[Forward(report)]),
+    )
+    trainer.fit()
+    return {}
