@@ -1,0 +1,58 @@
+"""The full convolution: every window that touches the image, those that hang over its border included."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def full_conv2d(input: Tensor, weight: Tensor) -> Tensor:
+    """y(p) = sum_k weight_k . input(p + k) for every p whose window meets the image, channels-last.
+
+    Args:
+        input: [N, Cin, H, W].
+        weight: [Cout, Cin, K, K], K odd.
+
+    Returns:
+        [N, Cout, H + K - 1, W + K - 1], channels-last; autocast as `conv2d` is.
+    """
+    device_type = input.device.type
+    if torch.is_autocast_enabled(device_type) and input.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        input, weight = input.to(dtype), weight.to(dtype)
+    if device_type == "cpu":
+        return _FullConv2d.apply(input, weight)
+    return _convolve(input, weight)  # cuDNN has no such slow case
+
+
+def _convolve(input: Tensor, weight: Tensor) -> Tensor:
+    input = input.contiguous(memory_format=torch.channels_last)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    return functional.conv2d(input, weight, padding=weight.shape[-1] - 1)
+
+
+class _FullConv2d(torch.autograd.Function):
+    """oneDNN's weight gradient takes 3-5 times as long when the padding exceeds K // 2, and only that: pad there by hand."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        return _convolve(input, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        input, weight = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad_input = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            # The transpose of the full convolution is the valid one with the kernel turned round.
+            turned = weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
+            grad_input = functional.conv2d(grad, turned)
+        if ctx.needs_input_grad[1]:
+            half = weight.shape[-1] // 2
+            padded = functional.pad(input.contiguous(memory_format=torch.channels_last), (half,) * 4)
+            grad_weight = torch.ops.aten.convolution_backward(
+                grad, padded, weight, None, (1, 1), (half, half), (1, 1), False, (0, 0), 1, (False, True, False)
+            )[1]
+        return grad_input, grad_weight
