@@ -3,6 +3,7 @@ and `node_config`, and the model of EC2's RunInstances that botocore carries, wh
 
 import copy
 import functools
+import json
 import re
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import yaml
 from botocore.validate import ParamValidator
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.scripts.scripts import cli as ray_commands
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "cluster.yaml"
@@ -140,6 +142,15 @@ def test_nothing_listens_to_the_world(config):
     assert all("RAY_AUTH_MODE=token" in command for command in (head, worker))
     assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
     assert all("ingress" not in key.lower() for key in config["provider"])
+
+
+def test_the_page_about_it_is_right():
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    policies = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", page, re.DOTALL)]
+    assert len(policies) == 2 and all(policy["Version"] == "2012-10-17" for policy in policies)
+    named = set(re.findall(r"\bray ([a-z][a-z-]+)", " ".join(re.findall(r"`+([^`]+)`+", page))))
+    assert named >= {"up", "down", "attach", "dashboard", "job", "get-head-ip", "get-auth-token"}
+    assert named <= set(ray_commands.commands)
 
 
 def test_nodes_reach_s3_by_profile_and_disks_are_encrypted(config):

@@ -119,7 +119,5 @@ def test_readme_map_lists_what_exists():
 
 
 def test_the_map_is_read_as_it_is_written():
-    readme = (
-        "# SDAN\n`gone.py`\n## File map\n| `sdan/network.py` | the `forward` |\n| `pipelines/` | x |\n## Next\n`b/c.py`"
-    )
+    readme = "# X\n`a.py`\n## File map\n| `sdan/network.py` | the `forward` |\n| `pipelines/` | x |\n## Next\n`b.py`"
     assert paths_in_map(readme) == ["sdan/network.py", "pipelines/"]
