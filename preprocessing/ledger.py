@@ -130,7 +130,7 @@ class Ledger:
         self._delete([path for path in found if path != job.shard])
 
     def quarantine_only(self, entries: Iterable[QuarantineEntry], plan: Plan) -> None:
-        """Leave notes about the plan's sequences for `entries` alone: what planning found comes, what is mended goes."""
+        """Keep notes about the plan's sequences for `entries` alone: new faults come, what is mended goes."""
         current = {(entry.sequence, entry.pair) for entry in entries}
         for fault in plan.faults:
             path = f"quarantine/{fault.sequence}_{fault.pair}.json"

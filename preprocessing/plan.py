@@ -20,7 +20,7 @@ from preprocessing.frames import (
     ratio,
 )
 from preprocessing.schema import SCHEMA_VERSION
-from preprocessing.storage import Folder
+from preprocessing.storage import ENDS_BYTES, Folder
 
 _READERS = 16
 _MORE_TAGS_BYTES = 1 << 20
@@ -195,7 +195,7 @@ def _look(raw: Folder, frame: Frame) -> Shot:
     found = Exif()
     for file in (*frame.jpgs, *frame.raws):
         if found.focal_mm is None:
-            for limit in (64 * 1024, _MORE_TAGS_BYTES):
+            for limit in (ENDS_BYTES, _MORE_TAGS_BYTES):
                 more = read_exif(raw.read(file.path, limit))
                 if more.focal_mm is not None or file.size <= limit:
                     break

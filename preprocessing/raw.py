@@ -115,6 +115,7 @@ def _decode(raw: Any, label: str, head: bytes) -> RawImage:
         raise RawError(f"{label}: white level {white:g}, expected above the black level {black.max():g}")
     gains = _white_balance(raw, label)
     tags = read_exif(head)
+    flip = int(raw.sizes.flip)  # before rendering, which sets it to its own user_flip
     return RawImage(
         packed=np.stack([mosaic[r::2, c::2] for r, c in ((0, 0), (0, 1), (1, 0), (1, 1))]),
         black_level=black,
@@ -123,7 +124,7 @@ def _decode(raw: Any, label: str, head: bytes) -> RawImage:
         rendering=_render(raw, gains, label)[rows, cols],
         origin=origin,
         visible_size=(int(raw.sizes.height), int(raw.sizes.width)),
-        flip=int(raw.sizes.flip),
+        flip=flip,
         camera=tags.camera or "unknown",
         iso=float(raw.other.iso_speed) or tags.iso,
         exposure_s=float(raw.other.shutter_speed) or tags.exposure_s,

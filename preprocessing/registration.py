@@ -17,6 +17,9 @@ _NEIGHBOURHOOD_PX = 8.0
 _MIN_SIDE_PX = 32
 _MAX_STEPS = 40
 _CONVERGED_PX = 1e-3
+_OUTLIER = 2.5
+"""Smoothed residuals above so many medians count as another motion. They vary little, so the limit can be close."""
+_MIN_TILE_CORRELATION = 0.25
 MIN_CORRELATION = 0.4
 """Below this correlation of local detail two pictures are not held to show the same thing."""
 MAX_SCALE_CHANGE = 0.08
@@ -51,12 +54,38 @@ def correlation(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:
 def measure_shift(reference: Plane, moving: Plane) -> tuple[float, float]:
     """(dy, dx) in pixels: what `reference` shows at p, `moving` shows at p + shift. (NaN, NaN) where not measurable.
 
-    Phase correlation of what `local_detail` returned, good to about 0.05 px for shifts up to a quarter of the side.
+    Both as `local_detail` returns them. Phase correlation finds shifts up to a quarter of the side, Gauss-Newton steps
+    make them good to about 0.05 px.
     """
+    dy, dx = _phase_shift(reference, moving)
+    if not np.isfinite(dy):
+        return dy, dx
+    size = (reference.shape[0], reference.shape[1])
+    found = np.array([dx, dy])
+    for _ in range(6):
+        local = translation(float(found[0]), float(found[1]))
+        warped, inside = _warp(moving, local, size), _inside(local, size)
+        grad_x, grad_y = _gradients(warped)
+        gain, bias = _gain(reference, warped, inside)
+        residual = np.where(inside, reference - gain * warped - bias, 0)
+        jacobian = gain * np.stack([grad_x[inside], grad_y[inside]]).astype(np.float64)
+        step = np.linalg.lstsq(jacobian @ jacobian.T, jacobian @ residual[inside], rcond=None)[0]
+        found = found + np.clip(step, -1, 1)
+        if np.abs(step).max() < 5e-3:
+            break
+    local = translation(float(found[0]), float(found[1]))
+    inside = _inside(local, size)
+    alike = correlation(reference[inside], _warp(moving, local, size)[inside]) if inside.any() else float("nan")
+    if not alike >= _MIN_TILE_CORRELATION or np.abs(found - [dx, dy]).max() > 2:
+        return float("nan"), float("nan")
+    return float(found[1]), float(found[0])
+
+
+def _phase_shift(reference: Plane, moving: Plane) -> tuple[float, float]:
     height, width = reference.shape
     window = cv2.createHanningWindow((width, height), cv2.CV_32F)
     (dx, dy), response = cv2.phaseCorrelate(reference, moving, window)
-    if response < 0.03 or not np.isfinite((dx, dy)).all():
+    if response <= 0 or not np.isfinite((dx, dy)).all():
         return float("nan"), float("nan")
     return float(dy), float(dx)
 
@@ -104,11 +133,10 @@ def _refine(fixed: Plane, floating: Plane, mapping: Map, factor: float) -> Map:
     local = _index_map(mapping, factor)
     for _ in range(_MAX_STEPS):
         warped = _warp(floating, local, (height, width))
-        inside = _warp(np.ones_like(floating), local, (height, width)) > 0.999
+        inside = _inside(local, (height, width))
         if inside.mean() < 0.25:
             raise RegistrationError("the pictures hardly overlap")
-        grad_x = cv2.Sobel(warped, cv2.CV_32F, 1, 0, ksize=3, scale=1 / 8)
-        grad_y = cv2.Sobel(warped, cv2.CV_32F, 0, 1, ksize=3, scale=1 / 8)
+        grad_x, grad_y = _gradients(warped)
         gain, bias = _gain(fixed, warped, inside)
         residual = np.asarray(fixed - gain * warped - bias, np.float32)
         weight = _robust_weight(residual, inside)
@@ -154,6 +182,19 @@ def _warp(plane: Plane, local: Map, size: tuple[int, int]) -> Plane:
     return np.asarray(cv2.remap(plane, map_x, map_y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_CONSTANT), np.float32)
 
 
+def _inside(local: Map, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """Where `_warp` by `local` sees nothing of the border."""
+    ones = np.ones(size, np.float32)
+    return np.asarray(_warp(ones, local, size) > 0.999)
+
+
+def _gradients(plane: Plane) -> tuple[Plane, Plane]:
+    """(d/dx, d/dy)"""
+    x = cv2.Sobel(plane, cv2.CV_32F, 1, 0, ksize=3, scale=1 / 8)
+    y = cv2.Sobel(plane, cv2.CV_32F, 0, 1, ksize=3, scale=1 / 8)
+    return np.asarray(x, np.float32), np.asarray(y, np.float32)
+
+
 def _gain(fixed: Plane, warped: Plane, inside: NDArray[np.bool_]) -> tuple[float, float]:
     a, b = fixed[inside], warped[inside]
     mean_a, mean_b = float(a.mean()), float(b.mean())
@@ -165,14 +206,14 @@ def _gain(fixed: Plane, warped: Plane, inside: NDArray[np.bool_]) -> tuple[float
 def _robust_weight(residual: Plane, inside: NDArray[np.bool_]) -> Plane:
     """Tukey's biweight on the residual, smoothed, so that whole regions that move on their own drop out."""
     size = cv2.GaussianBlur(np.abs(residual), (0, 0), 2.0)
-    limit = 4.685 * max(float(np.median(size[inside])), 1e-3)
+    limit = _OUTLIER * max(float(np.median(size[inside])), 1e-3)
     return np.asarray(np.where(inside & (size < limit), (1 - (size / limit) ** 2) ** 2, 0), np.float32)
 
 
 def _aligned_correlation(fixed: Plane, floating: Plane, mapping: Map) -> float:
     local = _index_map(mapping, 1.0)
     size = (fixed.shape[0], fixed.shape[1])
-    inside = _warp(np.ones_like(floating), local, size) > 0.999
+    inside = _inside(local, size)
     if inside.mean() < 0.25:
         return float("nan")
     return correlation(fixed[inside], _warp(floating, local, size)[inside])

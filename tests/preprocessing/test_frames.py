@@ -1,0 +1,122 @@
+"""SR-RAW's layout, found by listing; pairs by the design's rule."""
+
+import numpy as np
+import pytest
+from known_scene import jpg_bytes
+
+from preprocessing.exif import Exif, camera_name, read_exif
+from preprocessing.frames import KNOWN_BAD, File, Frame, Shot, discover, is_excluded, pair, read_exclusions
+from preprocessing.storage import open_folder
+
+
+def touch(root, *paths):
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(b"")
+
+
+def shot(stem, focal_mm, *, raw=True, jpg=True):
+    raws = (File(f"{stem}.ARW", 1),) if raw else ()
+    jpgs = (File(f"{stem}.JPG", 1),) if jpg else ()
+    return Shot(Frame(stem, raws, jpgs), Exif(focal_mm=focal_mm))
+
+
+def names(pairs):
+    return [f"{lr.frame.stem}-{hr.frame.stem}" for lr, hr in pairs]
+
+
+def test_discover_reads_the_layout_in_any_case_and_ignores_the_rest(tmp_path):
+    touch(
+        tmp_path,
+        *("00001/00001.ARW", "00001/00001.JPG", "00001/00002.dng", "00001/00002.jpeg", "00001/tform.txt"),
+        *("00001/._00001.JPG", "00001/truth/00001.npz", "00001/truth/00009.JPG", "00001/cropped/00001.JPG"),
+        *(
+            "train/00002/00001.nef",
+            "train/00002/00001.jpg",
+            "test/00003/00001.CR2",
+            "val/00004/a.JPG",
+            "notes/list.txt",
+        ),
+    )
+    found = {sequence.name: sequence for sequence in discover(open_folder(str(tmp_path)))}
+    assert {name: sequence.split for name, sequence in found.items()} == {
+        "00001": None,
+        "00002": "train",
+        "00003": "test",
+        "00004": "val",
+    }
+    first = found["00001"]
+    assert [frame.stem for frame in first.frames] == ["00001", "00002"]
+    assert [file.name for frame in first.frames for file in frame.raws + frame.jpgs] == [
+        "00001.ARW",
+        "00001.JPG",
+        "00002.dng",
+        "00002.jpeg",
+    ]
+    assert {file.name for file in first.truth} == {"00001.npz", "00009.JPG"}
+
+
+def test_discover_takes_a_lone_sequence(tmp_path):
+    touch(tmp_path, "00134/00001.ARW", "00134/00001.JPG")
+    (found,) = discover(open_folder(str(tmp_path / "00134")))
+    assert (found.name, found.folder, found.frames[0].raws[0].path) == ("00134", "", "00001.ARW")
+    assert discover(open_folder(str(tmp_path / "absent"))) == []
+
+
+def test_srraw_pairs_at_4x_and_8x():
+    shots = [shot(f"{number:05d}", focal) for number, focal in enumerate((240, 150, 100, 70, 50, 35, 24), 1)]
+    assert names(pair(shots, 4)) == ["00005-00001", "00006-00002", "00007-00003"]
+    assert names(pair(shots, 8)) == ["00007-00001"]
+    assert names(pair(reversed(shots[:6]), 4)) == ["00005-00001", "00006-00002"]
+
+
+def test_the_smallest_sufficient_ratio_within_the_limit():
+    assert names(pair([shot("a", 100), shot("b", 25), shot("c", 24), shot("d", 26)], 4)) == ["b-a"]
+    assert names(pair([shot("a", 100), shot("b", 19.3)], 4)) == ["b-a"]  # 5.18 = 1.295 x 4
+    assert names(pair([shot("a", 100), shot("b", 19.0)], 4)) == []  # 5.26
+    assert names(pair([shot("a", 100), shot("b", 25.1)], 4)) == []  # 3.98
+    assert names(pair([shot("a", 0.3), shot("b", 0.1)], 3)) == ["b-a"]  # 2.9999999999999996 is 3
+
+
+def test_equal_focal_lengths():
+    shots = [shot("1", 240), shot("2", 240), shot("3", 50), shot("4", 50)]
+    assert names(pair(shots, 4)) == ["3-1", "3-2"]
+    assert names(pair([shot("1", 50), shot("2", 50)], 4)) == []
+
+
+def test_frames_without_raw_jpg_or_focal_length():
+    assert names(pair([shot("1", 240), shot("2", 50, raw=False), shot("3", 49)], 4)) == ["3-1"]
+    assert names(pair([shot("1", 240, raw=False), shot("2", 50)], 4)) == ["2-1"]  # the target is the JPG
+    assert names(pair([shot("1", 240, jpg=False), shot("2", 50)], 4)) == []
+    assert names(pair([shot("1", 240), shot("2", None), shot("3", 50, jpg=False)], 4)) == []
+
+
+def test_exclusions(tmp_path):
+    assert is_excluded("00350", "00001", KNOWN_BAD) and not is_excluded("00350", "00004", KNOWN_BAD)
+    (tmp_path / "bad.txt").write_text("# blurred\n00012/00003.JPG\n00007  # all of it\n\n00009/a.b\n")
+    excluded = read_exclusions(tmp_path / "bad.txt")
+    assert excluded == ("00012/00003", "00007", "00009/a.b")
+    assert is_excluded("00007", "anything", excluded) and not is_excluded("00012", "00001", excluded)
+    (tmp_path / "wrong.txt").write_text("x/y/z\n")
+    with pytest.raises(ValueError, match="line 1: 'x/y/z', expected SEQUENCE or SEQUENCE/FRAME"):
+        read_exclusions(tmp_path / "wrong.txt")
+
+
+def test_tags_are_read_from_the_head_alone():
+    data = jpg_bytes(np.zeros((64, 64, 3), np.uint8), focal_mm=35.5, orientation=6)
+    exif = read_exif(data[:2000])
+    assert (exif.focal_mm, exif.orientation, exif.iso, exif.camera) == (35.5, 6, 100, "SONY ILCE-7SM2")
+    assert read_exif(jpg_bytes(np.zeros((8, 8, 3), np.uint8))).focal_mm is None
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\xff\xd8", b"\xff\xd8\xff\xe1\xff\xff", b"II*\x00\xff\xff\xff\xff", b"MM\x00*", b"x" * 99]
+)
+def test_damaged_tags_read_as_not_said(data):
+    assert read_exif(data) == Exif()
+
+
+def test_camera_names():
+    assert camera_name("NIKON", "NIKON D810") == "NIKON D810"
+    assert camera_name("SONY", "ILCE-7SM2\x00") == "SONY ILCE-7SM2"
+    assert camera_name(None, "") is None
