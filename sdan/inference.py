@@ -36,7 +36,8 @@ def zoom(
         x: one photo as the network takes it, [C,H,W] in [0, 1] (raw_input.normalise), any size.
         rendering: [3,H,W] ([3,2H,2W] for packed) sRGB in [0, 1], of the same RAW; for input="rgb" x itself.
         tile_px: side of a tile in pixels of x: the training crop's.
-        overlap_px: shared by neighbouring tiles, pixels of x; default a quarter of the tile.
+        overlap_px: shared by neighbouring tiles, pixels of x; default a quarter of the tile, but 8 mosaic
+            pixels at least.
         batch: tiles at a time.
         progress: called with (tiles done, tiles in all).
 
@@ -44,7 +45,7 @@ def zoom(
         float32 [3, upscale H, upscale W] in [0, 1], on the CPU.
 
     Raises:
-        ValueError: sizes that do not fit, an overlap that is not between 4 pixels and half a tile.
+        ValueError: sizes that do not fit, an overlap that is not between 8 mosaic pixels and half a tile.
     """
     config: SDANConfig = model.config  # type: ignore[assignment]
     overlap = _check(config, x, rendering, tile_px, overlap_px)
@@ -170,7 +171,9 @@ def _check(config: SDANConfig, x: Tensor, rendering: Tensor, tile_px: int, overl
     if config.input == "mosaic" and (x.shape[1] % 2 or x.shape[2] % 2):
         raise ValueError(f"a mosaic of whole RGGB cells (even height and width) expected, got {tuple(x.shape[1:])}")
     config.check_crop(tile_px)
-    overlap = tile_px // 4 if overlap_px is None else overlap_px
-    if not 4 <= overlap <= tile_px // 2:
-        raise ValueError(f"overlap_px: 4 to {tile_px // 2} expected (half of tile_px={tile_px}), got {overlap}")
+    # Its outer quarter is dropped, and must hold the 2 pixels that bicubic enlargement looks beyond a tile's border.
+    least = 8 // factor
+    overlap = max(tile_px // 4, least) if overlap_px is None else overlap_px
+    if not least <= overlap <= tile_px // 2:
+        raise ValueError(f"overlap_px: {least} to {tile_px // 2} expected (half of tile_px={tile_px}), got {overlap}")
     return overlap

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from functools import lru_cache
 from pathlib import Path
 
@@ -121,7 +122,8 @@ def _lpips(path: Path) -> nn.Module:
     import lpips  # it imports half of torchvision
 
     # pnet_rand=True only keeps it from downloading: every backbone weight is replaced below (strict).
-    model = lpips.LPIPS(net="alex", version="0.1", pnet_rand=True, verbose=False)
+    with warnings.catch_warnings(action="ignore"):  # of torchvision, about how the package calls it
+        model = lpips.LPIPS(net="alex", version="0.1", pnet_rand=True, verbose=False)
     stored = torch.load(path, map_location="cpu", weights_only=True)
     wanted = model.net.state_dict()  # e.g. slice2.3.weight for torchvision's features.3.weight
     model.net.load_state_dict({name: stored["features." + name.split(".", 1)[1]] for name in wanted})

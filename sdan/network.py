@@ -167,8 +167,8 @@ class SuperResolution(nn.Module):
         self.join = nn.Conv2d(c, c, 3, padding=1, bias=False)
         self.enlarge = nn.ModuleList(nn.Conv2d(c, 4 * c, 3, padding=1) for _ in range(stages))
         self.last = nn.Conv2d(c, 3, 3, padding=1)
-        # skip="rendering" starts with a last convolution of zero. Behind a ReLU all its inputs are positive and Adam's first
-        # steps add up to one large change of the mean; so this form has no activation between its last stages (as EDSR).
+        # skip="rendering" starts with a last convolution of zero. Behind a ReLU all its inputs are positive, and Adam's
+        # first steps add up to one large change of the mean: so this form has no activation here (as EDSR has none).
         self.activation = nn.Identity() if config.skip == "rendering" else nn.ReLU(inplace=True)
         if config.skip == "rendering":
             nn.init.zeros_(self.last.weight)

@@ -40,9 +40,13 @@ def tile():
     low = ramp(middle, middle)
     flow = torch.stack([0.5 * coarse[:, None] + 0.25 * coarse, -0.125 * coarse[:, None] + coarse])
     high = ramp(fine, fine)
-    return {"lr_raw": mosaic_channels(low), "lr_render": low, "lr_rgb": low + 1, "hr_rgb": high, "true_rgb": high + 2} | {
-        "true_flow": flow.double()
-    }
+    return {
+        "lr_raw": mosaic_channels(low),
+        "lr_render": low,
+        "lr_rgb": low + 1,
+        "hr_rgb": high,
+        "true_rgb": high + 2,
+    } | {"true_flow": flow.double()}
 
 
 def plans():
@@ -56,7 +60,7 @@ def plans():
 
 
 def source_axes(plan, positions):
-    """Where, in the tile, the crop's positions (in its own mosaic pixels) come from: along the tile's rows and columns."""
+    """Where in the tile the crop's positions (in its own mosaic pixels) come from: its rows and its columns."""
     rows = plan.row + (2 * CROP - positions if plan.flip_rows else positions)
     cols = plan.col + (2 * CROP - positions if plan.flip_cols else positions)
     return rows, cols
@@ -102,7 +106,9 @@ def test_integer_pictures_keep_their_dtype_and_the_greens_swap_their_levels():
     sample["true_flow"] = tile()["true_flow"].half()
     sample["black_level"], sample["wb"] = torch.tensor([1.0, 2, 3, 4]), torch.tensor([2.0, 1.0, 1.1, 1.5])
     result = apply(sample, CropPlan(1, 2, True, False, True), CROP, SCALE)
-    assert {name: value.dtype for name, value in result.items()} == {name: value.dtype for name, value in sample.items()}
+    assert {name: value.dtype for name, value in result.items()} == {
+        name: value.dtype for name, value in sample.items()
+    }
     assert result["black_level"].tolist() == [1, 3, 2, 4]
     assert torch.allclose(result["wb"], torch.tensor([2.0, 1.1, 1.0, 1.5]))
     untransposed = apply(sample, CropPlan(1, 1, True, True, False), CROP, SCALE)

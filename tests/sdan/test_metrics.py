@@ -52,7 +52,9 @@ def test_psnr_counts_only_the_mask_and_the_inside_of_the_border():
     mask[0, :, 4:9, 5:12] = 1
     mask[1, :, 6:, 7:] = 1
     spoilt = torch.where(mask > 0, image, 9.0)
-    assert torch.allclose(psnr(spoilt, target, mask=mask)[0], psnr(image[:1, :, 4:9, 5:12], target[:1, :, 4:9, 5:12])[0])
+    assert torch.allclose(
+        psnr(spoilt, target, mask=mask)[0], psnr(image[:1, :, 4:9, 5:12], target[:1, :, 4:9, 5:12])[0]
+    )
     expected = psnr(image[1:, :, 6:14, 7:16], target[1:, :, 6:14, 7:16])
     assert torch.allclose(psnr(spoilt, target, mask=mask, border_px=3)[1], expected[0])
 

@@ -1,0 +1,201 @@
+"""A checkpoint describes itself, replaces itself safely, and refuses what is damaged in one line."""
+
+import json
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sdan import checkpoint
+from sdan.baselines import SRResNet
+from sdan.checkpoint import CheckpointError, load, load_trainer_state, save
+from sdan.network import SDAN, SDANConfig
+
+SMALL = SDANConfig(input="packed", scale=2, features=4, blocks=1, packing_kernel=2, skip="rendering")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(0)
+    return save(tmp_path / "run" / "best", SDAN(SMALL), config={"name": "test"}, scores={"psnr": 30.5})
+
+
+def one_line(error):
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("architecture", [SDAN, SRResNet])
+def test_a_round_trip_needs_no_flags_and_changes_nothing(tmp_path, architecture):
+    torch.manual_seed(0)
+    model = architecture(SMALL)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.normal_()
+    config = {"name": "r", "model": {"scale": 2}, "loss": {"kind": "l1"}, "shard_schema": 1}
+    save(tmp_path / "c", model, config=config, scores={"psnr": 31.25, "steps": 7}, commit="abc123")
+    found = load(tmp_path / "c")
+    assert type(found.model) is architecture and found.model.config == SMALL and not found.model.training
+    assert found.config == config and found.scores == {"psnr": 31.25, "steps": 7} and found.commit == "abc123"
+    assert found.versions["torch"] == torch.__version__.split("+")[0] or found.versions["torch"] == torch.__version__
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, found.model.state_dict()[name])
+    x, reference, rendering = torch.rand(1, 4, 8, 8), torch.rand(1, 3, 8, 8), torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(model(x, reference, rendering).zoomed, found.model(x, reference, rendering).zoomed)
+
+
+def test_the_files_are_plain_and_readable_by_others(folder):
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert folder.stat().st_mode & 0o055 == 0o055
+    described = json.loads((folder / "config.json").read_text())
+    assert described["format"] == 1 and described["network"]["input"] == "packed"
+    assert list(folder.parent.iterdir()) == [folder]  # nothing left aside
+
+
+def test_trainer_state_comes_back_exactly(tmp_path):
+    model = SDAN(SMALL)
+    optimizer = torch.optim.Adam(model.parameters())
+    state = {"optimizer": optimizer.state_dict(), "step": 12, "best": float("-inf"), "rng": torch.get_rng_state()}
+    save(tmp_path / "c", model, config={}, scores={}, trainer_state=state)
+    found = load_trainer_state(tmp_path / "c")
+    assert found["step"] == 12 and found["best"] == float("-inf") and torch.equal(found["rng"], state["rng"])
+    optimizer.load_state_dict(found["optimizer"])
+
+
+def test_saving_again_replaces_the_whole_checkpoint(folder):
+    save(folder, SDAN(SMALL), config={"name": "first"}, scores={}, trainer_state={"step": 1})
+    bigger = replace(SMALL, features=6)
+    save(folder, SDAN(bigger), config={"name": "second"}, scores={"psnr": float("nan")})
+    found = load(folder)
+    assert found.model.config == bigger and found.config == {"name": "second"} and found.scores == {"psnr": None}
+    assert not (folder / "trainer.pt").exists()
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_save_that_fails_leaves_the_old_checkpoint(folder, monkeypatch):
+    before = load(folder).scores
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        save(folder, SDAN(SMALL), config={}, scores={"psnr": 1.0})
+    assert load(folder).scores == before
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_save_killed_between_the_two_renames_loses_nothing(folder):
+    folder.rename(folder.with_name(".best.replaced"))
+    assert load(folder).scores == {"psnr": 30.5}
+    save(folder, SDAN(SMALL), config={}, scores={"psnr": 31.0})
+    assert load(folder).scores == {"psnr": 31.0}
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_other_peoples_folders_are_not_replaced(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="got other files"):
+        save(tmp_path / "photos", SDAN(SMALL), config={}, scores={})
+    assert (tmp_path / "photos" / "a.jpg").read_bytes() == b"x"
+
+
+def test_a_place_that_cannot_be_written_and_a_wrong_model_are_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        save(tmp_path / "file" / "c", SDAN(SMALL), config={}, scores={})
+    with pytest.raises(CheckpointError, match="SDAN or SRResNet expected, got Linear"):
+        save(tmp_path / "c", torch.nn.Linear(1, 1), config={}, scores={})
+
+
+def test_missing_things_are_named(folder, tmp_path):
+    with pytest.raises(CheckpointError, match="no such folder") as error:
+        load(tmp_path / "none")
+    one_line(error)
+    with pytest.raises(CheckpointError, match=r"trainer\.pt: expected for resuming"):
+        load_trainer_state(folder)
+    (folder / "model.safetensors").rename(folder / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: expected in a checkpoint") as error:
+        load(folder)
+    one_line(error)
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json: expected in a checkpoint"):
+        load(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_truncated_weights_are_refused(folder, keep):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match="weights expected, cannot be read") as error:
+        load(folder)
+    one_line(error)
+
+
+def test_weights_of_another_network_are_refused(folder):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    save_file({name: value for name, value in weights.items() if name != "head.bias"}, path)
+    with pytest.raises(CheckpointError, match=r"1 differ, first head\.bias: expected \(4,\), got none") as error:
+        load(folder)
+    one_line(error)
+    save_file(weights | {"head.bias": torch.zeros(5)}, path)
+    with pytest.raises(CheckpointError, match=r"expected \(4,\), got \(5,\)"):
+        load(folder)
+    save_file(weights | {"more": torch.zeros(5)}, path)
+    with pytest.raises(CheckpointError, match=r"first more: expected none, got \(5,\)"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "written by a newer SDAN"),
+        ({"format": "1"}, "no format number"),
+        ({"architecture": "os.system"}, "description of a network expected"),
+        ({"network": {"scale": 3}}, "scale: one of"),
+        ({"network": {"colour": 3}}, "unknown settings"),
+        ({"network": None}, "description of a network expected"),
+    ],
+)
+def test_wrong_descriptions_are_refused(folder, change, message):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match=message) as error:
+        load(folder)
+    one_line(error)
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2", "[1]", "\x00\xff"])
+def test_descriptions_that_are_no_json_are_refused(folder, text):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json") as error:
+        load(folder)
+    one_line(error)
+
+
+class Payload:
+    """Would create a file when unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_nothing_is_unpickled_into_code(folder, tmp_path):
+    mark = tmp_path / "ran"
+    for write in (torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))):
+        write({"step": Payload(mark)}, folder / "trainer.pt")
+        with pytest.raises(CheckpointError, match="plain values expected") as error:
+            load_trainer_state(folder)
+        one_line(error)
+        assert not mark.exists()
+    (folder / "trainer.pt").write_bytes(b"PK\x03\x04 half a zip")
+    with pytest.raises(CheckpointError, match="plain values expected"):
+        load_trainer_state(folder)

@@ -1,0 +1,171 @@
+"""Whole photos: any size, seamless, and exactly bicubic before training."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from sdan.baselines import SRResNet
+from sdan.inference import zoom
+from sdan.metrics import psnr
+from sdan.network import CHANNELS, SDAN, SDANConfig
+from sdan.raw_input import packed_to_mosaic
+from sdan.resample import bicubic, low_pass
+
+CONFIG = SDANConfig(scale=2, features=8, blocks=1, packing_kernel=4, skip="rendering")
+
+
+def photo(config, height, width, seed=0):
+    """A smooth random photo, x [C,height,width] and its rendering."""
+    generator = torch.Generator().manual_seed(seed)
+    factor = config.mosaic_factor
+    coarse = torch.rand(1, 3, height // 8 + 3, width // 8 + 3, generator=generator)
+    size = (height * factor, width * factor)
+    rendering = F.interpolate(coarse, size=size, mode="bicubic", align_corners=False).clamp(0, 1)[0]
+    if config.input == "rgb":
+        return rendering, rendering
+    if config.input == "packed":
+        channels = (rendering[0, ::2, ::2], rendering[1, ::2, 1::2], rendering[1, 1::2, ::2], rendering[2, 1::2, 1::2])
+        return torch.stack(channels), rendering
+    return rendering.mean(0, keepdim=True), rendering
+
+
+def trained(config):
+    """A network that does something everywhere: every weight random, offsets of about a pixel."""
+    torch.manual_seed(1)
+    model = SDAN(config)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.endswith(("conv3.weight", "last.weight", "gamma")):
+                value.normal_(0, 0.1)
+    return model
+
+
+@pytest.mark.parametrize("model", [SDAN, SRResNet])
+@pytest.mark.parametrize(
+    ("kind", "height", "width"),
+    [("mosaic", 46, 70), ("packed", 35, 41), ("rgb", 33, 64), ("mosaic", 10, 70), ("packed", 3, 7), ("rgb", 1, 1)],
+)
+def test_untrained_zoom_is_bicubic_of_the_whole_rendering(model, kind, height, width):
+    config = replace(CONFIG, input=kind)
+    x, rendering = photo(config, height, width)
+    zoomed = zoom(model(config), x, rendering, tile_px=16)
+    expected = bicubic(rendering[None], 2).clamp(0, 1)
+    assert zoomed.shape == expected.shape[1:] and zoomed.dtype == torch.float32
+    assert float(psnr(zoomed[None], expected)) > 90
+    # 0.01 dB, as the design asks for: against any target the two score the same
+    target = expected + 0.05 * torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
+    assert abs(float(psnr(zoomed[None], target) - psnr(expected, target))) < 0.01
+
+
+def test_a_photo_of_one_tile_is_the_networks_own_output():
+    model = trained(CONFIG)
+    x, rendering = photo(CONFIG, 32, 32)
+    with torch.no_grad():
+        expected = model(x[None], rendering[None], rendering[None]).zoomed[0].clamp(0, 1)
+    assert torch.allclose(zoom(model, x, rendering, tile_px=32), expected, atol=1e-6)
+
+
+def test_packed_photos_get_the_low_passed_rendering_as_reference():
+    config = replace(CONFIG, input="packed")
+    model = trained(config)
+    x, rendering = photo(config, 16, 16)
+    with torch.no_grad():
+        expected = model(x[None], low_pass(rendering[None], 2), rendering[None]).zoomed[0].clamp(0, 1)
+    assert torch.allclose(zoom(model, x, rendering, tile_px=16), expected, atol=1e-6)
+
+
+def test_the_grid_of_tiles_hardly_shows():
+    """The same place in two photos that start 6 pixels apart: other tiles, nearly the same answer."""
+    model = trained(replace(CONFIG, attention="none"))
+    x, rendering = photo(CONFIG, 96, 112)
+    whole = zoom(model, x, rendering, tile_px=32)
+    later = zoom(model, x[:, 6:, 10:], rendering[:, 6:, 10:], tile_px=32)
+    common = (slice(None), slice(12 + 24, -24), slice(20 + 24, -24))
+    inner = (slice(None), slice(24, -24), slice(24, -24))
+    plain = bicubic(rendering[None], 2)[0][common]
+    changed = (whole[common] - plain).abs().mean()
+    assert changed > 0.01  # the network is not just bicubic
+    assert (whole[common] - later[inner]).abs().mean() < 0.03 * changed
+    assert (whole[common] - later[inner]).abs().max() < 0.5 * changed
+
+
+def test_batches_of_tiles_do_not_change_the_answer_and_progress_counts_them():
+    model = trained(CONFIG)
+    x, rendering = photo(CONFIG, 46, 70)
+    calls = []
+    one = zoom(model, x, rendering, tile_px=32, batch=1, progress=lambda *call: calls.append(call))
+    many = zoom(model, x, rendering, tile_px=32, batch=3)
+    assert torch.allclose(one, many, atol=1e-5)
+    assert calls == [(n + 1, 6) for n in range(6)]
+
+
+def test_every_tile_is_the_training_size_and_starts_on_an_r():
+    """Seen from inside: the sizes, and that R of the mosaic is at (0, 0) of each tile, padded photos included."""
+    seen = []
+
+    class Spy(SDAN):
+        def forward(self, x, reference, rendering=None):
+            seen.append(x.clone())
+            return super().forward(x, reference, rendering)
+
+    colours = torch.tensor([0.1, 0.4, 0.5, 0.9]).view(1, 4, 1, 1)
+    for height, width in ((23, 30), (5, 6), (11, 40)):
+        mosaic = packed_to_mosaic(colours.expand(1, 4, height, width))[0]
+        zoom(Spy(CONFIG), mosaic, torch.rand(3, 2 * height, 2 * width), tile_px=16)
+        zoom(
+            Spy(replace(CONFIG, input="packed")),
+            colours[0].expand(4, height, width),
+            torch.rand(3, 2 * height, 2 * width),
+            tile_px=16,
+        )
+    cells = packed_to_mosaic(colours.expand(1, 4, 8, 8))[0]
+    for tiles in seen:
+        assert tiles.shape[-2:] == (16, 16)
+        expected = cells if tiles.shape[1] == 1 else colours[0].expand(4, 16, 16)
+        assert (tiles == expected).all()
+
+
+def test_small_packed_photos_are_reflected_photosite_by_photosite():
+    """RAW and reference must stay registered in the padding too: here both show the column number."""
+    seen = {}
+
+    class Spy(SDAN):
+        def forward(self, x, reference, rendering=None):
+            seen.update(x=x.clone(), reference=reference.clone())
+            return super().forward(x, reference, rendering)
+
+    rendering = (torch.arange(12.0) / 12).expand(3, 32, 12)
+    x = torch.stack(
+        [rendering[0, ::2, ::2], rendering[0, ::2, 1::2], rendering[0, 1::2, ::2], rendering[0, 1::2, 1::2]]
+    )
+    zoom(Spy(replace(CONFIG, input="packed")), x, rendering, tile_px=16)
+    mosaic = packed_to_mosaic(seen["x"])
+    assert mosaic[0, 0, 0, :14].mul(12).round().tolist() == [*range(12), 10, 9]
+    assert torch.allclose(low_pass(mosaic, 2)[0, 0], seen["reference"][0, 0])
+
+
+def test_the_output_is_clipped_and_the_model_left_in_eval_mode():
+    model = SDAN(CONFIG).train()
+    with torch.no_grad():
+        model.super_resolution.last.bias.copy_(torch.tensor([5.0, 0.0, -5.0]))
+    x, rendering = photo(CONFIG, 32, 32)
+    zoomed = zoom(model, x, rendering, tile_px=16)
+    assert zoomed[0].min() == 1 and zoomed[2].max() == 0 and not model.training
+
+
+def test_wrong_sizes_are_refused():
+    model = SDAN(CONFIG)
+    x, rendering = photo(CONFIG, 32, 32)
+    with pytest.raises(ValueError, match=r"one photo \[1,H,W\] expected"):
+        zoom(model, x[None], rendering, tile_px=16)
+    with pytest.raises(ValueError, match="rendering: "):
+        zoom(model, x, rendering[:, 1:], tile_px=16)
+    with pytest.raises(ValueError, match="whole RGGB cells"):
+        zoom(model, x[:, 1:], rendering[:, 1:], tile_px=16)
+    with pytest.raises(ValueError, match="packing_kernel=4 must divide"):
+        zoom(model, x, rendering, tile_px=18)
+    with pytest.raises(ValueError, match="overlap_px: 8 to 8"):
+        zoom(model, x, rendering, tile_px=16, overlap_px=9)
+    assert CHANNELS["mosaic"] == x.shape[0]

@@ -1,0 +1,282 @@
+"""The network's shapes, its two figures, Table 2 as configs, the exact start, and that it learns."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torchvision.ops import deform_conv2d
+
+from sdan.attention import CrossPackingAttention
+from sdan.baselines import SRResNet, bicubic
+from sdan.losses import LossConfig, sdan_loss
+from sdan.metrics import psnr
+from sdan.network import CHANNELS, SDAN, SDANConfig, per_point_deform_conv2d, with_flips
+from sdan.resample import enlarge_offset, low_pass, sample
+
+SMALL = SDANConfig(features=8, blocks=2, packing_kernel=4)
+INPUTS = ("mosaic", "packed", "rgb")
+
+
+def batch(config, n=2, height=16, width=24, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    factor = config.mosaic_factor
+    shapes = (
+        (n, CHANNELS[config.input], height, width),
+        (n, 3, height, width),
+        (n, 3, height * factor, width * factor),
+    )
+    return tuple(torch.rand(shape, generator=generator) for shape in shapes)
+
+
+@pytest.mark.parametrize(("kind", "scale", "skip"), list(itertools.product(INPUTS, (2, 4, 8), ("none", "rendering"))))
+def test_output_sizes(kind, scale, skip):
+    config = replace(SMALL, input=kind, scale=scale, skip=skip)
+    x, reference, rendering = batch(config)
+    output = SDAN(config)(x, reference, rendering)
+    mosaic = (16 * config.mosaic_factor, 24 * config.mosaic_factor)
+    assert output.zoomed.shape == (2, 3, scale * mosaic[0], scale * mosaic[1])
+    assert output.aligned.shape == (2, 3, 16, 24)
+    assert output.mask.shape == (2, 1, 16, 24) and output.offset.shape == (2, 2, 16, 24)
+    assert not output.mask.requires_grad
+
+
+TABLE_2 = {
+    "DCN": {"offset": "per_point", "attention": "none", "flips": False},
+    "SDCN": {"attention": "none", "flips": False},
+    "+ CL": {"attention": "channel", "flips": False},
+    "+ CP": {"attention": "cross_packing", "flips": False},
+    "++ flips": {},
+}
+
+
+@pytest.mark.parametrize("row", TABLE_2)
+@pytest.mark.parametrize("skip", ["none", "rendering"])
+def test_every_row_of_table_2_trains_every_weight(row, skip):
+    config = replace(SMALL, features=32, skip=skip, **TABLE_2[row])
+    torch.manual_seed(0)
+    model, (x, reference, rendering) = SDAN(config), batch(config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    for _ in range(3):  # what lies behind weights that start at zero moves at the second or third step
+        output = model(x, reference, rendering)
+        terms = sdan_loss(output, reference, bicubic(rendering, 4) ** 2, LossConfig(border_px=8))
+        optimizer.zero_grad()
+        terms.total.backward()
+        optimizer.step()
+    unmoved = [name for name, value in model.named_parameters() if torch.equal(value, before[name])]
+    assert not unmoved
+
+
+def test_squared_offsets_have_fewer_weights_than_per_point_ones():
+    def count(config):
+        return sum(p.numel() for p in SDAN(config).parameters())
+
+    per_offset = 9 * 64 + 1  # the last offset convolution's weights for one output channel
+    assert count(SDANConfig(offset="per_point")) - count(SDANConfig()) == 16 * per_offset
+
+
+def test_flips_show_the_image_and_its_three_mirror_images():
+    image = torch.arange(2 * 3 * 4 * 5.0).view(2, 3, 4, 5)
+    views = with_flips(image)
+    assert views.shape == (2, 12, 4, 5)
+    assert torch.equal(views[:, :3], image)
+    assert views[1, 3, 0, 0] == image[1, 0, 3, 0]
+    assert views[1, 6, 0, 0] == image[1, 0, 0, 4]
+    assert views[1, 9, 0, 0] == image[1, 0, 3, 4]
+
+
+def test_cpa_is_its_equation_and_starts_as_the_identity():
+    torch.manual_seed(0)
+    attention = CrossPackingAttention(4)
+    x = 0.3 * torch.randn(2, 3, 8, 12)
+    assert torch.equal(attention(x), x)
+    with torch.no_grad():
+        attention.gamma.fill_(0.7)
+    packed = x.view(2, 3, 2, 4, 3, 4).permute(0, 1, 3, 5, 2, 4).reshape(2, 48, 6)  # [N, C K^2, positions]
+    energy = packed @ packed.transpose(1, 2)
+    weights = torch.softmax(energy.amax(-1, keepdim=True) - energy, dim=-1)
+    attended = (weights @ packed).view(2, 3, 4, 4, 2, 3).permute(0, 1, 4, 2, 5, 3).reshape(2, 3, 8, 12)
+    assert torch.allclose(attention(x), x + 0.7 * attended, atol=1e-5)
+
+
+def test_squared_and_per_point_agree_when_all_points_share_one_offset():
+    """A per-point network whose last offset layer repeats one (dy, dx) is the squared network."""
+    torch.manual_seed(0)
+    squared = SDAN(SMALL)
+    point = SDAN(replace(SMALL, offset="per_point"))
+    weights = squared.state_dict()
+    for end in ("weight", "bias"):
+        name = f"alignment.offset_learner.conv3.{end}"
+        weights[name] = weights[name].repeat(9, *(1,) * (weights[name].dim() - 1))
+    point.load_state_dict(weights)
+    x, reference, _ = batch(SMALL)
+    a, b = squared(x, reference), point(x, reference)
+    assert a.offset.detach().abs().max() > 0.05
+    for mine, other in zip(a, b, strict=True):
+        assert torch.allclose(mine, other, atol=1e-5)
+
+
+def test_per_point_is_torchvisions_under_autocast_too():
+    torch.manual_seed(0)
+    x, offset, weight = torch.randn(1, 4, 6, 7), torch.randn(1, 18, 6, 7), torch.randn(5, 4, 3, 3)
+    expected = deform_conv2d(x, offset, weight, padding=1)
+    assert torch.equal(per_point_deform_conv2d(x, offset, weight, None), expected)
+    moved = per_point_deform_conv2d(x.bfloat16(), offset, weight, None)
+    assert moved.dtype == torch.bfloat16 and torch.allclose(moved.float(), expected, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize(("kind", "model"), list(itertools.product(INPUTS, (SDAN, SRResNet))))
+def test_an_untrained_network_with_the_skip_is_bicubic_of_the_rendering(kind, model):
+    config = replace(SMALL, input=kind, skip="rendering")
+    x, reference, rendering = batch(config)
+    output = model(config)(x, reference, rendering)
+    assert (output.zoomed - bicubic(rendering, 4)).abs().max() < 1e-5
+    assert torch.equal(output.offset, torch.zeros(2, 2, 16, 24))
+    assert torch.equal(output.mask, torch.ones(2, 1, 16, 24))
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_the_skip_moves_the_rendering_by_the_offset_on_its_own_grid(kind):
+    config = replace(SMALL, input=kind, skip="rendering")
+    model, (x, reference, rendering) = SDAN(config), batch(config)
+    with torch.no_grad():
+        model.alignment.offset_learner.conv3.bias.copy_(torch.tensor([2.0, -1.0]))
+    output = model(x, reference, rendering)
+    assert torch.allclose(output.offset, torch.tensor([2.0, -1.0]).view(1, 2, 1, 1).expand(2, 2, 16, 24))
+    rows, cols = 2 * config.mosaic_factor, -1 * config.mosaic_factor
+    height, width = rendering.shape[-2:]
+    index = torch.arange(height) + rows, torch.arange(width) + cols
+    moved = rendering[:, :, index[0].clamp(0, height - 1)][..., index[1].clamp(0, width - 1)]
+    assert (output.zoomed - bicubic(moved, 4)).abs().max() < 1e-4
+    assert output.mask[0, 0, -2:].max() == 0 and output.mask[0, 0, :-2, 1:].min() == 1
+
+
+@pytest.mark.parametrize("offset", ["squared", "per_point"])
+def test_autocast_keeps_offsets_and_output_in_float32(offset):
+    torch.manual_seed(0)
+    config = replace(SMALL, offset=offset, skip="rendering")
+    model, (x, reference, rendering) = SDAN(config), batch(config)
+    with torch.no_grad():
+        model.alignment.offset_learner.conv3.bias.fill_(30.0625)  # bfloat16 knows 30 and 30.125 only
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(x, reference, rendering)
+    assert output.offset.dtype == output.zoomed.dtype == output.aligned.dtype == torch.float32
+    assert torch.equal(output.offset, torch.full_like(output.offset, 30.0625))
+
+
+def test_sampling_and_offsets_change_grid_as_documented():
+    torch.manual_seed(0)
+    image, offset = torch.rand(1, 2, 6, 7), torch.zeros(1, 2, 6, 7)
+    assert torch.allclose(sample(image, offset), image, atol=1e-6)
+    offset[:, 0], offset[:, 1] = 1.0, 0.5
+    expected = (image[:, :, 3, 2] + image[:, :, 3, 3]) / 2
+    assert torch.allclose(sample(image, offset)[:, :, 2, 2], expected, atol=1e-6)
+    assert torch.allclose(sample(image, offset + 100)[:, :, 0, 0], image[:, :, -1, -1])  # the border goes on
+    # A field linear in position stays linear: half-pixel centres, values in pixels of the finer grid.
+    field = (torch.arange(6.0) + 0.5).view(1, 1, 6, 1).expand(1, 2, 6, 7)
+    fine = (torch.arange(24.0) + 0.5) / 4
+    assert torch.allclose(enlarge_offset(field, 4)[0, 0, 4:-4, 3], 4 * fine[4:-4])
+
+
+def test_low_pass_is_an_area_average():
+    image = torch.rand(2, 3, 8, 12)
+    assert torch.allclose(low_pass(image, 4)[1, 2, 1, 2], image[1, 2, 4:8, 8:12].mean())
+    assert low_pass(image, 1) is image
+    with pytest.raises(ValueError, match="8x12 and factor 3"):
+        low_pass(image, 3)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"input": "bayer"}, "input: one of mosaic, packed, rgb"),
+        ({"offset": "round"}, "offset: one of squared, per_point"),
+        ({"attention": "self"}, "attention: one of"),
+        ({"skip": True}, "skip: one of"),
+        ({"scale": 3}, "scale: one of 2, 4, 8, 16"),
+        ({"features": 0}, "features: a whole number"),
+        ({"packing_kernel": 2.5}, "packing_kernel: a whole number"),
+    ],
+)
+def test_wrong_settings_are_refused_when_constructed(setting, message):
+    with pytest.raises(ValueError, match=message):
+        SDANConfig(**setting)
+
+
+def test_a_packing_kernel_that_does_not_divide_is_refused_with_all_numbers():
+    config = replace(SMALL, packing_kernel=5)
+    with pytest.raises(ValueError, match=r"packing_kernel=5 .* 16x24 \(remainders 1, 4\).*multiple of 5.*\[2, 4, 8\]"):
+        SDAN(config)(*batch(config))
+    with pytest.raises(ValueError, match="packing_kernel=8 must divide"):
+        SDANConfig().check_crop(100)
+    SDANConfig().check_crop(128)
+    replace(SDANConfig(), attention="none").check_crop(100)
+    with pytest.raises(ValueError, match="even"):
+        replace(SDANConfig(), attention="none").check_crop(99)
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    config = replace(SMALL, input="packed", skip="rendering")
+    model, (x, reference, rendering) = SDAN(config), batch(config)
+    with pytest.raises(ValueError, match=r"x \[N,4,H,W\] expected"):
+        model(x[:, :1], reference, rendering)
+    with pytest.raises(ValueError, match="reference: "):
+        model(x, rendering, rendering)
+    with pytest.raises(ValueError, match=r"rendering .* got None"):
+        model(x, reference)
+
+
+def picture(generator, n, side):
+    """Smooth random texture whose contrast the low-pass lessens and bicubic interpolation does not bring back."""
+    coarse = torch.rand(n, 3, side // 4, side // 4, generator=generator)
+    return F.interpolate(coarse, size=(side, side), mode="bicubic", align_corners=False)
+
+
+def test_a_network_that_starts_at_bicubic_learns_to_beat_it():
+    """The deployed path ({X, X}) on aligned pairs: a few steps must gain on fresh pictures."""
+    torch.manual_seed(0)
+    config = SDANConfig(input="rgb", scale=2, features=8, blocks=1, packing_kernel=4, skip="rendering")
+    model, generator = SDAN(config), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+
+    def pairs(n):
+        high = picture(generator, n, 64)
+        return low_pass(high, 2), high
+
+    for _ in range(60):
+        low, high = pairs(8)
+        terms = sdan_loss(model(low, low, low), low, high, LossConfig(border_px=4))
+        optimizer.zero_grad()
+        terms.total.backward()
+        optimizer.step()
+    low, high = pairs(32)
+    with torch.no_grad():
+        gain = psnr(model(low, low, low).zoomed, high, border_px=4) - psnr(bicubic(low, 2), high, border_px=4)
+    assert gain.mean() > 0.4
+
+
+@pytest.mark.parametrize(("skip", "tolerance"), [("rendering", 0.3), ("none", 1.3)])
+def test_the_loss_pulls_the_offset_to_the_true_shift(skip, tolerance):
+    """One pair, the target's view 1 px lower and 2 px to the left: X'(p) comes from x(p + offset(p)).
+
+    Without the skip, the convolutions themselves may take over a pixel of a shift that is always the same.
+    """
+    torch.manual_seed(0)
+    config = SDANConfig(input="rgb", scale=2, features=8, blocks=1, packing_kernel=4, skip=skip)
+    coarse = torch.rand(1, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+    wide = F.interpolate(coarse, scale_factor=8, mode="bicubic", align_corners=False)
+    low, high = low_pass(wide[:, :, 16:80, 16:80], 2), wide[:, :, 18:82, 12:76]
+    reference, model = low_pass(high, 2), SDAN(config)
+    with torch.no_grad():
+        model.alignment.offset_learner.conv3.weight.zero_()  # start at offset 0, as skip="rendering" does anyway
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        output = model(low, reference, low)
+        optimizer.zero_grad()
+        sdan_loss(output, reference, high, LossConfig(border_px=8)).total.backward()
+        optimizer.step()
+    found = output.offset.detach()[0, :, 6:-6, 6:-6].flatten(1).median(dim=1).values
+    assert found[0] > 0.5 and found[1] < -0.5
+    assert torch.allclose(found, torch.tensor([1.0, -2.0]), atol=tolerance)
