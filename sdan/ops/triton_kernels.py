@@ -1,0 +1,217 @@
+"""The sampling as Triton kernels, forward and backward.
+
+    forward     output(p, c) = bias(c) + sum_q weight(p, q) input(q, c), then ReLU if asked; M(p) = 1 if p + offset(p) is inside
+    backward    grad_input(q, c) += weight(p, q) grad(p, c)
+                grad_offset(p) = sum_c grad(p, c) sum_q (d weight(p, q) / d offset) input(q, c)
+
+q runs over the four frame pixels around p + margin + offset(p). Everything is channels-last, so that the C values of a corner lie
+side by side: a program takes BLOCK_P samples of one image, reads their offsets once, and moves BLOCK_C channels per corner in wide
+loads. Positions, weights and sums over channels are in ACC (float32; float64 for float64 inputs).
+
+Addresses are 64-bit from the image's start on; a sample's position within one image fits 32 bits. Infinite offsets are clamped to
+just outside the frame before they become integers, and a NaN is replaced there, so no address is ever formed from either.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _axis(position: tl.tensor, size: tl.tensor) -> tl.tensor:
+    """One axis of the corners: lower index, whether each neighbour is in the frame, and their weights (NaN for a NaN position)."""
+    bounded = tl.where(position == position, position, -2.0)
+    # -2, not -1: at exactly -1 the neighbour inside has weight 0 but a slope; beyond, nothing.
+    bounded = tl.minimum(tl.maximum(bounded, -2.0), size.to(position.dtype))
+    low = tl.floor(bounded)
+    share = tl.where(position == position, bounded - low, position)
+    index = low.to(tl.int32)
+    return index, (index >= 0) & (index < size), (index >= -1) & (index < size - 1), 1.0 - share, share
+
+
+@triton.jit
+def _sample_block(
+    offset_ptr: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+    margin: tl.tensor,
+    BLOCK_P: tl.constexpr,
+    ACC: tl.constexpr,
+) -> tl.tensor:
+    """This program's image and samples, and their positions in the image (no margin). Offsets are [N, 2, H, W], contiguous."""
+    plane = height * width
+    num_blocks = tl.cdiv(plane, BLOCK_P)
+    image = (tl.program_id(0) // num_blocks).to(tl.int64)
+    sample = (tl.program_id(0) % num_blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
+    valid = sample < plane
+    offsets = offset_ptr + image * 2 * plane + sample
+    y = (sample // width).to(ACC) + tl.load(offsets, mask=valid, other=0.0).to(ACC)
+    x = (sample % width).to(ACC) + tl.load(offsets + plane, mask=valid, other=0.0).to(ACC)
+    return image, sample, valid, y, x
+
+
+@triton.jit(do_not_specialize=["height", "width", "frame_height", "frame_width", "margin"])
+def warp_forward_kernel(
+    input_ptr: tl.tensor,
+    offset_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    output_ptr: tl.tensor,
+    mask_ptr: tl.tensor,
+    channels: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+    frame_height: tl.tensor,
+    frame_width: tl.tensor,
+    margin: tl.tensor,
+    HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    WITH_MASK: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr,
+) -> None:
+    """output(p, c) = bias(c) + sum_q weight(p, q) input(q, c), ReLU if asked; M(p) from the same read of the offset."""
+    image, sample, valid, y, x = _sample_block(offset_ptr, height, width, margin, BLOCK_P, ACC)
+    if WITH_MASK:
+        inside = (y >= 0) & (y <= (height - 1).to(ACC)) & (x >= 0) & (x <= (width - 1).to(ACC))
+        tl.store(mask_ptr + image * height * width + sample, inside.to(tl.float32), mask=valid)
+    row, has_top, has_bottom, top, bottom = _axis(y + margin.to(ACC), frame_height)
+    column, has_left, has_right, left, right = _axis(x + margin.to(ACC), frame_width)
+    frame = input_ptr + image * frame_height * frame_width * channels
+    corner = frame + (row.to(tl.int64) * frame_width + column)[:, None] * channels
+    below = frame_width.to(tl.int64) * channels
+    target = output_ptr + (image * height * width + sample)[:, None] * channels
+    for start in range(0, channels, BLOCK_C):
+        channel = (start + tl.arange(0, BLOCK_C))[None, :]
+        active = valid[:, None] & (channel < channels)
+        acc = (top * left)[:, None] * tl.load(
+            corner + channel, mask=active & (has_top & has_left)[:, None], other=0.0
+        ).to(ACC)
+        acc += (top * right)[:, None] * tl.load(
+            corner + channels + channel, mask=active & (has_top & has_right)[:, None], other=0.0
+        ).to(ACC)
+        acc += (bottom * left)[:, None] * tl.load(
+            corner + below + channel, mask=active & (has_bottom & has_left)[:, None], other=0.0
+        ).to(ACC)
+        acc += (bottom * right)[:, None] * tl.load(
+            corner + below + channels + channel, mask=active & (has_bottom & has_right)[:, None], other=0.0
+        ).to(ACC)
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + channel, mask=channel < channels, other=0.0).to(ACC)
+        if RELU:
+            acc = tl.where(acc < 0.0, 0.0, acc)  # keeps NaN, as torch.relu does
+        tl.store(target + channel, acc.to(output_ptr.dtype.element_ty), mask=active)
+
+
+@triton.jit
+def _corner_gradient(
+    grad: tl.tensor,
+    input_ptr: tl.tensor,
+    grad_input_ptr: tl.tensor,
+    address: tl.tensor,
+    weight: tl.tensor,
+    keep: tl.tensor,
+    NEED_INPUT: tl.constexpr,
+    NEED_OFFSET: tl.constexpr,
+    ACC: tl.constexpr,
+) -> tl.tensor:
+    """Add this corner's share to grad_input; returns grad . input(corner) over the block's channels, 0 where not `keep`."""
+    dot = tl.sum(grad * 0.0, axis=1)
+    if NEED_OFFSET:
+        dot = tl.sum(grad * tl.load(input_ptr + address, mask=keep, other=0.0).to(ACC), axis=1)
+    if NEED_INPUT:
+        # A NaN offset has no target: its weight is NaN, and the corner it was clamped to lies outside, so `keep` is False.
+        share = (weight[:, None] * grad).to(grad_input_ptr.dtype.element_ty)
+        tl.atomic_add(grad_input_ptr + address, share, mask=keep, sem="relaxed")
+    return dot
+
+
+@triton.jit(do_not_specialize=["height", "width", "frame_height", "frame_width", "margin"])
+def warp_backward_kernel(
+    grad_ptr: tl.tensor,
+    input_ptr: tl.tensor,
+    offset_ptr: tl.tensor,
+    grad_input_ptr: tl.tensor,
+    grad_offset_ptr: tl.tensor,
+    channels: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+    frame_height: tl.tensor,
+    frame_width: tl.tensor,
+    margin: tl.tensor,
+    NEED_INPUT: tl.constexpr,
+    NEED_OFFSET: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr,
+) -> None:
+    """grad_input(q, c) += weight(p, q) grad(p, c), by atomics; grad_offset(p), summed over all channels in ACC by one program."""
+    image, sample, valid, y, x = _sample_block(offset_ptr, height, width, margin, BLOCK_P, ACC)
+    row, has_top, has_bottom, top, bottom = _axis(y + margin.to(ACC), frame_height)
+    column, has_left, has_right, left, right = _axis(x + margin.to(ACC), frame_width)
+    corner = ((image * frame_height + row) * frame_width + column)[:, None] * channels
+    below = frame_width.to(tl.int64) * channels
+    source = grad_ptr + (image * height * width + sample)[:, None] * channels
+    dot_tl = tl.zeros([BLOCK_P], dtype=ACC)
+    dot_tr = tl.zeros([BLOCK_P], dtype=ACC)
+    dot_bl = tl.zeros([BLOCK_P], dtype=ACC)
+    dot_br = tl.zeros([BLOCK_P], dtype=ACC)
+    for start in range(0, channels, BLOCK_C):
+        channel = (start + tl.arange(0, BLOCK_C))[None, :]
+        active = valid[:, None] & (channel < channels)
+        grad = tl.load(source + channel, mask=active, other=0.0).to(ACC)
+        here = corner + channel
+        dot_tl += _corner_gradient(
+            grad,
+            input_ptr,
+            grad_input_ptr,
+            here,
+            top * left,
+            active & (has_top & has_left)[:, None],
+            NEED_INPUT,
+            NEED_OFFSET,
+            ACC,
+        )
+        dot_tr += _corner_gradient(
+            grad,
+            input_ptr,
+            grad_input_ptr,
+            here + channels,
+            top * right,
+            active & (has_top & has_right)[:, None],
+            NEED_INPUT,
+            NEED_OFFSET,
+            ACC,
+        )
+        dot_bl += _corner_gradient(
+            grad,
+            input_ptr,
+            grad_input_ptr,
+            here + below,
+            bottom * left,
+            active & (has_bottom & has_left)[:, None],
+            NEED_INPUT,
+            NEED_OFFSET,
+            ACC,
+        )
+        dot_br += _corner_gradient(
+            grad,
+            input_ptr,
+            grad_input_ptr,
+            here + below + channels,
+            bottom * right,
+            active & (has_bottom & has_right)[:, None],
+            NEED_INPUT,
+            NEED_OFFSET,
+            ACC,
+        )
+    if NEED_OFFSET:
+        # Corners outside gave dot 0, so their weights need no mask here.
+        grad_y = left * (dot_bl - dot_tl) + right * (dot_br - dot_tr)
+        grad_x = top * (dot_tr - dot_tl) + bottom * (dot_br - dot_bl)
+        invalid = (y != y) | (x != x)
+        grad_y = tl.where(invalid, y + x, grad_y)  # NaN, as the output is
+        grad_x = tl.where(invalid, y + x, grad_x)
+        plane = height * width
+        target = grad_offset_ptr + image * 2 * plane + sample
+        tl.store(target, grad_y.to(grad_offset_ptr.dtype.element_ty), mask=valid)
+        tl.store(target + plane, grad_x.to(grad_offset_ptr.dtype.element_ty), mask=valid)

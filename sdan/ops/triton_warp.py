@@ -1,0 +1,106 @@
+"""Launches the Triton kernels: the same `warp` and `warp_backward` as `sdan.ops.rows`, on a GPU or under Triton's interpreter.
+
+The launch decides everything that a kernel takes for granted: channels-last inputs, contiguous offsets, the tensors' own GPU
+(`torch.cuda.device`) and PyTorch's current stream on it, which is the one that Triton launches on.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sdan.ops import rows
+from sdan.ops.triton_kernels import warp_backward_kernel, warp_forward_kernel
+
+_FORWARD_VALUES, _BACKWARD_VALUES = 1024, 512
+"""values per program and corner: 8 and 4 per thread at 4 warps; twice that spills (`python -m sdan.ops.compile_report`)"""
+
+
+def warp(
+    input: Tensor, offset: Tensor, bias: Tensor | None, *, margin: int, relu: bool, with_mask: bool
+) -> tuple[Tensor, Tensor]:
+    """output(p) = bias + sum over the four corners q of weight(p, q) input(q), then ReLU if asked; and the mask M."""
+    input, offset = input.contiguous(memory_format=torch.channels_last), offset.contiguous()
+    num_images, _, height, width = offset.shape
+    output = input.new_empty((num_images, height, width, input.shape[1])).permute(0, 3, 1, 2)
+    mask = offset.new_empty((num_images, 1, height, width) if with_mask else (0,), dtype=torch.float32)
+    meta = launch_meta(input.shape[1], input.dtype, backward=False)
+    with _on(input):
+        warp_forward_kernel[(_grid(offset, meta["BLOCK_P"]),)](
+            input,
+            offset,
+            bias if bias is not None else input,  # never read without HAS_BIAS
+            output,
+            mask,
+            *_sizes(input, offset, margin),
+            HAS_BIAS=bias is not None,
+            RELU=relu,
+            WITH_MASK=with_mask,
+            **meta,
+        )
+    return output, mask
+
+
+def warp_backward(
+    grad: Tensor, input: Tensor, offset: Tensor, *, margin: int, need_input: bool, need_offset: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `warp` with respect to input and offset; an empty tensor for one that is not needed.
+
+    grad_input is summed by float32 atomics, whose order varies from run to run; under
+    `torch.use_deterministic_algorithms(True)` it comes from `rows.scatter` instead, which sorts.
+    """
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    input, offset = input.contiguous(memory_format=torch.channels_last), offset.contiguous()
+    atomics = need_input and not torch.are_deterministic_algorithms_enabled()
+    num_images, channels, frame_height, frame_width = input.shape
+    acc = torch.float64 if input.dtype == torch.float64 else torch.float32
+    sums = grad.new_zeros((num_images, frame_height, frame_width, channels) if atomics else (0,), dtype=acc)
+    grad_offset = torch.empty_like(offset) if need_offset else offset.new_empty(0)
+    meta = launch_meta(channels, input.dtype, backward=True)
+    if atomics or need_offset:
+        with _on(input):
+            warp_backward_kernel[(_grid(offset, meta["BLOCK_P"]),)](
+                grad,
+                input,
+                offset,
+                sums,
+                grad_offset,
+                *_sizes(input, offset, margin),
+                NEED_INPUT=atomics,
+                NEED_OFFSET=need_offset,
+                **meta,
+            )
+    if need_input and not atomics:
+        corners = rows.find_corners(offset, (frame_height, frame_width), margin)
+        sums = rows.scatter(rows.to_rows(grad), corners, num_images * frame_height * frame_width)
+    if not need_input:
+        return grad.new_empty(0), grad_offset
+    return rows.from_rows(sums.view(-1, channels), num_images, (frame_height, frame_width)).to(input.dtype), grad_offset
+
+
+def launch_meta(channels: int, dtype: torch.dtype, *, backward: bool) -> dict[str, object]:
+    """Block sizes: a thread moves 16 bytes of neighbouring channels at a time; narrow pictures take more samples per program."""
+    wide = dtype == torch.float64
+    values = (_BACKWARD_VALUES if backward else _FORWARD_VALUES) // (2 if wide else 1)
+    block_c = min(triton.next_power_of_2(channels), 64)
+    return {
+        "BLOCK_P": min(values // block_c, 128),
+        "BLOCK_C": block_c,
+        "ACC": tl.float64 if wide else tl.float32,
+        "num_warps": 4,
+    }
+
+
+def _grid(offset: Tensor, block_p: int) -> int:
+    """One axis only (the others end at 65535): blocks of one image, then the next image."""
+    return offset.shape[0] * triton.cdiv(offset.shape[2] * offset.shape[3], block_p)
+
+
+def _sizes(input: Tensor, offset: Tensor, margin: int) -> tuple[int, ...]:
+    return input.shape[1], offset.shape[2], offset.shape[3], input.shape[2], input.shape[3], margin
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[object]:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
