@@ -9,6 +9,7 @@ light) of the finer one, so that all of them show one and the same scene.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -19,6 +20,7 @@ from preprocessing.scenery.painter import Box, Canvas, Plan
 
 FINEST_DENSITY = 1.5
 NUM_LEVELS = 4
+BAND_ROWS = 256
 
 _VALUES = np.arange(256) / 255.0
 SRGB_TO_LINEAR = np.where(_VALUES <= 0.04045, _VALUES / 12.92, ((_VALUES + 0.055) / 1.055) ** 2.4).astype(np.float32)
@@ -70,7 +72,7 @@ def build_scene(
         subjects.SUBJECTS[chosen](plan, rng, nested[-1], unit)
     light.plan_light(plan, rng, nested[-1], unit)
     colour_plan, mask_plan = near.plan_near(rng, nested[-1], unit)
-    far_canvases = _draw(plan, nested, background=(128, 128, 128))
+    far_canvases = _draw(plan, nested, grey=128)
     return Scene(far_canvases, _draw_near(colour_plan, mask_plan, nested), chosen)
 
 
@@ -78,32 +80,30 @@ def _nest(boxes: Sequence[Box]) -> list[Box]:
     """Snap each box outward to the coarsest canvas's pixel grid, and let it hold the finer ones with a pixel to spare."""
     step = 2 ** (NUM_LEVELS - 1) / FINEST_DENSITY
     nested: list[Box] = []
-    for box in boxes:
+    for left, top, right, bottom in boxes:
         if nested:
             inner = nested[-1]
-            box = (
-                *(min(a, b - step) for a, b in zip(box[:2], inner[:2], strict=True)),
-                *(max(a, b + step) for a, b in zip(box[2:], inner[2:], strict=True)),
-            )  # type: ignore[assignment]
-        left, top = (float(np.floor(value / step) * step) for value in box[:2])
-        right, bottom = (float(np.ceil(value / step) * step) for value in box[2:])
-        nested.append((left, top, right, bottom))
+            left, top = min(left, inner[0] - step), min(top, inner[1] - step)
+            right, bottom = max(right, inner[2] + step), max(bottom, inner[3] + step)
+        low = [float(np.floor(value / step) * step) for value in (left, top)]
+        high = [float(np.ceil(value / step) * step) for value in (right, bottom)]
+        nested.append((low[0], low[1], high[0], high[1]))
     return nested
 
 
-def _blank(box: Box, level: int, background: tuple[int, int, int]) -> Canvas:
+def _blank(box: Box, level: int, grey: int) -> Canvas:
     density = FINEST_DENSITY / 2**level
     left, top, right, bottom = box
     shape = (round((bottom - top) * density), round((right - left) * density), 3)
-    pixels = np.empty(shape, np.uint8)
-    pixels[:] = background
+    # A black canvas costs nothing until it is drawn on.
+    pixels = np.full(shape, grey, np.uint8) if grey else np.zeros(shape, np.uint8)
     return Canvas(pixels, left, top, density, level)
 
 
-def _draw(plan: Plan, boxes: Sequence[Box], background: tuple[int, int, int]) -> list[Canvas]:
+def _draw(plan: Plan, boxes: Sequence[Box], grey: int) -> list[Canvas]:
     canvases: list[Canvas] = []
     for level, box in enumerate(boxes):
-        canvas = _blank(box, level, background)
+        canvas = _blank(box, level, grey)
         finer = canvases[-1] if canvases else None
         plan.play(canvas, finer.box if finer else None)
         if finer:
@@ -114,13 +114,20 @@ def _draw(plan: Plan, boxes: Sequence[Box], background: tuple[int, int, int]) ->
 
 def _draw_near(colour_plan: Plan, mask_plan: Plan, boxes: Sequence[Box]) -> list[Canvas]:
     """Colour and coverage are drawn apart (coverage as white on black) and stored premultiplied, in linear light."""
-    colours = _draw(colour_plan, boxes, background=(60, 62, 54))
-    masks = _draw(mask_plan, boxes, background=(0, 0, 0))
+    if not mask_plan.orders:
+        return []
     near = []
-    for colour, mask in zip(colours, masks, strict=True):
-        alpha = mask.pixels[..., :1]
-        linear = cv2.LUT(colour.pixels, SRGB_TO_LINEAR) * (alpha / np.float32(255))
-        near.append(Canvas(np.dstack([encode(linear), alpha]), colour.x0, colour.y0, colour.density, colour.level))
+    for colour, mask in zip(_draw(colour_plan, boxes, grey=0), _draw(mask_plan, boxes, grey=0), strict=True):
+        pixels = np.zeros((*mask.pixels.shape[:2], 4), np.uint8)
+        for start in range(0, len(pixels), BAND_ROWS):
+            rows = slice(start, start + BAND_ROWS)
+            columns = np.flatnonzero(mask.pixels[rows, :, 0].any(axis=0))
+            if len(columns):
+                part = (rows, slice(columns[0], columns[-1] + 1))
+                alpha = mask.pixels[part][..., :1]
+                pixels[part][..., :3] = encode(cv2.LUT(colour.pixels[part], SRGB_TO_LINEAR) * (alpha / np.float32(255)))
+                pixels[part][..., 3:] = alpha
+        near.append(Canvas(pixels, colour.x0, colour.y0, colour.density, colour.level))
     return near
 
 
@@ -129,13 +136,16 @@ def _lay_in(finer: Canvas, canvas: Canvas) -> None:
     row = round((finer.y0 - canvas.y0) * canvas.density)
     column = round((finer.x0 - canvas.x0) * canvas.density)
     height, width = finer.pixels.shape[0] // 2, finer.pixels.shape[1] // 2
-    for start in range(0, height, 256):
-        stop = min(start + 256, height)
-        linear = cv2.LUT(finer.pixels[2 * start : 2 * stop], SRGB_TO_LINEAR)
+    for start in range(0, height, BAND_ROWS):
+        stop = min(start + BAND_ROWS, height)
+        fine = finer.pixels[2 * start : 2 * stop]
+        if not fine.any():
+            continue
+        linear = cv2.LUT(fine, SRGB_TO_LINEAR)
         half = encode(np.asarray(cv2.resize(linear, (width, stop - start), interpolation=cv2.INTER_AREA)))
         canvas.pixels[row + start : row + stop, column : column + width] = half
 
 
-def encode(linear: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+def encode(linear: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint8]:
     """Linear light [0, 1] -> sRGB bytes."""
     return _LINEAR_TO_SRGB[np.minimum(linear * np.float32(4095) + np.float32(0.5), 4095).astype(np.uint16)]

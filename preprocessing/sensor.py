@@ -87,41 +87,53 @@ def render_linear(
         rays = geometry.rays(np.stack(np.meshgrid(x_W, y_H), axis=-1))
         density = scale * geometry.magnification
         band = _sample(scene.far, geometry.on_plane(rays, FAR), density, sigma_units)
-        if scene.near:
-            over = _sample(scene.near, geometry.on_plane(rays, NEAR), density, sigma_units)
-            band = band * (1 - over[..., 3:]) + over[..., :3]
+        over = _sample(scene.near, geometry.on_plane(rays, NEAR), density, sigma_units) if scene.near else None
+        if band is None:
+            raise AssertionError("the far plane has no alpha")
+        if over is not None:
+            band *= 1 - over[..., 3:]
+            band += over[..., :3]
         yield first, band
 
 
-def _sample(levels: list[Canvas], at: npt.NDArray[np.float32], density: float, sigma_units: float) -> Picture:
-    """Blur the coarsest sufficient level and sample it at scene coordinates: linear light, premultiplied alpha."""
-    (x0, y0), (x1, y1) = at.reshape(-1, 2).min(axis=0).tolist(), at.reshape(-1, 2).max(axis=0).tolist()
-    canvas = next(
-        (level for level in reversed(levels) if level.density >= 1.15 * density and level.covers(x0, y0, x1, y1)),
-        None,
-    ) or next((level for level in levels if level.covers(x0, y0, x1, y1)), levels[-1])
+def _sample(
+    levels: list[Canvas], at: npt.NDArray[np.floating[Any]], density: float, sigma_units: float
+) -> Picture | None:
+    """Blur the coarsest sufficient level and sample it at scene coordinates: linear light, premultiplied alpha.
+
+    None where a near plane has nothing to show.
+    """
+    # The map is smooth and the band convex: its extremes lie on its border.
+    border = np.concatenate([at[0], at[-1], at[:, 0], at[:, -1]])
+    (x0, y0), (x1, y1) = border.min(axis=0).tolist(), border.max(axis=0).tolist()
+    covering = [level for level in levels if level.covers(x0, y0, x1, y1)] or levels[-1:]
+    canvas = next((level for level in reversed(covering) if level.density >= 1.15 * density), covering[0])
     sigma = sigma_units * canvas.density
-    margin = int(np.ceil(4 * sigma)) + 4
+    reach = int(np.ceil(3 * sigma))
+    margin = reach + 4
     height, width = canvas.pixels.shape[:2]
     row0 = int(np.clip(np.floor((y0 - canvas.y0) * canvas.density) - margin, 0, height - 1))
     row1 = int(np.clip(np.ceil((y1 - canvas.y0) * canvas.density) + margin, row0 + 1, height))
     col0 = int(np.clip(np.floor((x0 - canvas.x0) * canvas.density) - margin, 0, width - 1))
     col1 = int(np.clip(np.ceil((x1 - canvas.x0) * canvas.density) + margin, col0 + 1, width))
-    part = cv2.LUT(canvas.pixels[row0:row1, col0:col1], _lut(canvas.pixels.shape[2]))
-    part = cv2.GaussianBlur(part, (0, 0), sigma, borderType=cv2.BORDER_REPLICATE)
+    part = canvas.pixels[row0:row1, col0:col1]
+    if part.shape[2] == 4 and not part[..., 3].any():
+        return None
+    kernel = (2 * reach + 1, 2 * reach + 1)
+    light = cv2.GaussianBlur(cv2.LUT(part, _lut(part.shape[2])), kernel, sigma, borderType=cv2.BORDER_REPLICATE)
     # Half-pixel centres: canvas pixel i covers [i, i + 1) / density, OpenCV's coordinate i is its centre.
-    offset = np.array([canvas.x0 * canvas.density + 0.5 + col0, canvas.y0 * canvas.density + 0.5 + row0], np.float32)
-    grid = at * np.float32(canvas.density) - offset
-    return np.asarray(
-        cv2.remap(part, grid.astype(np.float32), None, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE), np.float32
-    )
+    offset = np.array([canvas.x0 * canvas.density + 0.5 + col0, canvas.y0 * canvas.density + 0.5 + row0])
+    grid = np.asarray(at * canvas.density - offset, np.float32)
+    sampled = cv2.remap(light, grid, np.empty(0), cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+    return np.asarray(sampled, np.float32)
 
 
 def _lut(channels: int) -> npt.NDArray[np.float32]:
     """sRGB bytes -> linear light; a fourth channel is alpha and stays as it is."""
     if channels == 3:
         return SRGB_TO_LINEAR
-    return np.stack([SRGB_TO_LINEAR] * 3 + [np.arange(256, dtype=np.float32) / 255], axis=-1)[None]
+    straight = (np.arange(256) / 255).astype(np.float32)
+    return np.asarray(np.stack([SRGB_TO_LINEAR, SRGB_TO_LINEAR, SRGB_TO_LINEAR, straight], axis=-1)[None], np.float32)
 
 
 def _light(
@@ -228,11 +240,10 @@ def _fraction(value: float) -> tuple[int, int]:
 def near_coverage(scene: Scene, geometry: FrameGeometry, shrink: int) -> Picture:
     """How much of each block of shrink x shrink JPG pixels the near plane covers, [ceil(h / shrink), ceil(w / shrink)]."""
     rows, columns = -(-geometry.jpg_height // shrink), -(-geometry.jpg_width // shrink)
-    if not scene.near:
-        return np.zeros((rows, columns), np.float32)
     left, top = geometry.jpg_origin
     x = (np.arange(columns, dtype=np.float32) + 0.5) * shrink + np.float32(left)
     y = (np.arange(rows, dtype=np.float32) + 0.5) * shrink + np.float32(top)
     at = geometry.to_scene(np.stack(np.meshgrid(x, y), axis=-1), NEAR)
     sigma = shrink * PIXEL_VARIANCE**0.5 / geometry.magnification
-    return _sample(scene.near, at, geometry.magnification / shrink, sigma)[..., 3]
+    shown = _sample(scene.near, at, geometry.magnification / shrink, sigma) if scene.near else None
+    return np.zeros((rows, columns), np.float32) if shown is None else shown[..., 3]

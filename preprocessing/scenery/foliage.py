@@ -31,6 +31,10 @@ def leaf(
     bright, dim = tone(rng, green, 0.04), tuple(0.80 * channel for channel in green)
     if rng.random() < 0.5:
         bright, dim = dim, bright  # type: ignore[assignment]
+    if mask is None:  # it hangs before others, and the sun throws its shadow on them
+        fall = 0.035 * length * np.array([1.0, 1.5])
+        area = (box[0], box[1], box[2] + float(fall[0]), box[3] + float(fall[1]))
+        colour.add(area, Painter.shade_polygon, outline + fall, 0.55, smallest=0.035 * length)
     colour.add(box, Painter.polygon, np.concatenate([one, rib[::-1]]), bright)
     colour.add(box, Painter.polygon, np.concatenate([other, rib[::-1]]), dim)
     vein = tuple(min(255.0, 1.28 * channel + 10) for channel in green)

@@ -179,5 +179,6 @@ def grain(slope: float) -> tuple[npt.NDArray[np.float32], ...]:
     """1/f noise as a factor around 1 (standard deviation 1 before scaling), by level."""
     tile = noise(int(1000 * slope), slope)
     return tuple(
-        cv2.resize(tile, (TILE_PX >> level, TILE_PX >> level), interpolation=cv2.INTER_AREA) for level in range(LEVELS)
+        np.asarray(cv2.resize(tile, (TILE_PX >> level,) * 2, interpolation=cv2.INTER_AREA), np.float32)
+        for level in range(LEVELS)
     )

@@ -4,7 +4,7 @@ import numpy as np
 
 from preprocessing.scenery.foliage import twig
 from preprocessing.scenery.painter import Box, Painter, Plan
-from preprocessing.scenery.words import pick, tone
+from preprocessing.scenery.words import pick, tint
 
 _WHITE = (255.0, 255.0, 255.0)
 
@@ -28,7 +28,7 @@ def plan_near(rng: np.random.Generator, outer: Box, unit: float) -> tuple[Plan, 
         x = float(rng.choice([-1, 1]) * rng.uniform(900, 4000) * unit)
         width = rng.uniform(60, 180) * unit
         post = (x, top, x + width, bottom)
-        colour.add(post, Painter.material, post, "metal", tone(rng, pick(rng, ((0.4, 0.42, 0.42), (0.6, 0.55, 0.5)))))
+        colour.add(post, Painter.material, post, "metal", tint(rng, pick(rng, ((0.4, 0.42, 0.42), (0.6, 0.55, 0.5)))))
         colour.add(post, Painter.shade, post, (0.5, 0.9, 1.15, 1.0, 0.8, 0.45), horizontal=True)
         mask.add(post, Painter.rect, post, _WHITE)
     return colour, mask

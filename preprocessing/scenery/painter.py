@@ -182,22 +182,45 @@ class Painter:
         region[:] = np.minimum(region * factor_HW1 + 0.5, 255)
 
     def shadow(self, box: Box, blur: float, strength: float) -> None:
-        """A soft dark rectangle: what stands a little in front of a wall throws it."""
-        sigma = max(blur * self.density, 0.3)
-        margin = 3 * blur
-        rows, columns = self._window((box[0] - margin, box[1] - margin, box[2] + margin, box[3] + margin))
-        region = self.pixels[rows, columns]
-        if region.size == 0 or (box[2] - box[0]) * self.density < 2:
+        """A soft dark rectangle: what stands a little in front of a wall throws it.
+
+        Its middle is left out (2 blurs from the edge on), since the thing that throws it hides that part.
+        """
+        if (box[2] - box[0]) * self.density < 2:
             return
+        sigma = max(blur * self.density, 0.3)
+        rows, columns = self._window((box[0] - 3 * blur, box[1] - 3 * blur, box[2] + 3 * blur, box[3] + 3 * blur))
+        hidden_rows, hidden_columns = self._window(
+            (box[0] + 2 * blur, box[1] + 2 * blur, box[2] - 2 * blur, box[3] - 2 * blur)
+        )
 
         def edge(low: float, high: float, span: slice, origin: float) -> npt.NDArray[np.float64]:
             at = np.arange(span.start, span.stop) + 0.5
             a, b = (at - (low - origin) * self.density) / sigma, (at - (high - origin) * self.density) / sigma
             return np.asarray(0.5 * (np.tanh(a) - np.tanh(b)))
 
-        down, across = edge(box[1], box[3], rows, self.canvas.y0), edge(box[0], box[2], columns, self.canvas.x0)
-        factor = (1 - strength * down[:, None] * across[None]).astype(np.float32)
-        region[:] = region * factor[..., None] + 0.5
+        middle = slice(max(rows.start, hidden_rows.start), max(rows.start, hidden_rows.stop))
+        strips = [
+            (slice(rows.start, middle.start), columns),
+            (middle, slice(columns.start, max(columns.start, hidden_columns.start))),
+            (middle, slice(max(columns.start, hidden_columns.stop), columns.stop)),
+            (slice(middle.stop, rows.stop), columns),
+        ]
+        for part_rows, part_columns in strips:
+            region = self.pixels[part_rows, part_columns]
+            if region.size:
+                down = edge(box[1], box[3], part_rows, self.canvas.y0)
+                across = edge(box[0], box[2], part_columns, self.canvas.x0)
+                factor = (1 - strength * down[:, None] * across[None]).astype(np.float32)
+                region[:] = region * factor[..., None] + np.float32(0.5)
+
+    def shade_polygon(self, points: npt.ArrayLike, factor: float) -> None:
+        """Darken a polygon: a shadow with a hard edge."""
+        fixed = self._points(points)
+        (left, top), (right, bottom) = (fixed.min(axis=0) >> _SHIFT) - 1, (fixed.max(axis=0) >> _SHIFT) + 2
+        mask = np.zeros((bottom - top, right - left), np.uint8)
+        cv2.fillPoly(mask, [fixed - np.array([left, top]) * (1 << _SHIFT)], (255,), cv2.LINE_AA, _SHIFT)
+        self._blend(int(top), int(left), mask * np.float32(1 - factor), (0.0, 0.0, 0.0))
 
     def grating(self, box: Box, periods: Sequence[float], horizontal: bool, dark: Colour, light: Colour) -> None:
         """Bars, block by block with the given periods (scene units): the finest vanish first as one zooms out."""
@@ -233,10 +256,16 @@ class Painter:
     ) -> None:
         """One line; `at` is its top left corner, size the letters' height in units, down turns it to read downwards.
 
-        fit > 0 squeezes the line to at most that length. Below 2.5 canvas pixels letters become a grey line.
+        fit > 0 squeezes the line to at most that length. Below 2 canvas pixels letters become a grey line.
         """
         pixels = size * self.density
-        if pixels < 0.7:
+        if pixels < 2.0:
+            # Too small to be letters: the grey line that they blend to (half a letter's height is its mean width).
+            length = min(fit or np.inf, 0.5 * size * len(text))
+            wide, high = (0.6 * size, length) if down else (length, 0.6 * size)
+            rows, columns = self._window((at[0], at[1] + 0.2 * size, at[0] + wide, at[1] + 0.2 * size + high))
+            part = self.pixels[rows, columns]
+            part[:] = 0.65 * part + 0.35 * np.array(colour) + 0.5
             return
         mask = text_mask(text, max(5, round(2 * pixels)), bold, slant)
         shrink_y = pixels / (max(5, round(2 * pixels)) / 2)
@@ -274,6 +303,26 @@ class Painter:
         self.pixels[rows, columns] = cv2.warpAffine(
             picture_HW3, affine, size, flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE
         )
+
+    def clouds(self, box: Box, shift: int, size: float) -> None:
+        """Lay soft white clouds over a box; `size` is the extent of the largest, scene units."""
+        rows, columns = self._window(box)
+        if rows.start >= rows.stop or columns.start >= columns.stop:
+            return
+        field = cv2.resize(materials.noise(7, 1.7), (256, 256), interpolation=cv2.INTER_AREA)
+        # Four such extents to the tile, so that it does not repeat within a frame.
+        step = 256 / (4 * size * self.density)
+        x = (
+            (columns.start + self.canvas.x0 * self.density) * step + shift,
+            (rows.start + self.canvas.y0 * self.density) * step,
+        )
+        affine = np.array([[step, 0, x[0] % 256], [0, 1.8 * step, (1.8 * x[1]) % 256]])
+        shape = (columns.stop - columns.start, rows.stop - rows.start)
+        noise = cv2.warpAffine(
+            field, affine, shape, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_WRAP
+        )
+        cover = np.clip((noise - 0.1) * 90, 0, 190)
+        self._blend(rows.start, columns.start, cover, (236.0, 234.0, 230.0))
 
     def grain(self, box: Box, strength: float, slope: float = 0.6, shift: int = 0) -> None:
         """Multiply a box by fine 1/f noise: no real surface is flat."""

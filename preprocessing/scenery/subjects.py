@@ -7,8 +7,12 @@ import numpy as np
 from preprocessing.scenery.foliage import plan_garden
 from preprocessing.scenery.library import plan_library
 from preprocessing.scenery.painter import Box, Plan
+from preprocessing.scenery.posters import plan_posters
+from preprocessing.scenery.street import plan_street
 
 SUBJECTS: dict[str, Callable[[Plan, np.random.Generator, Box, float], None]] = {
+    "street": plan_street,
+    "posters": plan_posters,
     "library": plan_library,
     "garden": plan_garden,
 }

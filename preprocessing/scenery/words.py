@@ -180,6 +180,12 @@ def tone(rng: np.random.Generator, colour: Colour, spread: float = 0.08) -> Colo
     return red, green, blue
 
 
+def tint(rng: np.random.Generator, factors: Colour, spread: float = 0.05) -> Colour:
+    """Factors for a material's colours, varied a little and never brighter than the material by more than a tenth."""
+    red, green, blue = np.clip(np.array(factors) * (1 + spread * rng.normal()), 0.2, 1.1).tolist()
+    return red, green, blue
+
+
 def title(rng: np.random.Generator) -> str:
     noun, other, adjective = pick(rng, _NOUNS), pick(rng, _NOUNS), pick(rng, _ADJECTIVES)
     forms = (f"The {adjective} {noun}", f"{noun} & {other}", f"{adjective} {noun}", f"A {noun} of {other}", noun)
