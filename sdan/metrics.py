@@ -7,6 +7,7 @@ number of pixels that count; an image in which none does scores NaN.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import warnings
 from functools import lru_cache
@@ -154,10 +155,16 @@ def _mean(value: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _blurred(image: Tensor) -> Tensor:
-    """The 11-tap Gaussian mean of every window inside the picture: [N,C,H-10,W-10]."""
-    position = torch.arange(11, dtype=image.dtype, device=image.device) - 5
-    taps = torch.exp(-position.square() / (2 * 1.5**2))
-    taps = taps / taps.sum()
-    channels = image.shape[1]
-    rows = F.conv2d(image, taps.view(1, 1, 11, 1).repeat(channels, 1, 1, 1), groups=channels)
-    return F.conv2d(rows, taps.view(1, 1, 1, 11).repeat(channels, 1, 1, 1), groups=channels)
+    """The 11-tap Gaussian mean of every window inside the picture: [N,C,H-10,W-10].
+
+    Sums of shifted pictures: on a CPU several times faster than float64 convolutions of one channel each.
+    """
+    height, width = image.shape[-2:]
+    weights = [math.exp(-((place - 5) ** 2) / (2 * 1.5**2)) for place in range(11)]
+    rows = torch.zeros_like(image[..., 10:, :])
+    for place, weight in enumerate(weights):
+        rows.add_(image[..., place : height - 10 + place, :], alpha=weight / sum(weights))
+    blurred = torch.zeros_like(rows[..., 10:])
+    for place, weight in enumerate(weights):
+        blurred.add_(rows[..., place : width - 10 + place], alpha=weight / sum(weights))
+    return blurred
