@@ -3,32 +3,22 @@
     train(overrides, report) -> metrics
 
 `overrides` maps dotted names to the values of this trial, `report` (tuning.trial.Report) is called once per epoch.
-Trials hold one unit of the resource `trial_slot` and no CPU, so that what they start (a Ray Train run) gets the CPUs.
 """
 
 import json
-import logging
-import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import ray
 from mlflow import MlflowClient
-from optuna import distributions
-from ray import tune
-from ray.tune.schedulers import ASHAScheduler
-from ray.tune.search.optuna import OptunaSearch
 
 from tuning import summary
-from tuning.space import Choice, Distribution, Space, SweepError, Uniform, Value, check_space, describe
+from tuning.search import SearchPlan, search
+from tuning.space import Space, SweepError, Value, check_space, describe
 from tuning.tracking import (
     BEST_TAG,
     SWEEP_TAG,
-    EndOfTrial,
     SweepRun,
     TrialRow,
     best_trial,
@@ -38,10 +28,7 @@ from tuning.tracking import (
 )
 from tuning.trial import Train, make_trial
 
-SLOT = "trial_slot"
 RECORD = "sweep.json"
-REDUCTION_FACTOR = 3
-"""ASHA: at epochs grace, 3 grace, 9 grace, ... the best third goes on."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +83,8 @@ def run_sweep(
     folder. On a resume finished trials are kept, unfinished ones start their train function again with the same
     overrides, trial_id and MLflow run, and failed ones are tried once more.
 
+    The result is the trial with the best epoch; an epoch 0 (the untrained network) is recorded and not counted.
+
     Raises SweepError, one line: a wrong space or number, a name in use or (resume) unknown, other settings than the
     sweep was started with, Ray without trial slots, an interrupted sweep, or all trials failed (the first reason).
     """
@@ -111,8 +100,8 @@ def run_sweep(
     run = SweepRun(name, tracking_uri, experiment_id, record.parent_run_id, metric, mode, max_epochs)
     try:
         client.update_run(run.parent_run_id, status="RUNNING")
-        with _ray_with_slots(max_concurrent), _frequent_snapshots(), _no_tracebacks():
-            _fit(train, space, run, record, folder, max_concurrent)
+        plan = SearchPlan(record.num_trials, record.grace_epochs, record.seed, max_concurrent)
+        search(make_trial(train, run, Path.cwd()), space, run, plan, folder)
         return _conclude(client, run, folder, num_trials)
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | SystemExit) or "interrupted" in str(error)
@@ -120,40 +109,14 @@ def run_sweep(
         raise
 
 
-def _fit(train: Train, space: Space, run: SweepRun, record: Record, folder: Path, max_concurrent: int) -> None:
-    trial = tune.with_resources(make_trial(train, run, Path.cwd()), {SLOT: 1})
-    if tune.Tuner.can_restore(str(folder)):
-        tuner = tune.Tuner.restore(str(folder), trial, resume_unfinished=True, restart_errored=True)
-    else:
-        search = OptunaSearch(_optuna_space(space), metric=run.metric, mode=run.mode, seed=record.seed)
-        asha = ASHAScheduler(
-            time_attr="epoch",  # training_iteration starts again after a restore
-            max_t=run.max_epochs,
-            grace_period=record.grace_epochs,
-            reduction_factor=REDUCTION_FACTOR,
-        )
-        tuner = tune.Tuner(
-            trial,
-            tune_config=tune.TuneConfig(
-                metric=run.metric,
-                mode=run.mode,
-                num_samples=record.num_trials,
-                max_concurrent_trials=max_concurrent,
-                search_alg=search,
-                scheduler=asha,
-            ),
-            run_config=tune.RunConfig(
-                name=folder.name, storage_path=str(folder.parent), callbacks=[EndOfTrial(run)], verbose=0
-            ),
-        )
-    tuner.fit()
-
-
 def _conclude(client: MlflowClient, run: SweepRun, folder: Path, num_trials: int) -> SweepResult:
     """Writes the summary, marks the best trial and ends the parent run."""
     trials = read_trials(run)
     done = [row for row in trials if row.status in ("finished", "stopped", "failed")]
     if len(done) < num_trials:
+        for row in trials:
+            if row.status == "running":
+                close_child(client, row.run_id, "interrupted")
         raise SweepError(
             f"sweep {run.name!r} was interrupted after {len(done)} of {num_trials} trials; go on with resume"
         )
@@ -167,7 +130,7 @@ def _conclude(client: MlflowClient, run: SweepRun, folder: Path, num_trials: int
     best = best_trial(trials)
     if best is None or best.score is None:
         first = next((row.reason for row in trials if row.reason), "no reason recorded")
-        raise SweepError(f"sweep {run.name!r}: all {len(done)} trials failed; the first: {first}")
+        raise SweepError(f"sweep {run.name!r}: no trial of {len(done)} ended with a result; the first: {first}")
     for row in trials:
         client.set_tag(row.run_id, BEST_TAG, str(row is best).lower())
     client.log_metric(run.parent_run_id, f"best_{run.metric}", best.score)
@@ -231,70 +194,3 @@ def _check_numbers(
         raise SweepError(f"sweep: got mode {mode!r}, expected 'min' or 'max'")
     if metric in ("", "epoch"):
         raise SweepError(f"sweep: got the metric {metric!r}, expected a score such as 'val_psnr'")
-
-
-def _optuna_space(space: Space) -> dict[str, distributions.BaseDistribution]:
-    return {name: _optuna(distribution) for name, distribution in space.items()}
-
-
-def _optuna(distribution: Distribution) -> distributions.BaseDistribution:
-    if isinstance(distribution, Choice):
-        return distributions.CategoricalDistribution(distribution.values)
-    if isinstance(distribution, Uniform):
-        return distributions.FloatDistribution(distribution.low, distribution.high, log=distribution.log)
-    return distributions.IntDistribution(distribution.low, distribution.high, log=distribution.log)
-
-
-@contextmanager
-def _ray_with_slots(max_concurrent: int) -> Iterator[None]:
-    """Ray with trial slots: the one that runs, the cluster of RAY_ADDRESS, or a local one for the sweep's time."""
-    started = not ray.is_initialized()
-    if started and os.environ.get("RAY_ADDRESS"):
-        ray.init()
-    elif started:
-        # The dashboard stays on: without it later trials hang (Ray 2.60).
-        ray.init(
-            address="local",
-            resources={SLOT: max_concurrent},
-            include_dashboard=True,
-            log_to_driver=False,
-            _node_ip_address="127.0.0.1",
-        )
-    try:
-        slots = ray.cluster_resources().get(SLOT, 0)
-        if slots < 1:
-            raise SweepError(
-                f"Ray runs without the resource {SLOT!r}, so trials could never start; "
-                f"start it with resources={{'{SLOT}': {max_concurrent}}} or let the sweep start Ray"
-            )
-        yield
-    finally:
-        if started:
-            ray.shutdown()
-
-
-@contextmanager
-def _frequent_snapshots() -> Iterator[None]:
-    """A kill loses what Tune has not yet snapshot; by default that is up to the last 10 seconds or more."""
-    key = "TUNE_GLOBAL_CHECKPOINT_S"
-    before = os.environ.get(key)
-    os.environ[key] = before or "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[key]
-
-
-@contextmanager
-def _no_tracebacks() -> Iterator[None]:
-    """Tune prints a failed trial's whole traceback; its reason stands in the table and its traceback in error.txt."""
-    loggers = [logging.getLogger(name) for name in ("ray.tune.execution.tune_controller", "ray.tune.tune")]
-    before = [each.level for each in loggers]
-    for each in loggers:
-        each.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for each, level in zip(loggers, before, strict=True):
-            each.setLevel(level)

@@ -21,7 +21,7 @@ PARENT_TAG = "mlflow.parentRunId"
 SWEEP_TAG = "sdan.sweep"
 TRIAL_TAG = "sdan.trial_id"
 OVERRIDES_TAG = "sdan.overrides"
-STATUS_TAG = "sdan.status"  # running, finished, stopped (by ASHA), failed, abandoned
+STATUS_TAG = "sdan.status"  # running, finished, stopped (by ASHA), failed, interrupted, abandoned
 REASON_TAG = "sdan.reason"
 BEST_TAG = "sdan.best"
 
@@ -50,7 +50,7 @@ class TrialRow:
     run_id: str
     overrides: dict[str, Value]
     status: str
-    """finished, stopped (by ASHA), failed, running or abandoned (its record was lost in a kill)."""
+    """finished, stopped (by ASHA), failed, running, interrupted or abandoned (its record was lost in a kill)."""
     score: float | None
     """The best value of the sweep's metric over the trial's epochs."""
     epochs: int
@@ -107,12 +107,12 @@ def log_metrics(client: MlflowClient, run_id: str, metrics: Mapping[str, float],
 
 
 def close_child(client: MlflowClient, run_id: str, status: str, reason: str = "") -> None:
-    """Ends a child run as finished, stopped, failed or abandoned."""
+    """Ends a child run as finished, stopped, failed, interrupted or abandoned."""
     client.set_tag(run_id, STATUS_TAG, status)
     if reason:
         client.set_tag(run_id, REASON_TAG, reason[:500])
-    ends = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED", "abandoned": "KILLED"}
-    client.set_terminated(run_id, ends[status])
+    ended_well = status in ("finished", "stopped")
+    client.set_terminated(run_id, "FINISHED" if ended_well else "FAILED" if status == "failed" else "KILLED")
 
 
 class EndOfTrial(tune.Callback):
@@ -166,7 +166,8 @@ def best_trial(trials: list[TrialRow]) -> TrialRow | None:
 
 def _row(client: MlflowClient, run: SweepRun, child: Run) -> TrialRow:
     run_id = child.info.run_id
-    steps = {entry.step: entry.value for entry in client.get_metric_history(run_id, run.metric)}
+    every = client.get_metric_history(run_id, run.metric)
+    steps = {entry.step: entry.value for entry in every if entry.step > 0}  # 0: before training, the same for all
     history = tuple(sorted(steps.items()))
     pick = max if run.mode == "max" else min
     tags = child.data.tags
@@ -186,5 +187,6 @@ def _cause(trial: Any) -> str:
     """The last exception that Tune's own record of the failure names, or the record's first line."""
     record = Path(trial.local_path or "") / "error.txt"
     text = record.read_text() if record.is_file() else ""
-    named = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", text, re.MULTILINE)
-    return (named[-1:] or text.strip().splitlines()[:1] or ["no reason recorded"])[0].strip()
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("Failure #")]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return (named[-1:] or lines[:1] or ["no reason recorded"])[0]

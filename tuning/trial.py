@@ -41,7 +41,7 @@ class Report:
 
     def __call__(self, metrics: Mapping[str, float]) -> None:
         """Raises SweepError when the metric is missing or not finite."""
-        values = {name: float(value) for name, value in metrics.items()}
+        values = as_numbers(metrics)
         if self._metric not in values:
             raise SweepError(f"report: got {sorted(values)}, expected the sweep's metric {self._metric!r} among them")
         if not math.isfinite(values[self._metric]):
@@ -132,13 +132,17 @@ class _Delivery:
         self._client = run.client()
         self._lock = threading.Lock()
         self._epoch = 0
-        self._kept: dict[str, float] | None = None
+        self._reported = False
+        self._kept: dict[str, Any] | None = None
 
     def __call__(self, metrics: dict[str, float]) -> None:
         with self._lock:
+            self._reported = True
             self._epoch = int(metrics.get("epoch", self._epoch + 1))
             values = {name: value for name, value in metrics.items() if name != "epoch"}
             log_metrics(self._client, self._run_id, values, self._epoch)
+            if self._epoch < 1:
+                return  # before training: nothing to judge the trial by
             result = {"epoch": self._epoch, self._run.metric: values[self._run.metric]}
             if self._epoch >= self._run.max_epochs:
                 self._kept = result
@@ -148,11 +152,15 @@ class _Delivery:
 
     def take_returned(self, returned: Mapping[str, float] | None) -> None:
         """Records the returned metrics; they are the trial's only report where the train function made none."""
-        values = {name: float(value) for name, value in (returned or {}).items() if name != "epoch"}
-        if self._epoch > 0:
+        values = {name: value for name, value in as_numbers(returned or {}).items() if name != "epoch"}
+        if self._reported:
             log_metrics(self._client, self._run_id, values, self._epoch)
             return
         metric = self._run.metric
+        if last := self._last_recorded():  # resumed after its last epoch: nothing was left to train
+            log_metrics(self._client, self._run_id, values, last["epoch"])
+            self._kept = last
+            return
         if metric not in values:
             raise SweepError(f"train reported nothing and returned {sorted(values)}; expected {metric!r}")
         if not math.isfinite(values[metric]):
@@ -165,9 +173,25 @@ class _Delivery:
             tune.report(self._kept)
 
     def replay(self) -> None:
+        """Gives Tune the result that stands in MLflow."""
+        self._kept = self._last_recorded()
+        self.finish()
+
+    def _last_recorded(self) -> dict[str, Any] | None:
         history = self._client.get_metric_history(self._run_id, self._run.metric)
-        last = max(history, key=lambda entry: entry.step)
-        tune.report({"epoch": last.step, self._run.metric: last.value})
+        last = max(history, key=lambda entry: entry.step, default=None)
+        return {"epoch": last.step, self._run.metric: last.value} if last else None
+
+
+def as_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics as floats (0-d arrays and tensors count as numbers), or SweepError that names what is not one."""
+    values: dict[str, float] = {}
+    for name, value in metrics.items():
+        try:
+            values[name] = float(value)
+        except (TypeError, ValueError):
+            raise SweepError(f"report: {name} is {value!r}, expected a number") from None
+    return values
 
 
 def reason_of(error: BaseException) -> str:
