@@ -1,5 +1,7 @@
 """Shards small enough for a test: a smooth random scene seen at both resolutions, perfectly aligned, with its truth."""
 
+import sys
+
 import cv2
 import numpy as np
 import pyarrow.parquet as pq
@@ -65,3 +67,12 @@ def tiny_shards(tmp_path_factory):
             table = schema.encode([tile_row(sequence, number) for number in range(2)], info)
             pq.write_table(table, target / f"{sequence}_00005-00001_0123456789abcdef.parquet", row_group_size=1)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_ray_left_behind():
+    """A module that started Ray in this process ends it, so that the next may start its own."""
+    yield
+    ray = sys.modules.get("ray")
+    if ray is not None and hasattr(ray, "is_initialized") and ray.is_initialized():
+        ray.shutdown()
