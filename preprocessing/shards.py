@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import time
 import warnings
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 import ray.data
+import ray.exceptions
 from tqdm import tqdm
 
 from preprocessing.exif import Exif
@@ -29,6 +31,14 @@ from preprocessing.storage import Folder, one_line, open_folder
 __all__ = ["PreprocessError", "PreprocessOptions", "PreprocessReport", "QuarantineEntry", "preprocess"]
 
 _RETRIES = 2
+_DEATHS = (
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.ObjectLostError,
+)
+_EXECUTOR = "ray.data._internal.execution.streaming_executor_state"
+"""The logger by which Ray Data 2.60 tells of tasks that it goes on without."""
 
 
 @dataclass
@@ -133,8 +143,7 @@ def _results(source: Folder, target: Folder, todo: list[PairJob], options: Prepr
     """One task per pair, in the order they end; none for a pair whose process died in each of three tries."""
     if not todo:
         return
-    with _ray(), _quiet_ray_data() as context:
-        context.max_errored_blocks = -1  # a dead task costs its pair, not the run
+    with _ray(), _quiet_ray_data() as failures:
         jobs = ray.data.from_items([{"job": json.dumps(asdict(job))} for job in todo], override_num_blocks=len(todo))
         with warnings.catch_warnings():
             # Ray 2.64 drops max_retries here and names no successor; without it a crashing decoder is retried for ever.
@@ -142,6 +151,7 @@ def _results(source: Folder, target: Folder, todo: list[PairJob], options: Prepr
             results = jobs.map(partial(_task, source=source, target=target, options=options), max_retries=_RETRIES)
         for row in results.iter_rows():
             yield PairResult(**row)
+        _require_deaths(failures)
 
 
 def _task(row: dict[str, Any], source: Folder, target: Folder, options: PreprocessOptions) -> dict[str, Any]:
@@ -164,22 +174,53 @@ def _ray() -> Iterator[None]:
         ray.shutdown()
 
 
+class _Failures(logging.Handler):
+    """Collects what Ray Data only logs when it goes on without a failed task: the exceptions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[BaseException] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and record.exc_info[1] is not None:
+            self.found.append(record.exc_info[1])
+
+
 @contextlib.contextmanager
-def _quiet_ray_data() -> Iterator[ray.data.DataContext]:
-    """One bar and our own report instead of Ray Data's bars, plans and tracebacks; the caller's settings come back."""
+def _quiet_ray_data() -> Iterator[_Failures]:
+    """Ray Data goes on without failed tasks, and shows no bars, plans or tracebacks: we have one bar and a report.
+
+    Yields the failures as they come. The caller's settings come back afterwards.
+    """
     context = ray.data.DataContext.get_current()
-    names = ("enable_progress_bars", "print_on_execution_start", "max_errored_blocks")
-    before = {name: getattr(context, name) for name in names}
-    logger = logging.getLogger("ray.data")
-    level = logger.level
-    context.enable_progress_bars = context.print_on_execution_start = False
-    logger.setLevel(logging.CRITICAL)
+    ours = {"enable_progress_bars": False, "print_on_execution_start": False, "max_errored_blocks": -1}
+    before = {name: getattr(context, name) for name in ours}
+    loggers = [logging.getLogger(name) for name in ("ray.data", _EXECUTOR)]
+    states = [(logger.level, logger.propagate) for logger in loggers]
+    failures = _Failures()
+    for name, value in ours.items():
+        setattr(context, name, value)
+    loggers[0].setLevel(logging.CRITICAL)
+    loggers[1].setLevel(logging.ERROR)
+    loggers[1].propagate = False
+    loggers[1].addHandler(failures)
     try:
-        yield context
+        yield failures
     finally:
-        logger.setLevel(level)
+        loggers[1].removeHandler(failures)
+        for logger, (level, propagate) in zip(loggers, states, strict=True):
+            logger.setLevel(level)
+            logger.propagate = propagate
         for name, value in before.items():
             setattr(context, name, value)
+
+
+def _require_deaths(failures: _Failures) -> None:
+    """A process that dies is its pair's affair; a task that fails in any other way is a fault of the installation."""
+    for error in failures.found:
+        if not isinstance(error, _DEATHS):
+            named = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", str(error), re.MULTILINE) or [type(error).__name__]
+            raise PreprocessError(f"Ray's workers cannot run the tasks ({named[-1]}); install this sdan on every node")
 
 
 def _open(uri: str) -> Folder:

@@ -51,7 +51,7 @@ class Alignment:
 def decode_jpg(data: bytes, name: str) -> Jpg:
     """Raises TileError for a file that is no JPG, is damaged or ends early."""
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "MPO")) as picture:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as picture:
             pixels = np.asarray(picture.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = "no JPG" if isinstance(error, Image.UnidentifiedImageError) else str(error).strip() or "damaged"
@@ -117,7 +117,7 @@ def cut(
     if not rows or not cols:
         shared = f"{max(area[3], 0)}x{max(area[2], 0)}"
         raise TileError(
-            f"the frames share {shared} packed pixels, a tile has {tile_px}x{tile_px}; use --tile to cut smaller"
+            f"the frames share {shared} packed pixels, a tile has {tile_px}x{tile_px}; use a smaller --tile"
         )
     place = mosaic_origin(raw, area)
     size = (2 * area[2], 2 * area[3])

@@ -1,0 +1,123 @@
+"""What is encoded comes back, here and through plain pyarrow."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from preprocessing import schema
+
+INFO = schema.ShardInfo(tile_px=4, scale=2, options={"align": "scale"})
+
+
+def row(seed, **changes):
+    draw = np.random.default_rng(seed)
+    arrays = {name: draw.integers(0, 200, INFO.shape(name)).astype(dtype) for name, (dtype, _) in schema.ARRAYS.items()}
+    values = {
+        "sequence": "00001",
+        "pair": "00005-00001",
+        "black_level": np.array([512, 513, 514, 515], np.float32),
+        "wb": np.array([2, 1, 1, 1.5], np.float32),
+        "white_level": 16383.0,
+        "focal_lr_mm": 50.0,
+        "focal_hr_mm": 240.0,
+        "scale": 2,
+        "iso_lr": 100.0,
+        "iso_hr": None,
+        "exposure_lr_s": 0.01,
+        "exposure_hr_s": None,
+        "camera": "SONY ILCE-7SM2",
+        "row": 3,
+        "col": 5,
+        "origin_row": 0,
+        "origin_col": 1,
+        "lr_to_hr": np.arange(6) / 7,
+        "aligned_by": "scale",
+        "align_score": 0.9,
+        "residual_px": float("nan"),
+    }
+    return arrays | values | changes
+
+
+def test_a_row_comes_back():
+    original = row(0)
+    table = schema.encode([original], INFO)
+    decoded = schema.decode(table.to_pylist()[0], INFO)
+    assert set(decoded) == set(schema.COLUMNS)
+    for name in schema.ARRAYS:
+        assert np.array_equal(decoded[name], original[name]) and decoded[name].dtype == original[name].dtype
+    for name in ("black_level", "wb", "lr_to_hr"):
+        assert np.array_equal(decoded[name], original[name])
+    assert decoded["lr_to_hr"].dtype == np.float64 and decoded["wb"].dtype == np.float32
+    assert decoded["row"] == 3 and decoded["camera"] == "SONY ILCE-7SM2" and np.isnan(decoded["iso_hr"])
+
+
+@pytest.mark.parametrize("form", ["lists", "numpy objects"])
+def test_a_batch_comes_back(form):
+    rows = [row(seed) for seed in range(3)]
+    batch = schema.encode(rows, INFO).to_pydict()
+    if form == "numpy objects":
+        batch = {name: np.array(values, object) if name in schema.ARRAYS else values for name, values in batch.items()}
+    decoded = schema.decode(batch, INFO)
+    assert decoded["hr_rgb"].shape == (3, 3, 16, 16) and decoded["true_flow"].shape == (3, 2, 4, 4)
+    assert np.array_equal(decoded["lr_raw"][2], rows[2]["lr_raw"])
+    assert decoded["wb"].shape == (3, 4) and decoded["lr_to_hr"].shape == (3, 6)
+    assert decoded["white_level"].tolist() == [16383] * 3 and np.isnan(decoded["exposure_hr_s"]).all()
+
+
+def test_unknown_truth_is_none():
+    table = schema.encode([row(0, true_rgb=None, true_flow=None), row(1)], INFO)
+    assert schema.decode(table.to_pylist()[0], INFO)["true_rgb"] is None
+    batch = schema.decode(table.to_pydict(), INFO)
+    assert batch["true_rgb"] is None and batch["true_flow"] is None and batch["hr_rgb"] is not None
+
+
+def test_the_wrong_array_is_refused():
+    with pytest.raises(schema.SchemaError, match=r"lr_raw: uint8\[4, 4, 4\], expected uint16\[4, 4, 4\]"):
+        schema.encode([row(0, lr_raw=np.zeros((4, 4, 4), np.uint8))], INFO)
+    with pytest.raises(schema.SchemaError, match=r"hr_rgb: uint8\[16, 16, 3\], expected uint8\[3, 16, 16\]"):
+        schema.encode([row(0, hr_rgb=np.zeros((16, 16, 3), np.uint8))], INFO)
+    with pytest.raises(schema.SchemaError, match="columns"):
+        schema.encode([{"sequence": "x"}], INFO)
+
+
+def test_the_file_describes_itself(tmp_path):
+    (tmp_path / "split=train").mkdir()
+    path = tmp_path / "split=train" / "a_b_c.parquet"
+    pq.write_table(schema.encode([row(0)], INFO), path)
+    table = pq.read_table(path, partitioning=None)
+    described = json.loads(table.schema.metadata[b"sdan"])
+    array = described["arrays"]["hr_rgb"]
+    plain = np.frombuffer(table["hr_rgb"][0].as_py(), array["dtype"]).reshape(array["shape"])
+    assert np.array_equal(plain, row(0)["hr_rgb"])
+    assert set(described["columns"]) == set(table.column_names)
+    info = schema.read_info(str(tmp_path))
+    assert (info.tile_px, info.scale, dict(info.options)) == (4, 2, {"align": "scale"})
+
+
+def test_shards_are_listed_by_split(tmp_path):
+    for name in (
+        "split=train/b.parquet",
+        "split=train/a.parquet",
+        "split=val/c.parquet",
+        "split=train/.d.parquet.host~1~x",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "quarantine").mkdir()
+    assert schema.list_shards(str(tmp_path), "train") == [
+        str(tmp_path / f"split=train/{name}.parquet") for name in "ab"
+    ]
+    assert len(schema.list_shards(str(tmp_path))) == 3
+    assert schema.list_shards(str(tmp_path / "absent")) == []
+    with pytest.raises(schema.SchemaError, match="'dev', expected one of train, val, test"):
+        schema.list_shards(str(tmp_path), "dev")
+
+
+def test_other_versions_and_empty_folders_are_one_clear_line(tmp_path):
+    with pytest.raises(schema.SchemaError, match="no shards"):
+        schema.read_info(str(tmp_path))
+    with pytest.raises(schema.SchemaError, match="schema version none, expected 1"):
+        schema.info_of(pa.schema([]), "x.parquet")

@@ -1,0 +1,324 @@
+"""The whole job on small sequences: what is written, skipped, refused and quarantined, and what a crash leaves."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import ray
+from known_scene import Scene, frame_to_scene, jpg_bytes, to_8_bit, write_sequence
+
+from preprocessing import shards
+from preprocessing.schema import decode, list_shards, read_info
+from preprocessing.shards import PreprocessError, PreprocessOptions, preprocess
+
+OPTIONS = PreprocessOptions(tile_px=24, stride_px=16, val=("00002",))
+PAIRS = ("00005-00001", "00006-00002", "00007-00003")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def running_ray():
+    mine = not ray.is_initialized()
+    if mine:
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    if mine:
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    """Two sequences of seven frames, 384x256: DNG and Sony ARW."""
+    raw = tmp_path_factory.mktemp("originals")
+    write_sequence(raw / "00001", seed=1)
+    write_sequence(raw / "00002", seed=2, raw_format="arw")
+    return raw
+
+
+@pytest.fixture
+def folders(originals, tmp_path):
+    shutil.copytree(originals, tmp_path / "raw")
+    return tmp_path / "raw", tmp_path / "shards"
+
+
+def run(folders, options=OPTIONS, **arguments):
+    return preprocess(*map(str, folders), options, progress=False, **arguments)
+
+
+def content(folder: Path) -> dict[str, str]:
+    """Every file below a folder with its bytes' hash."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def reasons(report):
+    return {(entry.sequence, entry.pair): entry.reason for entry in report.quarantined}
+
+
+def test_the_whole_job_then_nothing_to_do_then_a_new_sequence(folders):
+    first = run(folders)
+    assert (first.pairs, first.todo, first.written, first.skipped, first.quarantined) == (6, 6, 6, 0, [])
+    assert first.splits == {"train": 3, "val": 3, "test": 0}
+    assert first.new_sequences == ["00001", "00002"] and first.rows == _num_rows(folders[1]) > 6
+    names = [Path(path).name.rpartition("_")[0] for path in list_shards(str(folders[1]), "val")]
+    assert names == [f"00002_{pair}" for pair in PAIRS]
+    before = content(folders[1])
+    assert not any(Path(name).name.startswith(".") for name in before)
+
+    again = run(folders)
+    assert (again.todo, again.written, again.skipped, again.new_sequences) == (0, 0, 6, [])
+    assert content(folders[1]) == before
+
+    shutil.copytree(folders[0] / "00001", folders[0] / "00003")
+    more = run(folders)
+    assert (more.written, more.skipped, more.new_sequences) == (3, 6, ["00003"])
+    assert _finished_of(content(folders[1])).items() >= _finished_of(before).items()
+
+
+def _num_rows(folder):
+    return sum(pq.read_metadata(path).num_rows for path in list_shards(str(folder)))
+
+
+def _finished_of(files):
+    return {name: digest for name, digest in files.items() if name.endswith(".parquet")}
+
+
+def test_rows_hold_what_the_schema_says(folders):
+    run(folders)
+    info = read_info(str(folders[1]))
+    assert (info.tile_px, info.scale) == (24, 4) and info.options["align"] == "scale"
+    row = decode(pq.read_table(list_shards(str(folders[1]), "val")[0]).to_pylist()[0], info)
+    assert (row["sequence"], row["pair"], row["camera"]) == ("00002", PAIRS[0], "SONY ILCE-7SM2")
+    assert (row["focal_lr_mm"], row["focal_hr_mm"], row["scale"], row["iso_lr"], row["iso_hr"]) == (
+        50,
+        240,
+        4,
+        100,
+        100,
+    )
+    assert row["true_rgb"] is None and row["true_flow"] is None
+    to_scene = np.array([[1.2, 0, 0], [0, 1.2, 0]])
+    to_scene[:, 2] = (np.array([row["col"], row["row"]]) * 2 * 4.8) - np.array([384, 256]) * 2.4
+    expected = Scene(2).view(to_scene, (192, 192)).transpose(2, 0, 1) * 255
+    assert np.abs(row["hr_rgb"] - expected).mean() < 2
+
+
+def test_two_runs_give_the_same_bytes(folders, tmp_path):
+    options = PreprocessOptions(tile_px=24, stride_px=16, align="ecc")
+    run(folders, options)
+    run((folders[0], tmp_path / "again"), options)
+    assert content(folders[1]) == content(tmp_path / "again")
+
+
+def test_dry_run_writes_nothing(folders):
+    report = run(folders, dry_run=True)
+    assert (report.pairs, report.todo, report.written) == (6, 6, 0) and not folders[1].exists()
+
+
+def test_other_options_are_refused_with_both_values(folders):
+    run(folders)
+    with pytest.raises(
+        PreprocessError, match=r"made with tile_px=24, this run asks for tile_px=32; use the same options"
+    ):
+        run(folders, PreprocessOptions(tile_px=32, stride_px=16))
+    with pytest.raises(PreprocessError, match=r"scale=4, .*scale=8, "):
+        run(folders, PreprocessOptions(scale=8, align="ecc", tile_px=24, stride_px=16))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"scale": 1}, {"scale": 4.0}, {"align": "sift"}, {"tile_px": 0}, {"stride_px": 97}, {"tile_px": True}]
+)
+def test_wrong_options_are_one_clear_line(wrong):
+    with pytest.raises(PreprocessError, match=f"^{next(iter(wrong))}={next(iter(wrong.values()))!r}, expected [^\n]+$"):
+        PreprocessOptions(**wrong)
+
+
+def test_folders_that_hold_nothing(tmp_path):
+    with pytest.raises(PreprocessError, match="does not exist; expected folders like"):
+        run((tmp_path / "absent", tmp_path / "shards"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PreprocessError, match="holds no zoom sequence; expected folders like"):
+        run((tmp_path / "empty", tmp_path / "shards"))
+    assert not (tmp_path / "shards").exists()
+
+
+def test_shards_that_cannot_be_written(folders):
+    folders[1].write_text("a file where the folder should be")
+    with pytest.raises(PreprocessError, match=r"cannot be (read|written)"):
+        run(folders)
+
+
+def test_what_cannot_be_used_is_quarantined_and_the_rest_goes_on(folders):
+    raw, out = folders
+    sequence = raw / "00001"
+    data = (sequence / "00005.dng").read_bytes()
+    (sequence / "00005.dng").write_bytes(data[: len(data) // 2])
+    (sequence / "00002.JPG").write_bytes((sequence / "00002.JPG").read_bytes()[:-500])
+    (sequence / "00004.dng").unlink()
+    shutil.copytree(raw / "00002", raw / "00004")
+    for path in (raw / "00004").iterdir():
+        if path.stem != "00003":
+            path.unlink()
+    lone = to_8_bit(Scene(1).view(frame_to_scene(1, (64, 64)), (64, 64)))
+    (raw / "00005").mkdir()
+    for stem in ("00001", "00002"):
+        (raw / "00005" / f"{stem}.JPG").write_bytes(jpg_bytes(lone))
+        shutil.copy(sequence / "00001.dng", raw / "00005" / f"{stem}.nef")
+    _forget_focal_length(raw / "00005")
+
+    report = run(folders)
+    found = reasons(report)
+    assert report.written == 4 and report.pairs == 6
+    assert "00005.dng: " in found.pop(("00001", PAIRS[0]))
+    assert "00002.JPG: cannot be decoded" in found.pop(("00001", PAIRS[1]))
+    assert "no RAW file beside 00004.JPG" in found.pop(("00001", "00004"))
+    assert "only one frame" in found.pop(("00004", "-"))
+    assert "no focal length" in found.pop(("00005", "00001")) and "no focal length" in found.pop(("00005", "00002"))
+    assert "0 of 2 frames have a focal length" in found.pop(("00005", "-")) and not found
+    notes = {path.name: json.loads(path.read_text()) for path in (out / "quarantine").iterdir()}
+    assert {(note["sequence"], note["pair"]) for note in notes.values()} == set(reasons(report))
+    assert notes[f"00001_{PAIRS[0]}.json"]["reason"] == reasons(report)["00001", PAIRS[0]]
+
+    again = run(folders)  # nothing changed: counted, not tried again
+    assert (again.todo, again.skipped, reasons(again)) == (0, 4, reasons(report))
+
+    (sequence / "00005.dng").write_bytes(data)
+    shutil.rmtree(raw / "00005")
+    mended = run(folders)
+    assert (mended.todo, mended.written) == (1, 1) and ("00001", PAIRS[0]) not in reasons(mended)
+    left = {path.name for path in (out / "quarantine").iterdir()}
+    assert f"00001_{PAIRS[0]}.json" not in left and f"00001_{PAIRS[1]}.json" in left
+
+
+def _forget_focal_length(folder):
+    for path in folder.glob("*.nef"):
+        data = path.read_bytes()
+        tag = bytes.fromhex("0a92 0500 01000000")  # FocalLength, one RATIONAL
+        assert data.count(tag) == 1
+        path.write_bytes(data.replace(tag, bytes.fromhex("0b92 0500 01000000")))
+
+
+def test_changed_inputs_replace_the_older_file(folders):
+    run(folders)
+    old = {Path(path).name for path in list_shards(str(folders[1]))}
+    image = to_8_bit(Scene(7).view(frame_to_scene(1, (256, 384)), (256, 384)))
+    (folders[0] / "00001" / "00001.JPG").write_bytes(jpg_bytes(image, 240))
+    report = run(folders)
+    new = {Path(path).name for path in list_shards(str(folders[1]))}
+    assert (report.written, report.skipped, len(new)) == (1, 5, 6)
+    (gone,), (come,) = old - new, new - old
+    assert gone.rpartition("_")[0] == come.rpartition("_")[0] == f"00001_{PAIRS[0]}"
+
+
+def test_exclusions_and_known_bad_frames(folders):
+    run(folders)
+    shutil.copytree(folders[0] / "00001", folders[0] / "00350")
+    options = PreprocessOptions(tile_px=24, stride_px=16, exclude=("00001/00005", "00002"))
+    report = run(folders, options)
+    names = {Path(path).name.rpartition("_")[0] for path in list_shards(str(folders[1]))}
+    assert names == {f"00001_{PAIRS[1]}", f"00001_{PAIRS[2]}"}
+    assert "00350/00001: excluded" in report.notes and "00001/00005: excluded" in report.notes
+    assert ("00350", "-") in reasons(report)
+
+
+def test_val_moves_a_sequence_and_stays(folders):
+    report = run(folders, PreprocessOptions(tile_px=24, stride_px=16))
+    assert report.splits["val"] == 0 and any("--val 0000" in note for note in report.notes)
+    before = {Path(path).name for path in list_shards(str(folders[1]))}
+    moved = run(folders)
+    assert moved.written == 0 and {Path(path).name for path in list_shards(str(folders[1]))} == before
+    assert len(list_shards(str(folders[1]), "val")) == 3
+    later = run(folders, PreprocessOptions(tile_px=24, stride_px=16))  # does not repeat --val
+    assert later.splits["val"] == 3
+    unknown = run(folders, PreprocessOptions(tile_px=24, stride_px=16, val=("00099",)))
+    assert "--val 00099: no such sequence in RAW" in unknown.notes
+
+
+def test_the_layouts_own_split_is_honoured(folders):
+    raw, _ = folders
+    for split, name in (("train", "00002"), ("test", "00001")):
+        (raw / split).mkdir()
+        (raw / name).rename(raw / split / name)
+    report = run(folders, PreprocessOptions(tile_px=24, stride_px=16))
+    assert report.splits == {"train": 3, "val": 0, "test": 3}
+    shutil.copytree(raw / "test" / "00001", raw / "train" / "00001")
+    with pytest.raises(PreprocessError, match="sequence 00001 is in both test/00001 and train/00001"):
+        run(folders)
+
+
+def test_the_simulators_truth_reaches_the_rows(tmp_path):
+    from preprocessing.simulate import simulate
+
+    simulate(tmp_path / "raw", sequences=1, width_px=480, preset="perfect", seed=3)
+    assert run((tmp_path / "raw", tmp_path / "shards")).written == 3
+    info = read_info(str(tmp_path / "shards"))
+    for path in list_shards(str(tmp_path / "shards")):
+        row = decode(pq.read_table(path).to_pylist()[0], info)
+        assert np.abs(row["true_flow"].astype(float)).max() * 2 * 4 < 0.05  # HR pixels: the nominal map is the true one
+        assert np.corrcoef(row["true_rgb"].ravel(), row["hr_rgb"].ravel())[0, 1] > 0.95
+    (tmp_path / "raw" / "00001" / "truth" / "geometry.json").write_text("{}")
+    report = run((tmp_path / "raw", tmp_path / "shards"))
+    assert len(report.quarantined) == 3 and all("truth" in reason for reason in reasons(report).values())
+
+
+def test_a_decoder_that_kills_its_process_costs_one_pair(folders, monkeypatch):
+    task = shards._task
+
+    def crashing(row, source, target, options):
+        if '"lr": "00006"' in row["job"] and '"sequence": "00001"' in row["job"]:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return task(row, source, target, options)
+
+    monkeypatch.setattr(shards, "_task", crashing)
+    report = run(folders)
+    assert report.written == 5
+    ((where, reason),) = reasons(report).items()
+    assert where == ("00001", PAIRS[1]) and "process that worked on it died" in reason
+    again = run(folders)
+    assert (again.todo, again.written) == (1, 0)  # it may have been too little memory: one more run tries
+    given_up = run(folders)
+    assert (given_up.todo, reasons(given_up)) == (0, reasons(report))
+
+
+def test_workers_that_cannot_run_the_task_are_no_fault_of_the_pairs(folders, monkeypatch):
+    def not_installed(row, source, target, options):
+        import preprocessing.not_installed  # noqa: F401
+
+    monkeypatch.setattr(shards, "_task", not_installed)
+    with pytest.raises(PreprocessError, match=r"Ray's workers cannot run the tasks \(.*not_installed.*\)"):
+        run(folders)
+    assert not list(folders[1].glob("quarantine/*"))
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_it_ends_as_if_undisturbed(originals, tmp_path):
+    for number in range(1, 13):
+        shutil.copytree(originals / "00001", tmp_path / "raw" / f"{number:05d}")
+    program = (
+        "from preprocessing.shards import *\n"
+        f"preprocess({str(tmp_path / 'raw')!r}, {str(tmp_path / 'shards')!r}, {OPTIONS!r}, progress=False)"
+    )
+    for least in (2, 12):
+        driver = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
+        deadline = time.monotonic() + 120
+        while len(list_shards(str(tmp_path / "shards"))) < least:
+            assert driver.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        driver.kill()
+        driver.wait()
+        finished = _finished_of(content(tmp_path / "shards"))
+        for path in list_shards(str(tmp_path / "shards")):
+            pq.read_table(path)  # whole, each of them
+    report = run((tmp_path / "raw", tmp_path / "shards"))
+    assert report.skipped >= 12 and report.written == 36 - report.skipped
+    run((tmp_path / "raw", tmp_path / "undisturbed"))
+    assert content(tmp_path / "shards") == content(tmp_path / "undisturbed")
+    assert finished.items() <= content(tmp_path / "shards").items()
