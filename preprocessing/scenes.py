@@ -1,9 +1,9 @@
 """The scenes that the simulated camera looks at: two planes of nested canvases, finest in the centre.
 
 At 24 mm a frame takes in ten times what it does at 240 mm, so one canvas at native density would need a hundred frames'
-pixels. Four canvases do instead, each about two frames wide, half as dense as the one inside it: what the 240 mm frame sees at
-1.5 canvas pixels per frame pixel, then 150-100 mm, 70-50 mm, 35-24 mm. The centre of each is the area average (in linear
-light) of the finer one, so that all of them show one and the same scene.
+pixels. Four canvases do instead, each about two frames wide, half as dense as the one inside it: what the 240 mm frame
+sees at 1.5 canvas pixels per frame pixel, then 150-100 mm, 70-50 mm, 35-24 mm. The centre of each is the area average
+(in linear light) of the finer one, so that all of them show one and the same scene.
 """
 
 from collections.abc import Sequence
@@ -24,6 +24,7 @@ BAND_ROWS = 256
 
 _VALUES = np.arange(256) / 255.0
 SRGB_TO_LINEAR = np.where(_VALUES <= 0.04045, _VALUES / 12.92, ((_VALUES + 0.055) / 1.055) ** 2.4).astype(np.float32)
+_TABLE_RGBA = np.stack([SRGB_TO_LINEAR] * 3 + [_VALUES.astype(np.float32)], axis=-1)[None]
 _STEPS = np.arange(4096) / 4095.0
 _LINEAR_TO_SRGB = np.rint(
     255 * np.where(_STEPS <= 0.0031308, 12.92 * _STEPS, 1.055 * np.maximum(_STEPS, 1e-9) ** (1 / 2.4) - 0.055)
@@ -77,7 +78,7 @@ def build_scene(
 
 
 def _nest(boxes: Sequence[Box]) -> list[Box]:
-    """Snap each box outward to the coarsest canvas's pixel grid, and let it hold the finer ones with a pixel to spare."""
+    """Snap each box outward to the coarsest canvas's pixel grid, and let it hold the finer ones and a pixel more."""
     step = 2 ** (NUM_LEVELS - 1) / FINEST_DENSITY
     nested: list[Box] = []
     for left, top, right, bottom in boxes:
@@ -116,8 +117,13 @@ def _draw_near(colour_plan: Plan, mask_plan: Plan, boxes: Sequence[Box]) -> list
     """Colour and coverage are drawn apart (coverage as white on black) and stored premultiplied, in linear light."""
     if not mask_plan.orders:
         return []
-    near = []
-    for colour, mask in zip(_draw(colour_plan, boxes, grey=0), _draw(mask_plan, boxes, grey=0), strict=True):
+    near: list[Canvas] = []
+    for level, box in enumerate(boxes):
+        inner = near[-1].box if near else None
+        # The colour's ground is a middle grey, so that antialiased edges do not get a dark rim.
+        colour, mask = _blank(box, level, grey=70), _blank(box, level, grey=0)
+        colour_plan.play(colour, inner)
+        mask_plan.play(mask, inner)
         pixels = np.zeros((*mask.pixels.shape[:2], 4), np.uint8)
         for start in range(0, len(pixels), BAND_ROWS):
             rows = slice(start, start + BAND_ROWS)
@@ -127,23 +133,37 @@ def _draw_near(colour_plan: Plan, mask_plan: Plan, boxes: Sequence[Box]) -> list
                 alpha = mask.pixels[part][..., :1]
                 pixels[part][..., :3] = encode(cv2.LUT(colour.pixels[part], SRGB_TO_LINEAR) * (alpha / np.float32(255)))
                 pixels[part][..., 3:] = alpha
-        near.append(Canvas(pixels, colour.x0, colour.y0, colour.density, colour.level))
+        canvas = Canvas(pixels, colour.x0, colour.y0, colour.density, level)
+        if near:
+            _lay_in(near[-1], canvas)
+        near.append(canvas)
     return near
 
 
 def _lay_in(finer: Canvas, canvas: Canvas) -> None:
-    """Replace a canvas's centre by the finer canvas's 2x2 averages."""
+    """Replace a canvas's centre by the finer canvas's 2x2 averages, of light and of coverage."""
     row = round((finer.y0 - canvas.y0) * canvas.density)
     column = round((finer.x0 - canvas.x0) * canvas.density)
     height, width = finer.pixels.shape[0] // 2, finer.pixels.shape[1] // 2
+    canvas.pixels[row : row + height, column : column + width] = 0
     for start in range(0, height, BAND_ROWS):
         stop = min(start + BAND_ROWS, height)
         fine = finer.pixels[2 * start : 2 * stop]
         if not fine.any():
             continue
-        linear = cv2.LUT(fine, SRGB_TO_LINEAR)
-        half = encode(np.asarray(cv2.resize(linear, (width, stop - start), interpolation=cv2.INTER_AREA)))
-        canvas.pixels[row + start : row + stop, column : column + width] = half
+        size = (width, stop - start)
+        half = np.asarray(cv2.resize(to_linear(fine), size, interpolation=cv2.INTER_AREA), np.float32)
+        part = canvas.pixels[row + start : row + stop, column : column + width]
+        part[..., :3] = encode(half[..., :3])
+        if half.shape[2] == 4:
+            part[..., 3] = np.rint(255 * half[..., 3])
+
+
+def to_linear(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """sRGB bytes [H, W, 3 or 4] -> linear light [0, 1]; a fourth channel is coverage and keeps its proportion."""
+    if pixels.shape[2] == 3:
+        return np.asarray(cv2.LUT(pixels, SRGB_TO_LINEAR), np.float32)
+    return np.asarray(cv2.LUT(pixels, _TABLE_RGBA), np.float32)
 
 
 def encode(linear: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint8]:

@@ -5,8 +5,8 @@
     OUT/00001/truth/00005_4x.png                              the ideal picture in a short frame's view (see truth.py)
     OUT/00001/truth/00001_near.png                            which parts of a frame show the near plane
 
-Sequence i of a seed is the same, bit for bit, whatever else is simulated with it. A sequence is written as NNNNN.partial
-and renamed when complete; one that is there with the same parameters is kept.
+Sequence i of a seed is the same, bit for bit, whatever else is simulated with it. A sequence is written as
+NNNNN.partial and renamed when complete; one that is there with the same parameters is kept.
 """
 
 import json
@@ -64,13 +64,13 @@ def simulate(
     """Write `sequences` zoom sequences below `out` and return their folders.
 
     scenes      a folder of photographs (JPG, PNG) to build the scenes from; None draws procedural ones
-    width_px    width of the camera JPG, even; the height is two thirds (2832 at 4240, as the ILCE-7SM2). The RAW is as large,
-                or 16 in 4240 px larger for raw_format "arw", as that camera's
-    preset      "perfect" (an ideal lens on a rock: nothing moves, no distortion, exact focal lengths, even exposure; noise,
-                Bayer sampling and JPEG as ever), "tripod", "default" or "handheld"
+    width_px    width of the camera JPG, even; the height is two thirds (2832 at 4240, as the ILCE-7SM2). The RAW is as
+                large, or 16 in 4240 px larger for raw_format "arw", as that camera's
+    preset      "perfect" (an ideal lens on a rock: nothing moves, no distortion, exact focal lengths, even exposure;
+                noise, Bayer sampling and JPEG as ever), "tripod", "default" or "handheld"
     progress    called with (sequences done, sequences in all)
-    Raises SimulateError for a wrong value, an empty scenes folder, an `out` that cannot be written or that holds something
-    else under a sequence's name.
+    Raises SimulateError for a wrong value, an empty scenes folder, an `out` that cannot be written or that holds
+    something else under a sequence's name.
     """
     out = Path(out)
     _check(sequences, width_px, preset, raw_format, seed)
@@ -142,11 +142,10 @@ def _is_done(folder: Path, job: _Job) -> bool:
     wanted = json.loads(json.dumps(asdict(job)))
     if stored == wanted:
         return True
-    differing = ", ".join(
-        f"{key} {stored.get(key)!r}" for key in wanted if stored.get(key) != wanted[key] and key != "photos"
-    )
+    changed = [key for key in wanted if stored.get(key) != wanted[key] and key != "photos"]
+    differing = ", ".join(f"{key} {stored.get(key)!r}" for key in changed)
     raise SimulateError(
-        f"{folder}: exists, simulated with {differing or 'other photographs'}; remove it or choose another output folder"
+        f"{folder}: was simulated with {differing or 'other photographs'}; remove it or choose another folder"
     )
 
 

@@ -2,18 +2,19 @@
 
 Stored in SEQUENCE/truth/, all relative to the sequence, so that a copied folder keeps its truth:
 
-    geometry.json     parameters, scene, and per frame the exact geometry and exposure; the windows of the ideal pictures
+    geometry.json     parameters, and per frame the exact geometry and exposure; the windows of the ideal pictures
     00005_4x.png      the scene in frame 00005's geometry and JPG tone at 4 times its density: no noise, no mosaic, no
-                      sharpening, alias-free; only the window that a 4x pair can use (the long frame's view and nominal area)
+                      sharpening, alias-free; only the window that a 4x pair can use
     00001_near.png    1 bit, a quarter of the JPG's size: where frame 00001 shows the near plane
 
-Rectangles are (top, left, height, width) in RAW pixels of the short frame's visible area (LibRaw's), sensor orientation.
+Rectangles are (top, left, height, width) in RAW pixels of the short frame's visible area (LibRaw's), sensor
+orientation.
 """
 
 import io
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,9 @@ class Truth:
     ) -> npt.NDArray[np.float16]:
         """Where what the pair's map takes to each packed pixel really lies in the short frame.
 
-        For the packed pixel with centre p, h = lr_to_hr(p) is the place in the long JPG that the pair puts there; what is seen
-        at h is found in the short frame at p + flow(p). The sign is SDAN's: output(p) samples input at p + offset(p).
+        For the packed pixel with centre p, h = lr_to_hr(p) is the place in the long JPG that the pair puts there; what
+        is seen at h is found in the short frame at p + flow(p). The sign is SDAN's: output(p) samples input at
+        p + offset(p).
 
         rect      even height and width, RAW pixels
         lr_to_hr  2x3 (or 6 numbers) affine, (x, y): short RAW -> long JPG; None is the nominal one, from EXIF alone
@@ -135,8 +137,8 @@ def _picture(key: str, reader: _Reader, name: str) -> npt.NDArray[np.uint8]:
 def load_truth(sequence_dir: Path | str, *, read: Callable[[str], bytes] | None = None) -> Truth | None:
     """A sequence's truth, or None where there is none (a real sequence).
 
-    read   reads a file of the sequence by its relative path ("truth/geometry.json") and raises FileNotFoundError (or
-           another OSError) where it is absent, for sequences that are not on a local disk; None reads below `sequence_dir`
+    read   reads a file of the sequence by its relative path ("truth/geometry.json") and raises FileNotFoundError where
+           it is absent, for sequences that are not on a local disk; None reads below `sequence_dir`
     Raises ValueError, one line, for a truth folder that is damaged.
     """
     folder = Path(sequence_dir)
@@ -212,4 +214,3 @@ def write(
         "ideals": [[stems[ideal.frame], ideal.scale, ideal.window] for ideal in ideals],
     }
     (folder / "geometry.json").write_text(json.dumps(stored, indent=1))
-    assert all(asdict(frame) for frame in frames)

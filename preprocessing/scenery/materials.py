@@ -1,7 +1,7 @@
 """Textures that repeat without a seam: 1/f noise, brick, stone, wood, cloth, plaster, roof tiles, paper.
 
-A material is a tile at the finest canvas's density and its exact area averages by 2, 4, 8, so that a wall looks the same
-wall at every focal length. Tiles are made once per process from fixed seeds; scenes tint, shift and shade them.
+A material is a tile at the finest canvas's density and its exact area averages by 2, 4, 8, so that a wall looks the
+same wall at every focal length. Tiles are made once per process from fixed seeds; scenes tint, shift and shade them.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
-"""Draws on one canvas of a scene in scene units: shapes, materials, text, gratings, soft shadows; edges are antialiased.
+"""Draws on one canvas of a scene in scene units: shapes, materials, text, gratings, soft shadows.
 
-A `Plan` records what to draw, once, in scene units; it is then played back on every canvas (a finer and smaller one in the
-centre, coarser and larger ones around it), each at its own density, leaving out what the canvas cannot show.
+A `Plan` records what to draw, once, in scene units; it is then played back on every canvas (a finer and smaller one in
+the centre, coarser and larger ones around it), each at its own density, leaving out what the canvas cannot show.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,9 +1,9 @@
 """Photographs as a scene: an exhibition wall, hung with prints no larger than their pixels allow.
 
-One photograph stretched over all that a 24 mm frame takes in would be ten times too coarse for the 240 mm frame. So the wall
-is divided like this: a print that would have to be enlarged beyond its own pixels (at the density of the finest canvas it
-touches) makes room for 3 x 3 smaller ones. Prints are large at the edges, where only short focal lengths look, and small in
-the centre, so that every focal length sees the photograph's own finest detail and nothing is invented.
+One photograph stretched over all that a 24 mm frame takes in would be ten times too coarse for the 240 mm frame. So the
+wall is divided like this: a print that would have to be enlarged beyond its own pixels (at the density of the finest
+canvas it touches) makes room for 3 x 3 smaller ones. Prints are large at the edges, where only short focal lengths
+look, and small in the centre, so that every focal length sees the photograph's own detail and nothing is invented.
 """
 
 import hashlib

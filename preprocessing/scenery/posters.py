@@ -1,4 +1,4 @@
-"""A wall pasted with posters, notices, maps, timetables and test charts, from sheets a wide lens sees to small print."""
+"""A wall pasted with posters, notices, maps, timetables and test charts, from large sheets to small print."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""A street of houses: brick, stone and plaster fronts, windows with curtains, shops with signs, roofs, sky, pavement."""
+"""A street of houses: brick, stone and plaster fronts, windows with curtains, shops with signs, roofs, sky."""
 
 import numpy as np
 
@@ -100,8 +100,9 @@ def _window(plan: Plan, rng: np.random.Generator, box: Box, frame: Colour, unit:
     plan.add(box, Painter.gradient, box, pale if rng.random() < 0.6 else glass, glass)
     lean = rng.uniform(-0.4, 0.4) * (right - left)
     middle = (left + right) / 2
-    streak = [[middle + lean, top], [middle + lean + 0.25 * (right - left), top], [middle + 0.1 * (right - left), bottom],
-              [middle - 0.15 * (right - left), bottom]]  # fmt: skip
+    wide = right - left
+    streak = [[middle + lean, top], [middle + lean + 0.25 * wide, top], [middle + 0.1 * wide, bottom]]
+    streak.append([middle - 0.15 * wide, bottom])
     inside = [[min(max(x, left), right), y] for x, y in streak]
     plan.add(box, Painter.polygon, inside, tuple(0.5 * (a + b) for a, b in zip(glass, pale, strict=True)))
     if rng.random() < 0.7:
@@ -157,7 +158,7 @@ def _front(plan: Plan, rng: np.random.Generator, box: Box, unit: float) -> None:
     plan.add(box, Painter.material, box, "wood", tuple(channel / 128 for channel in paint), turned=True)
     plan.add(box, Painter.shade, box, (0.8, 1.0, 1.0, 0.9))
     sign = (left + 0.03 * wide, top + 0.04 * high, right - 0.03 * wide, top + 0.24 * high)
-    plan.add(sign, Painter.rect, sign, tuple(0.8 * channel for channel in paint))
+    plan.add(sign, Painter.material, sign, "wood", tuple(channel / 160 for channel in paint))
     letters = _CREAM if sum(paint) < 380 else (52.0, 46.0, 42.0)
     name = shop(rng)
     plan.add(sign, Painter.text, (sign[0] + 0.08 * wide, sign[1] + 0.04 * high), 0.11 * high, name, letters, bold=True,

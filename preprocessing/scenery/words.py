@@ -164,8 +164,8 @@ CLOTH: tuple[Colour, ...] = (
 INK: tuple[Colour, ...] = ((28, 28, 30), (40, 36, 34), (34, 44, 66), (92, 34, 32), (36, 60, 46), (70, 62, 56))
 PAPER: tuple[Colour, ...] = ((236, 232, 222), (226, 220, 204), (214, 216, 214), (232, 222, 196), (218, 226, 222))
 PAINT: tuple[Colour, ...] = (
-    (58, 76, 70), (44, 60, 80), (110, 44, 42), (70, 66, 62), (150, 140, 120), (92, 108, 96), (64, 84, 104), (132, 104, 72),
-    (186, 180, 166), (46, 52, 50),
+    (58, 76, 70), (44, 60, 80), (110, 44, 42), (70, 66, 62), (150, 140, 120), (92, 108, 96), (64, 84, 104),
+    (132, 104, 72),     (186, 180, 166), (46, 52, 50),
 )  # fmt: skip
 
 
@@ -213,7 +213,7 @@ def sentence(number: int) -> str:
     """One of 48 fixed lines of small print (few, so that their letters are drawn once and used again)."""
     rng = np.random.default_rng(900 + number % 48)
     words = [
-        f"The {pick(rng, _ADJECTIVES).lower()} {pick(rng, _NOUNS).lower()} {pick(rng, _VERBS)} the {pick(rng, _NOUNS).lower()}"
+        f"The {pick(rng, _ADJECTIVES)} {pick(rng, _NOUNS)} {pick(rng, _VERBS)} the {pick(rng, _NOUNS)}".capitalize()
         for _ in range(2)
     ]
     return f"{words[0]}, and {words[1].lower()}."
