@@ -17,7 +17,8 @@ from preprocessing.storage import Folder, one_line
 from preprocessing.tiles import TileError, cut, decode_jpg
 from preprocessing.truth import Truth, load_truth
 
-_ROW_GROUP = 8
+_ROW_GROUP = 1
+"""A tile a row group: training reads single tiles at random."""
 
 
 class _Unreadable(Exception):

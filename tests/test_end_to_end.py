@@ -17,6 +17,7 @@ from mlflow.tracking import MlflowClient
 from pipelines import cluster, registry
 from pipelines import config as configs
 from pipelines.evaluate import evaluate
+from pipelines.loader import index_split
 from pipelines.train import train
 from pipelines.zoom import Zoomer, read_photo, write_png
 from preprocessing.shards import PreprocessOptions, preprocess
@@ -46,6 +47,8 @@ def road(tmp_path_factory):
 def test_every_pair_becomes_a_shard_and_none_twice(road):
     folder, report, _ = road
     assert (report.pairs, report.written, len(report.quarantined)) == (9, 9, 0)
+    splits = [index_split(str(folder / "shards"), split) for split in ("train", "val")]
+    assert sum(split.num_tiles for split in splits) == report.rows  # each tile can be read alone
     again = preprocess(str(folder / "raw"), str(folder / "shards"), OPTIONS, progress=False)
     assert (again.written, again.skipped) == (0, 9)
 

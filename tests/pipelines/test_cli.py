@@ -6,13 +6,18 @@ from pathlib import Path
 
 import pytest
 
+from pipelines import cli
+
 SDAN = str(Path(sys.executable).with_name("sdan"))
 
 
-def sdan(*arguments, data):
-    return subprocess.run(
-        [SDAN, "--data", str(data), *map(str, arguments)], capture_output=True, text=True, timeout=120
-    )
+def run_here(monkeypatch, *arguments, data):
+    """The command in this process, which has imported torch and Ray already; returns the exit code."""
+    monkeypatch.setenv("SDAN_DATA", str(data))
+    monkeypatch.setattr(sys, "argv", ["sdan", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code
 
 
 @pytest.mark.parametrize(
@@ -33,19 +38,27 @@ def sdan(*arguments, data):
         (["simulate", "OUT", "--preset", "earthquake"], "handheld"),
     ],
 )
-def test_wrong_input_ends_in_one_line(arguments, said, tiny_shards, tmp_path):
+def test_wrong_input_ends_in_one_line(arguments, said, tiny_shards, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     places = {"SHARDS": tiny_shards, "EMPTY": tmp_path / "empty", "OUT": tmp_path / "sim", "out": tmp_path / "out"}
-    done = sdan(*(places.get(word, word) for word in arguments), data=tmp_path / "data")
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("sdan: ")]
-    assert len(lines) == 1, done.stderr
+    code = run_here(monkeypatch, *(places.get(word, word) for word in arguments), data=tmp_path / "data")
+    written = capsys.readouterr().err
+    assert code == 2, written
+    assert "Traceback" not in written
+    lines = [line for line in written.splitlines() if line.startswith("sdan: ")]
+    assert len(lines) == 1, written
     assert said.replace("EMPTY", str(tmp_path / "empty")) in lines[0]
 
 
-def test_help_names_every_verb(tmp_path):
-    done = sdan("--help", data=tmp_path)
+def test_the_installed_command_says_the_same():
+    done = subprocess.run([SDAN, "train", "x", "--config", "nosuch"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("sdan: --config: one of paper_4x")
+    assert done.stderr.count("\n") == 1
+
+
+def test_help_names_every_verb():
+    done = subprocess.run([SDAN, "--help"], capture_output=True, text=True, timeout=60)
     for verb in (
         "demo",
         "simulate",
