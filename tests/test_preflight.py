@@ -1,0 +1,26 @@
+"""What `make setup` says before it installs anything."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+SPEC = importlib.util.spec_from_file_location("preflight", Path(__file__).parents[1] / ".ci" / "preflight.py")
+preflight = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(preflight)
+
+
+@pytest.mark.parametrize(
+    ("version", "free_gb", "said"),
+    [
+        ((3, 10, 14), 100.0, "Python 3.11 or newer expected, got 3.10"),
+        ((3, 11, 7), 3.2, "12 GB of free disk expected for .venv, got 3.2 GB"),
+    ],
+)
+def test_one_line_says_what_is_missing(version, free_gb, said):
+    assert preflight.problem(version, free_gb).startswith(said)
+
+
+def test_a_fit_machine_is_let_through():
+    assert preflight.problem((3, 11, 7), 100.0) is None
+    assert preflight.problem((3, 14, 0), 12.0) is None
