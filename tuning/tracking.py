@@ -123,7 +123,7 @@ class EndOfTrial(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         child = find_child(self.run, trial.trial_id)
-        if child is not None and child.data.tags.get(STATUS_TAG) == "running":
+        if child is not None and child.data.tags.get(STATUS_TAG) != "finished":
             close_child(self.run.client(), child.info.run_id, "stopped")
         _say(self.run, trial, trial.last_result)
 

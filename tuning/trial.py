@@ -114,7 +114,9 @@ def run_trial(train: Train, run: SweepRun, working_folder: Path, overrides: dict
         report.close()
         delivery.take_returned(returned)
     except Exception as error:
-        close_child(client, run_id, "failed", reason_of(error))
+        # ASHA ends a trial by ending its processes, which the train function may see as a failure of its workers.
+        if not delivery.stopped:
+            close_child(client, run_id, "failed", reason_of(error))
         raise
     close_child(client, run_id, "finished")
     delivery.finish()
@@ -133,6 +135,7 @@ class _Delivery:
         self._lock = threading.Lock()
         self._epoch = 0
         self._reported = False
+        self.stopped = False
         self._kept: dict[str, Any] | None = None
 
     def __call__(self, metrics: dict[str, float]) -> None:
@@ -148,7 +151,11 @@ class _Delivery:
                 self._kept = result
                 return
             self._kept = None
-            tune.report(result)
+            try:
+                tune.report(result)
+            except SystemExit:
+                self.stopped = True
+                raise
 
     def take_returned(self, returned: Mapping[str, float] | None) -> None:
         """Records the returned metrics; they are the trial's only report where the train function made none."""
