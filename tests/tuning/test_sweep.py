@@ -80,7 +80,7 @@ def sweep(slots, tmp_path_factory):
         }
         result = run_sweep(
             train,
-            {"kind": kinds, "model.shift": uniform(0, 1)},
+            space,
             name="first",
             storage_path="sweeps",
             tracking_uri=uri,
