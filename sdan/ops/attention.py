@@ -3,10 +3,10 @@
     out = softmax(rowmax(E) - E) X        with E = X X^T (the authors' code; the row maximum cancels in the softmax)
         = softmax(-X X^T) X               scaled-dot-product attention with a negated query, unscaled
 
-Logits are unscaled sums over the C positions of a token, so they grow with the tile; they are kept in float32 throughout.
-On the CPU the matrix exists only as a block of rows at a time, forward and backward (which recomputes it). On a GPU the vendor's
-fused kernels do the same for C <= 256; where they cannot (C > 256: K=4 at 128x128 has C=1024), the blocks take over, so that
-the L x L matrix is never stored unnoticed.
+Logits are unscaled sums over the C positions of a token, so they grow with the tile; they are kept in float32
+throughout. On the CPU the matrix exists only as a block of rows at a time, forward and backward (which recomputes
+it). On a GPU the vendor's fused kernels do the same for C <= 256; where they cannot (C > 256: K=4 at 128x128 has
+C=1024), the blocks take over, so that the L x L matrix is never stored unnoticed.
 
 Axes: N batch, L tokens, C values per token, B rows of a block.
 """
@@ -141,7 +141,9 @@ for _key in ("AutocastCPU", "AutocastCUDA"):
 
 
 def _types(x_LC: Tensor) -> tuple[Tensor, Tensor]:
-    """(for the logits: at least float32, for the other products: bfloat16 stays, float16 is too narrow for the gradients)."""
+    """(for the logits: at least float32, for the other products: bfloat16 stays, float16 is too narrow for the
+    gradients).
+    """
     wide = x_LC.to(torch.promote_types(x_LC.dtype, torch.float32)).contiguous()
     return wide, x_LC.contiguous() if x_LC.dtype == torch.bfloat16 else wide
 
@@ -152,7 +154,9 @@ def _blocks(num_tokens: int) -> list[slice]:
 
 
 def _times_transposed(a_MK: Tensor, b_NK: Tensor) -> Tensor:
-    """a b^T, [M, N]. MKL's float32 product runs at half the speed of oneDNN's or less on AMD processors, so ask for the latter."""
+    """a b^T, [M, N]. MKL's float32 product runs at half the speed of oneDNN's or less on AMD processors, so ask for
+    the latter.
+    """
     if a_MK.dtype == torch.float32 and a_MK.device.type == "cpu" and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(a_MK, b_NK, None, "none", [], "")
     return a_MK @ b_NK.t()

@@ -1,6 +1,9 @@
-"""Which code runs the sampling: Triton on a GPU that it supports (or under its interpreter), plain PyTorch everywhere else."""
+"""Which code runs the sampling: Triton on a GPU that it supports (or under its interpreter), plain PyTorch everywhere
+else.
+"""
 
 import functools
+import importlib
 import importlib.util
 import logging
 import os
@@ -23,9 +26,7 @@ def kernels(tensor: Tensor) -> ModuleType:
         reason = None if _interpreting() else "not on a GPU"
     if reason is not None:
         return rows
-    from sdan.ops import triton_warp
-
-    return triton_warp
+    return importlib.import_module("sdan.ops.triton_warp")
 
 
 @functools.cache

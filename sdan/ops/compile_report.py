@@ -1,7 +1,8 @@
-"""Compiles the Triton kernels for several GPUs, none needed, and prints what the assembler says: `python -m sdan.ops.compile_report`.
+"""Compiles the Triton kernels for several GPUs, none needed, and prints what the assembler says: `python -m
+sdan.ops.compile_report`.
 
-Registers, stack and spilled (local) bytes are read from the cubin by `cuobjdump`, which comes with Triton. A spill would move values
-through memory in the middle of the kernel; the command ends with code 1 if there is one.
+Registers, stack and spilled (local) bytes are read from the cubin by `cuobjdump`, which comes with Triton. A spill
+would move values through memory in the middle of the kernel; the command ends with code 1 if there is one.
 """
 
 import argparse
@@ -115,8 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in compile_all(chosen.arch, chosen.channels):
         spilled += row.spilled_bytes + row.stack_bytes
         write(
-            f"| {row.kernel} | {row.dtype} | {row.channels} | sm_{row.architecture} | {row.registers} | {row.stack_bytes} "
-            f"| {row.spilled_bytes} | {row.shared_bytes} | {row.vector_loads} |\n"
+            f"| {row.kernel} | {row.dtype} | {row.channels} | sm_{row.architecture} | {row.registers} "
+            f"| {row.stack_bytes} | {row.spilled_bytes} | {row.shared_bytes} | {row.vector_loads} |\n"
         )
     write("no spills\n" if not spilled else "SPILLS: fewer values per program in triton_warp.py\n")
     return 1 if spilled else 0

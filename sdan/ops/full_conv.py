@@ -33,7 +33,9 @@ def _convolve(input: Tensor, weight: Tensor) -> Tensor:
 
 
 class _FullConv2d(torch.autograd.Function):
-    """oneDNN's weight gradient takes 3-5 times as long when the padding exceeds K // 2, and only that: pad there by hand."""
+    """oneDNN's weight gradient takes 3-5 times as long when the padding exceeds K // 2, and only that: pad there by
+    hand.
+    """
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor) -> Tensor:

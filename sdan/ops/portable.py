@@ -1,4 +1,6 @@
-"""The same sampling from elementary operators only: for exported files that must load without SDAN, and for higher derivatives."""
+"""The same sampling from elementary operators only: for exported files that must load without SDAN, and for higher
+derivatives.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +15,9 @@ _portable = False
 
 @contextmanager
 def portable_form() -> Iterator[None]:
-    """Within it `sdan.ops` uses elementary PyTorch operators only: slower, but exportable anywhere (ONNX) and differentiable at will."""
+    """Within it `sdan.ops` uses elementary PyTorch operators only: slower, but exportable anywhere (ONNX) and
+    differentiable at will.
+    """
     global _portable
     before, _portable = _portable, True
     try:

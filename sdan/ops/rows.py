@@ -1,8 +1,9 @@
 """The sampling in plain PyTorch, on channels-last rows: every device, every floating type, deterministic.
 
-A picture is a table of rows, one per pixel, C values each. Bilinear sampling is then a weighted sum of four rows, which is what
-`embedding_bag` with per-sample weights computes in one pass; its transpose (the scatter of the backward pass) is the same
-operation on the samples sorted by target. No atomics, so that the result never depends on the order of threads.
+A picture is a table of rows, one per pixel, C values each. Bilinear sampling is then a weighted sum of four rows,
+which is what `embedding_bag` with per-sample weights computes in one pass; its transpose (the scatter of the backward
+pass) is the same operation on the samples sorted by target. No atomics, so that the result never depends on the order
+of threads.
 
 Axes: N batch, C channels, H W output rows and columns, P = N H W samples, Q = N frame_height frame_width frame pixels.
 """
@@ -19,7 +20,9 @@ _INT32_ROWS = 2**29  # 4 P and Q below 2^31: int32 indices halve the time of the
 
 @dataclass(frozen=True)
 class Corners:
-    """Where each sample falls between the four pixels around it. Axis 0 of `inside_*`, `weight_*`, `invalid` is (y, x)."""
+    """Where each sample falls between the four pixels around it. Axis 0 of `inside_*`, `weight_*`, `invalid` is (y,
+    x).
+    """
 
     index_P4: Tensor
     """row of the frame table per corner (top left, top right, bottom left, bottom right), always inside the table"""
@@ -40,7 +43,9 @@ class Corners:
 
 
 def positions(offset_N2HW: Tensor, margin: int) -> Tensor:
-    """Sampling positions [2, N, H, W] (y, x) in a frame that is `margin` pixels larger on each side; at least float32."""
+    """Sampling positions [2, N, H, W] (y, x) in a frame that is `margin` pixels larger on each side; at least
+    float32.
+    """
     offset = offset_N2HW.transpose(0, 1)
     offset = offset.to(torch.promote_types(offset.dtype, torch.float32))
     height, width = offset.shape[2:]
@@ -66,7 +71,8 @@ def find_corners(offset_N2HW: Tensor, frame: tuple[int, int], margin: int) -> Co
     share = bounded - low
     inside_low = (low >= 0) & (low < size)  # False for NaN
     inside_high = (low >= -1) & (low < size - 1)
-    # The index of a corner outside is the index of its neighbour inside, so that a NaN elsewhere in the picture cannot leak in.
+    # The index of a corner outside is the index of its neighbour inside, so that a NaN elsewhere in the picture
+    # cannot leak in.
     finite = low.nan_to_num_(nan=0.0)
     last = size - 1
     wide = torch.int32 if num_images * max(height * width, 4 * offset_N2HW[0, 0].numel()) < _INT32_ROWS else torch.int64
@@ -131,7 +137,9 @@ def warp_backward(
 
 
 def scatter(grad_rows: Tensor, corners: Corners, num_targets: int) -> Tensor:
-    """grad_input(q) = sum over samples p that touch q of weight(p, q) grad(p): the samples sorted by q, then bags of rows."""
+    """grad_input(q) = sum over samples p that touch q of weight(p, q) grad(p): the samples sorted by q, then bags of
+    rows.
+    """
     index = corners.index_P4.flatten()
     order = index.sort(stable=True).indices
     ends = torch.zeros(num_targets + 1, dtype=torch.int64, device=index.device)
@@ -167,7 +175,9 @@ def _sum_rows(rows: Tensor, index_P4: Tensor, weights_P4: Tensor) -> Tensor:
 
 
 def _dots(grad_rows: Tensor, input_rows: Tensor, index_P4: Tensor) -> Tensor:
-    """[P, 4]: grad(p) . input(q) for the four corners q, without gathering them: embedding_bag's own weight gradient."""
+    """[P, 4]: grad(p) . input(q) for the four corners q, without gathering them: embedding_bag's own weight
+    gradient.
+    """
     num_samples = index_P4.shape[0]
     bag = torch.arange(num_samples, device=index_P4.device, dtype=index_P4.dtype).repeat_interleave(4)
     starts = torch.arange(0, 4 * num_samples, 4, device=index_P4.device, dtype=index_P4.dtype)

@@ -2,9 +2,10 @@
 
     output(p) = bias + sum_k weight_k . input(p + k + offset(p))        bilinear, zero outside the image
 
-One offset serves the whole window and bilinear sampling commutes with convolution, so the window is convolved first and sampled
-once: y = conv2d(input, weight, padding=K-1), then output(p) = y(p + K//2 + offset(p)). The convolution is the vendor's, the sampling
-is the operator `sdan::bilinear_warp`. Four reads per value instead of 4 K K, and no im2col buffer.
+One offset serves the whole window and bilinear sampling commutes with convolution, so the window is convolved first
+and sampled once: y = conv2d(input, weight, padding=K-1), then output(p) = y(p + K//2 + offset(p)). The convolution is the
+vendor's, the sampling is the operator `sdan::bilinear_warp`. Four reads per value instead of 4 K K, and no im2col
+buffer.
 
 Axes: N batch, C channels, H W rows and columns, K the (odd) kernel size. Offsets are (dy, dx) in input pixels.
 """
@@ -42,10 +43,11 @@ def bilinear_warp(input: Tensor, offset: Tensor) -> Tensor:
 def squared_deform_conv2d(
     input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = False
 ) -> Tensor:
-    """output(p) = bias + sum_k weight_k . input(p + k + offset(p)), bilinear, zero outside the image (the paper's eq. 5).
+    """output(p) = bias + sum_k weight_k . input(p + k + offset(p)), bilinear, zero outside the image (paper, eq. 5).
 
-    The same as `torchvision.ops.deform_conv2d(input, offset.repeat(1, K * K, 1, 1), weight, bias, padding=K // 2)`, border rule
-    included. (Printed, eq. 5 adds p twice and indexes the weight by position; this is what its text and the authors' code mean.)
+    The same as `torchvision.ops.deform_conv2d(input, offset.repeat(1, K * K, 1, 1), weight, bias, padding=K // 2)`,
+    border rule included. (Printed, eq. 5 adds p twice and indexes the weight by position; this is what its text and
+    the authors' code mean.)
 
     Args:
         input: [N, Cin, H, W], float64, float32, bfloat16 or float16.
@@ -55,7 +57,8 @@ def squared_deform_conv2d(
         relu: also apply max(0, .), in the same pass.
 
     Returns:
-        [N, Cout, H, W]; channels-last if input is. Under autocast the convolution runs in the lower type and offsets stay float32.
+        [N, Cout, H, W]; channels-last if input is. Under autocast the convolution runs in the lower type and offsets
+        stay float32.
 
     Raises:
         ValueError, TypeError: shapes, devices or types that do not fit, with both values.
@@ -75,8 +78,8 @@ def offset_mask(offset: Tensor, kernel: int = 1) -> Tensor:
 
     Args:
         offset: [N, 2, H, W], (dy, dx) in pixels.
-        kernel: size of the window that the offset moves, odd. The moved window hangs over the border no further than an ordinary
-            same-size convolution's does wherever its centre is inside, so that M is the same for every kernel.
+        kernel: size of the window that the offset moves, odd. The moved window hangs over the border no further than
+            an ordinary same-size convolution's does wherever its centre is inside, so that M is the same for every K.
 
     Returns:
         [N, 1, H, W] float32; 0 for NaN and infinite offsets.
@@ -115,7 +118,9 @@ def _as_input(output: Tensor, input: Tensor) -> Tensor:
 def _warp_op(
     input: Tensor, offset: Tensor, bias: Tensor | None, margin: int, relu: bool, with_mask: bool
 ) -> tuple[Tensor, Tensor]:
-    """Sample a frame that is `margin` pixels larger than the output on each side; returns (output, mask), channels-last."""
+    """Sample a frame that is `margin` pixels larger than the output on each side; returns (output, mask),
+    channels-last.
+    """
     check_warp(input, offset, bias, margin)
     if offset.numel() == 0:
         return _warp_fake(input, offset, bias, margin, relu, with_mask)
@@ -191,7 +196,9 @@ _backward_op.register_autograd(_no_second_derivative)
 def _autocast(
     input: Tensor, offset: Tensor, bias: Tensor | None, margin: int, relu: bool, with_mask: bool
 ) -> tuple[Tensor, Tensor]:
-    """The input keeps its type; offsets are raised to float32 (bfloat16 has half a pixel left at 100 px); bias follows the input."""
+    """The input keeps its type; offsets are raised to float32 (bfloat16 has half a pixel left at 100 px); bias
+    follows the input.
+    """
     offset = offset.to(torch.promote_types(offset.dtype, torch.float32)) if input.dtype != torch.float64 else offset
     bias = None if bias is None else bias.to(input.dtype)
     with torch.amp.autocast(input.device.type, enabled=False):

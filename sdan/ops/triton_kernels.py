@@ -1,15 +1,17 @@
 """The sampling as Triton kernels, forward and backward.
 
-    forward     output(p, c) = bias(c) + sum_q weight(p, q) input(q, c), then ReLU if asked; M(p) = 1 if p + offset(p) is inside
-    backward    grad_input(q, c) += weight(p, q) grad(p, c)
+    forward     output(p, c) = bias(c) + sum_q weight(p, q) input(q, c), then ReLU if asked; M(p) = 1 if p + offset(p)
+    is inside backward    grad_input(q, c) += weight(p, q) grad(p, c)
                 grad_offset(p) = sum_c grad(p, c) sum_q (d weight(p, q) / d offset) input(q, c)
 
-q runs over the four frame pixels around p + margin + offset(p). Everything is channels-last, so that the C values of a corner lie
-side by side: a program takes BLOCK_P samples of one image, reads their offsets once, and moves BLOCK_C channels per corner in wide
-loads. Positions, weights and sums over channels are in ACC (float32; float64 for float64 inputs).
+q runs over the four frame pixels around p + margin + offset(p). Everything is channels-last, so that the C values of
+a corner lie side by side: a program takes BLOCK_P samples of one image, reads their offsets once, and moves BLOCK_C
+channels per corner in wide loads. Positions, weights and sums over channels are in ACC (float32; float64 for float64
+inputs).
 
-Addresses are 64-bit from the image's start on; a sample's position within one image fits 32 bits. Infinite offsets are clamped to
-just outside the frame before they become integers, and a NaN is replaced there, so no address is ever formed from either.
+Addresses are 64-bit from the image's start on; a sample's position within one image fits 32 bits. Infinite offsets
+are clamped to just outside the frame before they become integers, and a NaN is replaced there, so no address is ever
+formed from either.
 """
 
 import triton
@@ -18,7 +20,9 @@ import triton.language as tl
 
 @triton.jit
 def _axis(position: tl.tensor, size: tl.tensor) -> tl.tensor:
-    """One axis of the corners: lower index, whether each neighbour is in the frame, and their weights (NaN for a NaN position)."""
+    """One axis of the corners: lower index, whether each neighbour is in the frame, and their weights (NaN for a NaN
+    position).
+    """
     bounded = tl.where(position == position, position, -2.0)
     # -2, not -1: at exactly -1 the neighbour inside has weight 0 but a slope; beyond, nothing.
     bounded = tl.minimum(tl.maximum(bounded, -2.0), size.to(position.dtype))
@@ -37,7 +41,9 @@ def _sample_block(
     BLOCK_P: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tl.tensor:
-    """This program's image and samples, and their positions in the image (no margin). Offsets are [N, 2, H, W], contiguous."""
+    """This program's image and samples, and their positions in the image (no margin). Offsets are [N, 2, H, W],
+    contiguous.
+    """
     plane = height * width
     num_blocks = tl.cdiv(plane, BLOCK_P)
     image = (tl.program_id(0) // num_blocks).to(tl.int64)
@@ -114,12 +120,15 @@ def _corner_gradient(
     NEED_OFFSET: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tl.tensor:
-    """Add this corner's share to grad_input; returns grad . input(corner) over the block's channels, 0 where not `keep`."""
+    """Add this corner's share to grad_input; returns grad . input(corner) over the block's channels, 0 where not
+    `keep`.
+    """
     dot = tl.sum(grad * 0.0, axis=1)
     if NEED_OFFSET:
         dot = tl.sum(grad * tl.load(input_ptr + address, mask=keep, other=0.0).to(ACC), axis=1)
     if NEED_INPUT:
-        # A NaN offset has no target: its weight is NaN, and the corner it was clamped to lies outside, so `keep` is False.
+        # A NaN offset has no target: its weight is NaN, and the corner it was clamped to lies outside, so `keep` is
+        # False.
         share = (weight[:, None] * grad).to(grad_input_ptr.dtype.element_ty)
         tl.atomic_add(grad_input_ptr + address, share, mask=keep, sem="relaxed")
     return dot
@@ -144,7 +153,9 @@ def warp_backward_kernel(
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ) -> None:
-    """grad_input(q, c) += weight(p, q) grad(p, c), by atomics; grad_offset(p), summed over all channels in ACC by one program."""
+    """grad_input(q, c) += weight(p, q) grad(p, c), by atomics; grad_offset(p), summed over all channels in ACC by one
+    program.
+    """
     image, sample, valid, y, x = _sample_block(offset_ptr, height, width, margin, BLOCK_P, ACC)
     row, has_top, has_bottom, top, bottom = _axis(y + margin.to(ACC), frame_height)
     column, has_left, has_right, left, right = _axis(x + margin.to(ACC), frame_width)

@@ -1,10 +1,12 @@
-"""Launches the Triton kernels: the same `warp` and `warp_backward` as `sdan.ops.rows`, on a GPU or under Triton's interpreter.
+"""Launches the Triton kernels: the same `warp` and `warp_backward` as `sdan.ops.rows`, on a GPU or under Triton's
+interpreter.
 
-The launch decides everything that a kernel takes for granted: channels-last inputs, contiguous offsets, the tensors' own GPU
-(`torch.cuda.device`) and PyTorch's current stream on it, which is the one that Triton launches on.
+The launch decides everything that a kernel takes for granted: channels-last inputs, contiguous offsets, the tensors'
+own GPU (`torch.cuda.device`) and PyTorch's current stream on it, which is the one that Triton launches on.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -15,7 +17,9 @@ from sdan.ops import rows
 from sdan.ops.triton_kernels import warp_backward_kernel, warp_forward_kernel
 
 _FORWARD_VALUES, _BACKWARD_VALUES = 1024, 512
-"""values per program and corner: 8 and 4 per thread at 4 warps; twice that spills (`python -m sdan.ops.compile_report`)"""
+"""values per program and corner: 8 and 4 per thread at 4 warps; twice that spills (`python -m
+sdan.ops.compile_report`)
+"""
 
 
 def warp(
@@ -80,8 +84,10 @@ def warp_backward(
     return rows.from_rows(sums.view(-1, channels), num_images, (frame_height, frame_width)).to(input.dtype), grad_offset
 
 
-def launch_meta(channels: int, dtype: torch.dtype, *, backward: bool) -> dict[str, object]:
-    """Block sizes: a thread moves 16 bytes of neighbouring channels at a time; narrow pictures take more samples per program."""
+def launch_meta(channels: int, dtype: torch.dtype, *, backward: bool) -> dict[str, Any]:
+    """Block sizes: a thread moves 16 bytes of neighbouring channels at a time; narrow pictures take more samples per
+    program.
+    """
     wide = dtype == torch.float64
     values = (_BACKWARD_VALUES if backward else _FORWARD_VALUES) // (2 if wide else 1)
     block_c = min(triton.next_power_of_2(channels), 64)
