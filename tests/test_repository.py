@@ -102,12 +102,16 @@ def test_test_files_have_names_of_their_own(tracked):
 
 
 def paths_in_map(readme: str) -> list[str]:
-    """Paths in backticks, or at the start of a line of a code block, under the heading that says 'map'."""
+    """Under the heading that says 'map': paths in backticks, and names of files and folders in an indented block."""
     section = re.search(r"^#+ [^\n]*\bmap\b[^\n]*\n(.*?)(?=^#+ |\Z)", readme, re.MULTILINE | re.DOTALL | re.IGNORECASE)
     if section is None:
         return []
     ticked = re.findall(r"`([^`\n]+)`", section[1])
-    return [name for name in ticked if re.fullmatch(r"[\w.-]+(/[\w.-]+)*/?", name) and ("/" in name or "." in name)]
+    block = " ".join(re.findall(r"^(?: {4}|\t)(.+)$", section[1], re.MULTILINE))
+    listed = re.findall(
+        r"(?<!\S)[\w.-]+(?:/[\w.-]+)*(?:/|\.(?:py|md|toml|txt|yaml|html|json|safetensors))(?!\S)", block
+    )
+    return [name for name in ticked if re.fullmatch(r"[\w.-]+(/[\w.-]+)*/?", name) and re.search("[/.]", name)] + listed
 
 
 def test_readme_map_lists_what_exists():
@@ -121,3 +125,5 @@ def test_readme_map_lists_what_exists():
 def test_the_map_is_read_as_it_is_written():
     readme = "# X\n`a.py`\n## File map\n| `sdan/network.py` | the `forward` |\n| `pipelines/` | x |\n## Next\n`b.py`"
     assert paths_in_map(readme) == ["sdan/network.py", "pipelines/"]
+    block = "## File map\n\n    sdan/   network.py the figures, ops/warp.py e.g. this\n\nText about a/b.py"
+    assert paths_in_map(block) == ["sdan/", "network.py", "ops/warp.py"]
