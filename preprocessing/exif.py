@@ -7,6 +7,8 @@ import contextlib
 import io
 import logging
 import math
+import threading
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,6 +18,8 @@ import exifread
 from PIL import Image
 
 _EXIF_IFD = 0x8769
+_LOCK = threading.Lock()
+"""catch_warnings changes the whole process's filters; frames are looked at from several threads."""
 _EXIF_HEADER = b"Exif\x00\x00"
 
 
@@ -40,7 +44,9 @@ def read_exif(data: bytes) -> Exif:
     header = _jpg_exif(data) if data[:2] == b"\xff\xd8" else data
     found = Exif()
     if header[:4] in (b"II*\x00", b"MM\x00*"):
-        with contextlib.suppress(Exception):  # Pillow raises nearly anything on damaged tags
+        # Pillow raises nearly anything on damaged tags, and warns of those that lie beyond the bytes we have.
+        with _LOCK, warnings.catch_warnings(), contextlib.suppress(Exception):
+            warnings.simplefilter("ignore")
             found = _by_pillow(header)
     if found.focal_mm is None and header:
         with contextlib.suppress(Exception):

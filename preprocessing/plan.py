@@ -172,7 +172,9 @@ def _plan_sequence(raw: Folder, sequence: Sequence, options: PreprocessOptions, 
         except OSError as error:
             plan.faults.append(QuarantineEntry(sequence.name, frame.stem, f"cannot be read: {error}"))
             continue
-        plan.faults += [QuarantineEntry(sequence.name, frame.stem, reason) for reason in _faults(shot)]
+        reasons = list(_faults(shot))
+        if reasons:
+            plan.faults.append(QuarantineEntry(sequence.name, frame.stem, "; ".join(reasons)))
         shots.append(shot)
     if sequence.name in options.val:
         split = "val"

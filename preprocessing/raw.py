@@ -196,5 +196,7 @@ def _head(source: str | Path | bytes) -> bytes:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, rawpy.LibRawIOError):
+        return "the file ends early"
     text = error.args[0] if error.args else error
     return (text.decode(errors="replace") if isinstance(text, bytes) else str(text)).strip() or type(error).__name__

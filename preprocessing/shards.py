@@ -81,6 +81,7 @@ def preprocess(
     with _storage_fault(target, "read"):
         ledger = Ledger.read(target, options)
     # What --val held out once must not slip into training in a later run that does not repeat it.
+    asked_val = options.val
     options = replace(options, val=tuple(sorted({*options.val, *ledger.val})))
     with _storage_fault(source, "read"):
         plan = make_plan(source, options, ledger.splits)
@@ -98,7 +99,8 @@ def preprocess(
         report.new_sequences = sorted(written - had_shards)
     with _storage_fault(target, "read"):
         report.splits = ledger.count()
-    report.notes += _advice(report, plan, options, dry_run=dry_run)
+    report.notes += [f"--val {name}: no such sequence in RAW" for name in asked_val if name not in plan.sequences]
+    report.notes += _advice(report, plan, dry_run=dry_run)
     report.seconds = time.monotonic() - began
     return report
 
@@ -219,7 +221,9 @@ def _require_deaths(failures: _Failures) -> None:
     """A process that dies is its pair's affair; a task that fails in any other way is a fault of the installation."""
     for error in failures.found:
         if not isinstance(error, _DEATHS):
-            named = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", str(error), re.MULTILINE) or [type(error).__name__]
+            named = re.findall(r"^(?!ray\.)[\w.]*(?:Error|Exception)\b.*", str(error), re.MULTILINE) or [
+                type(error).__name__
+            ]
             raise PreprocessError(f"Ray's workers cannot run the tasks ({named[-1]}); install this sdan on every node")
 
 
@@ -239,10 +243,9 @@ def _storage_fault(folder: Folder, deed: str) -> Iterator[None]:
         raise PreprocessError(f"{folder.label}: cannot be {deed} ({one_line(error)}); {remedy}") from error
 
 
-def _advice(report: PreprocessReport, plan: Plan, options: PreprocessOptions, *, dry_run: bool) -> list[str]:
-    notes = [f"--val {name}: no such sequence in RAW" for name in options.val if name not in plan.sequences]
+def _advice(report: PreprocessReport, plan: Plan, *, dry_run: bool) -> list[str]:
     in_val = report.splits["val"] or (dry_run and any(job.split == "val" for job in plan.jobs))
     train = sorted({job.sequence for job in plan.jobs if job.split == "train"})
-    if not in_val and train:
-        notes.append(f"no sequence fell into val, so training cannot be judged: name some, e.g. --val {train[0]}")
-    return notes
+    if in_val or not train:
+        return []
+    return [f"no sequence fell into val, so training cannot be judged: name some, e.g. --val {train[0]}"]

@@ -64,7 +64,7 @@ class Folder:
             return
         parent, name = target.rsplit("/", 1)
         self.filesystem.create_dir(parent, recursive=True)
-        aside = f"{parent}/.{name}.{_writer()}"
+        aside = f"{parent}/.{name}~{_writer()}"
         try:
             with self.filesystem.open_output_stream(aside) as stream:
                 stream.write(data)
@@ -128,11 +128,13 @@ def _writer() -> str:
 
 
 def _abandoned(name: str, modified_s: float) -> bool:
+    parts = name.rsplit("~", 3)
+    if len(parts) != 4 or not parts[2].isdigit():
+        return False
+    host, pid = parts[1], parts[2]
     if time.time() - modified_s > _STALE_S:
-        return "~" in name
-    host, _, rest = name.rpartition(".")[2].partition("~")
-    pid = rest.partition("~")[0]
-    if host != socket.gethostname() or not pid.isdigit():
+        return True
+    if host != socket.gethostname():
         return False
     try:
         os.kill(int(pid), 0)

@@ -1,0 +1,104 @@
+"""Files appear whole or not at all; what killed writers left goes, what live ones write stays."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from known_scene import write_sequence
+
+from preprocessing.storage import open_folder
+
+
+def test_put_replaces_and_leaves_nothing_aside(tmp_path):
+    folder = open_folder(str(tmp_path / "new"))
+    folder.put("a/b.json", b"one")
+    folder.put("a/b.json", b"two")
+    assert folder.read("a/b.json") == b"two" and folder.read("a/b.json", 1) == b"t"
+    assert [path.name for path in (tmp_path / "new" / "a").iterdir()] == ["b.json"]
+    folder.move("a/b.json", "c/d.json")
+    assert folder.exists("c/d.json") and not folder.exists("a/b.json")
+    folder.delete("c/d.json")
+    folder.delete("c/d.json")  # another run may have been faster
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    folder = open_folder(str(tmp_path))
+    folder.put("a", b"old")
+    with pytest.raises(TypeError):
+        folder.put("a", 7)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and folder.read("a") == b"old"
+
+
+@pytest.mark.parametrize("size", [0, 10, 64 * 1024, 64 * 1024 + 1, 100_000, 300_000])
+def test_both_ends_of_a_file(tmp_path, size):
+    data = os.urandom(size)
+    (tmp_path / "x").write_bytes(data)
+    first, last = open_folder(str(tmp_path)).read_ends("x")
+    assert first == data[: 64 * 1024] and last == data[64 * 1024 :][-64 * 1024 :]
+
+
+def test_sweep_takes_only_what_dead_writers_left(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    names = {
+        f".x.parquet~{socket.gethostname()}~{gone.pid}~0a": False,
+        f".x.parquet~{socket.gethostname()}~{os.getpid()}~0b": True,
+        ".x.parquet~another.host~1~0c": True,
+        ".x.parquet~another.host~1~0d": False,  # older than a day
+        ".gitignore": True,
+        "x.parquet": True,
+    }
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    for name in (".x.parquet~another.host~1~0d", ".gitignore", "x.parquet"):
+        os.utime(tmp_path / name, times=(time.time() - 90_000,) * 2)
+    open_folder(str(tmp_path)).sweep("")
+    assert {path.name for path in tmp_path.iterdir()} == {name for name, stays in names.items() if stays}
+
+
+S3_PROGRAM = """
+import sys
+from pathlib import Path
+import boto3
+from preprocessing.schema import list_shards, read_info
+from preprocessing.shards import PreprocessOptions, preprocess
+client, raw = boto3.client("s3"), Path(sys.argv[1])
+client.create_bucket(Bucket="zoom")
+for path in raw.rglob("*.*"):
+    client.upload_file(str(path), "zoom", f"raw/{path.relative_to(raw)}")
+runs = [PreprocessOptions(tile_px=24, stride_px=16)] * 2 + [PreprocessOptions(tile_px=24, stride_px=16, val=("00001",))]
+reports = [preprocess("s3://zoom/raw", "s3://zoom/shards", options, progress=False) for options in runs]
+assert [(report.written, report.skipped) for report in reports] == [(3, 0), (0, 3), (0, 3)], reports
+assert len(list_shards("s3://zoom/shards")) == len(list_shards("s3://zoom/shards", "val")) == 3
+assert read_info("s3://zoom/shards").tile_px == 24
+"""
+
+
+@pytest.mark.slow
+def test_raw_and_shards_on_s3(tmp_path):
+    server = shutil.which("moto_server", path=os.path.dirname(sys.executable))  # noqa: PTH120
+    assert server, "moto[server] is a development dependency: make setup"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    write_sequence(tmp_path / "raw" / "00001", seed=1)
+    names = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
+    environment = {**os.environ, **names, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    moto = subprocess.Popen([server, "-H", "127.0.0.1", "-p", str(port)], **quiet)
+    try:
+        for _ in range(150):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.2)
+        program = [sys.executable, "-c", S3_PROGRAM, str(tmp_path / "raw")]
+        done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+    finally:
+        moto.terminate()
+        moto.wait()
