@@ -68,10 +68,10 @@ def build_scene(
     plan = Plan()
     if photos:
         chosen = "photographs"
-        photographs.plan_gallery(plan, rng, nested, photos, first_photo, unit)
+        photographs.plan_gallery(plan, nested, photos, first_photo, unit)
     else:
         subjects.SUBJECTS[chosen](plan, rng, nested[-1], unit)
-    light.plan_light(plan, rng, nested[-1], unit)
+    light.plan_light(plan, rng, nested[-1])
     colour_plan, mask_plan = near.plan_near(rng, nested[-1], unit)
     far_canvases = _draw(plan, nested, grey=128)
     return Scene(far_canvases, _draw_near(colour_plan, mask_plan, nested), chosen)

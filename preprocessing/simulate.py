@@ -10,6 +10,7 @@ NNNNN.partial and renamed when complete; one that is there with the same paramet
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +25,8 @@ from preprocessing.optics import FAR, FOCALS_MM, NEAR, PRESETS, FrameGeometry, P
 from preprocessing.scenery.painter import Box
 from preprocessing.scenery.photographs import find_photographs, fingerprint
 from preprocessing.scenes import NUM_LEVELS, Scene, build_scene, level_of
+
+_LOG = logging.getLogger(__name__)
 
 VERSION = 1
 MIN_WIDTH_PX = 384
@@ -129,6 +132,8 @@ def _photographs(scenes: Path | str | None) -> list[Path]:
     if not readable:
         bad = f" ({unreadable} unreadable)" if unreadable else ""
         raise SimulateError(f"{folder}: no readable JPG or PNG photograph in it{bad}; add some or leave --scenes out")
+    if unreadable:
+        _LOG.warning("%s: %d unreadable photographs left out, %d used", folder, unreadable, len(readable))
     return readable
 
 

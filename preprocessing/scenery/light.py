@@ -6,12 +6,11 @@ import numpy as np
 from preprocessing.scenery.painter import Box, Painter, Plan
 
 
-def plan_light(plan: Plan, rng: np.random.Generator, outer: Box, unit: float) -> None:
+def plan_light(plan: Plan, rng: np.random.Generator, outer: Box) -> None:
     coarse = rng.normal(size=(6, 9)).astype(np.float32)
     tilt = rng.normal(size=2) * 0.10
     plan.add(outer, Painter.grain, outer, 0.035, 0.5, int(rng.integers(64)) * 8)
     plan.add(outer, _fall, outer, coarse * 0.07, tilt)
-    del unit
 
 
 def _fall(painter: Painter, outer: Box, coarse: np.ndarray, tilt: np.ndarray) -> None:

@@ -54,9 +54,7 @@ def _load(path: Path) -> npt.NDArray[np.uint8]:
         return np.asarray(upright.convert("RGB"))
 
 
-def plan_gallery(
-    plan: Plan, rng: np.random.Generator, boxes: Sequence[Box], photos: Sequence[Path], first: int, unit: float
-) -> None:
+def plan_gallery(plan: Plan, boxes: Sequence[Box], photos: Sequence[Path], first: int, unit: float) -> None:
     """Hang the wall. boxes: what each canvas covers, finest first; first: the photograph in the middle."""
     outer = boxes[-1]
     plan.add(outer, Painter.material, outer, "plaster", (0.86, 0.85, 0.82))
@@ -67,7 +65,7 @@ def plan_gallery(
     # The middle first, so that it shows this sequence's own photograph.
     cells.sort(key=lambda cell: abs(cell[0] + cell[2]) + abs(cell[1] + cell[3]))
     for number, cell in enumerate(cells):
-        _hang(plan, rng, cell, order[number % min(len(order), 24)], unit)
+        _hang(plan, cell, order[number % min(len(order), 24)])
 
 
 def _size(path: Path) -> tuple[int, int]:
@@ -91,7 +89,7 @@ def _divide(cell: Box, boxes: Sequence[Box], photo_width: int, unit: float, cell
             _divide((x, y, x + width / 3, y + height / 3), boxes, photo_width, unit, cells)
 
 
-def _hang(plan: Plan, rng: np.random.Generator, cell: Box, path: Path, unit: float) -> None:
+def _hang(plan: Plan, cell: Box, path: Path) -> None:
     left, top, right, bottom = cell
     gap = 0.018 * (right - left)
     frame = (left + gap, top + gap, right - gap, bottom - gap)
@@ -100,15 +98,11 @@ def _hang(plan: Plan, rng: np.random.Generator, cell: Box, path: Path, unit: flo
     cast = (frame[0] + gap / 3, frame[1] + gap / 2, frame[2] + gap / 3, frame[3] + gap / 2)
     plan.add(cell, Painter.shadow, cast, gap / 2, 0.5)
     plan.add(frame, Painter.material, frame, "wood", (0.5, 0.46, 0.42))
-    mirrored = bool(rng.random() < 0.5)
-    plan.add(inner, _print, inner, path, mirrored)
-    del unit
+    plan.add(inner, _print, inner, path)
 
 
-def _print(painter: Painter, box: Box, path: Path, mirrored: bool) -> None:
+def _print(painter: Painter, box: Box, path: Path) -> None:
     picture = _load(path)
-    if mirrored:
-        picture = picture[:, ::-1]
     height, width = picture.shape[:2]
     aspect = (box[2] - box[0]) / (box[3] - box[1])
     if width > aspect * height:

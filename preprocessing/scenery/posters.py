@@ -24,7 +24,7 @@ from preprocessing.scenery.words import (
 # Letters in few sizes, so that a line of small print is drawn once and used again.
 _SIZES = tuple(9.0 * 1.25**step for step in range(24))
 
-Sheet = Callable[[Plan, np.random.Generator, Box, float], None]
+Sheet = Callable[[Plan, np.random.Generator, Box], None]
 
 
 def plan_posters(plan: Plan, rng: np.random.Generator, outer: Box, unit: float) -> None:
@@ -48,8 +48,9 @@ def _sheet(plan: Plan, rng: np.random.Generator, box: Box, unit: float) -> None:
     cast = (left + lift, top + lift, right + lift, bottom + lift)
     around = (left - 4 * lift, top - 4 * lift, right + 5 * lift, bottom + 5 * lift)
     plan.add(around, Painter.shadow, cast, 1.5 * lift, 0.42)
-    kind = pick(rng, (_event, _event, _notice, _notice, _landscape, _timetable, _chart, _map))
-    kind(plan, rng, box, unit)
+    sheets: tuple[Sheet, ...] = (_event, _event, _notice, _notice, _landscape, _timetable, _chart, _map)
+    kind = pick(rng, sheets)
+    kind(plan, rng, box)
     # Paper is never quite flat: folds and weather.
     fold = (1.0, 0.97, 1.03, 0.96, 1.0) if rng.random() < 0.5 else (1.02, 1.0, 0.97, 0.98)
     plan.add(box, Painter.shade, box, fold, horizontal=bool(rng.random() < 0.5))
@@ -70,16 +71,13 @@ def _size(value: float) -> float:
 
 
 def _paper(plan: Plan, rng: np.random.Generator, box: Box, colour: Colour) -> None:
-    tint = (colour[0] / 236, colour[1] / 234, colour[2] / 228)
-    plan.add(box, Painter.material, box, "paper", tint, (int(rng.integers(64)) * 8, int(rng.integers(64)) * 8))
+    dye = (colour[0] / 236, colour[1] / 234, colour[2] / 228)
+    plan.add(box, Painter.material, box, "paper", dye, (int(rng.integers(64)) * 8, int(rng.integers(64)) * 8))
 
 
-def _line(
-    plan: Plan, box: Box, x: float, y: float, size: float, text: str, ink: Colour, fit: float, bold: bool = False
-) -> None:
+def _line(plan: Plan, x: float, y: float, size: float, text: str, ink: Colour, fit: float, bold: bool = False) -> None:
     area = (x, y, x + fit, y + 1.3 * size)
     plan.add(area, Painter.text, (x, y), size, text, ink, bold=bold, fit=fit, smallest=size / 1.2)
-    del box
 
 
 def _paragraph(plan: Plan, rng: np.random.Generator, box: Box, size: float, ink: Colour) -> None:
@@ -91,10 +89,10 @@ def _paragraph(plan: Plan, rng: np.random.Generator, box: Box, size: float, ink:
         if number % 7 == 6:
             continue
         y = top + 1.45 * size * number
-        _line(plan, box, left, y, size, sentence(first + number), ink, (right - left) * (0.6 if number % 7 == 5 else 1))
+        _line(plan, left, y, size, sentence(first + number), ink, (right - left) * (0.6 if number % 7 == 5 else 1))
 
 
-def _event(plan: Plan, rng: np.random.Generator, box: Box, unit: float) -> None:
+def _event(plan: Plan, rng: np.random.Generator, box: Box) -> None:
     left, top, right, bottom = box
     wide, high = right - left, bottom - top
     ground, ink = tone(rng, pick(rng, (*CLOTH, *PAINT))), pick(rng, PAPER)
@@ -103,13 +101,12 @@ def _event(plan: Plan, rng: np.random.Generator, box: Box, unit: float) -> None:
     _paper(plan, rng, box, ground)
     art = (left + 0.08 * wide, top + 0.30 * high, right - 0.08 * wide, top + 0.72 * high)
     _artwork(plan, rng, art)
-    _line(plan, box, left + 0.08 * wide, top + 0.06 * high, 0.17 * min(wide, high), title(rng), ink, 0.84 * wide, True)
-    _line(plan, box, left + 0.08 * wide, top + 0.22 * high, 0.06 * min(wide, high), author(rng), ink, 0.8 * wide)
-    _line(plan, box, left + 0.08 * wide, top + 0.75 * high, 0.08 * min(wide, high), date(rng), ink, 0.8 * wide, True)
-    _line(plan, box, left + 0.08 * wide, top + 0.85 * high, 0.045 * min(wide, high), shop(rng), ink, 0.6 * wide)
+    _line(plan, left + 0.08 * wide, top + 0.06 * high, 0.17 * min(wide, high), title(rng), ink, 0.84 * wide, True)
+    _line(plan, left + 0.08 * wide, top + 0.22 * high, 0.06 * min(wide, high), author(rng), ink, 0.8 * wide)
+    _line(plan, left + 0.08 * wide, top + 0.75 * high, 0.08 * min(wide, high), date(rng), ink, 0.8 * wide, True)
+    _line(plan, left + 0.08 * wide, top + 0.85 * high, 0.045 * min(wide, high), shop(rng), ink, 0.6 * wide)
     small = (left + 0.08 * wide, top + 0.91 * high, right - 0.08 * wide, bottom - 0.02 * high)
     _paragraph(plan, rng, small, 0.022 * min(wide, high), ink)
-    del unit
 
 
 def _artwork(plan: Plan, rng: np.random.Generator, box: Box) -> None:
@@ -134,12 +131,12 @@ def _artwork(plan: Plan, rng: np.random.Generator, box: Box) -> None:
             plan.add(box, Painter.polygon, corners, colour)
 
 
-def _notice(plan: Plan, rng: np.random.Generator, box: Box, unit: float) -> None:
+def _notice(plan: Plan, rng: np.random.Generator, box: Box) -> None:
     left, top, right, bottom = box
     wide, high = right - left, bottom - top
     ink = pick(rng, INK)
     _paper(plan, rng, box, tone(rng, pick(rng, PAPER), 0.03))
-    _line(plan, box, left + 0.1 * wide, top + 0.06 * high, 0.09 * min(wide, high), title(rng), ink, 0.8 * wide, True)
+    _line(plan, left + 0.1 * wide, top + 0.06 * high, 0.09 * min(wide, high), title(rng), ink, 0.8 * wide, True)
     rule = (left + 0.1 * wide, top + 0.19 * high, right - 0.1 * wide, top + 0.195 * high)
     plan.add(rule, Painter.rect, rule, ink, smallest=0.005 * high)
     columns = 2 if wide > 0.9 * high else 1
@@ -148,10 +145,9 @@ def _notice(plan: Plan, rng: np.random.Generator, box: Box, unit: float) -> None
         x = left + (0.1 + 0.42 * number) * wide
         text = (x, top + 0.24 * high, x + (0.38 if columns == 2 else 0.8) * wide, bottom - 0.2 * high)
         _paragraph(plan, rng, text, size, ink)
-    _line(plan, box, left + 0.1 * wide, bottom - 0.14 * high, 0.05 * min(wide, high), date(rng), ink, 0.8 * wide)
+    _line(plan, left + 0.1 * wide, bottom - 0.14 * high, 0.05 * min(wide, high), date(rng), ink, 0.8 * wide)
     if rng.random() < 0.5:
         _code(plan, rng, (right - 0.25 * wide, bottom - 0.2 * wide, right - 0.1 * wide, bottom - 0.05 * wide), ink)
-    del unit
 
 
 def _code(plan: Plan, rng: np.random.Generator, box: Box, ink: Colour) -> None:
@@ -169,7 +165,7 @@ def _code(plan: Plan, rng: np.random.Generator, box: Box, ink: Colour) -> None:
     plan.add(box, Painter.picture, (left, top, left + cells * step, top + cells * step), picture)
 
 
-def _landscape(plan: Plan, rng: np.random.Generator, box: Box, unit: float) -> None:
+def _landscape(plan: Plan, rng: np.random.Generator, box: Box) -> None:
     """A print of hills behind hills under a sky, with a white rim and a caption."""
     left, top, right, bottom = box
     wide, high = right - left, bottom - top
@@ -192,11 +188,10 @@ def _landscape(plan: Plan, rng: np.random.Generator, box: Box, unit: float) -> N
         plan.add(view, Painter.polygon, outline, colour)
     plan.add(view, Painter.grain, view, 0.10, 1.0, int(rng.integers(64)) * 8)
     ink = pick(rng, INK)
-    _line(plan, box, left + 0.05 * wide, bottom - 0.11 * high, 0.06 * min(wide, high), title(rng), ink, 0.6 * wide)
-    del unit
+    _line(plan, left + 0.05 * wide, bottom - 0.11 * high, 0.06 * min(wide, high), title(rng), ink, 0.6 * wide)
 
 
-def _timetable(plan: Plan, rng: np.random.Generator, box: Box, unit: float) -> None:
+def _timetable(plan: Plan, rng: np.random.Generator, box: Box) -> None:
     left, top, right, bottom = box
     wide, high = right - left, bottom - top
     ink = pick(rng, INK)
@@ -206,7 +201,6 @@ def _timetable(plan: Plan, rng: np.random.Generator, box: Box, unit: float) -> N
     place = f"{title(rng)} Line"
     _line(
         plan,
-        box,
         left + 0.06 * wide,
         top + 0.04 * high,
         0.06 * min(wide, high),
@@ -224,12 +218,11 @@ def _timetable(plan: Plan, rng: np.random.Generator, box: Box, unit: float) -> N
             stripe = (left + 0.04 * wide, y, right - 0.04 * wide, y + step)
             plan.add(stripe, Painter.rect, stripe, tone(rng, (210, 208, 200), 0.01), smallest=step / 2)
         size = _size(0.6 * step)
-        _line(plan, box, left + 0.06 * wide, y + 0.2 * step, size, shop(np.random.default_rng(row)), ink, 0.3 * wide)
-        _line(plan, box, left + 0.40 * wide, y + 0.2 * step, size, figures(first + row), ink, 0.54 * wide)
-    del unit
+        _line(plan, left + 0.06 * wide, y + 0.2 * step, size, shop(np.random.default_rng(row)), ink, 0.3 * wide)
+        _line(plan, left + 0.40 * wide, y + 0.2 * step, size, figures(first + row), ink, 0.54 * wide)
 
 
-def _chart(plan: Plan, rng: np.random.Generator, box: Box, unit: float) -> None:
+def _chart(plan: Plan, rng: np.random.Generator, box: Box) -> None:
     """A lens test chart: gratings down to the canvas's own pixels, a star, grey steps."""
     left, top, right, bottom = box
     wide, high = right - left, bottom - top
@@ -254,13 +247,10 @@ def _chart(plan: Plan, rng: np.random.Generator, box: Box, unit: float) -> None:
     _paragraph(
         plan, rng, (left + 0.64 * wide, top + 0.71 * high, right - 0.05 * wide, bottom - 0.2 * high), 0.02 * wide, dark
     )
-    _line(
-        plan, box, left + 0.06 * wide, bottom - 0.15 * high, 0.07 * min(wide, high), "Lens test", dark, 0.5 * wide, True
-    )
-    del unit
+    _line(plan, left + 0.06 * wide, bottom - 0.15 * high, 0.07 * min(wide, high), "Lens test", dark, 0.5 * wide, True)
 
 
-def _map(plan: Plan, rng: np.random.Generator, box: Box, unit: float) -> None:
+def _map(plan: Plan, rng: np.random.Generator, box: Box) -> None:
     """A street map: blocks, roads of three widths, a river, names."""
     left, top, right, bottom = box
     wide, high = right - left, bottom - top
@@ -286,7 +276,7 @@ def _map(plan: Plan, rng: np.random.Generator, box: Box, unit: float) -> None:
         plan.add(box, Painter.line, ends, width, (242, 236, 214) if number % 3 else (226, 190, 120), smallest=width / 3)
     for _ in range(26):
         x, y = rng.uniform(left, right - 0.2 * wide), rng.uniform(top, bottom - 0.05 * high)
-        _line(plan, box, x, y, _size(0.018 * wide), title(rng), (60, 56, 52), 0.18 * wide)
+        _line(plan, x, y, _size(0.018 * wide), title(rng), (60, 56, 52), 0.18 * wide)
     rim = 0.02 * wide
     for edge in (
         (left, top, right, top + rim),
@@ -295,4 +285,3 @@ def _map(plan: Plan, rng: np.random.Generator, box: Box, unit: float) -> None:
         (right - rim, top, right, bottom),
     ):
         plan.add(edge, Painter.rect, edge, (236, 232, 222))
-    del unit

@@ -9,7 +9,7 @@ _CREAM = (222.0, 216.0, 202.0)
 
 
 def plan_street(plan: Plan, rng: np.random.Generator, outer: Box, unit: float) -> None:
-    left, top, right, bottom = outer
+    left, _, right, bottom = outer
     ground = rng.uniform(1500, 2300) * unit
     _sky(plan, rng, outer, unit)
     x = left - rng.uniform(0, 2500) * unit
@@ -26,7 +26,6 @@ def plan_street(plan: Plan, rng: np.random.Generator, outer: Box, unit: float) -
     plan.add(road, Painter.shade, road, (0.55, 1.0, 1.1, 1.15))
     edge = (left, ground + 900 * unit, right, ground + 980 * unit)
     plan.add(edge, Painter.material, edge, "stone", (0.9, 0.9, 0.9))
-    del top
 
 
 def _sky(plan: Plan, rng: np.random.Generator, outer: Box, unit: float) -> None:

@@ -150,13 +150,15 @@ def test_folders_without_photographs_and_output_that_cannot_be_written(tmp_path:
         simulate(tmp_path / "file" / "out", sequences=1)
 
 
-def test_photographs_as_scenes(tmp_path: Path) -> None:
+def test_photographs_as_scenes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rng = np.random.default_rng(0)
     photos = tmp_path / "photos"
     photos.mkdir()
     for name in ("a.jpg", "b.png"):
         Image.fromarray(rng.integers(40, 200, (300, 450, 3), dtype=np.uint8)).save(photos / name)
+    (photos / "c.jpg").write_bytes(b"not a photograph")
     folders = simulate(tmp_path / "out", scenes=photos, sequences=1, width_px=WIDTH)
+    assert "1 unreadable photographs left out, 2 used" in caplog.text
     stored = json.loads((folders[0] / "truth" / "geometry.json").read_text())
     assert stored["subject"] == "photographs"
     assert len(stored["job"]["photos"]) == 2
