@@ -42,7 +42,7 @@ Assignments = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value, e.g. model.packing_kernel=4.")
 ]
 ModelURI = Annotated[
-    str, typer.Option("--model", metavar="URI", help="Checkpoint folder, runs:/ID/model or models:/sdan@champion.")
+    str, typer.Option("--model", metavar="URI", help="Checkpoint folder, runs:/ID or models:/sdan@champion.")
 ]
 CHAMPION = "models:/sdan@champion"
 
@@ -303,15 +303,17 @@ def _options(
 
 
 def _say_report(report: PreprocessReport, shards: str, dry_run: bool) -> None:
-    verb = "would be written" if dry_run else "written"
+    done = f"{report.todo} would be written" if dry_run else f"{report.written} written ({report.rows} tiles)"
     _say(
-        f"{report.pairs} pairs: {report.written} {verb} ({report.rows} tiles), {report.skipped} there already, "
-        f"{len(report.quarantined)} set aside, {report.seconds:.1f} s"
+        f"{report.pairs} pairs: {done}, {report.skipped} there already, {len(report.quarantined)} set aside, "
+        f"{report.seconds:.1f} s"
     )
     for entry in report.quarantined[:20]:
         _say(f"  set aside: {entry.sequence} {entry.pair}: {entry.reason}")
     if len(report.quarantined) > 20:
         _say(f"  ... {len(report.quarantined) - 20} more in {shards}/quarantine/")
+    for note in report.notes:
+        _say(f"  {note}")
 
 
 class _bar:

@@ -54,9 +54,10 @@ def _gpu() -> Finding:
 def _operators() -> Finding:
     from sdan.ops import selftest
 
-    lines = selftest()
-    broken = [line for line in lines if not line.ok]
-    return Finding("operators", "broken" if broken else "ok", "; ".join(str(line) for line in (broken or lines)))
+    checks = selftest()
+    state = "broken" if any(check.status == "failed" for check in checks) else "ok"
+    lines = [f"{check.status:8} {check.name}: {check.detail}" for check in checks]
+    return Finding("operators", state, "\n                   ".join(lines))
 
 
 def _ray() -> Finding:

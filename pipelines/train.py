@@ -89,6 +89,7 @@ def train(
     callbacks: Sequence[UserCallback] = (),
     register: bool = True,
     progress: bool = True,
+    max_failures: int = 3,
 ) -> TrainResult:
     """Train `config` on `shards`.
 
@@ -100,10 +101,13 @@ def train(
         run_id: an MLflow run that exists already (a sweep's child); None: one is made.
         callbacks: Ray Train callbacks, called in the controller after each report.
         register: make a version of the registered model from the best checkpoint.
+        max_failures: how often training goes on from the last checkpoint after a worker or its machine was lost.
 
     Raises:
         TrainError, ConfigError, ShardsError, ClusterError: one clear line, before anything has started.
     """
+    if "://" not in shards:
+        shards = str(Path(shards).resolve())  # train workers have working folders of their own
     tracking_uri = registry.default_tracking_uri(data)
     registry.prepare_database(tracking_uri)
     folder, run = _open_run(shards, config, data, name, resume, init_from, run_id, tracking_uri)
@@ -133,7 +137,7 @@ def train(
         run_config=RayRunConfig(
             name=folder.name,
             storage_path=str(folder.parent.resolve()),
-            failure_config=FailureConfig(max_failures=3),
+            failure_config=FailureConfig(max_failures=max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=SELECT_BY),
             callbacks=[*callbacks, _ProgressFile(folder / "progress.jsonl")],  # type: ignore[list-item]
         ),

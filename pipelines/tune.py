@@ -9,11 +9,12 @@ from typing import Any
 
 from ray.train import UserCallback
 
+from pipelines import cluster, registry
 from pipelines import config as configs
-from pipelines import registry
 from pipelines.config import RunConfig
 from pipelines.loader import check_fit, index_split
 from pipelines.worker import SELECT_BY
+from tuning.search import SLOT
 from tuning.space import check_space, default_space, load_space
 from tuning.summary import table
 from tuning.sweep import SweepResult, run_sweep
@@ -53,6 +54,7 @@ class TrialTrainer:
             callbacks=[_Report(report)],
             register=False,
             progress=False,
+            max_failures=0,  # a setting that fails would fail again
         )
         return result.scores
 
@@ -77,9 +79,12 @@ def tune(
     unknown = sorted(set(searched) - set(configs.flatten(config)))
     if unknown:
         configs.override(config, {unknown[0]: ""})  # names the nearest known key
+    if "://" not in shards:
+        shards = str(Path(shards).resolve())
     check_fit(index_split(shards, "train"), config)
     uri = registry.default_tracking_uri(data)
     registry.prepare_database(uri)
+    cluster.start_ray(resources={SLOT: 1.0})
     return run_sweep(
         TrialTrainer(shards, config, data.resolve(), workers, name),
         searched,
