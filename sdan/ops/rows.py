@@ -129,7 +129,7 @@ def warp_backward(
     if need_offset:
         num_images, _, height, width = offset.shape
         steps = _offset_gradient(grad_rows, to_rows(input), corners).view(2, num_images, height, width)
-        grad_offset = steps.transpose(0, 1).to(offset.dtype).contiguous()
+        grad_offset = offset.new_empty(offset.shape).copy_(steps.transpose(0, 1))
     if need_input:
         num_targets = input.shape[0] * input.shape[2] * input.shape[3]
         grad_input = from_rows(scatter(grad_rows, corners, num_targets), input.shape[0], _frame(input))

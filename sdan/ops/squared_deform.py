@@ -3,8 +3,8 @@
     output(p) = bias + sum_k weight_k . input(p + k + offset(p))        bilinear, zero outside the image
 
 One offset serves the whole window and bilinear sampling commutes with convolution, so the window is convolved first
-and sampled once: y = conv2d(input, weight, padding=K-1), then output(p) = y(p + K//2 + offset(p)). The convolution is the
-vendor's, the sampling is the operator `sdan::bilinear_warp`. Four reads per value instead of 4 K K, and no im2col
+and sampled once: y = conv2d(input, weight, padding=K-1), then output(p) = y(p + K//2 + offset(p)). The convolution is
+the vendor's, the sampling is the operator `sdan::bilinear_warp`: four reads per value instead of 4 K K, and no im2col
 buffer.
 
 Axes: N batch, C channels, H W rows and columns, K the (odd) kernel size. Offsets are (dy, dx) in input pixels.

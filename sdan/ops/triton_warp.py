@@ -16,10 +16,10 @@ from torch import Tensor
 from sdan.ops import rows
 from sdan.ops.triton_kernels import warp_backward_kernel, warp_forward_kernel
 
-_FORWARD_VALUES, _BACKWARD_VALUES = 1024, 512
-"""values per program and corner: 8 and 4 per thread at 4 warps; twice that spills (`python -m
-sdan.ops.compile_report`)
-"""
+_FORWARD_VALUES = 1024
+"""values per program and corner: 8 per thread at 4 warps, 128-bit loads (`python -m sdan.ops.compile_report`)"""
+_BACKWARD_VALUES = {8: 256, 4: 512, 2: 256}
+"""the same for the backward pass, by bytes per value: the largest that do not spill on sm_80"""
 
 
 def warp(
@@ -61,7 +61,7 @@ def warp_backward(
     num_images, channels, frame_height, frame_width = input.shape
     acc = torch.float64 if input.dtype == torch.float64 else torch.float32
     sums = grad.new_zeros((num_images, frame_height, frame_width, channels) if atomics else (0,), dtype=acc)
-    grad_offset = torch.empty_like(offset) if need_offset else offset.new_empty(0)
+    grad_offset = offset.new_empty(offset.shape) if need_offset else offset.new_empty(0)
     meta = launch_meta(channels, input.dtype, backward=True)
     if atomics or need_offset:
         with _on(input):
@@ -89,7 +89,7 @@ def launch_meta(channels: int, dtype: torch.dtype, *, backward: bool) -> dict[st
     program.
     """
     wide = dtype == torch.float64
-    values = (_BACKWARD_VALUES if backward else _FORWARD_VALUES) // (2 if wide else 1)
+    values = _BACKWARD_VALUES[dtype.itemsize] if backward else _FORWARD_VALUES // (2 if wide else 1)
     block_c = min(triton.next_power_of_2(channels), 64)
     return {
         "BLOCK_P": min(values // block_c, 128),
