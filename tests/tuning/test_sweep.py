@@ -312,8 +312,9 @@ def wait_until(condition, process, timeout_s=120):
 
 
 @pytest.mark.slow
-def test_sweep_over_a_torch_trainer(slots, tmp_path):
+def test_sweep_over_a_torch_trainer(slots, tmp_path, monkeypatch):
     """The real shape: each trial runs Ray Train with its own controller, which reports; and ASHA can stop it."""
+    monkeypatch.chdir(tmp_path)  # trials work in the caller's folder
     space = {"lr": choice([0.1, 0.01])}
     result = run_other(tmp_path, space, name="torch", train=torch_train, num_trials=3, max_epochs=3)
     assert {row.status for row in result.trials} <= {"finished", "stopped"}
