@@ -47,14 +47,20 @@ class _FullConv2d(torch.autograd.Function):
         input, weight = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
         grad_input = grad_weight = None
+        if ctx.needs_input_grad[1]:  # first, so that its padded copy is gone before grad_input is there
+            grad_weight = _weight_gradient(grad, input, weight)
         if ctx.needs_input_grad[0]:
             # The transpose of the full convolution is the valid one with the kernel turned round.
             turned = weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
             grad_input = functional.conv2d(grad, turned)
-        if ctx.needs_input_grad[1]:
-            half = weight.shape[-1] // 2
-            padded = functional.pad(input.contiguous(memory_format=torch.channels_last), (half,) * 4)
-            grad_weight = torch.ops.aten.convolution_backward(
-                grad, padded, weight, None, (1, 1), (half, half), (1, 1), False, (0, 0), 1, (False, True, False)
-            )[1]
         return grad_input, grad_weight
+
+
+def _weight_gradient(grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+    num_images, channels, height, width = input.shape
+    half = weight.shape[-1] // 2
+    padded = input.new_zeros((num_images, height + 2 * half, width + 2 * half, channels)).permute(0, 3, 1, 2)
+    padded[:, :, half : half + height, half : half + width] = input  # pads and turns channels-last in one copy
+    return torch.ops.aten.convolution_backward(
+        grad, padded, weight, None, (1, 1), (half, half), (1, 1), False, (0, 0), 1, (False, True, False)
+    )[1]
