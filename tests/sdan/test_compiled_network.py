@@ -1,0 +1,53 @@
+"""One training step of the whole network, compiled, against the same step without compilation."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from sdan.network import SDAN, SDANConfig
+
+
+def training_step(model: nn.Module, run: nn.Module, *, autocast: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Forward, backward and one optimizer step; returns (loss, weights after it)."""
+    random = torch.Generator().manual_seed(1)
+    x, reference = torch.rand(2, 1, 16, 16, generator=random), torch.rand(2, 3, 16, 16, generator=random)
+    target = torch.rand(2, 3, 32, 32, generator=random)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        output = run(x, reference)
+    loss = (output.zoomed.float() - target).abs().mean() + (output.aligned.float() * output.mask).abs().mean()
+    loss.backward()
+    optimizer.step()
+    return loss.detach(), [parameter.detach() for parameter in model.parameters()]
+
+
+def compare(backend: str, *, autocast: bool, limit: float, dynamic: bool = False) -> None:
+    torch.manual_seed(0)
+    eager = SDAN(SDANConfig(scale=2, features=8, blocks=1, packing_kernel=4))
+    with torch.no_grad():  # gamma starts at 0, which would hide the attention
+        for name, parameter in eager.named_parameters():
+            if name.endswith("gamma"):
+                parameter.fill_(0.5)
+    start = [parameter.detach().clone() for parameter in eager.parameters()]
+    model = copy.deepcopy(eager)
+    compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=dynamic)
+    expected_loss, expected = training_step(eager, eager, autocast=autocast)
+    loss, weights = training_step(model, compiled, autocast=autocast)
+    assert float((loss - expected_loss).abs()) <= limit
+    moved = max(float((b - a).abs().max()) for a, b in zip(start, expected, strict=True))
+    assert moved > 0.01  # else the weights say nothing
+    for a, b in zip(weights, expected, strict=True):
+        assert float((a - b).abs().max()) <= limit * max(1.0, moved)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_traced_training_step_equals_the_eager_one(autocast):
+    compare("aot_eager", autocast=autocast, limit=2e-2 if autocast else 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_training_step_equals_the_eager_one(dynamic):
+    compare("inductor", autocast=False, limit=1e-4, dynamic=dynamic)
