@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sdan.ops.rows import channels_last
+
 
 def full_conv2d(input: Tensor, weight: Tensor) -> Tensor:
     """y(p) = sum_k weight_k . input(p + k) for every p whose window meets the image, channels-last.
@@ -27,7 +29,7 @@ def full_conv2d(input: Tensor, weight: Tensor) -> Tensor:
 
 
 def _convolve(input: Tensor, weight: Tensor) -> Tensor:
-    input = input.contiguous(memory_format=torch.channels_last)
+    input = channels_last(input)
     weight = weight.contiguous(memory_format=torch.channels_last)
     return functional.conv2d(input, weight, padding=weight.shape[-1] - 1)
 
@@ -45,7 +47,7 @@ class _FullConv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         input, weight = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad = channels_last(grad)
         grad_input = grad_weight = None
         if ctx.needs_input_grad[1]:  # first, so that its padded copy is gone before grad_input is there
             grad_weight = _weight_gradient(grad, input, weight)
@@ -60,7 +62,11 @@ def _weight_gradient(grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
     num_images, channels, height, width = input.shape
     half = weight.shape[-1] // 2
     padded = input.new_zeros((num_images, height + 2 * half, width + 2 * half, channels)).permute(0, 3, 1, 2)
-    padded[:, :, half : half + height, half : half + width] = input  # pads and turns channels-last in one copy
+    if torch.compiler.is_compiling():
+        padded[:, :, half : half + height, half : half + width] = input
+    else:  # one image at a time, so that no second copy of the batch is made on the way
+        for target, image in zip(padded, input, strict=True):
+            target[:, half : half + height, half : half + width] = channels_last(image.unsqueeze(0))[0]
     return torch.ops.aten.convolution_backward(
         grad, padded, weight, None, (1, 1), (half, half), (1, 1), False, (0, 0), 1, (False, True, False)
     )[1]

@@ -91,14 +91,31 @@ def find_corners(offset_N2HW: Tensor, frame: tuple[int, int], margin: int) -> Co
     )
 
 
+def channels_last(image_NCHW: Tensor) -> Tensor:
+    """The image in channels-last memory; itself if it is.
+
+    A transposed copy of a matrix goes by tiles in PyTorch, a permuted copy of a batch does not: image by image takes
+    half the time. (Not while tracing, where the loop would fix the batch size.)
+    """
+    if image_NCHW.is_contiguous(memory_format=torch.channels_last) or torch.compiler.is_compiling():
+        return image_NCHW.contiguous(memory_format=torch.channels_last)
+    if image_NCHW.device.type != "cpu" or not image_NCHW.is_contiguous():
+        return image_NCHW.contiguous(memory_format=torch.channels_last)
+    num_images, channels, height, width = image_NCHW.shape
+    rows = image_NCHW.new_empty((num_images, height * width, channels))
+    for target, image in zip(rows, image_NCHW.flatten(2), strict=True):
+        target.copy_(image.t())
+    return from_rows(rows, num_images, (height, width))
+
+
 def to_rows(image_NCHW: Tensor) -> Tensor:
     """[N H W, C]; free when the image is channels-last."""
-    return image_NCHW.permute(0, 2, 3, 1).reshape(-1, image_NCHW.shape[1]).contiguous()
+    return channels_last(image_NCHW).permute(0, 2, 3, 1).reshape(-1, image_NCHW.shape[1])
 
 
 def from_rows(rows: Tensor, num_images: int, size: tuple[int, int]) -> Tensor:
     """The channels-last [N, C, H, W] whose rows these are."""
-    return rows.view(num_images, *size, rows.shape[1]).permute(0, 3, 1, 2)
+    return rows.view(num_images, *size, rows.shape[-1]).permute(0, 3, 1, 2)
 
 
 def warp(
@@ -150,24 +167,30 @@ def scatter(grad_rows: Tensor, corners: Corners, num_targets: int) -> Tensor:
 
 def _offset_gradient(grad_rows: Tensor, input_rows: Tensor, corners: Corners) -> Tensor:
     """[2, P]: sum over channels of grad(p) times the slope of the bilinear patch, (d/dy, d/dx), at least float32."""
-    (top, left), (bottom, right) = corners.weight_low, corners.weight_high
-    (has_top, has_left), (has_bottom, has_right) = corners.inside_low, corners.inside_high
-    slope_y = torch.stack((-has_top * left, -has_top * right, has_bottom * left, has_bottom * right), dim=1)
-    slope_x = torch.stack((-top * has_left, top * has_right, -bottom * has_left, bottom * has_right), dim=1)
     if grad_rows.dtype in (torch.float32, torch.float64):
-        dots_P4 = _dots(grad_rows, input_rows, corners.index_P4).to(slope_y.dtype)
-        steps = torch.stack(((slope_y * dots_P4).sum(1), (slope_x * dots_P4).sum(1)))
-    else:  # the scalar dots are slow in half types: form the two slopes first, then one dot each
+        steps = _slopes(corners, _dots(grad_rows, input_rows, corners.index_P4).t().contiguous().to(corners.weight_low))
+    else:  # the scalar dots are slow in half types: sample with the slopes as weights, then one dot each
+        corner_slopes = _slopes(corners, torch.eye(4, device=grad_rows.device).unsqueeze(-1))  # [2, 4, P]
         steps = torch.stack(
             [
-                (_sum_rows(input_rows, corners.index_P4, slope.to(grad_rows.dtype)) * grad_rows).sum(
-                    1, dtype=torch.float32
-                )
-                for slope in (slope_y, slope_x)
+                (
+                    _sum_rows(input_rows, corners.index_P4, slope_4P.t().to(grad_rows.dtype).contiguous()) * grad_rows
+                ).sum(dim=1, dtype=torch.float32)
+                for slope_4P in corner_slopes
             ]
         )
     outside = (corners.inside_low + corners.inside_high).amin(dim=0) == 0
     return steps.masked_fill_(outside, 0.0).masked_fill_(corners.invalid, float("nan"))
+
+
+def _slopes(corners: Corners, values_4P: Tensor) -> Tensor:
+    """(d/dy, d/dx) of the bilinear patch through four corner values; values may have more axes before the last."""
+    (top, left), (bottom, right) = corners.weight_low, corners.weight_high
+    (has_top, has_left), (has_bottom, has_right) = corners.inside_low, corners.inside_high
+    top_left, top_right, bottom_left, bottom_right = values_4P
+    slope_y = has_bottom * (left * bottom_left + right * bottom_right) - has_top * (left * top_left + right * top_right)
+    slope_x = has_right * (top * top_right + bottom * bottom_right) - has_left * (top * top_left + bottom * bottom_left)
+    return torch.stack((slope_y, slope_x))
 
 
 def _sum_rows(rows: Tensor, index_P4: Tensor, weights_P4: Tensor) -> Tensor:
@@ -179,7 +202,7 @@ def _dots(grad_rows: Tensor, input_rows: Tensor, index_P4: Tensor) -> Tensor:
     gradient.
     """
     num_samples = index_P4.shape[0]
-    bag = torch.arange(num_samples, device=index_P4.device, dtype=index_P4.dtype).repeat_interleave(4)
+    bag = torch.arange(4 * num_samples, device=index_P4.device, dtype=index_P4.dtype).bitwise_right_shift_(2)
     starts = torch.arange(0, 4 * num_samples, 4, device=index_P4.device, dtype=index_P4.dtype)
     dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         grad_rows, input_rows, index_P4.flatten(), starts, bag, _SUM
