@@ -33,6 +33,8 @@ def start_ray(*, resources: dict[str, float] | None = None) -> None:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    # Ray ends idle worker processes after a second; each new one spends seconds of CPU on imports.
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
     verbose = os.environ.get("SDAN_VERBOSE") == "1"
     common: dict[str, Any] = {
         "log_to_driver": verbose,
@@ -57,6 +59,8 @@ class WorkerPlan:
     cpus_per_worker: float
     threads: int
     """torch's intra-operator threads in each worker."""
+    readers: int
+    """Processes that read crops for each worker."""
 
 
 def plan_workers(workers: int | None, resources: dict[str, float] | None = None) -> WorkerPlan:
@@ -87,4 +91,5 @@ def plan_workers(workers: int | None, resources: dict[str, float] | None = None)
             f"{DATA_CPUS} for Ray Data), the cluster has {cpus:g}; "
             + (f"use --workers {fits} or fewer" if fits >= 1 else "add a CPU")
         )
-    return WorkerPlan(num_workers, use_gpu, each, threads=max(1, int(cpus) // num_workers))
+    spare = int((cpus - num_workers * each) / num_workers)
+    return WorkerPlan(num_workers, use_gpu, each, threads=max(1, int(cpus) // num_workers), readers=max(1, spare))

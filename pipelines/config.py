@@ -86,6 +86,12 @@ class RunConfig:
             self.model.check_crop(self.input_px)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        target_px = 2 * self.train.crop_px * self.model.scale
+        if 2 * self.loss.border_px >= target_px:
+            raise ConfigError(
+                f"loss.border_px: less than {target_px // 2} expected (half a target crop of {target_px} px), "
+                f"got {self.loss.border_px}; set a smaller one or a larger train.crop_px"
+            )
 
     @property
     def input_px(self) -> int:

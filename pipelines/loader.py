@@ -31,6 +31,8 @@ from sdan.network import SDANConfig
 
 IMAGES = ("lr_render", "lr_rgb", "hr_rgb")
 LEVELS = ("black_level", "wb", "white_level")
+READER_CPUS = 0.25
+"""Logical CPUs of one reading process: it mostly waits for files and for the training step."""
 
 
 class ShardsError(ValueError):
@@ -126,23 +128,33 @@ def cut(row: dict[str, Any], plan: augment.CropPlan, crop_px: int, scale: int) -
     return {name: np.ascontiguousarray(value.numpy()) for name, value in cropped.items()}
 
 
+class _Reader:
+    """Cuts this rank's crops out of their tiles, in a Ray Data actor.
+
+    An actor and not a task: Ray ends idle task processes after a second, and each new one would import torch again.
+    """
+
+    def __init__(self, stream: CropStream, batch: int, rank: int, world: int, first_step: int) -> None:
+        torch.set_num_threads(1)
+        self.stream, self.batch, self.rank, self.world, self.first_step = stream, batch, rank, world, first_step
+
+    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        step, place = np.divmod(rows["id"], self.batch)
+        numbers = (step + self.first_step) * (self.world * self.batch) + self.rank * self.batch + place
+        samples = [self.stream.crop(int(number)) for number in numbers]
+        return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+
 def training_batches(
-    stream: CropStream, *, batch: int, rank: int, world: int, first_step: int, last_step: int
+    stream: CropStream, *, batch: int, rank: int, world: int, first_step: int, last_step: int, readers: int = 1
 ) -> Iterator[dict[str, Tensor]]:
     """This worker's batches from step `first_step` up to `last_step`, read ahead by Ray Data.
 
     Step s of `world` workers takes crops s * world * batch ... (s + 1) * world * batch; each worker its own part.
+
+    Args:
+        readers: at most so many processes read for this worker; the order of the batches does not depend on it.
     """
-    reference = ray.put(stream)
-
-    def load(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        torch.set_num_threads(1)
-        crops = ray.get(reference)
-        step, place = np.divmod(rows["id"], batch)
-        numbers = (step + first_step) * (world * batch) + rank * batch + place
-        samples = [crops.crop(int(number)) for number in numbers]
-        return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
-
     rows = (last_step - first_step) * batch
     if rows <= 0:
         return
@@ -151,10 +163,12 @@ def training_batches(
     context.execution_options.preserve_order = True
     context.execution_options.verbose_progress = False
     dataset = ray.data.range(rows, override_num_blocks=last_step - first_step).map_batches(
-        load,  # type: ignore[arg-type]
+        _Reader,
         batch_size=batch,
-        num_cpus=0.25,
+        num_cpus=READER_CPUS,
         zero_copy_batch=True,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=readers),
+        fn_constructor_args=(stream, batch, rank, world, first_step),
     )
     yield from dataset.iter_torch_batches(batch_size=batch, prefetch_batches=2, drop_last=True)
 

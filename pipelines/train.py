@@ -21,6 +21,7 @@ from mlflow.tracking import MlflowClient
 from ray.train import CheckpointConfig, FailureConfig, ScalingConfig, UserCallback
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
 from tqdm import tqdm
 
 from pipelines import cluster, registry
@@ -29,6 +30,7 @@ from pipelines.config import ConfigError, RunConfig
 from pipelines.loader import check_fit, index_split
 from pipelines.worker import SELECT_BY, train_worker
 from sdan import checkpoint
+from tuning.trial import reason_of
 
 EXPERIMENT = "sdan"
 
@@ -122,6 +124,7 @@ def train(
         "config": run.config,
         "shards": run.shards,
         "threads": plan.threads,
+        "readers": plan.readers,
         "tracking_uri": tracking_uri,
         "run_id": run.run_id,
         "init_from": run.init_from,
@@ -145,6 +148,12 @@ def train(
     try:
         with _ProgressBar(folder / "progress.jsonl", config, enabled=progress):
             result = trainer.fit()
+    except TrainingFailedError as error:
+        if run_id is None:
+            client.set_terminated(run.run_id, "FAILED")
+        raise TrainError(
+            f"run {folder.name} failed: {reason_of(error)}; mend that and go on with --resume --name {folder.name}"
+        ) from error
     except BaseException as error:
         if run_id is None:
             client.set_terminated(run.run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
@@ -246,9 +255,8 @@ class _ProgressBar:
 
     @staticmethod
     def _show(bar: Any, report: dict[str, Any]) -> None:
-        bar.set_postfix_str(
-            f"loss {report.get('train_loss', float('nan')):.4f}, PSNR {report.get(SELECT_BY, float('nan')):.2f} dB "
-            f"(self), {report.get('crops_per_s', 0):.1f} crops/s",
-            refresh=False,
-        )
+        parts = [f"PSNR {report[SELECT_BY]:.2f} dB (self)"]
+        if "train_loss" in report:
+            parts = [f"loss {report['train_loss']:.4f}", *parts, f"{report['crops_per_s']:.1f} crops/s"]
+        bar.set_postfix_str(", ".join(parts), refresh=False)
         bar.update(report["epoch"] - bar.n)

@@ -108,6 +108,7 @@ class Worker:
             world=self.world,
             first_step=self.training.step,
             last_step=self.config.train.epochs * self.steps_per_epoch,
+            readers=self.job["readers"],
         )
         meter, waiting = EpochMeter(), time.perf_counter()
         for batch in batches:
@@ -168,6 +169,6 @@ def train_worker(job: dict[str, Any]) -> None:
     """Ray Train's per-worker function.
 
     Args:
-        job: config (configs.to_dict), shards, threads, tracking_uri, run_id, init_from (a checkpoint folder or None).
+        job: config (configs.to_dict), shards, threads, readers, tracking_uri, run_id, init_from (a folder or None).
     """
     Worker(job).run()

@@ -13,7 +13,7 @@ def test_two_workers_fit_on_two_cpus_and_leave_some_for_data():
 
 def test_gpus_set_the_default():
     plan = plan_workers(None, {"CPU": 32.0, "GPU": 8.0})
-    assert (plan.num_workers, plan.use_gpu, plan.cpus_per_worker) == (8, True, 1.0)
+    assert (plan.num_workers, plan.use_gpu, plan.cpus_per_worker, plan.readers) == (8, True, 1.0, 3)
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ def test_values_of_a_search_space_need_no_text():
         ("model.flips=perhaps", "true or false expected"),
         ("model.input=jpeg", "mosaic"),
         ("train.epochs=0", "at least 1 expected, got 0"),
+        ("loss.border_px=256", "less than 256 expected"),
         ("train.betas=0.9", "2 values"),
         ("name=other", "unknown key 'name'"),
     ],
