@@ -13,8 +13,9 @@ from typing import Any
 
 import ray
 
-DATA_CPUS = 0.5
-"""Left for Ray Data's tasks beside the train workers: without any, training waits for its first crop for ever."""
+READER_CPUS = 0.25
+"""Logical CPUs of one process that reads crops: it mostly waits, for files and for the training step. Each train worker
+needs one; without it, training would wait for its first crop for ever."""
 
 
 class ClusterError(ValueError):
@@ -84,11 +85,11 @@ def plan_workers(workers: int | None, resources: dict[str, float] | None = None)
             f"--workers {num_workers}: one GPU each expected, the cluster has {gpus}; use --workers {gpus}"
         )
     each = 1.0 if cpus >= num_workers + 1 else 0.5
-    if num_workers * each + DATA_CPUS > cpus:
-        fits = int((cpus - DATA_CPUS) / 0.5)
+    if num_workers * (each + READER_CPUS) > cpus:
+        fits = int(cpus / (0.5 + READER_CPUS))
         raise ClusterError(
-            f"--workers {num_workers}: {num_workers * 0.5 + DATA_CPUS:g} CPUs expected (at least 0.5 a worker and "
-            f"{DATA_CPUS} for Ray Data), the cluster has {cpus:g}; "
+            f"--workers {num_workers}: {num_workers * (0.5 + READER_CPUS):g} CPUs expected (0.5 a worker and "
+            f"{READER_CPUS} for its crops), the cluster has {cpus:g}; "
             + (f"use --workers {fits} or fewer" if fits >= 1 else "add a CPU")
         )
     spare = int((cpus - num_workers * each) / num_workers)

@@ -22,6 +22,7 @@ import torch
 from pyarrow import fs
 from torch import Tensor
 
+from pipelines.cluster import READER_CPUS
 from pipelines.config import RunConfig
 from preprocessing import schema
 from preprocessing.aligned import align_to
@@ -31,8 +32,6 @@ from sdan.network import SDANConfig
 
 IMAGES = ("lr_render", "lr_rgb", "hr_rgb")
 LEVELS = ("black_level", "wb", "white_level")
-READER_CPUS = 0.25
-"""Logical CPUs of one reading process: it mostly waits for files and for the training step."""
 
 
 class ShardsError(ValueError):

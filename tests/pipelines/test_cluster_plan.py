@@ -19,7 +19,7 @@ def test_gpus_set_the_default():
 @pytest.mark.parametrize(
     ("workers", "resources", "said"),
     [
-        (8, {"CPU": 2.0}, "use --workers 3 or fewer"),
+        (8, {"CPU": 2.0}, "use --workers 2 or fewer"),
         (0, {"CPU": 2.0}, "at least 1"),
         (4, {"CPU": 16.0, "GPU": 2.0}, "use --workers 2"),
     ],
