@@ -89,8 +89,8 @@ def _attention_backward_op(grad_NLC: Tensor, x_NLC: Tensor) -> Tensor:
             slope_BL = _times_transposed(grad_LC[block], narrow)
             slope_BL = torch._softmax_backward_data(slope_BL, weights_BL, -1, narrow.dtype)
             total_LC[block] -= _times_transposed(slope_BL, transposed_CL)
-            total_LC += _times_transposed(slope_BL.t().contiguous(), query_BC.to(narrow.dtype).t().contiguous())
-            total_LC += _times_transposed(weights_BL.t().contiguous(), grad_LC[block].t().contiguous())
+            total_LC += _transposed_times(slope_BL, query_BC.to(narrow.dtype))
+            total_LC += _transposed_times(weights_BL, grad_LC[block])
         out_LC.copy_(total_LC)
     return grad_x
 
@@ -154,9 +154,19 @@ def _blocks(num_tokens: int) -> list[slice]:
 
 
 def _times_transposed(a_MK: Tensor, b_NK: Tensor) -> Tensor:
-    """a b^T, [M, N]. MKL's float32 product runs at half the speed of oneDNN's or less on AMD processors, so ask for
-    the latter.
-    """
-    if a_MK.dtype == torch.float32 and a_MK.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._linear_pointwise(a_MK, b_NK, None, "none", [], "")
-    return a_MK @ b_NK.t()
+    """a b^T, [M, N]."""
+    return _onednn_product(a_MK, b_NK) if _use_onednn(a_MK) else a_MK @ b_NK.t()
+
+
+def _transposed_times(a_KM: Tensor, b_KN: Tensor) -> Tensor:
+    """a^T b, [M, N]; the copy of the transpose pays for itself."""
+    return _onednn_product(a_KM.t().contiguous(), b_KN.t().contiguous()) if _use_onednn(a_KM) else a_KM.t() @ b_KN
+
+
+def _use_onednn(matrix: Tensor) -> bool:
+    """MKL's float32 product has half of oneDNN's speed or less on AMD processors; half types go to oneDNN anyway."""
+    return matrix.dtype == torch.float32 and matrix.device.type == "cpu" and torch.backends.mkldnn.is_available()
+
+
+def _onednn_product(a_MK: Tensor, b_NK: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(a_MK, b_NK, None, "none", [], "")
