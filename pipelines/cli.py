@@ -56,6 +56,9 @@ def settings(
     """SDAN: from a folder of RAW zoom sequences to a model that zooms photographs."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ["SDAN_DATA"] = str(data)
+    if not os.environ.get("RAY_ADDRESS"):
+        # Read when Ray is imported: without clusters a local Ray listens on 127.0.0.1 alone, not on every interface.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 
 def _data() -> Path:

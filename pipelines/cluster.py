@@ -14,7 +14,7 @@ from typing import Any
 import ray
 
 READER_CPUS = 0.25
-"""Logical CPUs of one process that reads crops: it mostly waits, for files and for the training step. Each train worker
+"""Logical CPUs of one task that reads crops: it mostly waits, for files and for the training step. Each train worker
 needs one; without it, training would wait for its first crop for ever."""
 
 
@@ -34,7 +34,8 @@ def start_ray(*, resources: dict[str, float] | None = None) -> None:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
-    # Ray ends idle worker processes after a second; each new one spends seconds of CPU on imports.
+    # Ray ends idle task processes after a second; each new one imports torch again, which took half of the CPU time of
+    # a small training.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
     verbose = os.environ.get("SDAN_VERBOSE") == "1"
     common: dict[str, Any] = {
@@ -61,7 +62,7 @@ class WorkerPlan:
     threads: int
     """torch's intra-operator threads in each worker."""
     readers: int
-    """Processes that read crops for each worker."""
+    """Tasks that read crops for each worker at a time."""
 
 
 def plan_workers(workers: int | None, resources: dict[str, float] | None = None) -> WorkerPlan:

@@ -127,23 +127,6 @@ def cut(row: dict[str, Any], plan: augment.CropPlan, crop_px: int, scale: int) -
     return {name: np.ascontiguousarray(value.numpy()) for name, value in cropped.items()}
 
 
-class _Reader:
-    """Cuts this rank's crops out of their tiles, in a Ray Data actor.
-
-    An actor and not a task: Ray ends idle task processes after a second, and each new one would import torch again.
-    """
-
-    def __init__(self, stream: CropStream, batch: int, rank: int, world: int, first_step: int) -> None:
-        torch.set_num_threads(1)
-        self.stream, self.batch, self.rank, self.world, self.first_step = stream, batch, rank, world, first_step
-
-    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        step, place = np.divmod(rows["id"], self.batch)
-        numbers = (step + self.first_step) * (self.world * self.batch) + self.rank * self.batch + place
-        samples = [self.stream.crop(int(number)) for number in numbers]
-        return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
-
-
 def training_batches(
     stream: CropStream, *, batch: int, rank: int, world: int, first_step: int, last_step: int, readers: int = 1
 ) -> Iterator[dict[str, Tensor]]:
@@ -152,22 +135,33 @@ def training_batches(
     Step s of `world` workers takes crops s * world * batch ... (s + 1) * world * batch; each worker its own part.
 
     Args:
-        readers: at most so many processes read for this worker; the order of the batches does not depend on it.
+        readers: at most so many tasks read for this worker; the order of the batches does not depend on it.
     """
     rows = (last_step - first_step) * batch
     if rows <= 0:
         return
+    reference = ray.put(stream)
+
+    def load(ids: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        torch.set_num_threads(1)
+        crops = ray.get(reference)
+        step, place = np.divmod(ids["id"], batch)
+        numbers = (step + first_step) * (world * batch) + rank * batch + place
+        samples = [crops.crop(int(number)) for number in numbers]
+        return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.execution_options.verbose_progress = False
+    # Fused with the range, so that one small task is all that must find a place beside the train workers; an actor pool
+    # would leave the range's own tasks, of a whole CPU each, waiting for ever on a small machine.
     dataset = ray.data.range(rows, override_num_blocks=last_step - first_step).map_batches(
-        _Reader,
+        load,  # type: ignore[arg-type]
         batch_size=batch,
         num_cpus=READER_CPUS,
+        concurrency=readers,
         zero_copy_batch=True,
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=readers),
-        fn_constructor_args=(stream, batch, rank, world, first_step),
     )
     yield from dataset.iter_torch_batches(batch_size=batch, prefetch_batches=2, drop_last=True)
 
