@@ -291,6 +291,22 @@ def test_compiles_without_graph_breaks(dynamic):
         layer.zero_grad()
 
 
+def test_compiles_for_any_batch():
+    """`mark_dynamic` raises if anything fixes the batch size."""
+    weight = torch.randn(4, 3, 3, 3, requires_grad=True)
+
+    def run(x):
+        moved = ops.squared_deform_conv2d(x, x[:, :2].contiguous(), weight)
+        return moved.sum() + ops.packed_attention(x.flatten(2)).sum()
+
+    x = torch.randn(2, 3, 6, 7, requires_grad=True)
+    torch._dynamo.mark_dynamic(x, 0)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    compiled(x).backward()
+    other = torch.randn(5, 3, 6, 7)
+    assert_near([compiled(other)], [run(other)], 1e-5)
+
+
 @pytest.mark.slow
 def test_compiles_with_inductor():
     torch.manual_seed(0)
