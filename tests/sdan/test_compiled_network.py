@@ -9,9 +9,7 @@ from torch import nn
 from sdan.network import SDAN, SDANConfig
 
 
-def training_step(
-    model: nn.Module, run: nn.Module, *, autocast: bool, any_batch: bool
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def training_step(model: nn.Module, run: nn.Module, *, autocast: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Forward, backward and one optimizer step; returns (loss, weights after it)."""
     random = torch.Generator().manual_seed(1)
     x, reference = torch.rand(2, 1, 16, 16, generator=random), torch.rand(2, 3, 16, 16, generator=random)
