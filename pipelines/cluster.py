@@ -37,6 +37,8 @@ def start_ray(*, resources: dict[str, float] | None = None) -> None:
     # Ray ends idle task processes after a second; each new one imports torch again, which took half of the CPU time of
     # a small training.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
+    # A warning comes at four times this many processes; on two CPUs a training's actors alone are eight.
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, os.cpu_count() or 1)))
     verbose = os.environ.get("SDAN_VERBOSE") == "1"
     common: dict[str, Any] = {
         "log_to_driver": verbose,
