@@ -157,11 +157,11 @@ def evaluate_model(
 
 
 def examples(model: Network, held: HeldOut, count: int = EXAMPLES) -> np.ndarray:
-    """bicubic | SDAN | target, a row a crop, the crops with the most detail first; uint8 [H, W, 3]."""
+    """bicubic | SDAN | target, a row a crop, from much detail to an average amount; uint8 [H, W, 3]."""
     device = next(model.parameters()).device
     target_name = "true_rgb" if "true_rgb" in held.batch else "hr_rgb"
     rows = []
-    for number in _most_detailed(held.batch[target_name], count):
+    for number in _by_detail(held.batch[target_name], count):
         part = held.select(range(number, number + 1))
         inputs = model_inputs(part.batch, model.config, device)
         with torch.inference_mode():
@@ -185,10 +185,12 @@ def _fit(image: np.ndarray, side_px: int = 320) -> np.ndarray:
     return image.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def _most_detailed(images: torch.Tensor, count: int) -> list[int]:
+def _by_detail(images: torch.Tensor, count: int) -> list[int]:
+    """`count` crops, evenly from the one with the most detail to the median one: chosen by the target alone."""
     gray = images.float().mean(1)
-    detail = (gray.diff(dim=1).abs().mean((1, 2)) + gray.diff(dim=2).abs().mean((1, 2))).argsort(descending=True)
-    return [int(number) for number in detail[:count]]
+    order = (gray.diff(dim=1).abs().mean((1, 2)) + gray.diff(dim=2).abs().mean((1, 2))).argsort(descending=True)
+    ranks = torch.linspace(0, (len(order) - 1) / 2, min(count, len(order))).round().long()
+    return [int(number) for number in order[ranks]]
 
 
 def _write(out: Path, result: Evaluation, model: Network, held: HeldOut) -> None:
