@@ -130,20 +130,35 @@ def preprocess(
 @app.command()
 def train(
     shards: Shards,
-    config: ConfigName = "srraw_4x",
+    config: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="paper_4x, paper_4x_rgb, srraw_4x (default), srraw_8x, smoke or demo."),
+    ] = None,
     assignments: Assignments = None,
     workers: Workers = None,
     name: Annotated[str | None, typer.Option(metavar="RUN", help="The run's name; made up by default.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with --name, or with the newest run.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with --name, or with the newest unfinished run.")
+    ] = False,
 ) -> None:
     """Train on shards with Ray Train; every run is browsed in the MLflow UI."""
     from pipelines import config as configs
 
-    chosen = configs.override(configs.named(config), configs.parse_assignments(assignments or ()))
+    changes = configs.parse_assignments(assignments or ())
+    chosen = configs.override(configs.named(config or "srraw_4x"), changes)
     from pipelines import train as training
 
+    if resume:
+        name, stored, _, _ = training.stored_run(_data(), name)
+        if config not in (None, stored.name):
+            raise training.TrainError(f"--resume: the run's own config expected, {stored.name}, got {config}")
+        chosen = configs.override(stored, changes)
     result = training.train(shards, chosen, data=_data(), workers=workers, name=name, resume=resume)
     _say(f"model: {result.model} (registry: sdan, version {result.version}; MLflow run {result.run_id})")
+    if result.champion:
+        _say(f"the first model of this registry: it is {CHAMPION} now")
+    else:
+        _say(f"to make it {CHAMPION}: sdan promote {result.version}")
     for key, value in sorted(result.scores.items()):
         _say(f"  {key} {value:.4f}")
 
@@ -155,6 +170,7 @@ def evaluate(
     protocol: Annotated[str, typer.Option(help="self: what a user gets; oracle: reference from the target.")] = "self",
     target: Annotated[str | None, typer.Option(help="raw, aligned or true; all of them by default.")] = None,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "val",
+    crops: Annotated[int, typer.Option(metavar="N", help="Score at most N crops, spread evenly over the split.")] = 512,
     out: Annotated[Path | None, typer.Option("-o", metavar="DIR", help="Write table and examples here.")] = None,
 ) -> None:
     """The table: bicubic beside the model, by protocol and target."""
@@ -165,7 +181,10 @@ def evaluate(
     if protocol not in PROTOCOLS:
         raise evaluation.EvaluateError(f"--protocol: self or oracle expected, got {protocol!r}")
     folder = registry.resolve_model(registry.default_tracking_uri(_data()), model)
-    result = evaluation.evaluate(shards, folder, split=split, targets=[target] if target else None, out=out)
+    if crops < 1:
+        raise evaluation.EvaluateError(f"--crops: at least 1 expected, got {crops}")
+    targets = [target] if target else None
+    result = evaluation.evaluate(shards, folder, split=split, targets=targets, limit=crops, out=out)
     _say(f"{model} on {shards}\n\n{result.table([protocol])}")
     if out:
         _say(f"\nwritten: {out / 'table.md'}, {out / 'evaluation.json'}, {out / 'examples.png'}")
@@ -237,10 +256,10 @@ def zoom(
 
     zoomer = pipeline.Zoomer.load(registry.resolve_model(registry.default_tracking_uri(_data()), model))
     failed = 0
-    for path in photos:
-        target = pipeline.output_path(path, out, many=len(photos) > 1, scale=zoomer.model.config.scale)
+    targets = pipeline.output_paths(photos, out, zoomer.model.config.scale)
+    pipeline.check_output(targets[0], bits)
+    for path, target in zip(photos, targets, strict=True):
         try:
-            pipeline.check_output(target, bits)
             photo = pipeline.read_photo(path, zoomer.model.config.input)
             if not photo.from_raw and zoomer.model.config.input != "rgb":
                 _say(f"{path}: no RAW inside; its pixels stand in for the sensor's, expect less than from RAW")
@@ -258,6 +277,15 @@ def zoom(
 
 
 @app.command()
+def promote(version: Annotated[str, typer.Argument(metavar="VERSION", help="A version of the model sdan.")]) -> None:
+    """Make a registered version the champion."""
+    from pipelines import registry
+
+    registry.set_champion(registry.default_tracking_uri(_data()), version)
+    _say(f"{CHAMPION} is version {version}")
+
+
+@app.command()
 def rollback() -> None:
     """Make the previous champion the champion again."""
     from pipelines import registry
@@ -272,6 +300,9 @@ def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000) -> 
     from pipelines import registry
 
     uri = registry.default_tracking_uri(_data())
+    if uri.startswith("http"):
+        _say(f"MLflow runs on a server: open {uri}")
+        return
     registry.prepare_database(uri)
     _say(f"MLflow UI: http://127.0.0.1:{port}/   (Ctrl-C ends it)")
     python = str(Path(sys.executable))
@@ -293,14 +324,18 @@ def _options(
     scale: int, align: str, tile: int, stride: int | None, exclude: Path | None, val: str
 ) -> PreprocessOptions:
     from preprocessing.frames import read_exclusions
-    from preprocessing.shards import PreprocessOptions
+    from preprocessing.shards import PreprocessError, PreprocessOptions
 
+    try:
+        excluded = read_exclusions(exclude) if exclude else ()
+    except ValueError as error:
+        raise PreprocessError(f"--exclude: {error}") from error
     return PreprocessOptions(
         scale=scale,
         align=align,
         tile_px=tile,
         stride_px=stride if stride is not None else max(1, tile * 2 // 3),
-        exclude=read_exclusions(exclude) if exclude else (),
+        exclude=excluded,
         val=tuple(name.strip() for name in val.split(",") if name.strip()),
     )
 
@@ -346,14 +381,17 @@ def main() -> None:
     """The `sdan` command."""
     try:
         app()
-    except ValueError as error:
-        if type(error).__module__.split(".")[0] not in OURS:
-            raise
-        _stop(str(error))
     except OSError as error:
         if error.filename is None or isinstance(error, ConnectionError):
             raise
         _stop(f"{error.filename}: {error.strerror}; choose a place that can be read and written")
+    except Exception as error:
+        package = type(error).__module__.split(".")[0]
+        if package == "mlflow":
+            _stop(f"MLflow at {os.environ.get('MLFLOW_TRACKING_URI', 'the --data folder')}: {str(error)[:300]}")
+        if package not in OURS or not isinstance(error, ValueError):
+            raise
+        _stop(str(error))
 
 
 def _stop(line: str) -> None:

@@ -46,12 +46,26 @@ def start_ray(*, resources: dict[str, float] | None = None) -> None:
         "runtime_env": {"env_vars": {"PYTHONWARNINGS": "ignore"}},
     }
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(**common)
+        try:
+            ray.init(**common)
+        except (ConnectionError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ClusterError(
+                f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: a running Ray cluster expected, got: {reason}"
+            ) from error
     else:
         ray.init(address="local", _node_ip_address="127.0.0.1", resources=resources, **common)
     if not verbose:
         for name in ("ray.data", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def workers_that_fit(most: int) -> int | None:
+    """As many CPU workers as fit, up to `most` and at least one; None (one per GPU) where there are GPUs."""
+    have = ray.cluster_resources()
+    if have.get("GPU", 0) >= 1:
+        return None
+    return max(1, min(most, int(have.get("CPU", 0) / (0.5 + READER_CPUS))))
 
 
 @dataclass(frozen=True)
@@ -87,7 +101,7 @@ def plan_workers(workers: int | None, resources: dict[str, float] | None = None)
         raise ClusterError(
             f"--workers {num_workers}: one GPU each expected, the cluster has {gpus}; use --workers {gpus}"
         )
-    each = 1.0 if cpus >= num_workers + 1 else 0.5
+    each = 1.0 if num_workers * (1 + READER_CPUS) <= cpus else 0.5
     if num_workers * (each + READER_CPUS) > cpus:
         fits = int(cpus / (0.5 + READER_CPUS))
         raise ClusterError(

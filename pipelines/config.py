@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -61,7 +62,12 @@ class TrainConfig:
                 raise ConfigError(f"train.{name}: at least 1 expected, got {getattr(self, name)}")
         if self.crops_per_epoch is not None and self.crops_per_epoch < 1:
             raise ConfigError(f"train.crops_per_epoch: at least 1 (or none) expected, got {self.crops_per_epoch}")
-        if not 0 < self.learning_rate_floor <= self.learning_rate:
+        for name in ("grad_clip", "warmup_steps", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"train.{name}: 0 or more expected, got {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"train.betas: two values from 0 up to 1 expected, got {self.betas}")
+        if not 0 < self.learning_rate_floor <= self.learning_rate < math.inf:
             raise ConfigError(
                 "train.learning_rate: a value above train.learning_rate_floor expected, "
                 f"got {self.learning_rate} with a floor of {self.learning_rate_floor}"
@@ -80,6 +86,8 @@ class RunConfig:
     model: SDANConfig = field(default_factory=SDANConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    first_schedule: tuple[int, float] | None = None
+    """(epochs, learning rate) of the first training; set in fine-tunings, which take their share of it."""
 
     def __post_init__(self) -> None:
         try:
@@ -200,7 +208,12 @@ def from_dict(stored: Mapping[str, Any]) -> RunConfig:
         "loss": _build(LossConfig, stored.get("loss", {})),
         "train": _build(TrainConfig, stored.get("train", {})),
     }
-    return RunConfig(name=str(stored.get("name", "stored")), **known)
+    first = stored.get("first_schedule")
+    return RunConfig(
+        name=str(stored.get("name", "stored")),
+        **known,
+        first_schedule=(int(first[0]), float(first[1])) if first else None,
+    )
 
 
 def _build(cls: type, values: Mapping[str, Any]) -> Any:
@@ -275,5 +288,5 @@ def _read(key: str, value: Any, kind: Any) -> Any:
         if kind is int and float(text) != int(float(text)):
             raise ValueError
         return kind(float(text)) if kind is int else kind(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ConfigError(f"--set {key}: {kind.__name__} expected, got {text}") from None

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from pipelines import cluster, registry
+from pipelines import cluster
 from pipelines.config import demo as demo_config
 from pipelines.evaluate import Evaluation, evaluate
 from pipelines.pictures import labelled_grid
@@ -25,6 +25,8 @@ SEQUENCES = 10
 HELD_OUT = ("00009", "00010")
 PRESET = "tripod"
 EVALUATED_CROPS = 64
+REGISTERED = "sdan-demo"
+"""The demo's model has a name of its own, so that it is never taken for one that was trained on your photographs."""
 OPTIONS = PreprocessOptions(scale=4, align="ecc", tile_px=40, stride_px=32, val=HELD_OUT)
 
 
@@ -44,18 +46,16 @@ def run(data: Path, *, say: Callable[[str], None]) -> DemoResult:
     folder = data / "demo"
     raw, shards, out = folder / "raw", folder / "shards", folder / "pictures"
     say(f"1/5 simulate: {SEQUENCES} zoom sequences, preset {PRESET} (simulated RAW + camera JPG) -> {raw}")
+    cluster.start_ray()
+    workers = cluster.workers_that_fit(2)
     with tqdm(total=SEQUENCES, desc="simulate", unit="sequence") as bar:
         simulate(raw, sequences=SEQUENCES, preset=PRESET, progress=lambda done, total: _move(bar, done))
-    cluster.start_ray()
     say(f"2/5 preprocess -> {shards}")
     report = preprocess(str(raw), str(shards), OPTIONS)
     say(f"    {report.written} pairs written, {report.skipped} there already, {len(report.quarantined)} set aside")
     config = demo_config()
     say(f"3/5 train: config demo, {config.train.epochs} epochs of {config.train.crops_per_epoch} crops")
-    trained = train(str(shards), config, data=data, workers=2)
-    uri = registry.default_tracking_uri(data)
-    if registry.get_champion(uri) is None and trained.version is not None:
-        registry.set_champion(uri, trained.version)
+    trained = train(str(shards), config, data=data, workers=workers, register=REGISTERED)
     say("4/5 evaluate on sequences that training has not seen")
     result = evaluate(str(shards), trained.model, split="val", limit=EVALUATED_CROPS, out=out)
     say("5/5 zoom a held-out photograph 4x")

@@ -114,6 +114,8 @@ def evaluate(
     for target in targets or ():
         if target not in TARGETS:
             raise EvaluateError(f"--target: raw, aligned or true expected, got {target!r}")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     stored = checkpoint.load(model_folder)
     config = configs.from_dict(stored.config)
     held = held_out(shards, split, config, limit=limit, align=True)
@@ -150,7 +152,7 @@ def evaluate_model(
         crop_px=crop_px,
         split=split,
         simulated="true_rgb" in held.batch,
-        valid_share=float(held.aligned_mask.mean()) if held.aligned_mask is not None else math.nan,
+        valid_share=float(held.aligned_mask.float().mean()) if held.aligned_mask is not None else math.nan,
         epe_px=mean_scores(scores).get("oracle_epe_px", math.nan),
         lpips_missing=metrics.lpips_unavailable(),
     )
@@ -194,7 +196,6 @@ def _by_detail(images: torch.Tensor, count: int) -> list[int]:
 
 
 def _write(out: Path, result: Evaluation, model: Network, held: HeldOut) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text(result.table() + "\n")
     stored: dict[str, Any] = {**result.__dict__, "gap_db": result.gap_db}
     (out / "evaluation.json").write_text(json.dumps(stored, indent=2))

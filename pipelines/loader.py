@@ -9,6 +9,7 @@ Axes: B batch, C channels, H W rows and columns. Sizes in packed RAW pixels end 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import torch
@@ -32,6 +34,8 @@ from sdan.network import SDANConfig
 
 IMAGES = ("lr_render", "lr_rgb", "hr_rgb")
 LEVELS = ("black_level", "wb", "white_level")
+CHUNK_STEPS = 1000
+"""Steps that one Ray Data job reads for: a whole run in one job would plan tens of thousands of blocks first."""
 
 
 class ShardsError(ValueError):
@@ -53,6 +57,12 @@ class ShardIndex:
     def num_tiles(self) -> int:
         return sum(self.tiles)
 
+    @property
+    def digest(self) -> str:
+        """Of the files' names, which hold the fingerprints of what they were made from."""
+        names = "\n".join(path.rsplit("/", 1)[-1] for path in self.paths)
+        return hashlib.sha256(names.encode()).hexdigest()[:16]
+
 
 def index_split(shards: str, split: str) -> ShardIndex:
     """List one split's pairs and count their tiles (file footers only).
@@ -60,8 +70,13 @@ def index_split(shards: str, split: str) -> ShardIndex:
     Raises:
         ShardsError: the split is empty.
     """
-    info = schema.read_info(shards)
-    paths = sorted(schema.list_shards(shards, split))
+    try:
+        info = schema.read_info(shards)
+        paths = sorted(schema.list_shards(shards, split))
+    except (pa.ArrowException, OSError) as error:
+        raise ShardsError(
+            f"{shards}: a folder or s3:// URI of readable shards expected, got: {_line(error)}"
+        ) from error
     if not paths:
         remedy = (
             "name sequences for it with `sdan preprocess ... --val SEQ,SEQ`"
@@ -70,8 +85,21 @@ def index_split(shards: str, split: str) -> ShardIndex:
         )
         raise ShardsError(f"{shards}: at least one pair expected in split={split}, got none; {remedy}")
     with ThreadPoolExecutor(16) as pool:
-        tiles = tuple(pool.map(lambda path: _open(shards, path).num_row_groups, paths))
+        tiles = tuple(pool.map(lambda path: _count_tiles(shards, path), paths))
     return ShardIndex(shards, split, tuple(paths), tiles, info)
+
+
+def _count_tiles(shards: str, path: str) -> int:
+    try:
+        return int(_open(shards, path).num_row_groups)
+    except (pa.ArrowException, OSError) as error:
+        raise ShardsError(
+            f"{path}: a whole shard expected, got: {_line(error)}; remove it, preprocess again"
+        ) from error
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 @lru_cache(maxsize=64)
@@ -103,14 +131,18 @@ class CropStream:
 
         Each round of len(pairs) crops visits every pair once, in an order of its own.
         """
-        pairs = len(self.index.paths)
-        order = np.random.default_rng((self.seed, 1, number // pairs)).permutation(pairs)
         random = np.random.default_rng((self.seed, 2, number))
-        pair = int(order[number % pairs])
+        pair = self.pair(number)
         tile = int(random.integers(self.index.tiles[pair]))
         row = read_tile(self.index, pair, tile, ("lr_raw", *IMAGES, *LEVELS))
         plan = augment.random_plan(random, self.index.info.tile_px, self.crop_px, flips=self.augment)
         return cut(row, plan, self.crop_px, self.index.info.scale)
+
+    def pair(self, number: int) -> int:
+        """The pair that crop `number` is cut from."""
+        pairs = len(self.index.paths)
+        order = np.random.default_rng((self.seed, 1, number // pairs)).permutation(pairs)
+        return int(order[number % pairs])
 
 
 def cut(row: dict[str, Any], plan: augment.CropPlan, crop_px: int, scale: int) -> dict[str, np.ndarray]:
@@ -137,10 +169,15 @@ def training_batches(
     Args:
         readers: at most so many tasks read for this worker; the order of the batches does not depend on it.
     """
-    rows = (last_step - first_step) * batch
-    if rows <= 0:
-        return
     reference = ray.put(stream)
+    for start in range(first_step, last_step, CHUNK_STEPS):
+        stop = min(start + CHUNK_STEPS, last_step)
+        yield from _chunk(reference, batch, rank, world, start, stop, readers)
+
+
+def _chunk(
+    reference: ray.ObjectRef, batch: int, rank: int, world: int, first_step: int, last_step: int, readers: int
+) -> Iterator[dict[str, Tensor]]:
 
     def load(ids: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         torch.set_num_threads(1)
@@ -156,7 +193,8 @@ def training_batches(
     context.execution_options.verbose_progress = False
     # Fused with the range, so that one small task is all that must find a place beside the train workers; an actor pool
     # would leave the range's own tasks, of a whole CPU each, waiting for ever on a small machine.
-    dataset = ray.data.range(rows, override_num_blocks=last_step - first_step).map_batches(
+    steps = last_step - first_step
+    dataset = ray.data.range(steps * batch, override_num_blocks=steps).map_batches(
         load,  # type: ignore[arg-type]
         batch_size=batch,
         num_cpus=READER_CPUS,
@@ -211,9 +249,9 @@ class HeldOut:
     names: tuple[str, ...]
     """sequence/pair@row,col of each crop."""
     aligned: Tensor | None
-    """[N,3,sH,sW] float32: the target registered to the bicubically enlarged camera JPG; None unless asked for."""
+    """[N,3,sH,sW] uint8: the target registered to the bicubically enlarged camera JPG; None unless asked for."""
     aligned_mask: Tensor | None
-    """[N,1,sH,sW] float32: 1 where `aligned` is valid; all 0 where registration failed."""
+    """[N,1,sH,sW] bool: True where `aligned` is valid; nowhere if registration failed."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -250,8 +288,8 @@ def held_out(shards: str, split: str, config: RunConfig, *, limit: int | None, a
     return HeldOut(
         batch={name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in present},
         names=tuple(names),
-        aligned=torch.from_numpy(np.stack([target for target, _ in aligned])).float() / 255 if align else None,
-        aligned_mask=torch.from_numpy(np.stack([mask for _, mask in aligned])).float()[:, None] if align else None,
+        aligned=torch.from_numpy(np.stack([target for target, _ in aligned])) if align else None,
+        aligned_mask=torch.from_numpy(np.stack([mask for _, mask in aligned]))[:, None] if align else None,
     )
 
 

@@ -33,6 +33,10 @@ CHECKPOINT_TAG = "sdan.checkpoint"
 _CHECKPOINT_FILES = ("model.safetensors", "config.json")
 
 
+SHARDS_TAG = "sdan.trained_on"
+"""On the registered model: what its newest version was trained on, so that a retraining knows what is new."""
+
+
 class RegistryError(ValueError):
     """A model, run or database that cannot be used; the message is one line that says what to do."""
 
@@ -150,6 +154,17 @@ def set_champion(tracking_uri: str, version: str, name: str = MODEL) -> None:
     if before is not None:
         client.set_model_version_tag(name, version, PREVIOUS_TAG, str(before.version))
     client.set_registered_model_alias(name, CHAMPION, version)
+
+
+def remember_shards(tracking_uri: str, digest: str, name: str = MODEL) -> None:
+    """Note what the newest version was trained on (ShardIndex.digest), promoted or not."""
+    MlflowClient(tracking_uri=tracking_uri).set_registered_model_tag(name, SHARDS_TAG, digest)
+
+
+def remembered_shards(tracking_uri: str, name: str = MODEL) -> str | None:
+    """What `remember_shards` noted last."""
+    tags = MlflowClient(tracking_uri=tracking_uri).get_registered_model(name).tags
+    return str(tags[SHARDS_TAG]) if SHARDS_TAG in tags else None
 
 
 def rollback(tracking_uri: str, name: str = MODEL) -> tuple[str, str]:

@@ -47,7 +47,8 @@ def score_bicubic(model: Network, held: HeldOut, device: torch.device, source: s
     """Scores of the bicubic enlargement of the `source`: "camera" (the JPG) or "rendering" (LibRaw's)."""
     collected: PerCrop = {}
     for inputs, part in _batches(model, held, device):
-        enlarged = bicubic(inputs.camera if source == "camera" else inputs.rendering, model.config.scale)
+        picture = inputs.camera if source == "camera" else part.batch["lr_render"].to(device).float() / 255
+        enlarged = bicubic(picture, model.config.scale)
         _extend(collected, score_images(enlarged, part, lpips=lpips))
     return collected
 
@@ -86,7 +87,9 @@ def _target(part: HeldOut, name: str) -> tuple[Tensor | None, Tensor | None]:
         return part.batch["hr_rgb"].float() / 255, None
     if name == "true":
         return (part.batch["true_rgb"].float() / 255, None) if "true_rgb" in part.batch else (None, None)
-    return part.aligned, part.aligned_mask
+    if part.aligned is None or part.aligned_mask is None:
+        return None, None
+    return part.aligned.float() / 255, part.aligned_mask.float()
 
 
 def _batches(model: Network, held: HeldOut, device: torch.device) -> Iterator[tuple[Inputs, HeldOut]]:

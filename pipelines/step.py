@@ -65,7 +65,6 @@ class Training:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     step: int = 0
-    best: float = -math.inf
 
     def state(self) -> dict[str, Any]:
         return {
@@ -73,7 +72,6 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
-            "best": self.best,
         }
 
     def restore(self, folder: Path) -> None:
@@ -84,7 +82,7 @@ class Training:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.step, self.best = int(state["step"]), float(state["best"])
+        self.step = int(state["step"])
 
 
 def start(

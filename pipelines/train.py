@@ -7,12 +7,13 @@ best), and at the end `model/`, the best checkpoint. Started again with resume=T
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,21 @@ from tqdm import tqdm
 from pipelines import cluster, registry
 from pipelines import config as configs
 from pipelines.config import ConfigError, RunConfig
-from pipelines.loader import check_fit, index_split
+from pipelines.loader import ShardIndex, check_fit, index_split
 from pipelines.worker import SELECT_BY, train_worker
 from sdan import checkpoint
 from tuning.trial import reason_of
 
 EXPERIMENT = "sdan"
+CHANGEABLE = (
+    "train.epochs",
+    "train.learning_rate",
+    "train.learning_rate_floor",
+    "train.grad_clip",
+    "train.precision",
+    "train.picture_every",
+)
+"""What a resumed run may change: neither the network nor which crop a step sees."""
 
 
 class TrainError(ValueError):
@@ -52,6 +62,8 @@ class TrainResult:
     """The best checkpoint's validation scores."""
     version: str | None
     """Its version in the registry."""
+    champion: bool
+    """Whether it became the champion: the first model of its name does."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,7 @@ class _Run:
     shards: str
     run_id: str
     init_from: str | None
+    workers: int
 
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,11 +84,35 @@ class _Run:
 
 
 def newest_run(data: Path) -> str:
-    """The name of the run whose run.json is youngest."""
-    runs = sorted((data / "runs").glob("*/run.json"), key=lambda path: path.stat().st_mtime)
+    """The name of the youngest run that has not finished."""
+    runs = [path for path in (data / "runs").glob("*/run.json") if not (path.parent / "model").exists()]
     if not runs:
-        raise TrainError(f"--resume: a run expected in {data / 'runs'}, got none; start one without --resume")
-    return runs[-1].parent.name
+        raise TrainError(
+            f"--resume: an unfinished run expected in {data / 'runs'}, got none; "
+            "start one without --resume, or --name one"
+        )
+    return max(runs, key=lambda path: path.stat().st_mtime).parent.name
+
+
+def stored_run(data: Path, name: str | None) -> tuple[str, RunConfig, str, int]:
+    """(name, config, shards, workers) of the run to resume: `name`, or the newest unfinished one.
+
+    Raises:
+        TrainError: no such run, or a damaged run.json.
+    """
+    name = name or newest_run(data)
+    run = _read_run(data / "runs" / name)
+    return name, configs.from_dict(run.config), run.shards, run.workers
+
+
+def _read_run(folder: Path) -> _Run:
+    path = folder / "run.json"
+    if not path.exists():
+        raise TrainError(f"--resume --name {folder.name}: a run expected in {folder}, got none")
+    try:
+        return _Run(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise TrainError(f"{path}: a run's description expected, cannot be read ({error}); start a new run") from error
 
 
 def train(
@@ -89,7 +126,7 @@ def train(
     init_from: Path | None = None,
     run_id: str | None = None,
     callbacks: Sequence[UserCallback] = (),
-    register: bool = True,
+    register: str | None = registry.MODEL,
     progress: bool = True,
     max_failures: int = 3,
 ) -> TrainResult:
@@ -97,12 +134,14 @@ def train(
 
     Args:
         data: where runs, MLflow's database and artifacts live.
-        workers: DDP ranks; None: one per GPU, or one.
-        name: the run's folder; None: from the config and the time (or the newest run, when resuming).
+        workers: DDP ranks; None: one per GPU, or one (a resumed run: as many as it had).
+        name: the run's folder; None: from the config and the time.
+        resume: go on with the run `name` from its latest checkpoint; shards and workers must be its own, and of the
+            config only values of CHANGEABLE may differ.
         init_from: a checkpoint folder whose weights to start from.
         run_id: an MLflow run that exists already (a sweep's child); None: one is made.
         callbacks: Ray Train callbacks, called in the controller after each report.
-        register: make a version of the registered model from the best checkpoint.
+        register: the registered model that the best checkpoint becomes a version of; None: none.
         max_failures: how often training goes on from the last checkpoint after a worker or its machine was lost.
 
     Raises:
@@ -110,16 +149,99 @@ def train(
     """
     if "://" not in shards:
         shards = str(Path(shards).resolve())  # train workers have working folders of their own
-    tracking_uri = registry.default_tracking_uri(data)
-    registry.prepare_database(tracking_uri)
-    folder, run = _open_run(shards, config, data, name, resume, init_from, run_id, tracking_uri)
-    config = configs.from_dict(run.config)
-    check_fit(index_split(run.shards, "train"), config)
-    index_split(run.shards, "val")
+    index = index_split(shards, "train")
+    check_fit(index, config)
+    index_split(shards, "val")
+    folder = _folder(data, config, name, resume)
+    stored = _read_run(folder) if resume else None
+    if stored is not None:
+        _check_resumed(stored, config, shards, workers)
+        workers = stored.workers
+    if init_from is not None and checkpoint.load(init_from).model.config != config.model:
+        raise ConfigError(f"{init_from}: the same model.* values expected as in that checkpoint; leave them")
     cluster.start_ray()
     plan = cluster.plan_workers(workers)
+    tracking_uri = registry.default_tracking_uri(data)
+    run = _record(folder, stored, config, shards, run_id, init_from, plan, tracking_uri)
     client = MlflowClient(tracking_uri=tracking_uri)
     client.update_run(run.run_id, status="RUNNING")
+    trainer = _trainer(folder, run, plan, tracking_uri, callbacks, max_failures)
+    status = "KILLED"
+    try:
+        with _ProgressBar(folder / "progress.jsonl", config, enabled=progress):
+            result = trainer.fit()
+        finished = _finish(folder, run, result, tracking_uri, register, index)
+        status = "FINISHED"
+    except TrainingFailedError as error:
+        status = "FAILED"
+        raise TrainError(
+            f"run {folder.name} failed: {reason_of(error)}; mend that and go on with --resume --name {folder.name}"
+        ) from error
+    finally:
+        if run_id is None:  # a sweep ends its children itself
+            client.set_terminated(run.run_id, status)
+    return finished
+
+
+def _record(
+    folder: Path,
+    stored: _Run | None,
+    config: RunConfig,
+    shards: str,
+    run_id: str | None,
+    init_from: Path | None,
+    plan: cluster.WorkerPlan,
+    tracking_uri: str,
+) -> _Run:
+    """Write run.json and the MLflow run's params; from here on there is something to resume."""
+    registry.prepare_database(tracking_uri)
+    if stored is not None:
+        run = replace(stored, config=configs.to_dict(config))
+    else:
+        run_id = run_id or registry.create_run(tracking_uri, EXPERIMENT, folder.name)
+        start_from = str(init_from.resolve()) if init_from else None
+        run = _Run(configs.to_dict(config), shards, run_id, start_from, plan.num_workers)
+    registry.log_config(tracking_uri, run.run_id, configs.flatten(config) | {"shards": shards})
+    run.write(folder)
+    return run
+
+
+def _folder(data: Path, config: RunConfig, name: str | None, resume: bool) -> Path:
+    if resume:
+        return data / "runs" / (name or newest_run(data))
+    name = name or f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise TrainError(f"--name: letters, digits, '.', '_' and '-' expected, got {name!r}")
+    folder = data / "runs" / name
+    if (folder / "run.json").exists():
+        raise TrainError(f"--name {name}: a new name expected, {folder} exists; add --resume to go on with it")
+    return folder
+
+
+def _check_resumed(stored: _Run, config: RunConfig, shards: str, workers: int | None) -> None:
+    if shards != stored.shards:
+        raise TrainError(f"--resume: the run's own shards expected, {stored.shards}, got {shards}")
+    if workers not in (None, stored.workers):
+        raise TrainError(
+            f"--resume: the run's own {stored.workers} workers expected (its crops are numbered by them), got {workers}"
+        )
+    before, now = configs.flatten(configs.from_dict(stored.config)), configs.flatten(config)
+    for key, value in before.items():
+        if now[key] != value and key not in CHANGEABLE:
+            raise TrainError(
+                f"--resume: {key} = {value} expected, as the run was started, got {now[key]}; "
+                f"only {', '.join(CHANGEABLE)} may change"
+            )
+
+
+def _trainer(
+    folder: Path,
+    run: _Run,
+    plan: cluster.WorkerPlan,
+    tracking_uri: str,
+    callbacks: Sequence[UserCallback],
+    max_failures: int,
+) -> TorchTrainer:
     job = {
         "config": run.config,
         "shards": run.shards,
@@ -129,7 +251,7 @@ def train(
         "run_id": run.run_id,
         "init_from": run.init_from,
     }
-    trainer = TorchTrainer(
+    return TorchTrainer(
         train_worker,
         train_loop_config=job,
         scaling_config=ScalingConfig(
@@ -145,57 +267,11 @@ def train(
             callbacks=[*callbacks, _ProgressFile(folder / "progress.jsonl")],  # type: ignore[list-item]
         ),
     )
-    try:
-        with _ProgressBar(folder / "progress.jsonl", config, enabled=progress):
-            result = trainer.fit()
-    except TrainingFailedError as error:
-        if run_id is None:
-            client.set_terminated(run.run_id, "FAILED")
-        raise TrainError(
-            f"run {folder.name} failed: {reason_of(error)}; mend that and go on with --resume --name {folder.name}"
-        ) from error
-    except BaseException as error:
-        if run_id is None:
-            client.set_terminated(run.run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
-        raise
-    finished = _finish(folder, run, result, tracking_uri, register)
-    if run_id is None:  # a sweep ends its children itself
-        client.set_terminated(run.run_id, "FINISHED")
-    return finished
 
 
-def _open_run(
-    shards: str,
-    config: RunConfig,
-    data: Path,
-    name: str | None,
-    resume: bool,
-    init_from: Path | None,
-    run_id: str | None,
-    tracking_uri: str,
-) -> tuple[Path, _Run]:
-    if resume:
-        name = name or newest_run(data)
-        stored = data / "runs" / name / "run.json"
-        if not stored.exists():
-            raise TrainError(f"--resume --name {name}: a run expected in {stored.parent}, got none")
-        return stored.parent, _Run(**json.loads(stored.read_text()))
-    name = name or f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = data / "runs" / name
-    if (folder / "run.json").exists():
-        raise TrainError(f"--name {name}: a new name expected, {folder} exists; add --resume to go on with it")
-    if init_from is not None and checkpoint.load(init_from).model.config != config.model:
-        raise ConfigError(
-            f"{init_from}: a checkpoint of the same model.* values expected; leave model.* as it is there"
-        )
-    run_id = run_id or registry.create_run(tracking_uri, EXPERIMENT, name)
-    registry.log_config(tracking_uri, run_id, configs.flatten(config) | {"shards": shards})
-    run = _Run(configs.to_dict(config), shards, run_id, str(init_from.resolve()) if init_from else None)
-    run.write(folder)
-    return folder, run
-
-
-def _finish(folder: Path, run: _Run, result: ray.train.Result, tracking_uri: str, register: bool) -> TrainResult:
+def _finish(
+    folder: Path, run: _Run, result: ray.train.Result, tracking_uri: str, register: str | None, index: ShardIndex
+) -> TrainResult:
     """Put the best checkpoint at `model/` (without the trainer's state) and register it."""
     if not result.best_checkpoints:
         raise TrainError(f"{folder}: at least one checkpoint expected, got none; see Ray's logs")
@@ -205,8 +281,14 @@ def _finish(folder: Path, run: _Run, result: ray.train.Result, tracking_uri: str
         shutil.rmtree(model, ignore_errors=True)
         shutil.copytree(source, model, ignore=shutil.ignore_patterns("trainer.pt", ".*"))
     scores = {name: float(value) for name, value in metrics.items() if name.startswith("val_")}
-    version = registry.register_model(tracking_uri, run.run_id, model) if register else None
-    return TrainResult(folder.name, folder, model, run.run_id, scores, version)
+    version, champion = None, False
+    if register:
+        version = registry.register_model(tracking_uri, run.run_id, model, register)
+        registry.remember_shards(tracking_uri, index.digest, register)
+        if registry.get_champion(tracking_uri, register) is None:
+            registry.set_champion(tracking_uri, version, register)
+            champion = True
+    return TrainResult(folder.name, folder, model, run.run_id, scores, version, champion)
 
 
 class _ProgressFile(UserCallback):

@@ -52,7 +52,7 @@ class TrialTrainer:
             resume=(self.data / "runs" / f"{self.sweep}-{report.trial_id}" / "run.json").exists(),
             run_id=report.run_id,
             callbacks=[_Report(report)],
-            register=False,
+            register=None,
             progress=False,
             max_failures=0,  # a setting that fails would fail again
         )
@@ -82,9 +82,11 @@ def tune(
     if "://" not in shards:
         shards = str(Path(shards).resolve())
     check_fit(index_split(shards, "train"), config)
+    index_split(shards, "val")
     uri = registry.default_tracking_uri(data)
     registry.prepare_database(uri)
     cluster.start_ray(resources={SLOT: 1.0})
+    cluster.plan_workers(workers)
     return run_sweep(
         TrialTrainer(shards, config, data.resolve(), workers, name),
         searched,

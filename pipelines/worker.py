@@ -24,6 +24,7 @@ from pipelines.loader import CropStream, HeldOut, check_fit, held_out, index_spl
 from pipelines.pictures import training_sheet
 from pipelines.scores import mean_scores, score_model
 from pipelines.tracking import RunLog
+from preprocessing.schema import SCHEMA_VERSION
 from sdan import checkpoint
 
 SELECT_BY = "val_psnr"
@@ -46,6 +47,8 @@ class EpochMeter:
 
     def add(self, terms: dict[str, Tensor], waited_s: float) -> None:
         for name, term in terms.items():
+            if name == "grad_norm":  # infinite where fp16's scaler tries a larger scale, and skips the step
+                term = torch.nan_to_num(term, nan=0.0, posinf=0.0)
             self.sums[name] = self.sums[name] + term if name in self.sums else term
         self.steps += 1
         self.waited_s += waited_s
@@ -147,7 +150,7 @@ class Worker:
             checkpoint.save(
                 Path(folder) / "checkpoint",
                 self.training.averaged,
-                config=configs.to_dict(self.config),
+                config=configs.to_dict(self.config) | {"schema_version": SCHEMA_VERSION},
                 scores=metrics,
                 trainer_state=self.training.state(),
             )
@@ -159,7 +162,8 @@ class Worker:
         if self.world > 1:
             parts: list[dict[str, list[float]]] = [{} for _ in range(self.world)]
             dist.all_gather_object(parts, per_crop)
-            per_crop = {name: [value for part in parts for value in part[name]] for name in per_crop}
+            names = sorted({name for part in parts for name in part})  # a rank without crops has none
+            per_crop = {name: [value for part in parts for value in part.get(name, [])] for name in names}
         means = {f"val_{name}": value for name, value in mean_scores(per_crop).items()}
         aligned = means.get("val_self_aligned_psnr", math.nan)
         return means | {SELECT_BY: aligned if math.isfinite(aligned) else means["val_self_raw_psnr"]}

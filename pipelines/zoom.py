@@ -7,7 +7,7 @@ mosaic is made from its linearised pixels (said on the console), for an RGB mode
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,10 +51,10 @@ def read_photo(path: Path, model_input: str) -> Photo:
         raise ZoomError(f"{path}: a photograph expected (RAW, JPG or PNG), got no such file")
     if path.suffix.lower() in PICTURES:
         return _from_picture(path, model_input)
+    if model_input == "rgb":
+        raise ZoomError(f"{path}: the camera's JPG expected by a model with RGB input, got RAW; give the JPG beside it")
     image = raw.load(path)
     rendering = _to_tensor(image.rendering)
-    if model_input == "rgb":
-        return Photo(rendering, rendering, image.flip, from_raw=True)
     packed = raw_input.normalise(
         torch.from_numpy(image.packed.astype(np.float32))[None],
         torch.from_numpy(image.black_level)[None],
@@ -100,10 +100,10 @@ class Zoomer:
 
     def zoom(self, photo: Photo, progress: Callable[[int, int], None] | None = None) -> np.ndarray:
         """float32 [s H, s W, 3] in [0, 1], upright."""
-        device = next(self.model.parameters()).device
-        zoomed = inference.zoom(
-            self.model, photo.x.to(device), photo.rendering.to(device), tile_px=self.tile_px, progress=progress
-        )
+        try:
+            zoomed = inference.zoom(self.model, photo.x, photo.rendering, tile_px=self.tile_px, progress=progress)
+        except ValueError as error:
+            raise ZoomError(str(error)) from error
         return raw.upright(zoomed.permute(1, 2, 0).cpu().numpy(), photo.flip)
 
 
@@ -142,10 +142,21 @@ def write_png(image_HW3: np.ndarray, path: Path, *, bits: int = 8) -> None:
         ) from error
 
 
-def output_path(photo: Path, out: Path, *, many: bool, scale: int) -> Path:
-    """Where the zoomed photograph goes: `out` itself if it names a .png, else NAME_4x.png inside it."""
+def output_paths(photos: Sequence[Path], out: Path, scale: int) -> list[Path]:
+    """Where each zoomed photograph goes: `out` itself if it names a .png, else NAME_4x.png inside it.
+
+    Raises:
+        ZoomError: several photographs and one file, two photographs for one file, or a suffix that is not PNG's.
+    """
     if out.suffix.lower() == ".png":
-        if many:
+        if len(photos) > 1:
             raise ZoomError(f"-o {out}: a folder expected for several photographs, got one .png file")
-        return out
-    return out / f"{photo.stem}_{scale}x.png"
+        return [out]
+    if out.suffix.lower() in (".jpg", ".jpeg", ".tif", ".tiff", ".webp"):
+        raise ZoomError(f"-o {out}: a .png or a folder expected, got a {out.suffix} file")
+    targets = [out / f"{photo.stem}_{scale}x.png" for photo in photos]
+    for number, target in enumerate(targets):
+        if target in targets[:number]:
+            first = photos[targets.index(target)]
+            raise ZoomError(f"{photos[number]}: another name expected than {first} has; zoom them into two folders")
+    return targets

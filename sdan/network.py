@@ -20,10 +20,9 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import deform_conv2d
 
 from sdan.attention import ChannelAttention, CrossPackingAttention, check_packing
-from sdan.ops import offset_mask, squared_deform_conv2d
+from sdan.ops import offset_mask, per_point_deform_conv2d, squared_deform_conv2d
 from sdan.resample import bicubic, enlarge_offset, sample
 
 Input = Literal["mosaic", "packed", "rgb"]
@@ -219,19 +218,6 @@ def with_flips(image_NCHW: Tensor) -> Tensor:
     """The image, flipped top to bottom, left to right, and both: [N, 4C, H, W] (flip augmentation, section 3.2)."""
     flips = (image_NCHW.flip(2), image_NCHW.flip(3), image_NCHW.flip(2, 3))
     return torch.cat((image_NCHW, *flips), dim=1)
-
-
-def per_point_deform_conv2d(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Vanilla DCN (Table 2, first row): offset [N, 2 K^2, H, W]; in float32, since torchvision's CPU op lacks bf16."""
-    with torch.autocast(x.device.type, enabled=False):
-        moved = deform_conv2d(
-            x.float(),
-            offset.float(),
-            weight.float(),
-            None if bias is None else bias.float(),
-            padding=weight.shape[-1] // 2,
-        )
-    return moved.to(x.dtype)
 
 
 def moved_and_enlarged(rendering: Tensor, offset: Tensor, config: SDANConfig) -> Tensor:

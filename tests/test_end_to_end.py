@@ -18,6 +18,7 @@ from pipelines import cluster, registry
 from pipelines import config as configs
 from pipelines.evaluate import evaluate
 from pipelines.loader import index_split
+from pipelines.retrain import retrain
 from pipelines.train import train
 from pipelines.zoom import Zoomer, read_photo, write_png
 from preprocessing.shards import PreprocessOptions, preprocess
@@ -113,6 +114,35 @@ def test_one_worker_on_a_cpu_is_reproducible_bit_for_bit(road):
     again = train(str(folder / "shards"), CONFIG, data=folder / "data", workers=1, name="again", progress=False)
     assert weights(again.model) == weights(first.model)
     assert again.scores == first.scores
+
+
+def test_the_first_model_is_the_champion_and_the_second_is_not(road):
+    folder, _, result = road
+    uri = registry.default_tracking_uri(folder / "data")
+    assert result.champion
+    assert str(registry.get_champion(uri).version) == result.version
+    assert weights(registry.resolve_model(uri, "models:/sdan@champion")) == weights(result.model)
+
+
+@pytest.mark.slow
+def test_retraining_takes_what_is_new_and_nothing_twice(tmp_path):
+    raw, shards = str(tmp_path / "raw"), str(tmp_path / "shards")
+    simulate(tmp_path / "raw", sequences=3, width_px=640, preset="tripod", seed=5)
+    place = {"data": tmp_path / "data", "options": OPTIONS, "workers": 1, "progress": False}
+    assert "9 pairs and train a first model" in retrain(raw, shards, dry_run=True, **place).reason
+    assert not (tmp_path / "data").exists()
+    first = retrain(raw, shards, config=CONFIG, **place)
+    assert first.promoted
+    assert "nothing new" in retrain(raw, shards, **place).reason
+    simulate(tmp_path / "raw", sequences=4, width_px=640, preset="tripod", seed=5)
+    second = retrain(raw, shards, **place)
+    assert (second.preprocessed.written, second.preprocessed.skipped) == (3, 9)
+    assert second.trained is not None
+    gain = second.challenger.rows["SDAN (self)"]["aligned_psnr"] - second.champion.rows["SDAN (self)"]["aligned_psnr"]
+    champion = registry.get_champion(registry.default_tracking_uri(tmp_path / "data"))
+    assert second.promoted == (gain > 0)
+    assert str(champion.version) == (second.trained.version if gain > 0 else first.trained.version)
+    assert "nothing new" in retrain(raw, shards, **place).reason  # promoted or not, it has been tried
 
 
 @pytest.mark.slow

@@ -16,6 +16,12 @@ def test_gpus_set_the_default():
     assert (plan.num_workers, plan.use_gpu, plan.cpus_per_worker, plan.readers) == (8, True, 1.0, 3)
 
 
+@pytest.mark.parametrize(("workers", "cpus"), [(1, 1.0), (2, 2.0), (8, 9.0), (5, 6.0), (12, 9.0)])
+def test_what_is_said_to_fit_fits(workers, cpus):
+    plan = plan_workers(workers, {"CPU": cpus})
+    assert plan.num_workers * (plan.cpus_per_worker + 0.25) <= cpus
+
+
 @pytest.mark.parametrize(
     ("workers", "resources", "said"),
     [

@@ -33,8 +33,9 @@ def test_a_crop_is_its_number(stream):
 
 def test_each_round_visits_every_pair_once(stream):
     pairs = len(stream.index.paths)
-    orders = [np.random.default_rng((stream.seed, 1, number)).permutation(pairs) for number in range(3)]
-    assert all(sorted(order) == list(range(pairs)) for order in orders)
+    rounds = [[stream.pair(pairs * turn + number) for number in range(pairs)] for turn in range(6)]
+    assert all(sorted(order) == list(range(pairs)) for order in rounds)
+    assert len({tuple(order) for order in rounds}) > 1
 
 
 @pytest.mark.parametrize("layout", ["mosaic", "packed", "rgb"])
@@ -73,9 +74,9 @@ def test_held_out_crops_are_fixed_and_aligned(tiny_shards):
     assert crops.names[0].startswith("00005/00005-00001@")
     assert crops.aligned.shape == crops.batch["hr_rgb"].shape
     # Registration has nothing to correct here.
-    inside = crops.aligned_mask.bool().expand_as(crops.aligned)
+    inside = crops.aligned_mask.expand_as(crops.aligned)
     assert inside.float().mean() > 0.9
-    assert (crops.aligned - crops.batch["hr_rgb"].float() / 255).abs()[inside].mean() < 0.02
+    assert (crops.aligned.float() - crops.batch["hr_rgb"]).abs()[inside].mean() < 5
 
 
 def test_what_does_not_fit_is_said(tiny_shards):

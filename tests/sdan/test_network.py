@@ -12,7 +12,8 @@ from sdan.attention import CrossPackingAttention
 from sdan.baselines import SRResNet, bicubic
 from sdan.losses import LossConfig, sdan_loss
 from sdan.metrics import psnr
-from sdan.network import CHANNELS, SDAN, SDANConfig, per_point_deform_conv2d, with_flips
+from sdan.network import CHANNELS, SDAN, SDANConfig, with_flips
+from sdan.ops import per_point_deform_conv2d
 from sdan.resample import enlarge_offset, low_pass, sample
 
 SMALL = SDANConfig(features=8, blocks=2, packing_kernel=4)

@@ -1,0 +1,69 @@
+"""What training refuses, it refuses before anything has started, and leaves nothing behind."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from pipelines import config as configs
+from pipelines import train as training
+from pipelines.retrain import fine_tuning
+from pipelines.train import TrainError, stored_run, train
+
+
+@pytest.fixture
+def data(tmp_path, tiny_shards):
+    """A data folder with one unfinished run, as a kill leaves it."""
+    folder = tmp_path / "runs" / "cut"
+    run = training._Run(configs.to_dict(configs.smoke()), str(tiny_shards), "0" * 32, None, 1)
+    run.write(folder)
+    return tmp_path
+
+
+def test_a_refused_run_leaves_nothing(tmp_path, tiny_shards):
+    with pytest.raises(ValueError, match="crop_px = 64"):
+        train(str(tiny_shards), configs.srraw_4x(), data=tmp_path, name="a", progress=False)
+    with pytest.raises(TrainError, match="letters, digits"):
+        train(str(tiny_shards), configs.smoke(), data=tmp_path, name="../a", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "workers", "said"),
+    [
+        ({"model.features": 16}, None, "model.features = 8 expected"),
+        ({"train.batch_per_worker": 1}, None, "train.batch_per_worker = 2 expected"),
+        ({}, 2, "own 1 workers expected"),
+    ],
+)
+def test_a_resumed_run_keeps_what_its_crops_depend_on(data, tiny_shards, changes, workers, said):
+    config = configs.override(configs.smoke(), changes)
+    with pytest.raises(TrainError, match=said):
+        train(str(tiny_shards), config, data=data, workers=workers, name="cut", resume=True, progress=False)
+
+
+def test_a_resumed_run_keeps_its_shards(data, tiny_shards, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "shards"
+    elsewhere.symlink_to(tiny_shards)
+    stored = json.loads((data / "runs" / "cut" / "run.json").read_text())
+    (data / "runs" / "cut" / "run.json").write_text(json.dumps(stored | {"shards": "s3://bucket/shards"}))
+    with pytest.raises(TrainError, match="own shards expected, s3://bucket/shards"):
+        train(str(elsewhere), configs.smoke(), data=data, name="cut", resume=True, progress=False)
+
+
+def test_the_newest_unfinished_run_is_found_and_a_damaged_one_is_said(data):
+    assert stored_run(data, None)[0] == "cut"
+    (data / "runs" / "cut" / "run.json").write_text("{")
+    with pytest.raises(TrainError, match=r"run\.json: a run's description expected"):
+        stored_run(data, None)
+    (data / "runs" / "cut" / "model").mkdir()
+    with pytest.raises(TrainError, match="an unfinished run expected"):
+        stored_run(data, None)
+
+
+def test_fine_tunings_do_not_shrink_one_another():
+    base = configs.srraw_4x()
+    base = replace(base, train=replace(base.train, epochs=100))
+    once = fine_tuning(base)
+    assert once.train.epochs == 20
+    assert fine_tuning(configs.from_dict(json.loads(json.dumps(configs.to_dict(once))))) == once
