@@ -75,6 +75,7 @@ def demo() -> None:
     for path in result.pictures:
         _say(f"picture: {path}")
     _say(f"model:   {result.training.model}")
+    _say(f"zoom:    sdan zoom PHOTO -o zoomed.png --model {result.training.model}")
     _say(f"MLflow:  sdan --data {_data()} ui   (or: make ui), then open http://127.0.0.1:5000/")
     _say(f"done in {result.seconds / 60:.1f} minutes")
 
