@@ -150,7 +150,7 @@ def train(
     from pipelines import train as training
 
     if resume:
-        name, stored, _, _ = training.stored_run(_data(), name)
+        name, stored = training.stored_run(_data(), name)
         if config not in (None, stored.name):
             raise training.TrainError(f"--resume: the run's own config expected, {stored.name}, got {config}")
         chosen = configs.override(stored, changes)

@@ -28,6 +28,7 @@ from pipelines.cluster import READER_CPUS
 from pipelines.config import RunConfig
 from preprocessing import schema
 from preprocessing.aligned import align_to
+from preprocessing.storage import one_line
 from sdan import augment, raw_input
 from sdan.losses import low_pass
 from sdan.network import SDANConfig
@@ -75,7 +76,7 @@ def index_split(shards: str, split: str) -> ShardIndex:
         paths = sorted(schema.list_shards(shards, split))
     except (pa.ArrowException, OSError) as error:
         raise ShardsError(
-            f"{shards}: a folder or s3:// URI of readable shards expected, got: {_line(error)}"
+            f"{shards}: a folder or s3:// URI of readable shards expected, got: {one_line(error)}"
         ) from error
     if not paths:
         remedy = (
@@ -94,12 +95,8 @@ def _count_tiles(shards: str, path: str) -> int:
         return int(_open(shards, path).num_row_groups)
     except (pa.ArrowException, OSError) as error:
         raise ShardsError(
-            f"{path}: a whole shard expected, got: {_line(error)}; remove it, preprocess again"
+            f"{path}: a whole shard expected, got: {one_line(error)}; remove it, preprocess again"
         ) from error
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 @lru_cache(maxsize=64)

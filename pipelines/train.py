@@ -94,15 +94,14 @@ def newest_run(data: Path) -> str:
     return max(runs, key=lambda path: path.stat().st_mtime).parent.name
 
 
-def stored_run(data: Path, name: str | None) -> tuple[str, RunConfig, str, int]:
-    """(name, config, shards, workers) of the run to resume: `name`, or the newest unfinished one.
+def stored_run(data: Path, name: str | None) -> tuple[str, RunConfig]:
+    """(name, config) of the run to resume: `name`, or the newest unfinished one.
 
     Raises:
         TrainError: no such run, or a damaged run.json.
     """
     name = name or newest_run(data)
-    run = _read_run(data / "runs" / name)
-    return name, configs.from_dict(run.config), run.shards, run.workers
+    return name, configs.from_dict(_read_run(data / "runs" / name).config)
 
 
 def _read_run(folder: Path) -> _Run:
