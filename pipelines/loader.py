@@ -122,6 +122,8 @@ class CropStream:
     seed: int
     crop_px: int
     augment: bool
+    truth: bool = False
+    """Whether crops bring the simulator's ideal picture, true_rgb uint8 [3,2cs,2cs]."""
 
     def crop(self, number: int) -> dict[str, np.ndarray]:
         """Crop `number`: raw [4,c,c] float32 in [0,1], lr_render and lr_rgb uint8 [3,2c,2c], hr_rgb uint8 [3,2cs,2cs].
@@ -131,7 +133,12 @@ class CropStream:
         random = np.random.default_rng((self.seed, 2, number))
         pair = self.pair(number)
         tile = int(random.integers(self.index.tiles[pair]))
-        row = read_tile(self.index, pair, tile, ("lr_raw", *IMAGES, *LEVELS))
+        row = read_tile(self.index, pair, tile, ("lr_raw", *IMAGES, *LEVELS, *(["true_rgb"] if self.truth else [])))
+        if self.truth and row["true_rgb"] is None:
+            raise ShardsError(
+                f"{self.index.paths[pair]}: loss.self_target=truth expects simulated shards with their ideal picture, "
+                "this one has none; --set loss.self_target=pair"
+            )
         plan = augment.random_plan(random, self.index.info.tile_px, self.crop_px, flips=self.augment)
         return cut(row, plan, self.crop_px, self.index.info.scale)
 
@@ -216,11 +223,14 @@ class Inputs(NamedTuple):
     """[B,3,H,W]: the camera JPG of the input's own frame."""
     target: Tensor
     """[B,3,sH,sW]: the long-focal JPG."""
+    truth: Tensor | None
+    """[B,3,sH,sW]: the ideal picture in the input's own view and tone; where the batch brings it (simulated data)."""
 
 
 def model_inputs(batch: dict[str, Tensor], config: SDANConfig, device: torch.device) -> Inputs:
     """Crops of `CropStream.crop`, stacked, as the network's inputs on `device`."""
-    images = {name: batch[name].to(device, non_blocking=True).float() / 255 for name in IMAGES}
+    names = [*IMAGES, *(["true_rgb"] if "true_rgb" in batch else [])]
+    images = {name: batch[name].to(device, non_blocking=True).float() / 255 for name in names}
     raw = batch["lr_raw"].to(device, non_blocking=True)
     if config.input == "rgb":
         x = rendering = images["lr_rgb"]
@@ -235,6 +245,7 @@ def model_inputs(batch: dict[str, Tensor], config: SDANConfig, device: torch.dev
         oracle_reference=low_pass(images["hr_rgb"], shrink * config.scale),
         camera=images["lr_rgb"],
         target=images["hr_rgb"],
+        truth=images.get("true_rgb"),
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipelines.config import RunConfig, TrainConfig
 from pipelines.loader import Inputs
 from sdan import checkpoint
-from sdan.losses import LossConfig, sdan_loss, self_reference_loss, transfer_loss
+from sdan.losses import LossConfig, low_pass, sdan_loss, self_reference_loss, transfer_loss
 from sdan.network import SDAN, SDANOutput
 
 
@@ -33,26 +33,37 @@ def learning_rate(step: int, steps_per_epoch: int, config: TrainConfig) -> float
 def training_loss(model: nn.Module, inputs: Inputs, config: LossConfig) -> dict[str, Tensor]:
     """Eq. 6 with Y' as reference and, when self_reference_weight > 0, the same crops as a user has them: {X, X}.
 
-    The second half runs in the same forward pass. It has two terms: X' and the low-passed output against the camera
-    JPG of the input's own frame (no target), and the output, moved by the offsets that the first half learnt, against
-    the target (losses.transfer_loss).
+    Both kinds of samples run in one forward pass. The second kind is held either to the camera JPG of the input's own
+    frame and, through the offsets that the first kind learnt, to the target (losses.transfer_loss); or, on simulated
+    data, to the ideal picture by eq. 6 itself.
     """
-    if config.self_reference_weight == 0:
-        output = model(inputs.x, inputs.oracle_reference, inputs.rendering)
-        terms = sdan_loss(output, inputs.oracle_reference, inputs.target, config)
-        return {"loss": terms.total, "align": terms.align, "zoom": terms.zoom}
-    both = model(
-        torch.cat((inputs.x, inputs.x)),
-        torch.cat((inputs.oracle_reference, inputs.self_reference)),
-        torch.cat((inputs.rendering, inputs.rendering)),
-    )
-    count = len(inputs.x)
-    oracle, alone = SDANOutput(*(part[:count] for part in both)), SDANOutput(*(part[count:] for part in both))
-    terms = sdan_loss(oracle, inputs.oracle_reference, inputs.target, config)
-    own = self_reference_loss(alone, inputs.camera, config)
-    moved = transfer_loss(alone.zoomed, oracle.offset, inputs.target, config)
-    total = terms.total + config.self_reference_weight * (own.total + moved)
-    return {"loss": total, "align": terms.align, "zoom": terms.zoom, "self": own.total, "transfer": moved}
+    references = [inputs.oracle_reference] if config.reference_weight > 0 else []
+    references += [inputs.self_reference] if config.self_reference_weight > 0 else []
+    count = len(references)
+    both = model(torch.cat([inputs.x] * count), torch.cat(references), torch.cat([inputs.rendering] * count))
+    outputs = [SDANOutput(*parts) for parts in zip(*(part.chunk(count) for part in both), strict=True)]
+    terms: dict[str, Tensor] = {}
+    total: Tensor | float = 0.0
+    if config.reference_weight > 0:
+        oracle = sdan_loss(outputs[0], inputs.oracle_reference, inputs.target, config)
+        terms |= {"align": oracle.align, "zoom": oracle.zoom}
+        total = total + config.reference_weight * oracle.total
+    if config.self_reference_weight > 0:
+        own = _deployed_loss(outputs, inputs, config)
+        terms |= own
+        total = total + config.self_reference_weight * sum(own.values())
+    return {"loss": torch.as_tensor(total), **terms}
+
+
+def _deployed_loss(outputs: list[SDANOutput], inputs: Inputs, config: LossConfig) -> dict[str, Tensor]:
+    """The terms of the samples that see {X, X}, the last of `outputs`."""
+    alone = outputs[-1]
+    if config.self_target == "truth":
+        assert inputs.truth is not None  # CropStream(truth=True) brings it or raises
+        shrink = inputs.truth.shape[-1] // alone.aligned.shape[-1]
+        return {"self": sdan_loss(alone, low_pass(inputs.truth, shrink), inputs.truth, config).total}
+    own = self_reference_loss(alone, inputs.camera, config).total
+    return {"self": own, "transfer": transfer_loss(alone.zoomed, outputs[0].offset, inputs.target, config)}
 
 
 @dataclass

@@ -103,7 +103,9 @@ class Worker:
                 self.training.restore(Path(folder))
         else:
             self._report(0, {})
-        stream = CropStream(self.index, self.config.train.seed, self.config.train.crop_px, self.config.train.augment)
+        train = self.config.train
+        truth = self.config.loss.self_target == "truth" and self.config.loss.self_reference_weight > 0
+        stream = CropStream(self.index, train.seed, train.crop_px, train.augment, truth=truth)
         batches = training_batches(
             stream,
             batch=self.config.train.batch_per_worker,

@@ -20,6 +20,7 @@ from sdan.resample import enlarge_offset, low_pass, sample
 __all__ = ["LossConfig", "LossTerms", "low_pass", "sdan_loss", "self_reference_loss", "transfer_loss"]
 
 Kind = Literal["l1", "charbonnier"]
+SelfTarget = Literal["pair", "truth"]
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,13 @@ class LossConfig:
     """l1 as printed; charbonnier sqrt(d^2 + epsilon^2) as released (there with an epsilon of 1e-6: all but L1)."""
     align_weight: float = 1.0
     """Weight of |X' - Y'| M."""
+    reference_weight: float = 1.0
+    """Weight of the samples that see Y' as reference, as in the paper; 0: none are run (needs self_target=truth)."""
     self_reference_weight: float = 0.0
     """Weight of the samples that are trained as deployed, {X, X}; 0: none, as in the paper."""
+    self_target: SelfTarget = "pair"
+    """What those are held to. pair: the camera JPG of their own frame, and the pair's target through the offsets that
+    the other samples learn; truth: the ideal picture, which simulated shards alone hold."""
     border_px: int = 32
     """Cropped from each side of the target, target pixels (32 as released); rounded up on coarser grids."""
     epsilon: float = 1e-3
@@ -40,9 +46,18 @@ class LossConfig:
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise ValueError(f"kind: one of {', '.join(get_args(Kind))} expected, got {self.kind!r}")
-        for name in ("align_weight", "self_reference_weight", "border_px"):
+        if self.self_target not in get_args(SelfTarget):
+            raise ValueError(
+                f"self_target: one of {', '.join(get_args(SelfTarget))} expected, got {self.self_target!r}"
+            )
+        for name in ("align_weight", "reference_weight", "self_reference_weight", "border_px"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: 0 or more expected, got {getattr(self, name)!r}")
+        if self.reference_weight == 0 and not (self.self_target == "truth" and self.self_reference_weight > 0):
+            raise ValueError(
+                "reference_weight: more than 0 expected, got 0; "
+                "only self_target=truth with a self_reference_weight above 0 can do without those samples"
+            )
         if not self.epsilon > 0:
             raise ValueError(f"epsilon: more than 0 expected, got {self.epsilon!r}")
 

@@ -29,6 +29,7 @@ Input = Literal["mosaic", "packed", "rgb"]
 Offset = Literal["squared", "per_point"]
 Attention = Literal["none", "channel", "cross_packing"]
 Skip = Literal["none", "rendering"]
+Upsampling = Literal["stages", "direct"]
 CHANNELS = {"mosaic": 1, "packed": 4, "rgb": 3}
 
 
@@ -51,9 +52,13 @@ class SDANConfig:
     """Show the offset learner the reference's three flips as well."""
     skip: Skip = "none"
     """rendering: add the input's own rendering, moved by the learnt offset and enlarged, to the output (ours)."""
+    upsampling: Upsampling = "stages"
+    """stages: pixel shuffle by two a stage, all features kept (the paper's); direct: one convolution to all the pixels
+    of the output and one pixel shuffle (ESPCN's), at a tenth of the cost from packed RAW (ours, for small models)."""
 
     def __post_init__(self) -> None:
-        for name, kind in (("input", Input), ("offset", Offset), ("attention", Attention), ("skip", Skip)):
+        choices = {"input": Input, "offset": Offset, "attention": Attention, "skip": Skip, "upsampling": Upsampling}
+        for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name}: one of {', '.join(get_args(kind))} expected, got {getattr(self, name)!r}")
         for name in ("features", "blocks", "packing_kernel"):
@@ -157,15 +162,18 @@ class ResidualBlock(nn.Module):
 
 
 class SuperResolution(nn.Module):
-    """Figure 1 right: residual blocks with a global skip, pixel-shuffle upsampling by two a stage, conv -> RGB."""
+    """Figure 1 right: residual blocks with a global skip, pixel-shuffle upsampling by two a stage, conv -> RGB
+    (or the last two in one: upsampling="direct")."""
 
     def __init__(self, config: SDANConfig) -> None:
         super().__init__()
         c, stages = config.features, config.upscale.bit_length() - 1
+        self.shuffle = config.upscale if config.upsampling == "direct" else 1
         self.blocks = nn.Sequential(*(ResidualBlock(c) for _ in range(config.blocks)))
         self.join = nn.Conv2d(c, c, 3, padding=1, bias=False)
-        self.enlarge = nn.ModuleList(nn.Conv2d(c, 4 * c, 3, padding=1) for _ in range(stages))
-        self.last = nn.Conv2d(c, 3, 3, padding=1)
+        enlarging = stages if config.upsampling == "stages" else 0
+        self.enlarge = nn.ModuleList(nn.Conv2d(c, 4 * c, 3, padding=1) for _ in range(enlarging))
+        self.last = nn.Conv2d(c, 3 * self.shuffle**2, 3, padding=1)
         # skip="rendering" starts with a last convolution of zero. Behind a ReLU all its inputs are positive, and Adam's
         # first steps add up to one large change of the mean: so this form has no activation here (as EDSR has none).
         self.activation = nn.Identity() if config.skip == "rendering" else nn.ReLU(inplace=True)
@@ -177,7 +185,7 @@ class SuperResolution(nn.Module):
         x = features_NCHW + self.join(self.blocks(features_NCHW))
         for conv in self.enlarge:
             x = self.activation(F.pixel_shuffle(conv(x), 2))
-        return self.last(x)
+        return F.pixel_shuffle(self.last(x), self.shuffle)
 
 
 class SDAN(nn.Module):

@@ -69,3 +69,30 @@ def test_the_average_lags_behind(smoke):
     moved = (training.averaged.state_dict()[name] - before[name]).norm()
     ahead = (training.model.state_dict()[name] - before[name]).norm()
     assert 0 < moved < ahead
+
+
+def test_simulated_truth_trains_the_deployed_output_alone(tiny_shards):
+    """With no other samples the loss is eq. 6 on {X, X} against the ideal picture, and it falls."""
+    overrides = {"loss.self_target": "truth", "loss.reference_weight": 0.0}
+    config = configs.override(configs.smoke(), overrides)
+    index = index_split(str(tiny_shards), "train")
+    crop = CropStream(index, seed=0, crop_px=16, augment=True, truth=True).crop(0)
+    batch = {name: torch.from_numpy(value)[None] for name, value in crop.items()}
+    inputs = model_inputs(batch, config.model, torch.device("cpu"))
+    training = step.start(config, None, torch.device("cpu"), lambda model: model)
+    terms = [step.train_step(training, inputs, config, 1e-3) for _ in range(40)]
+    assert terms[0].keys() == {"loss", "self", "grad_norm"}
+    assert float(terms[-1]["loss"]) < 0.9 * float(terms[0]["loss"])
+
+
+def test_all_samples_together_report_their_terms(smoke, tiny_shards):
+    config, inputs = smoke
+    terms = step.training_loss(step.start(config, None, torch.device("cpu"), _same).model, inputs(0), config.loss)
+    assert terms.keys() == {"loss", "align", "zoom", "self", "transfer"}
+    paper = configs.override(config, {"loss.self_reference_weight": 0.0})
+    terms = step.training_loss(step.start(paper, None, torch.device("cpu"), _same).model, inputs(0), paper.loss)
+    assert terms.keys() == {"loss", "align", "zoom"}
+
+
+def _same(model):
+    return model

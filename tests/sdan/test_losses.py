@@ -131,6 +131,9 @@ def test_losses_are_float32_under_autocast():
         ({"align_weight": -1}, "align_weight: 0 or more"),
         ({"self_reference_weight": float("nan")}, "self_reference_weight: 0 or more"),
         ({"epsilon": 0}, "epsilon: more than 0"),
+        ({"self_target": "sky"}, "self_target: one of pair, truth"),
+        ({"reference_weight": 0}, "only self_target=truth"),
+        ({"reference_weight": 0, "self_target": "truth"}, "self_reference_weight above 0"),
     ],
 )
 def test_wrong_settings_are_refused(setting, message):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import deform_conv2d
 
 from sdan.attention import CrossPackingAttention
@@ -43,6 +44,19 @@ def test_output_sizes(kind, scale, skip):
     assert not output.mask.requires_grad
 
 
+def test_direct_upsampling_gives_the_same_sizes_for_fewer_operations():
+    config = replace(SMALL, input="packed", upsampling="direct")
+    inputs = batch(config)
+    direct, stages = SDAN(config), SDAN(replace(config, upsampling="stages"))
+    assert direct(*inputs).zoomed.shape == stages(*inputs).zoomed.shape
+    operations = []
+    for model in (direct, stages):
+        with FlopCounterMode(display=False) as counter:
+            model(*inputs)
+        operations.append(counter.get_total_flops())
+    assert operations[0] < operations[1] / 3
+
+
 TABLE_2 = {
     "DCN": {"offset": "per_point", "attention": "none", "flips": False},
     "SDCN": {"attention": "none", "flips": False},
@@ -54,8 +68,9 @@ TABLE_2 = {
 
 @pytest.mark.parametrize("row", TABLE_2)
 @pytest.mark.parametrize("skip", ["none", "rendering"])
-def test_every_row_of_table_2_trains_every_weight(row, skip):
-    config = replace(SMALL, features=32, skip=skip, **TABLE_2[row])
+@pytest.mark.parametrize("upsampling", ["stages", "direct"])
+def test_every_row_of_table_2_trains_every_weight(row, skip, upsampling):
+    config = replace(SMALL, features=32, skip=skip, upsampling=upsampling, **TABLE_2[row])
     torch.manual_seed(0)
     model, (x, reference, rendering) = SDAN(config), batch(config)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -196,6 +211,7 @@ def test_low_pass_is_an_area_average():
         ({"offset": "round"}, "offset: one of squared, per_point"),
         ({"attention": "self"}, "attention: one of"),
         ({"skip": True}, "skip: one of"),
+        ({"upsampling": "cubic"}, "upsampling: one of stages, direct"),
         ({"scale": 3}, "scale: one of 2, 4, 8, 16"),
         ({"features": 0}, "features: a whole number"),
         ({"packing_kernel": 2.5}, "packing_kernel: a whole number"),
