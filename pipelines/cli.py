@@ -28,11 +28,14 @@ app = typer.Typer(
 
 Raw = Annotated[str, typer.Argument(metavar="RAW", help="Folder or s3:// URI of zoom sequences.")]
 Shards = Annotated[str, typer.Argument(metavar="SHARDS", help="Folder or s3:// URI of Parquet shards.")]
-Scale = Annotated[int, typer.Option(help="Zoom factor of the pairs: 2, 4 or 8.")]
+Scale = Annotated[int, typer.Option(help="Zoom factor of the pairs, 2 to 16.")]
 Align = Annotated[str, typer.Option(help="scale: focal lengths only; ecc: registered, too.")]
 Tile = Annotated[int, typer.Option(metavar="PX", help="Tile side in packed RAW pixels.")]
 Stride = Annotated[int | None, typer.Option(metavar="PX", help="Step between tiles; default: 2/3 of the tile.")]
 Exclude = Annotated[Path | None, typer.Option(metavar="FILE", help="Frames to leave out, one SEQUENCE/FRAME a line.")]
+MissingJpg = Annotated[
+    str, typer.Option(help="A RAW without a JPG: quarantine, or render (LibRaw's rendering stands in for the JPG).")
+]
 Val = Annotated[str, typer.Option(metavar="SEQ,SEQ", help="Sequences for the val split, whatever their hash says.")]
 Workers = Annotated[int | None, typer.Option(metavar="N", help="Train workers; one per GPU, or one, by default.")]
 ConfigName = Annotated[
@@ -116,6 +119,7 @@ def preprocess(
     tile: Tile = 96,
     stride: Stride = None,
     exclude: Exclude = None,
+    missing_jpg: MissingJpg = "quarantine",
     val: Val = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
 ) -> None:
@@ -123,7 +127,7 @@ def preprocess(
     from pipelines.cluster import start_ray
     from preprocessing import shards as job
 
-    options = _options(scale, align, tile, stride, exclude, val)
+    options = _options(scale, align, tile, stride, exclude, missing_jpg, val)
     start_ray()
     _say_report(job.preprocess(raw, shards, options, dry_run=dry_run), shards, dry_run)
 
@@ -222,6 +226,7 @@ def retrain(
     tile: Tile = 96,
     stride: Stride = None,
     exclude: Exclude = None,
+    missing_jpg: MissingJpg = "quarantine",
     val: Val = "",
     config: ConfigName = "srraw_4x",
     assignments: Assignments = None,
@@ -233,7 +238,7 @@ def retrain(
     from pipelines import retrain as pipeline
 
     chosen = configs.override(configs.named(config), configs.parse_assignments(assignments or ()))
-    options = _options(scale, align, tile, stride, exclude, val)
+    options = _options(scale, align, tile, stride, exclude, missing_jpg, val)
     result = pipeline.retrain(
         raw, shards, data=_data(), options=options, config=chosen, workers=workers, dry_run=dry_run
     )
@@ -322,7 +327,7 @@ def doctor() -> None:
 
 
 def _options(
-    scale: int, align: str, tile: int, stride: int | None, exclude: Path | None, val: str
+    scale: int, align: str, tile: int, stride: int | None, exclude: Path | None, missing_jpg: str, val: str
 ) -> PreprocessOptions:
     from preprocessing.frames import read_exclusions
     from preprocessing.shards import PreprocessError, PreprocessOptions
@@ -337,6 +342,7 @@ def _options(
         tile_px=tile,
         stride_px=stride if stride is not None else max(1, tile * 2 // 3),
         exclude=excluded,
+        missing_jpg=missing_jpg,
         val=tuple(name.strip() for name in val.split(",") if name.strip()),
     )
 

@@ -32,6 +32,7 @@ class Exif:
     focal_mm: float | None = None
     iso: float | None = None
     exposure_s: float | None = None
+    f_number: float | None = None
     orientation: int | None = None
     """EXIF orientation 1-8: how the stored picture has to be turned for the viewer."""
 
@@ -77,6 +78,7 @@ def _by_pillow(tiff: bytes) -> Exif:
             "focal": more.get(0x920A, tags.get(0x920A)),
             "iso": more.get(0x8827, tags.get(0x8827)),
             "exposure": more.get(0x829A, tags.get(0x829A)),
+            "f_number": more.get(0x829D, tags.get(0x829D)),
         }
     )
 
@@ -96,6 +98,7 @@ def _by_exifread(data: bytes) -> Exif:
             "focal": value("EXIF FocalLength"),
             "iso": value("EXIF ISOSpeedRatings"),
             "exposure": value("EXIF ExposureTime"),
+            "f_number": value("EXIF FNumber"),
         }
     )
 
@@ -107,6 +110,7 @@ def _exif(tags: Mapping[str, Any]) -> Exif:
         focal_mm=_positive(tags["focal"]),
         iso=_positive(tags["iso"]),
         exposure_s=_positive(tags["exposure"]),
+        f_number=_positive(tags["f_number"]),
         orientation=int(orientation) if orientation is not None and orientation in range(1, 9) else None,
     )
 

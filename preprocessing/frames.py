@@ -100,11 +100,12 @@ def discover(raw: Folder) -> list[Sequence]:
     return found
 
 
-def pair(shots: Iterable[Shot], scale: int) -> list[tuple[Shot, Shot]]:
+def pair(shots: Iterable[Shot], scale: int, *, render_missing: bool = False) -> list[tuple[Shot, Shot]]:
     """(LR, HR) pairs: for each HR frame the LR frame with the smallest focal ratio from scale to 1.3 scale.
 
-    An LR frame needs a RAW and a JPG, an HR frame a JPG. Of frames with equal focal lengths the first by name serves as
-    LR; each of them is an HR frame of its own. Shots without a focal length are in no pair.
+    An LR frame needs a RAW and a JPG, an HR frame a JPG; with `render_missing` a RAW serves where the JPG is missing.
+    Of frames with equal focal lengths the first by name serves as LR; each of them is an HR frame of its own. Shots
+    without a focal length are in no pair.
     """
     known = sorted((shot for shot in shots if shot.exif.focal_mm), key=lambda shot: shot.frame.stem)
     pairs = []
@@ -112,11 +113,16 @@ def pair(shots: Iterable[Shot], scale: int) -> list[tuple[Shot, Shot]]:
         candidates = [
             (ratio(lr, hr), index)
             for index, lr in enumerate(known)
-            if len(lr.frame.raws) == 1 and len(lr.frame.jpgs) == 1 and _fits(ratio(lr, hr), scale)
+            if len(lr.frame.raws) == 1 and _has_picture(lr, render_missing) and _fits(ratio(lr, hr), scale)
         ]
-        if len(hr.frame.jpgs) == 1 and candidates:
+        if _has_picture(hr, render_missing) and candidates:
             pairs.append((known[min(candidates)[1]], hr))
     return pairs
+
+
+def _has_picture(shot: Shot, render_missing: bool) -> bool:
+    rendered = render_missing and not shot.frame.jpgs and len(shot.frame.raws) == 1
+    return len(shot.frame.jpgs) == 1 or rendered
 
 
 def ratio(lr: Shot, hr: Shot) -> float:

@@ -46,6 +46,11 @@ def about_centres(factor: float, from_size: Size, to_size: Size) -> Map:
     )
 
 
+def units_per_px(size: Size) -> float:
+    """A pixel in half diagonals of the frame, the unit of radial models."""
+    return 2 / float(np.hypot(*size))
+
+
 def turn(flip: int, size: Size) -> Map:
     """Sensor coordinates of a picture of `size` to those of `raw.upright(picture, flip)`."""
     height, width = size

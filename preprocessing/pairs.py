@@ -14,7 +14,7 @@ from preprocessing.frames import TRUTH_FOLDER
 from preprocessing.plan import PairJob, PreprocessOptions
 from preprocessing.schema import ShardInfo, encode
 from preprocessing.storage import Folder, one_line
-from preprocessing.tiles import TileError, cut, decode_jpg
+from preprocessing.tiles import Jpg, TileError, cut, decode_jpg
 from preprocessing.truth import Truth, load_truth
 
 _ROW_GROUP = 1
@@ -61,8 +61,8 @@ def process(job: PairJob, source: Folder, target: Folder, options: PreprocessOpt
 def pair_rows(source: Folder, job: PairJob, options: PreprocessOptions) -> list[dict[str, Any]]:
     """All rows of one pair. Raises RawError or TileError when it cannot be used."""
     raw = raw_files.load(_read(source, job.lr_raw), name=job.lr_raw)
-    lr_jpg = decode_jpg(_read(source, job.lr_jpg), job.lr_jpg)
-    hr_jpg = decode_jpg(_read(source, job.hr_jpg), job.hr_jpg)
+    lr_jpg = _picture(source, job.lr_jpg, job.lr_raw)
+    hr_jpg = _picture(source, job.hr_jpg, job.hr_raw)
     tiles = cut(
         raw,
         lr_jpg,
@@ -82,7 +82,10 @@ def pair_rows(source: Folder, job: PairJob, options: PreprocessOptions) -> list[
         "iso_hr": job.hr_exif.iso,
         "exposure_lr_s": raw.exposure_s or job.lr_exif.exposure_s,
         "exposure_hr_s": job.hr_exif.exposure_s,
+        "f_number_lr": job.lr_exif.f_number,
+        "f_number_hr": job.hr_exif.f_number,
     }
+    of_pair["exposure_ratio_exif"] = _exposure_ratio(of_pair)
     camera = {"camera": job.lr_exif.camera} if raw.camera == "unknown" and job.lr_exif.camera else {}
     truth = _truth(source, job) if job.has_truth else None
     return [tile | of_pair | camera | _true_columns(truth, job, tile, options) for tile in tiles]
@@ -93,6 +96,25 @@ def _read(source: Folder, path: str) -> bytes:
         return source.read(path)
     except OSError as error:
         raise _Unreadable(f"{path}: cannot be read ({one_line(error)}); run again") from error
+
+
+def _picture(source: Folder, jpg: str | None, raw: str | None) -> Jpg:
+    """The camera's JPG, or the rendering that stands in for it."""
+    if jpg is not None:
+        return decode_jpg(_read(source, jpg), jpg)
+    assert raw is not None
+    return Jpg(raw_files.render(_read(source, raw), name=raw), None, "rendering")
+
+
+def _exposure_ratio(columns: Mapping[str, Any]) -> float | None:
+    """HR's light per pixel to LR's by the tags; None when one of them is missing."""
+    seconds, iso, f_number = (
+        (columns[hr], columns[lr])
+        for hr, lr in (("exposure_hr_s", "exposure_lr_s"), ("iso_hr", "iso_lr"), ("f_number_hr", "f_number_lr"))
+    )
+    if None in (*seconds, *iso, *f_number):
+        return None
+    return float(seconds[0] / seconds[1] * iso[0] / iso[1] * (f_number[1] / f_number[0]) ** 2)
 
 
 def _truth(source: Folder, job: PairJob) -> Truth:

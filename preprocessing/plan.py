@@ -42,6 +42,8 @@ class PreprocessOptions:
     """Tile side, packed pixels."""
     stride_px: int = 64
     """At most so far from tile to tile, packed pixels; at most tile_px, or pixels between tiles would be lost."""
+    missing_jpg: str = "quarantine"
+    """What becomes of a RAW without a JPG beside it: "quarantine", or "render": LibRaw's rendering stands in."""
     exclude: tuple[str, ...] = ()
     """Sequences ("00350") and frames ("00350/00001") to leave out, beside SR-RAW's known bad ones."""
     val: tuple[str, ...] = ()
@@ -54,11 +56,14 @@ class PreprocessOptions:
                 raise PreprocessError(f"{name}={value!r}, expected a whole number from {low} to {high}")
         if self.align not in ("scale", "ecc"):
             raise PreprocessError(f"align={self.align!r}, expected scale or ecc")
+        if self.missing_jpg not in ("quarantine", "render"):
+            raise PreprocessError(f"missing_jpg={self.missing_jpg!r}, expected quarantine or render")
 
     @property
     def of_shards(self) -> dict[str, int | str]:
         """Those that all shards of a folder share."""
-        return {"scale": self.scale, "align": self.align, "tile_px": self.tile_px, "stride_px": self.stride_px}
+        names = ("scale", "align", "tile_px", "stride_px", "missing_jpg")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,11 @@ class PairJob:
     split: str
     fingerprint: str
     lr_raw: str
-    lr_jpg: str
-    hr_jpg: str
+    lr_jpg: str | None
+    """None: the rendering of lr_raw stands in."""
+    hr_jpg: str | None
+    hr_raw: str | None
+    """Only where there is no hr_jpg: its rendering stands in."""
     lr_exif: Exif
     hr_exif: Exif
     zoom: float
@@ -172,7 +180,7 @@ def _plan_sequence(raw: Folder, sequence: Sequence, options: PreprocessOptions, 
         except OSError as error:
             plan.faults.append(QuarantineEntry(sequence.name, frame.stem, f"cannot be read: {error}"))
             continue
-        reasons = list(_faults(shot))
+        reasons = list(_faults(shot, render_missing=options.missing_jpg == "render"))
         if reasons:
             plan.faults.append(QuarantineEntry(sequence.name, frame.stem, "; ".join(reasons)))
         shots.append(shot)
@@ -180,7 +188,7 @@ def _plan_sequence(raw: Folder, sequence: Sequence, options: PreprocessOptions, 
         split = "val"
     else:
         split = splits.get(sequence.name) or sequence.split or split_of(sequence.name)
-    pairs = pair(shots, options.scale)
+    pairs = pair(shots, options.scale, render_missing=options.missing_jpg == "render")
     if not pairs and shots:
         plan.faults.append(QuarantineEntry(sequence.name, "-", _why_no_pair(shots, options.scale)))
     for lr, hr in pairs:
@@ -206,11 +214,12 @@ def _look(raw: Folder, frame: Frame) -> Shot:
     return Shot(frame, found)
 
 
-def _faults(shot: Shot) -> Iterator[str]:
+def _faults(shot: Shot, *, render_missing: bool) -> Iterator[str]:
     frame = shot.frame
     for kind, files in (("RAW", frame.raws), ("JPG", frame.jpgs)):
-        if not files:
-            yield f"no {kind} file beside {(frame.raws + frame.jpgs)[0].name}; add it, or exclude the frame"
+        if not files and not (kind == "JPG" and render_missing):
+            remedy = "add it, or exclude the frame" + (", or use --missing-jpg render" if kind == "JPG" else "")
+            yield f"no {kind} file beside {(frame.raws + frame.jpgs)[0].name}; {remedy}"
         elif len(files) > 1:
             yield f"{len(files)} {kind} files ({', '.join(file.name for file in files)}), expected one; keep one"
     if shot.exif.focal_mm is None:
@@ -230,7 +239,7 @@ def _why_no_pair(shots: list[Shot], scale: int) -> str:
 
 
 def _job(raw: Folder, sequence: Sequence, lr: Shot, hr: Shot, split: str, options: PreprocessOptions) -> PairJob:
-    inputs = (lr.frame.raws[0], lr.frame.jpgs[0], hr.frame.jpgs[0])
+    inputs = (*lr.frame.raws, *lr.frame.jpgs, *(hr.frame.jpgs or hr.frame.raws))
     identity = {
         "schema": SCHEMA_VERSION,
         "options": options.of_shards,
@@ -247,9 +256,10 @@ def _job(raw: Folder, sequence: Sequence, lr: Shot, hr: Shot, split: str, option
         hr=hr.frame.stem,
         split=split,
         fingerprint=digest,
-        lr_raw=inputs[0].path,
-        lr_jpg=inputs[1].path,
-        hr_jpg=inputs[2].path,
+        lr_raw=lr.frame.raws[0].path,
+        lr_jpg=lr.frame.jpgs[0].path if lr.frame.jpgs else None,
+        hr_jpg=hr.frame.jpgs[0].path if hr.frame.jpgs else None,
+        hr_raw=None if hr.frame.jpgs else hr.frame.raws[0].path,
         lr_exif=lr.exif,
         hr_exif=hr.exif,
         zoom=ratio(lr, hr),

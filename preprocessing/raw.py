@@ -4,7 +4,9 @@ Training and users share this decoder and this rendering, so what the network sa
 Shapes: h, w are packed pixels (one RGGB block each); the mosaic and the rendering are 2h x 2w.
 """
 
+import contextlib
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -74,6 +76,32 @@ def load(source: str | Path | bytes, *, name: str | None = None) -> RawImage:
     Raises RawError, one line, for a missing, unknown, truncated or corrupt file and for sensors that are not Bayer
     (X-Trans, monochrome, Foveon) or no longer are (linear DNG).
     """
+    with _opened(source, name) as (raw, label):
+        return _decode(raw, label, _head(source))
+
+
+def render(source: str | Path | bytes, *, name: str | None = None) -> NDArray[np.uint8]:
+    """LibRaw's rendering alone, of the whole visible area: uint8 [H, W, 3], sensor's orientation.
+
+    The picture of a RAW that has no camera JPG beside it. Raises RawError as `load` does.
+    """
+    with _opened(source, name) as (raw, label):
+        _require_bayer(raw, label)
+        _require_complete(raw.raw_image_visible, label)
+        return _render(raw, _white_balance(raw, label), label)
+
+
+def upright(image_HWC: NDArray[Any], flip: int) -> NDArray[Any]:
+    """`image_HWC` turned for the viewer. `flip` is LibRaw's: 2 rows reversed, 1 columns reversed, then 4 transposed
+    (3 = half turn, 5 = quarter turn left, 6 = quarter turn right)."""
+    turned = image_HWC[::-1] if flip & 2 else image_HWC
+    turned = turned[:, ::-1] if flip & 1 else turned
+    return np.ascontiguousarray(turned.swapaxes(0, 1) if flip & 4 else turned)
+
+
+@contextlib.contextmanager
+def _opened(source: str | Path | bytes, name: str | None) -> Iterator[tuple[Any, str]]:
+    """(the open rawpy.RawPy, the file's name for messages); LibRaw's errors become RawError."""
     label = name or ("RAW data" if isinstance(source, bytes) else str(source))
     if not isinstance(source, bytes) and not Path(source).is_file():
         raise RawError(f"{label}: no such file")
@@ -83,17 +111,9 @@ def load(source: str | Path | bytes, *, name: str | None = None) -> RawImage:
         raise RawError(f"{label}: cannot be read as RAW ({_reason(error)}); copy it again or exclude it") from error
     with opened as raw:
         try:
-            return _decode(raw, label, _head(source))
+            yield raw, label
         except rawpy.LibRawError as error:
             raise RawError(f"{label}: damaged RAW ({_reason(error)}); copy it again or exclude it") from error
-
-
-def upright(image_HWC: NDArray[Any], flip: int) -> NDArray[Any]:
-    """`image_HWC` turned for the viewer. `flip` is LibRaw's: 2 rows reversed, 1 columns reversed, then 4 transposed
-    (3 = half turn, 5 = quarter turn left, 6 = quarter turn right)."""
-    turned = image_HWC[::-1] if flip & 2 else image_HWC
-    turned = turned[:, ::-1] if flip & 1 else turned
-    return np.ascontiguousarray(turned.swapaxes(0, 1) if flip & 4 else turned)
 
 
 def _decode(raw: Any, label: str, head: bytes) -> RawImage:

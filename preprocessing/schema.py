@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from preprocessing.storage import open_folder
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SPLITS = ("train", "val", "test")
 _METADATA_KEY = b"sdan"
 
@@ -36,14 +36,16 @@ COLUMNS: Mapping[str, tuple[pa.DataType, str]] = {
     "pair": (pa.string(), 'stems of the LR and the HR frame, e.g. "00006-00002"'),
     "lr_raw": (pa.binary(), "uint16 [4, t, t]: R, G1, G2, B sensor counts, not normalised, phase always RGGB"),
     "lr_render": (pa.binary(), "uint8 [3, 2t, 2t]: LibRaw's rendering of the tile, sRGB"),
-    "lr_rgb": (pa.binary(), "uint8 [3, 2t, 2t]: the camera JPG of the same area"),
-    "hr_rgb": (pa.binary(), "uint8 [3, 2ts, 2ts]: the long-focal JPG on the LR grid at exactly the scale"),
+    "lr_rgb": (pa.binary(), "uint8 [3, 2t, 2t]: the camera JPG of the same area (see lr_source)"),
+    "hr_rgb": (pa.binary(), "uint8 [3, 2ts, 2ts]: the long-focal JPG on the LR grid at exactly scale (see hr_source)"),
     "true_rgb": (pa.binary(), "uint8 [3, 2ts, 2ts] or null: simulated only, the ideal picture in the LR frame's view"),
     "true_flow": (
         pa.binary(),
         "float16 [2, t, t] or null: simulated only, (dy, dx) in packed pixels:"
         " what hr_rgb shows at p lies at p + flow(p) in lr_raw",
     ),
+    "lr_source": (pa.string(), "camera: lr_rgb is the camera's JPG; rendering: there was none, LibRaw's rendering"),
+    "hr_source": (pa.string(), "camera or rendering: the same of hr_rgb"),
     "black_level": (_LEVELS, "counts, R G1 G2 B, from the file"),
     "wb": (_LEVELS, "white balance gains, R G1 G2 B, green = 1, from the file"),
     "white_level": (pa.float32(), "counts at which the sensor clips, from the file"),
@@ -54,6 +56,39 @@ COLUMNS: Mapping[str, tuple[pa.DataType, str]] = {
     "iso_hr": (pa.float32(), "null when the file does not say"),
     "exposure_lr_s": (pa.float32(), "null when the file does not say"),
     "exposure_hr_s": (pa.float32(), "null when the file does not say"),
+    "f_number_lr": (pa.float32(), "null when the file does not say"),
+    "f_number_hr": (pa.float32(), "null when the file does not say"),
+    "exposure_ratio_exif": (
+        pa.float32(),
+        "light per pixel of HR / LR by the tags: time x ISO / f-number squared; null when one is missing",
+    ),
+    "exposure_ratio": (
+        pa.float32(),
+        "light of HR / LR as measured at the frames' centre, linear (LR's rendering is the yardstick); this pair; NaN"
+        " when not measurable",
+    ),
+    "exposure_falloff": (
+        pa.float32(),
+        "part by which that ratio falls to the HR frame's corner, 1 - falloff r^2 (HR's vignetting); NaN when not"
+        " measurable",
+    ),
+    "jpg_scale": (
+        pa.float32(),
+        "LR's camera JPG against LR's RAW, this pair: what the RAW shows at q, the JPG shows at jpg_scale q"
+        " (1 + jpg_k1 |q|^2) + shift, q from the frame's centre; NaN when not measurable or not a camera JPG",
+    ),
+    "jpg_k1": (
+        pa.float32(),
+        "radial coefficient of that (in-camera distortion correction), q in half diagonals; NaN: not measurable,"
+        " jpg_scale is then the mean over the pair's area",
+    ),
+    "jpg_shift_x": (pa.float32(), "shift of that, LR mosaic pixels"),
+    "jpg_shift_y": (pa.float32(), "shift of that, LR mosaic pixels"),
+    "jpg_falloff": (
+        pa.float32(),
+        "the JPG's light / the RAW's falls by 1 - jpg_falloff |q|^2 (below 0: in-camera vignetting correction); NaN as"
+        " jpg_scale",
+    ),
     "camera": (pa.string(), "make and model of the LR frame"),
     "row": (pa.int32(), "tile's first row, packed pixels of the LR frame after the phase crop"),
     "col": (pa.int32(), "tile's first column, packed pixels of the LR frame after the phase crop"),

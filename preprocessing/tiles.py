@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from preprocessing import geometry, registration
+from preprocessing import corrections, geometry, registration
 from preprocessing.exif import read_exif
 from preprocessing.geometry import Map, Size
 from preprocessing.raw import RawImage
@@ -29,10 +29,15 @@ class TileError(ValueError):
 
 @dataclass(frozen=True)
 class Jpg:
-    """A camera JPG as stored: pixels [H, W, 3] uint8 without EXIF's turn, and the turn."""
+    """A camera JPG as stored: pixels [H, W, 3] uint8 without EXIF's turn, and the turn.
+
+    Or the rendering that stands in for one: LibRaw's visible area in the sensor's orientation, orientation None.
+    """
 
     pixels_HWC: NDArray[np.uint8]
     orientation: int | None
+    source: str = "camera"
+    """camera or rendering."""
 
     @property
     def size(self) -> Size:
@@ -126,8 +131,11 @@ def cut(
     hr_HWC = geometry.sample(
         hr.pixels_HWC, geometry.compose(alignment.lr_to_hr, fine), (scale * size[0], scale * size[1])
     )
-    quality = _Quality(lr_HWC, hr_HWC, scale, tile_px)
+    low_HWC = np.asarray(cv2.resize(hr_HWC, size[::-1], interpolation=cv2.INTER_AREA), np.uint8)
+    quality = _Quality(lr_HWC, low_HWC, scale, tile_px)
     shared_columns = {
+        "lr_source": lr.source,
+        "hr_source": hr.source,
         "black_level": raw.black_level,
         "wb": raw.wb,
         "white_level": raw.white_level,
@@ -137,7 +145,7 @@ def cut(
         "origin_col": raw.origin[1],
         "lr_to_hr": alignment.lr_to_hr.ravel(),
         "aligned_by": alignment.aligned_by,
-    }
+    } | _corrections(raw, lr, hr, alignment, area, lr_HWC, low_HWC)
     tiles = []
     for row in rows:
         for col in cols:
@@ -162,10 +170,8 @@ def cut(
 class _Quality:
     """Per tile: correlation and residual shift of the long-focal picture against the camera's short-focal one."""
 
-    def __init__(self, lr_HWC: NDArray[np.uint8], hr_HWC: NDArray[np.uint8], scale: int, tile_px: int) -> None:
-        height, width = lr_HWC.shape[:2]
-        low = cv2.resize(hr_HWC, (width, height), interpolation=cv2.INTER_AREA)
-        self._lr, self._hr = registration.luminance(lr_HWC), registration.luminance(np.asarray(low, np.uint8))
+    def __init__(self, lr_HWC: NDArray[np.uint8], low_HWC: NDArray[np.uint8], scale: int, tile_px: int) -> None:
+        self._lr, self._hr = registration.luminance(lr_HWC), registration.luminance(low_HWC)
         self._lr_detail, self._hr_detail = map(registration.local_detail, (self._lr, self._hr))
         self._scale, self._side = scale, 2 * tile_px
 
@@ -180,6 +186,35 @@ class _Quality:
     def _widened(span: slice, length: int) -> slice:
         extra = max(0, 2 * _MEASURE_PX - (span.stop - span.start)) // 2
         return slice(max(0, span.start - extra), min(length, span.stop + extra))
+
+
+def _corrections(
+    raw: RawImage,
+    lr: Jpg,
+    hr: Jpg,
+    alignment: Alignment,
+    area: Area,
+    lr_HWC: NDArray[np.uint8],
+    low_HWC: NDArray[np.uint8],
+) -> dict[str, Any]:
+    """The columns of corrections.py; lr_HWC and low_HWC (HR, low-passed) on the mosaic's grid over the area."""
+    place = mosaic_origin(raw, area)
+    rows, cols = slice(2 * area[0], 2 * (area[0] + area[2])), slice(2 * area[1], 2 * (area[1] + area[3]))
+    # LR's frame in the sensor's orientation, HR's as stored: only its radius is asked for.
+    hr_frame = geometry.about_centres(geometry.units_per_px(hr.size), hr.size, (0, 0))
+    lr_scale = float(np.abs(alignment.lr_to_lr_jpg[0, :2]).sum())
+    lr_frame = geometry.about_centres(lr_scale * geometry.units_per_px(lr.size), raw.visible_size, (0, 0))
+    return corrections.measure(
+        corrections.Pictures(
+            rendering=raw.rendering[rows, cols],
+            lr=lr_HWC,
+            hr=low_HWC,
+            lr_is_jpg=lr.source == "camera",
+            hr_is_jpg=hr.source == "camera",
+            to_lr_units=geometry.compose(lr_frame, place),
+            to_hr_units=geometry.compose(hr_frame, geometry.compose(alignment.lr_to_hr, place)),
+        )
+    )
 
 
 def _nominal(raw: RawImage, jpg: Jpg, zoom: float) -> Map:

@@ -46,6 +46,8 @@ def tile_row(sequence: str, number: int, tile_px: int = TILE_PX) -> dict:
         "black_level": [512.0] * 4,
         "wb": [1.0] * 4,
         "white_level": 16383.0,
+        "lr_source": "camera",
+        "hr_source": "camera",
         "focal_lr_mm": 50.0,
         "focal_hr_mm": 240.0,
         "scale": SCALE,

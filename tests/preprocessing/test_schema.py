@@ -28,6 +28,18 @@ def row(seed, **changes):
         "iso_hr": None,
         "exposure_lr_s": 0.01,
         "exposure_hr_s": None,
+        "lr_source": "camera",
+        "hr_source": "rendering",
+        "f_number_lr": 8.0,
+        "f_number_hr": None,
+        "exposure_ratio_exif": None,
+        "exposure_ratio": 1.1,
+        "exposure_falloff": float("nan"),
+        "jpg_scale": 1.001,
+        "jpg_k1": 0.02,
+        "jpg_shift_x": 0.25,
+        "jpg_shift_y": -0.5,
+        "jpg_falloff": -0.3,
         "camera": "SONY ILCE-7SM2",
         "row": 3,
         "col": 5,
@@ -119,5 +131,5 @@ def test_shards_are_listed_by_split(tmp_path):
 def test_other_versions_and_empty_folders_are_one_clear_line(tmp_path):
     with pytest.raises(schema.SchemaError, match="no shards"):
         schema.read_info(str(tmp_path))
-    with pytest.raises(schema.SchemaError, match="schema version none, expected 1"):
+    with pytest.raises(schema.SchemaError, match="schema version none, expected 2"):
         schema.info_of(pa.schema([]), "x.parquet")

@@ -1,0 +1,266 @@
+"""What one pair's pictures say about the camera: how much light each frame got, and what the camera corrected in its
+JPG alone (distortion, vignetting) and not in the RAW that lies beside it.
+
+All pictures here are uint8 [H, W, 3] on one grid, the LR mosaic's over the pair's shared area. Positions are also told
+in units: from a frame's centre, in half diagonals of that frame.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from preprocessing import registration
+from preprocessing.geometry import Map, apply, compose, translation
+
+Plane = NDArray[np.float32]
+
+COLUMNS = (
+    *("exposure_ratio", "exposure_falloff"),
+    *("jpg_scale", "jpg_k1", "jpg_shift_x", "jpg_shift_y", "jpg_falloff"),
+)
+
+_PATCH_PX = 96
+_MAX_PATCHES = 7
+"""Along one side."""
+_SHIFT_PX = 384
+"""Side of the central window by which the frames' shift is measured."""
+_CELL_PX = 4
+"""Side of the cells whose mean light is compared: small, since the camera's tone curve is not linear in a mean."""
+_MAX_SIDE_CELLS = 192
+_BLOCKS = 8
+"""Blocks of cells along the shorter side: what misalignment is left must be small against one."""
+_TONE_DEGREE = 4
+_DARK, _BRIGHT = 4, 250
+"""Outside these values a picture says little about the light."""
+_LUMINANCE = np.array([0.2126, 0.7152, 0.0722], np.float32)
+_ROUNDS = 5
+_OUTLIER = 4.0
+"""Tukey's limit in standard deviations (from the median)."""
+MAX_ERROR = {"shift_px": 0.25, "scale": 0.002, "k1": 0.01, "jpg_falloff": 0.02, "ratio": 0.05, "falloff": 0.1}
+"""A value whose standard error is larger counts as not measurable."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """One pair on the LR mosaic's grid over the shared area, uint8 [H, W, 3] each."""
+
+    rendering: NDArray[np.uint8]
+    """LR's RAW by LibRaw: `RENDER_OPTIONS`, so linear light through BT.709's curve."""
+    lr: NDArray[np.uint8]
+    hr: NDArray[np.uint8]
+    """Low-passed to this grid."""
+    lr_is_jpg: bool
+    """The camera's own; False: a rendering, too."""
+    hr_is_jpg: bool
+    to_lr_units: Map
+    """(x, y) of this grid -> units of the LR frame."""
+    to_hr_units: Map
+
+
+def measure(pictures: Pictures) -> dict[str, float]:
+    """The schema's columns of these names, for one pair; NaN where it does not say."""
+    found = dict.fromkeys(COLUMNS, float("nan"))
+    tone = None
+    cells = _Cells(_without_shift(pictures))
+    if pictures.lr_is_jpg:
+        found |= _jpg_geometry(pictures)
+        tone, found["jpg_falloff"] = _tone_curve(cells)
+    if tone is not None or not pictures.hr_is_jpg:
+        found["exposure_ratio"], found["exposure_falloff"] = _exposure(cells, tone if pictures.hr_is_jpg else None)
+    return found
+
+
+def _jpg_geometry(pictures: Pictures) -> dict[str, float]:
+    """Shift, scale and radial coefficient of the camera's JPG against the rendering, by the shifts of small patches."""
+    height, width = pictures.lr.shape[:2]
+    fixed, moving = (registration.local_detail(registration.luminance(p)) for p in (pictures.rendering, pictures.lr))
+    side = min(_PATCH_PX, height, width)
+    places, shifts = [], []
+    for top in _starts(height, side):
+        for left in _starts(width, side):
+            at = (slice(top, top + side), slice(left, left + side))
+            dy, dx = registration.measure_shift(fixed[at], moving[at])
+            if np.isfinite(dx):
+                places.append((left + side / 2, top + side / 2))
+                shifts.append((dx, dy))
+    if not places:
+        return {}
+    q = apply(pictures.to_lr_units, np.array(places))
+    px_per_unit = 1 / abs(pictures.to_lr_units[0, 0])
+    radial = np.concatenate([q, q * (q * q).sum(1, keepdims=True)], axis=1).reshape(-1, 2, 2) * px_per_unit
+    one, zero = np.ones(len(q)), np.zeros(len(q))
+    shift_x, shift_y = np.stack([one, zero], 1), np.stack([zero, one], 1)
+    columns = [shift_x.ravel(), shift_y.ravel(), radial[:, 0].ravel(), radial[:, 1].ravel()]
+    value, error = _robust_fit(columns, np.array(shifts).ravel())
+    k1 = value[3] / (1 + value[2])
+    if not error[3] <= MAX_ERROR["k1"]:
+        value, error = _robust_fit(columns[:3], np.array(shifts).ravel())
+        k1 = float("nan")
+    if not (max(error[:2]) <= MAX_ERROR["shift_px"] and error[2] <= MAX_ERROR["scale"]):
+        return {}
+    return {"jpg_scale": 1 + value[2], "jpg_k1": k1, "jpg_shift_x": value[0], "jpg_shift_y": value[1]}
+
+
+def _without_shift(pictures: Pictures) -> Pictures:
+    """hr moved by the shift that alignment left, where that can be measured: light is compared place by place."""
+    height, width = pictures.lr.shape[:2]
+    top, left = max(0, (height - _SHIFT_PX) // 2), max(0, (width - _SHIFT_PX) // 2)
+    at = (slice(top, top + _SHIFT_PX), slice(left, left + _SHIFT_PX))
+    lr, hr = (registration.local_detail(registration.luminance(part[at])) for part in (pictures.lr, pictures.hr))
+    dy, dx = registration.measure_shift(lr, hr)
+    if not np.isfinite(dx):
+        return pictures
+    shift = translation(dx, dy)
+    # What comes from outside is black, and black says nothing about the light.
+    moved = cv2.warpAffine(pictures.hr, shift, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+    return replace(pictures, hr=np.asarray(moved, np.uint8), to_hr_units=compose(pictures.to_hr_units, shift))
+
+
+class _Cells:
+    """Mean light per cell, and where it can be trusted."""
+
+    def __init__(self, pictures: Pictures) -> None:
+        height, width = pictures.lr.shape[:2]
+        side = max(_CELL_PX, -(-max(height, width) // _MAX_SIDE_CELLS))
+        self.shape = (max(1, height // side), max(1, width // side))
+        self.rendering, well = self._light(pictures.rendering, side, _from_bt709)
+        self.lr, lr_well = self._light(pictures.lr, side, _from_srgb if pictures.lr_is_jpg else _from_bt709)
+        self.hr, hr_well = self._light(pictures.hr, side, _from_srgb if pictures.hr_is_jpg else _from_bt709)
+        self.lr_good, self.hr_good = well & lr_well, well & hr_well
+        y, x = (np.mgrid[: self.shape[0], : self.shape[1]] + 0.5) * side
+        places = np.stack([x.ravel(), y.ravel()], 1)
+        self.lr_r2, self.hr_r2 = (
+            (apply(units, places) ** 2).sum(1).reshape(self.shape)
+            for units in (pictures.to_lr_units, pictures.to_hr_units)
+        )
+
+    def _light(
+        self, picture: NDArray[np.uint8], side: int, table: NDArray[np.float32]
+    ) -> tuple[Plane, NDArray[np.bool_]]:
+        rows, cols = self.shape
+        part = picture[: rows * side, : cols * side] if min(picture.shape[:2]) >= side else picture
+        size = (cols, rows)
+        luminance = cv2.transform(np.take(table, part), _LUMINANCE[None])
+        light = cv2.resize(luminance, size, interpolation=cv2.INTER_AREA)
+        extreme = ((part < _DARK) | (part > _BRIGHT)).any(2).astype(np.float32)
+        return np.asarray(light, np.float32), cv2.resize(extreme, size, interpolation=cv2.INTER_AREA) == 0
+
+
+@dataclass(frozen=True)
+class _Tone:
+    """The camera's curve undone: log light in the RAW's units as a polynomial of the log of sRGB-decoded values."""
+
+    coefficients: NDArray[np.float64]
+    low: float
+    high: float
+
+    def light(self, decoded: Plane) -> NDArray[np.float64]:
+        """NaN outside the values that the curve was fitted to."""
+        x = np.log(np.maximum(decoded, 1e-6)).astype(np.float64)
+        inside = (x >= self.low) & (x <= self.high)
+        return np.where(inside, np.exp(np.polynomial.polynomial.polyval(x, self.coefficients)), np.nan)
+
+
+def _tone_curve(cells: _Cells) -> tuple[_Tone | None, float]:
+    """The curve, and how the JPG's light falls against the RAW's: log raw = curve(log jpg) - log(1 - f r2)."""
+    good = cells.lr_good
+    if good.sum() < 30 * (_TONE_DEGREE + 2):
+        return None, float("nan")
+    x = np.log(np.maximum(cells.lr[good], 1e-6)).astype(np.float64)
+    y = np.log(np.maximum(cells.rendering[good], 1e-6)).astype(np.float64)
+    columns = [x**power for power in range(_TONE_DEGREE + 1)]
+    value, _ = _radial_fit(columns, y, cells.lr_r2[good], sign=-1.0)
+    tone = _Tone(value[:-1], float(np.percentile(x, 0.5)), float(np.percentile(x, 99.5)))
+    # Neighbouring cells err alike (a leaf's colour): how well the falloff is known, only larger blocks tell.
+    known = tone.light(cells.lr)
+    ratio, r2 = _block_ratios(cells.rendering, known, good & np.isfinite(known), cells.lr_r2)
+    falloff, error = _radial_fit([np.ones(len(r2))], ratio, r2, sign=-1.0)
+    return tone, float(falloff[-1]) if error[-1] <= MAX_ERROR["jpg_falloff"] else float("nan")
+
+
+def _block_ratios(
+    a: NDArray[Any], b: NDArray[Any], good: NDArray[np.bool_], r2: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(log of the mean of a / the mean of b, mean r2) of blocks of cells, of those at least half good."""
+    block = max(1, min(good.shape) // _BLOCKS)
+    size = (max(1, good.shape[1] // block), max(1, good.shape[0] // block))
+    sum_a, sum_b, share, mean_r2 = (
+        np.asarray(cv2.resize(plane.astype(np.float64), size, interpolation=cv2.INTER_AREA), np.float64)
+        for plane in (np.where(good, a, 0), np.where(good, b, 0), good, r2)
+    )
+    used = share > 0.5
+    return np.log(sum_a[used] / sum_b[used]), mean_r2[used]
+
+
+def _exposure(cells: _Cells, tone: _Tone | None) -> tuple[float, float]:
+    """(ratio at the centre, falloff to HR's corner) of HR's light to LR's. tone None: hr is a rendering itself."""
+    bright = cells.hr.astype(np.float64) if tone is None else tone.light(cells.hr)
+    ratio, r2 = _block_ratios(bright, cells.rendering, cells.hr_good & np.isfinite(bright), cells.hr_r2)
+    one = np.ones(len(ratio))
+    value, error = _radial_fit([one], ratio, r2, sign=1.0)
+    falloff = float(value[-1])
+    if not error[-1] <= MAX_ERROR["falloff"]:
+        value, error = _robust_fit([one], ratio)
+        falloff = float("nan")
+    return (float(np.exp(value[0])) if error[0] <= MAX_ERROR["ratio"] else float("nan")), falloff
+
+
+def _radial_fit(
+    columns: list[NDArray[np.float64]], target: NDArray[np.float64], r2: NDArray[np.float64], *, sign: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Fit target = columns . c + sign log(1 - f r2): ([c..., f], standard errors)."""
+    falloff = 0.0
+    value, error = np.zeros(len(columns) + 1), np.full(len(columns) + 1, np.nan)
+    for _ in range(3):
+        inside = np.maximum(1 - falloff * r2, 0.05)
+        slope = -sign * r2 / inside
+        value, error = _robust_fit([*columns, slope], target - sign * np.log(inside) + slope * falloff)
+        falloff = float(np.clip(value[-1], -2.0, 0.9))
+    return value, error
+
+
+def _robust_fit(
+    columns: list[NDArray[np.float64]], target: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Least squares with Tukey's weights: (values, standard errors); errors are infinite where the data cannot say."""
+    matrix = np.stack(columns, 1)
+    count = matrix.shape[1]
+    infinite = np.full(count, np.inf)
+    value = np.zeros(count)
+    weight = np.ones(len(target))
+    if len(target) < 2 * count + 2:
+        return value, infinite
+    for _ in range(_ROUNDS):
+        weighted = matrix * weight[:, None]
+        normal = weighted.T @ matrix
+        try:
+            inverse = np.linalg.inv(normal)
+        except np.linalg.LinAlgError:
+            return value, infinite
+        value = inverse @ (weighted.T @ target)
+        residual = target - matrix @ value
+        spread = 1.4826 * float(np.median(np.abs(residual))) + 1e-9
+        weight = np.square(np.clip(1 - np.square(residual / (_OUTLIER * spread)), 0, None))
+    used = float(weight.sum())
+    if used <= count:
+        return value, infinite
+    variance = float((weight * residual**2).sum()) / (used - count)
+    error = np.sqrt(np.maximum(np.diag(inverse @ (matrix.T @ (matrix * np.square(weight)[:, None])) @ inverse), 0))
+    return value, np.asarray(np.where(np.isfinite(error), error * np.sqrt(variance), np.inf))
+
+
+def _starts(length: int, side: int) -> list[int]:
+    count = int(np.clip(length // side, 1, _MAX_PATCHES))
+    return [round(start) for start in np.linspace(0, length - side, count).tolist()]
+
+
+def _table(decode: NDArray[np.float64]) -> NDArray[np.float32]:
+    return decode.astype(np.float32)
+
+
+_CODES = np.arange(256) / 255
+_from_srgb = _table(np.where(_CODES <= 0.04045, _CODES / 12.92, ((_CODES + 0.055) / 1.055) ** 2.4))
+_from_bt709 = _table(np.where(_CODES < 0.081, _CODES / 4.5, ((_CODES + 0.099) / 1.099) ** (1 / 0.45)))
