@@ -149,6 +149,46 @@ def write_arw(
     Path(path).write_bytes(_serialise(root))
 
 
+def bare_dng(
+    mosaic_HW: Mosaic,
+    cfa: str,
+    black_level: Sequence[int],
+    white_level: int,
+    xyz_to_camera_33: npt.NDArray[np.float64] | None,
+) -> bytes:
+    """A DNG that says what LibRaw needs for a rendering and no more: counts, levels and the colour matrix.
+
+    black_level  whole counts by place in the 2x2 cell, row by row
+    xyz_to_camera_33  its rows are free in scale; None: LibRaw leaves the camera's colours as they are
+    Raises np.linalg.LinAlgError for a matrix that cannot be inverted.
+    """
+    ifd = _mosaic_ifd(mosaic_HW, cfa, bits=16)
+    ifd.text(271, "SDAN")
+    ifd.text(272, "Negative")
+    ifd.set(50706, BYTE, 1, 4, 0, 0)
+    ifd.set(50707, BYTE, 1, 1, 0, 0)
+    ifd.set(50710, BYTE, 0, 1, 2)
+    ifd.set(50711, SHORT, 1)
+    ifd.set(50713, SHORT, 2, 2)
+    ifd.set(50714, LONG, *black_level)
+    ifd.set(50717, LONG, white_level)
+    if xyz_to_camera_33 is not None:
+        # LibRaw keeps ColorMatrix1 as float32. What that loses stands in CameraCalibration1, a matrix before it: there
+        # small off-diagonal values are exact, and the diagonal is 1 because rows are free in scale.
+        matrix = xyz_to_camera_33 / np.abs(xyz_to_camera_33).max(axis=1, keepdims=True)
+        rounded = matrix.astype(np.float32).astype(np.float64)
+        rest = matrix @ np.linalg.inv(rounded)
+        ifd.entries[50721] = (SRATIONAL, _fractions(rounded))
+        ifd.entries[50723] = (SRATIONAL, _fractions(rest / np.diag(rest)[:, None]))
+        ifd.set(50778, SHORT, 21)
+    return _serialise(ifd)
+
+
+def _fractions(matrix_33: npt.NDArray[np.float64]) -> list[int]:
+    """Its values as signed rationals, to 2**-30."""
+    return [part for value in matrix_33.ravel() for part in (round(float(value) * (1 << 30)), 1 << 30)]
+
+
 def _check(
     mosaic_HW: Mosaic, cfa: str, black_level: Sequence[float], white_level: int, wb: Sequence[float], orientation: int
 ) -> None:

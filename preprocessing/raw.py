@@ -9,33 +9,18 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import rawpy
 from numpy.typing import NDArray
 
 from preprocessing.exif import read_exif
-
-RENDER_OPTIONS = MappingProxyType(
-    {
-        "demosaic_algorithm": rawpy.DemosaicAlgorithm.AHD,
-        "output_color": rawpy.ColorSpace.sRGB,
-        "output_bps": 8,
-        "gamma": (2.222, 4.5),
-        "no_auto_bright": True,
-        "bright": 1.0,
-        "highlight_mode": rawpy.HighlightMode.Clip,
-        "adjust_maximum_thr": 0.0,
-        "user_flip": 0,
-    }
-)
-"""LibRaw's options for the rendering: AHD demosaic, sRGB primaries, BT.709 curve, 8 bit, the file's own white balance
-(given as user_wb), no automatic brightening, the file's white level and not the picture's maximum
-(adjust_maximum_thr=0: else one bright pixel changes the whole rendering), the sensor's orientation (user_flip=0)."""
+from preprocessing.rendering import Negative, xyz_to_camera_of
 
 _NOT_BAYER = "SDAN needs the plain counts of a 2x2 Bayer sensor"
+_PLACES = ((0, 0), (0, 1), (1, 0), (1, 1))
+_DNG_VERSION = 50706
 
 
 class RawError(ValueError):
@@ -44,23 +29,16 @@ class RawError(ValueError):
 
 @dataclass(frozen=True)
 class RawImage:
-    """One decoded RAW frame in the sensor's orientation. Per-channel values are in the order R, G1, G2, B."""
+    """One decoded RAW frame in the sensor's orientation. Per-channel values are in the order R, G1, G2, B.
 
-    packed: NDArray[np.uint16]
-    """[4, h, w] sensor counts, not normalised. Phase RGGB: the first row and/or column is dropped where the sensor
-    starts on another colour."""
-    black_level: NDArray[np.float32]
-    """(4,) counts."""
-    white_level: float
-    """Counts at which the sensor clips."""
-    wb: NDArray[np.float32]
-    """(4,) gains of the file's white balance, green = 1."""
-    rendering: NDArray[np.uint8]
-    """[2h, 2w, 3] LibRaw's rendering of the same area, sRGB in [0, 255]."""
+    Its area is the visible one without the first row and/or column where the sensor starts on another colour, so that
+    the phase is always RGGB.
+    """
+
+    negative: Negative
+    """The counts of LibRaw's visible area, and what rendering them takes."""
     origin: tuple[int, int]
     """(row, col) of this area's first pixel in LibRaw's visible area, mosaic pixels: 0 or 1 each."""
-    visible_size: tuple[int, int]
-    """(height, width) of LibRaw's visible area, mosaic pixels."""
     flip: int
     """LibRaw's sizes.flip: how a viewer turns the picture; see `upright`."""
     camera: str
@@ -68,6 +46,52 @@ class RawImage:
     iso: float | None
     exposure_s: float | None
     focal_mm: float | None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(h, w) of the area, packed pixels."""
+        (height, width), (top, left) = self.visible_size, self.origin
+        return (height - top) // 2, (width - left) // 2
+
+    @property
+    def visible_size(self) -> tuple[int, int]:
+        """(height, width) of LibRaw's visible area, mosaic pixels."""
+        return self.negative.mosaic_HW.shape[0], self.negative.mosaic_HW.shape[1]
+
+    @property
+    def black_level(self) -> NDArray[np.float32]:
+        """(4,) counts."""
+        return self.negative.black_level
+
+    @property
+    def white_level(self) -> float:
+        """Counts at which the sensor clips."""
+        return self.negative.white_level
+
+    @property
+    def wb(self) -> NDArray[np.float32]:
+        """(4,) gains of the file's white balance, green = 1."""
+        return self.negative.wb
+
+    @property
+    def packed(self) -> NDArray[np.uint16]:
+        """[4, h, w] sensor counts of the whole area, not normalised; made anew at each call."""
+        return self.counts(0, 0, *self.size)
+
+    @property
+    def rendering(self) -> NDArray[np.uint8]:
+        """[2h, 2w, 3] LibRaw's rendering of the whole area, sRGB in [0, 255]; made anew at each call."""
+        return self.render(0, 0, *self.size)
+
+    def counts(self, top: int, left: int, height: int, width: int) -> NDArray[np.uint16]:
+        """[4, height, width] of a window, packed pixels."""
+        first_row, first_col = self.origin[0] + 2 * top, self.origin[1] + 2 * left
+        mosaic = self.negative.mosaic_HW[first_row : first_row + 2 * height, first_col : first_col + 2 * width]
+        return np.stack([mosaic[r::2, c::2] for r, c in _PLACES])
+
+    def render(self, top: int, left: int, height: int, width: int) -> NDArray[np.uint8]:
+        """[2 height, 2 width, 3] of a window, packed pixels: that part of `rendering`, and only that is computed."""
+        return self.negative.render(self.origin[0] + 2 * top, self.origin[1] + 2 * left, 2 * height, 2 * width)
 
 
 def load(source: str | Path | bytes, *, name: str | None = None) -> RawImage:
@@ -86,9 +110,8 @@ def render(source: str | Path | bytes, *, name: str | None = None) -> NDArray[np
     The picture of a RAW that has no camera JPG beside it. Raises RawError as `load` does.
     """
     with _opened(source, name) as (raw, label):
-        _require_bayer(raw, label)
-        _require_complete(raw.raw_image_visible, label)
-        return _render(raw, _white_balance(raw, label), label)
+        negative = _decode(raw, label, _head(source)).negative
+    return negative.render(0, 0, *negative.mosaic_HW.shape)
 
 
 def upright(image_HWC: NDArray[Any], flip: int) -> NDArray[Any]:
@@ -119,32 +142,31 @@ def _opened(source: str | Path | bytes, name: str | None) -> Iterator[tuple[Any,
 def _decode(raw: Any, label: str, head: bytes) -> RawImage:
     _require_bayer(raw, label)
     colours = raw.raw_colors_visible[:2, :2]
-    origin = _rggb_origin(colours, bytes(raw.color_desc), label)
+    names = bytes(raw.color_desc)
+    origin = _rggb_origin(colours, names, label)
     mosaic = raw.raw_image_visible
     height, width = ((length - start) // 2 * 2 for length, start in zip(mosaic.shape, origin, strict=True))
     if min(height, width) < 2:
         raise RawError(f"{label}: visible area {mosaic.shape[1]}x{mosaic.shape[0]}, expected at least 4x4 pixels")
-    rows, cols = slice(origin[0], origin[0] + height), slice(origin[1], origin[1] + width)
-    mosaic = mosaic[rows, cols]
-    _require_complete(mosaic, label)
+    _require_complete(mosaic[origin[0] : origin[0] + height, origin[1] : origin[1] + width], label)
     # Which of LibRaw's channels (0 R, 1 G, 2 B, 3 G2) stands at R, G1, G2, B of the block that starts at the origin.
-    channels = [int(colours[(origin[0] + r) % 2, (origin[1] + c) % 2]) for r, c in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    channels = [int(colours[(origin[0] + r) % 2, (origin[1] + c) % 2]) for r, c in _PLACES]
     black = _per_channel(raw.black_level_per_channel)[channels]
     white = float(raw.white_level)
     if not white > black.max():
         raise RawError(f"{label}: white level {white:g}, expected above the black level {black.max():g}")
-    gains = _white_balance(raw, label)
     tags = read_exif(head)
-    flip = int(raw.sizes.flip)  # before rendering, which sets it to its own user_flip
     return RawImage(
-        packed=np.stack([mosaic[r::2, c::2] for r, c in ((0, 0), (0, 1), (1, 0), (1, 1))]),
-        black_level=black,
-        white_level=white,
-        wb=gains[channels],
-        rendering=_render(raw, gains, label)[rows, cols],
+        negative=Negative(
+            mosaic_HW=mosaic.copy(),
+            cfa="".join(chr(names[index]) for index in colours.ravel()),
+            black_level=black,
+            white_level=white,
+            wb=_white_balance(raw, label)[channels],
+            xyz_to_camera=_colour_matrix(raw, head, label),
+        ),
         origin=origin,
-        visible_size=(int(raw.sizes.height), int(raw.sizes.width)),
-        flip=flip,
+        flip=int(raw.sizes.flip),
         camera=tags.camera or "unknown",
         iso=float(raw.other.iso_speed) or tags.iso,
         exposure_s=float(raw.other.shutter_speed) or tags.exposure_s,
@@ -167,7 +189,7 @@ def _require_bayer(raw: Any, label: str) -> None:
 
 def _rggb_origin(colours: NDArray[Any], names: bytes, label: str) -> tuple[int, int]:
     letters = np.array([[chr(names[index]) for index in row] for row in colours])
-    for row, col in ((0, 0), (0, 1), (1, 0), (1, 1)):
+    for row, col in _PLACES:
         if "".join(np.roll(letters, (-row, -col), (0, 1)).ravel()) == "RGGB":
             return row, col
     raise RawError(f"{label}: colour pattern {''.join(letters.ravel())}; {_NOT_BAYER}")
@@ -200,12 +222,26 @@ def _white_balance(raw: Any, label: str) -> NDArray[np.float32]:
     raise RawError(f"{label}: no white balance in the file, expected gains for red, green and blue; exclude it")
 
 
-def _render(raw: Any, gains: NDArray[np.float32], label: str) -> NDArray[np.uint8]:
-    rendering = raw.postprocess(user_wb=[float(gain) for gain in gains], **RENDER_OPTIONS)
-    expected = (raw.sizes.height, raw.sizes.width, 3)
-    if rendering.shape != expected:
-        raise RawError(f"{label}: rendering has shape {rendering.shape}, expected {expected}; {_NOT_BAYER}")
-    return rendering
+def _colour_matrix(raw: Any, head: bytes, label: str) -> NDArray[np.float64] | None:
+    """XYZ -> camera [3, 3] as LibRaw uses it: a DNG's own, else the one in LibRaw's table; None where neither is."""
+    own, table = np.asarray(raw.color_matrix, np.float64)[:, :3], np.asarray(raw.rgb_xyz_matrix, np.float64)[:3]
+    use_own = own.any() and _is_dng(head)
+    if not use_own and not table.any():
+        return None
+    with contextlib.suppress(np.linalg.LinAlgError):
+        matrix = xyz_to_camera_of(own) if use_own else table
+        if np.isfinite(np.linalg.inv(matrix)).all():
+            return matrix
+    raise RawError(f"{label}: the colour matrix cannot be inverted; copy the file again or exclude it")
+
+
+def _is_dng(head: bytes) -> bool:
+    """Whether the file's first directory has the tag DNGVersion."""
+    order: Literal["little", "big"] = "little" if head[:2] == b"II" else "big"
+    first = int.from_bytes(head[4:8], order)
+    count = int.from_bytes(head[first : first + 2], order)
+    entries = range(first + 2, first + 2 + 12 * count, 12)
+    return any(int.from_bytes(head[at : at + 2], order) == _DNG_VERSION for at in entries)
 
 
 def _head(source: str | Path | bytes) -> bytes:

@@ -88,7 +88,7 @@ def align(raw: RawImage, lr: Jpg, hr: Jpg, zoom: float, *, ecc: bool) -> Alignme
 
 def shared_area(raw: RawImage, alignment: Alignment, lr_size: Size, hr_size: Size) -> Area:
     """The packed area that all three pictures cover; height or width can be 0 or less."""
-    _, rows, cols = raw.packed.shape
+    rows, cols = raw.size
     boxes = [geometry.footprint(alignment.lr_to_lr_jpg, lr_size), geometry.footprint(alignment.lr_to_hr, hr_size)]
     top, left = raw.origin
     first_col = max(0.0, *((box[0] - left) / 2 for box in boxes))
@@ -132,6 +132,7 @@ def cut(
         hr.pixels_HWC, geometry.compose(alignment.lr_to_hr, fine), (scale * size[0], scale * size[1])
     )
     low_HWC = np.asarray(cv2.resize(hr_HWC, size[::-1], interpolation=cv2.INTER_AREA), np.uint8)
+    counts_4HW, render_HWC = raw.counts(*area), raw.render(*area)
     quality = _Quality(lr_HWC, low_HWC, scale, tile_px)
     shared_columns = {
         "lr_source": lr.source,
@@ -145,19 +146,18 @@ def cut(
         "origin_col": raw.origin[1],
         "lr_to_hr": alignment.lr_to_hr.ravel(),
         "aligned_by": alignment.aligned_by,
-    } | _corrections(raw, lr, hr, alignment, area, lr_HWC, low_HWC)
+    } | _corrections(raw, render_HWC, lr, hr, alignment, area, lr_HWC, low_HWC)
     tiles = []
     for row in rows:
         for col in cols:
             score, residual_px = quality.of(row, col)
-            top, left = area[0] + row, area[1] + col
             tiles.append(
                 shared_columns
                 | {
-                    "row": top,
-                    "col": left,
-                    "lr_raw": raw.packed[:, top : top + tile_px, left : left + tile_px],
-                    "lr_render": _window(raw.rendering, top, left, 2, tile_px),
+                    "row": area[0] + row,
+                    "col": area[1] + col,
+                    "lr_raw": counts_4HW[:, row : row + tile_px, col : col + tile_px],
+                    "lr_render": _window(render_HWC, row, col, 2, tile_px),
                     "lr_rgb": _window(lr_HWC, row, col, 2, tile_px),
                     "hr_rgb": _window(hr_HWC, row, col, 2 * scale, tile_px),
                     "align_score": score,
@@ -190,6 +190,7 @@ class _Quality:
 
 def _corrections(
     raw: RawImage,
+    render_HWC: NDArray[np.uint8],
     lr: Jpg,
     hr: Jpg,
     alignment: Alignment,
@@ -197,16 +198,16 @@ def _corrections(
     lr_HWC: NDArray[np.uint8],
     low_HWC: NDArray[np.uint8],
 ) -> dict[str, Any]:
-    """The columns of corrections.py; lr_HWC and low_HWC (HR, low-passed) on the mosaic's grid over the area."""
+    """The columns of corrections.py; render_HWC, lr_HWC and low_HWC (HR, low-passed) on the mosaic's grid over the
+    area."""
     place = mosaic_origin(raw, area)
-    rows, cols = slice(2 * area[0], 2 * (area[0] + area[2])), slice(2 * area[1], 2 * (area[1] + area[3]))
     # LR's frame in the sensor's orientation, HR's as stored: only its radius is asked for.
     hr_frame = geometry.about_centres(geometry.units_per_px(hr.size), hr.size, (0, 0))
     lr_scale = float(np.abs(alignment.lr_to_lr_jpg[0, :2]).sum())
     lr_frame = geometry.about_centres(lr_scale * geometry.units_per_px(lr.size), raw.visible_size, (0, 0))
     return corrections.measure(
         corrections.Pictures(
-            rendering=raw.rendering[rows, cols],
+            rendering=render_HWC,
             lr=lr_HWC,
             hr=low_HWC,
             lr_is_jpg=lr.source == "camera",

@@ -10,6 +10,7 @@ from known_scene import BLACK, WB, WHITE, Scene, frame_to_scene, to_8_bit, to_mo
 
 from preprocessing import raw
 from preprocessing.dng import write_arw, write_dng
+from preprocessing.rendering import RENDER_OPTIONS
 
 SIZE = (96, 144)
 PHASES = ("RGGB", "GRBG", "GBRG", "BGGR")
@@ -101,7 +102,7 @@ def test_upright_is_libraws_own_turn(tmp_path, orientation, flip):
     image = raw.load(tmp_path / "x.dng")
     assert image.flip == flip and image.rendering.shape == (*SIZE, 3)
     with rawpy.imread(str(tmp_path / "x.dng")) as opened:
-        options = {name: value for name, value in raw.RENDER_OPTIONS.items() if name != "user_flip"}
+        options = {name: value for name, value in RENDER_OPTIONS.items() if name != "user_flip"}
         turned = opened.postprocess(user_wb=[float(image.wb[channel]) for channel in (0, 1, 3, 2)], **options)
     assert np.array_equal(raw.upright(image.rendering, image.flip), turned)
 
