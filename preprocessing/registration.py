@@ -5,6 +5,8 @@ Pictures here are luminance, float32 [H, W], on one grid: the camera JPG of the 
 brought to the same resolution by the focal lengths. Maps as in geometry.py.
 """
 
+from functools import lru_cache
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +22,8 @@ _CONVERGED_PX = 1e-3
 _OUTLIER = 2.5
 """Smoothed residuals above so many medians count as another motion. They vary little, so the limit can be close."""
 _MIN_TILE_CORRELATION = 0.25
+_MIN_OVERLAP_PX = 8
+"""Least side of what two tiles share when one is shifted."""
 MIN_CORRELATION = 0.4
 """Below this correlation of local detail two pictures are not held to show the same thing."""
 MAX_SCALE_CHANGE = 0.08
@@ -60,34 +64,58 @@ def measure_shift(reference: Plane, moving: Plane) -> tuple[float, float]:
     dy, dx = _phase_shift(reference, moving)
     if not np.isfinite(dy):
         return dy, dx
-    size = (reference.shape[0], reference.shape[1])
     found = np.array([dx, dy])
     for _ in range(6):
-        local = translation(float(found[0]), float(found[1]))
-        warped, inside = _warp(moving, local, size), _inside(local, size)
-        grad_x, grad_y = _gradients(warped)
-        gain, bias = _gain(reference, warped, inside)
-        residual = np.where(inside, reference - gain * warped - bias, 0)
-        jacobian = gain * np.stack([grad_x[inside], grad_y[inside]]).astype(np.float64)
-        step = np.linalg.lstsq(jacobian @ jacobian.T, jacobian @ residual[inside], rcond=None)[0]
+        fixed, warped = _overlap(reference, moving, found)
+        if min(fixed.shape) < _MIN_OVERLAP_PX:
+            return float("nan"), float("nan")
+        gain, bias = _gain(fixed, warped)
+        residual = (fixed - gain * warped - bias).ravel()
+        jacobian = gain * np.stack([gradient.ravel() for gradient in _gradients(warped)])
+        normal = (jacobian @ jacobian.T).astype(np.float64)
+        step = np.linalg.solve(normal + (1e-9 * np.trace(normal) + 1e-30) * np.eye(2), jacobian @ residual)
         found = found + np.clip(step, -1, 1)
         if np.abs(step).max() < 5e-3:
             break
-    local = translation(float(found[0]), float(found[1]))
-    inside = _inside(local, size)
-    alike = correlation(reference[inside], _warp(moving, local, size)[inside]) if inside.any() else float("nan")
+    fixed, warped = _overlap(reference, moving, found)
+    alike = correlation(fixed, warped) if min(fixed.shape) >= _MIN_OVERLAP_PX else float("nan")
     if not alike >= _MIN_TILE_CORRELATION or np.abs(found - [dx, dy]).max() > 2:
         return float("nan"), float("nan")
     return float(found[1]), float(found[0])
 
 
+def _overlap(reference: Plane, moving: Plane, shift_xy: NDArray[np.float64]) -> tuple[Plane, Plane]:
+    """The part of `reference` that a shifted `moving` covers, and `moving` there (bicubic, by rows and columns)."""
+    height, width = reference.shape
+    (col, row), (right, down) = np.floor(shift_xy).astype(int), shift_xy - np.floor(shift_xy)
+    top, left = max(0, 1 - row), max(0, 1 - col)
+    bottom, end = min(height, height - 2 - row), min(width, width - 2 - col)
+    if bottom <= top or end <= left:
+        return reference[:0, :0], reference[:0, :0]
+    source = moving[top + row - 1 : bottom + row + 2, left + col - 1 : end + col + 2]
+    shifted = cv2.sepFilter2D(source, cv2.CV_32F, _cubic(float(right)), _cubic(float(down)), anchor=(1, 1))
+    return reference[top:bottom, left:end], np.asarray(shifted[1:-2, 1:-2], np.float32)
+
+
+def _cubic(fraction: float) -> NDArray[np.float32]:
+    """Weights of the pixels at -1, 0, 1, 2 for the value at `fraction` (Keys' cubic, a = -0.75 as OpenCV has it)."""
+    x = np.abs(np.array([-1, 0, 1, 2]) - fraction)
+    a = -0.75
+    near, far = ((a + 2) * x - (a + 3)) * x * x + 1, ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    return np.where(x <= 1, near, far).astype(np.float32)
+
+
 def _phase_shift(reference: Plane, moving: Plane) -> tuple[float, float]:
     height, width = reference.shape
-    window = cv2.createHanningWindow((width, height), cv2.CV_32F)
-    (dx, dy), response = cv2.phaseCorrelate(reference, moving, window)
+    (dx, dy), response = cv2.phaseCorrelate(reference, moving, _hanning(height, width))
     if response <= 0 or not np.isfinite((dx, dy)).all():
         return float("nan"), float("nan")
     return float(dy), float(dx)
+
+
+@lru_cache(maxsize=8)
+def _hanning(height: int, width: int) -> Plane:
+    return np.asarray(cv2.createHanningWindow((width, height), cv2.CV_32F), np.float32)
 
 
 def register(reference: Plane, moving: Plane) -> Map:
@@ -137,7 +165,7 @@ def _refine(fixed: Plane, floating: Plane, mapping: Map, factor: float) -> Map:
         if inside.mean() < 0.25:
             raise RegistrationError("the pictures hardly overlap")
         grad_x, grad_y = _gradients(warped)
-        gain, bias = _gain(fixed, warped, inside)
+        gain, bias = _gain(fixed[inside], warped[inside])
         residual = np.asarray(fixed - gain * warped - bias, np.float32)
         weight = _robust_weight(residual, inside)
         columns = [gain * g * u for g in (grad_x, grad_y) for u in (unit_x, unit_y, np.float32(1))]
@@ -195,8 +223,8 @@ def _gradients(plane: Plane) -> tuple[Plane, Plane]:
     return np.asarray(x, np.float32), np.asarray(y, np.float32)
 
 
-def _gain(fixed: Plane, warped: Plane, inside: NDArray[np.bool_]) -> tuple[float, float]:
-    a, b = fixed[inside], warped[inside]
+def _gain(a: Plane, b: Plane) -> tuple[float, float]:
+    """(gain, bias) by which b comes closest to a."""
     mean_a, mean_b = float(a.mean()), float(b.mean())
     gain = float(((a - mean_a) * (b - mean_b)).mean()) / max(float(((b - mean_b) ** 2).mean()), 1e-9)
     gain = float(np.clip(gain, 0.2, 5.0))  # before the pictures meet the fit is near 0 and would stop the steps
