@@ -245,8 +245,9 @@ def _is_dng(head: bytes) -> bool:
 
 
 def _head(source: str | Path | bytes) -> bytes:
+    """The file's first megabyte, which holds its tags."""
     if isinstance(source, bytes):
-        return source
+        return source[: 1 << 20]
     with Path(source).open("rb") as file:
         return file.read(1 << 20)
 

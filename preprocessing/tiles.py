@@ -57,7 +57,7 @@ def decode_jpg(data: bytes, name: str) -> Jpg:
     """Raises TileError for a file that is no JPG, is damaged or ends early."""
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as picture:
-            pixels = np.asarray(picture.convert("RGB"))
+            pixels = np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = "no JPG" if isinstance(error, Image.UnidentifiedImageError) else str(error).strip() or "damaged"
         raise TileError(f"{name}: cannot be decoded ({reason}); copy it again or exclude it") from error
