@@ -18,8 +18,6 @@ from preprocessing.schema import SCHEMA_VERSION, SPLITS, is_shard
 from preprocessing.storage import Folder
 
 _DATASET = "dataset.json"
-_DIED_RUNS = 2
-"""A pair whose process died in this many runs is not tried again until its inputs change."""
 
 
 @dataclass
@@ -39,20 +37,13 @@ class Ledger:
         """Raises PreprocessError when the shards were made with other options, OSError when they cannot be read."""
         ledger = cls(target)
         if target.exists(_DATASET):
-            try:
-                ledger.dataset = json.loads(target.read(_DATASET))
-            except json.JSONDecodeError as error:
-                where = f"{target.label}/{_DATASET}"
-                raise PreprocessError(f"{where}: damaged ({error}); restore it or use another SHARDS folder") from error
-            _require_same_options(target, ledger.dataset, options)
-        for split in SPLITS:
-            for entry in target.files(f"split={split}"):
-                if is_shard(entry.base_name):
-                    ledger.shards[entry.base_name.rpartition("_")[0]].append(target.relative(entry.path))
+            ledger.dataset = _checked(target, target.read(_DATASET), options)
+        ledger.shards = ledger._listed()
         for entry in target.files("quarantine"):
             if entry.base_name.endswith(".json") and not entry.base_name.startswith("."):
                 path = target.relative(entry.path)
-                with contextlib.suppress(json.JSONDecodeError):  # a damaged note is written anew
+                # A damaged note is written anew; one that is gone was mended by a run beside us.
+                with contextlib.suppress(json.JSONDecodeError, FileNotFoundError):
                     ledger.quarantine[path] = json.loads(target.read(path))
         return ledger
 
@@ -73,52 +64,50 @@ class Ledger:
             note = self.quarantine.get(job.quarantine, {})
             if any(path.endswith(f"_{job.fingerprint}.parquet") for path in self.shards[job.key]):
                 done.append(job)
-            elif note.get("fingerprint") == job.fingerprint and note.get("died_in_runs", _DIED_RUNS) >= _DIED_RUNS:
+            elif note.get("fingerprint") == job.fingerprint:
                 given_up.append(QuarantineEntry(job.sequence, job.pair, note["reason"]))
             else:
                 todo.append(job)
         return todo, done, given_up
 
     def prepare(self, plan: Plan, options: PreprocessOptions) -> None:
-        """Write dataset.json; remove leftovers of killed runs and the shards of frames that are excluded now."""
-        splits = {**self.splits, **{job.sequence: job.split for job in plan.jobs}}
-        dataset = {
-            "schema_version": SCHEMA_VERSION,
-            "options": options.of_shards,
-            "val": list(options.val),
-            "splits": dict(sorted(splits.items())),
-        }
-        if dataset != self.dataset:
-            self._write(_DATASET, dataset)
-        for folder in ("", "quarantine", *(f"split={split}" for split in SPLITS)):
-            self.target.sweep(folder)
+        """Write dataset.json; remove leftovers of killed runs and the shards of what is excluded or paired anew now."""
+
+        def merge(stored: bytes | None) -> bytes:
+            # Another run may have begun since we read it: what it holds out must stay held out.
+            self.dataset = _checked(self.target, stored, options) if stored else {}
+            val = sorted({*self.val, *options.val})
+            splits = {**self.splits, **{job.sequence: job.split for job in plan.jobs}}
+            dataset = {
+                "schema_version": SCHEMA_VERSION,
+                "options": options.of_shards,
+                "val": val,
+                "splits": {name: "val" if name in val else split for name, split in sorted(splits.items())},
+            }
+            return json.dumps(dataset, indent=1).encode()
+
+        self.target.update(_DATASET, merge)
+        self._sweep()
         for name in plan.excluded:
             sequence, _, stem = name.partition("/")
             for key in [key for key in self.shards if _holds(key, sequence, stem)]:
                 self._delete(self.shards.pop(key))
+        planned = {job.key for job in plan.jobs}
+        for key in self.shards.keys() - planned:
+            if any(key.startswith(f"{job.sequence}_") and key.endswith(f"-{job.hr}") for job in plan.jobs):
+                self._delete(self.shards.pop(key))  # its long frame has another short frame now
 
-    def settle(self, job: PairJob, result: PairResult | None) -> QuarantineEntry | None:
-        """Keep the folder true to what became of a pair (None: its process died); its entry if it is quarantined."""
-        if result is not None and result.status == "written":
+    def settle(self, job: PairJob, result: PairResult) -> QuarantineEntry | None:
+        """Keep the folder true to what became of a pair; its entry if it is quarantined."""
+        if result.status == "written":
             self.tidy(job, [*self.shards[job.key], job.shard])
             return None
-        note: dict[str, Any] = {"sequence": job.sequence, "pair": job.pair, "fingerprint": job.fingerprint}
-        if result is None:
-            earlier = self.quarantine.get(job.quarantine, {})
-            same = earlier.get("fingerprint") == job.fingerprint
-            note["died_in_runs"] = 1 + (earlier.get("died_in_runs", 0) if same else 0)
-            note["reason"] = (
-                f"{job.lr_raw}: the process that worked on it died, each time it was tried (a decoder crash, or too "
-                "little memory); copy the files again or exclude them"
-            )
-        else:
-            note["reason"] = result.reason
-            if result.status == "unreadable":
-                note["fingerprint"] = None  # another run may fare better
-            else:
-                self._delete(self.shards[job.key])  # made from inputs that are no longer there
+        note = {"sequence": job.sequence, "pair": job.pair, "fingerprint": None, "reason": result.reason}
+        if result.status == "quarantined":
+            self._delete(self.shards[job.key])  # made from inputs that are no longer there
+            note["fingerprint"] = job.fingerprint  # not tried again while its inputs stay the same
         self._write(job.quarantine, note)
-        return QuarantineEntry(job.sequence, job.pair, note["reason"])
+        return QuarantineEntry(job.sequence, job.pair, result.reason)
 
     def tidy(self, job: PairJob, paths: Iterable[str] | None = None) -> None:
         """Leave one finished file of a pair, in its split (`--val` may have moved it), without older siblings."""
@@ -128,6 +117,14 @@ class Ledger:
             self.target.move(same, job.shard)
             found.remove(same)
         self._delete([path for path in found if path != job.shard])
+
+    def finish(self, plan: Plan) -> None:
+        """Once more one file a pair and no leftovers: a killed run, or one beside us, may have written late."""
+        self.shards = self._listed()
+        for job in plan.jobs:
+            if any(path.endswith(f"_{job.fingerprint}.parquet") for path in self.shards[job.key]):
+                self.tidy(job)
+        self._sweep()
 
     def quarantine_only(self, entries: Iterable[QuarantineEntry], plan: Plan) -> None:
         """Keep notes about the plan's sequences for `entries` alone: new faults come, what is mended goes."""
@@ -146,12 +143,35 @@ class Ledger:
             split: sum(is_shard(file.base_name) for file in self.target.files(f"split={split}")) for split in SPLITS
         }
 
+    def _listed(self) -> dict[str, list[str]]:
+        shards: dict[str, list[str]] = defaultdict(list)
+        for split in SPLITS:
+            for entry in self.target.files(f"split={split}"):
+                if is_shard(entry.base_name):
+                    shards[entry.base_name.rpartition("_")[0]].append(self.target.relative(entry.path))
+        return shards
+
+    def _sweep(self) -> None:
+        for folder in ("", "quarantine", *(f"split={split}" for split in SPLITS)):
+            self.target.sweep(folder)
+
     def _write(self, path: str, content: Mapping[str, Any]) -> None:
         self.target.put(path, json.dumps(content, indent=1).encode())
 
     def _delete(self, paths: Iterable[str]) -> None:
         for path in paths:
             self.target.delete(path)
+
+
+def _checked(target: Folder, stored: bytes, options: PreprocessOptions) -> dict[str, Any]:
+    """The content of dataset.json. Raises PreprocessError when it is damaged or was made with other options."""
+    try:
+        dataset = json.loads(stored)
+    except json.JSONDecodeError as error:
+        where = f"{target.label}/{_DATASET}"
+        raise PreprocessError(f"{where}: damaged ({error}); restore it or use another SHARDS folder") from error
+    _require_same_options(target, dataset, options)
+    return dataset
 
 
 def _require_same_options(target: Folder, made: Mapping[str, Any], options: PreprocessOptions) -> None:

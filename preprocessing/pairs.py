@@ -31,8 +31,8 @@ class PairResult:
 
     key: str
     status: str
-    """written; quarantined; unreadable (its files could not be fetched: worth another run); unwritable (SHARDS could
-    not be written: the run cannot go on)."""
+    """written; quarantined (its files are at fault); unreadable (they could not be fetched) and died (its process was
+    ended from outside): worth another run; unwritable (SHARDS could not be written: the run cannot go on)."""
     reason: str = ""
     rows: int = 0
     bytes: int = 0

@@ -178,6 +178,8 @@ def _plan_sequence(raw: Folder, sequence: Sequence, options: PreprocessOptions, 
         try:
             shot = _look(raw, frame)
         except OSError as error:
+            if not raw.is_local:
+                raise  # after all retries: the bucket's fault rather than the frame's
             plan.faults.append(QuarantineEntry(sequence.name, frame.stem, f"cannot be read: {error}"))
             continue
         reasons = list(_faults(shot, render_missing=options.missing_jpg == "render"))
@@ -195,6 +197,8 @@ def _plan_sequence(raw: Folder, sequence: Sequence, options: PreprocessOptions, 
         try:
             plan.jobs.append(_job(raw, sequence, lr, hr, split, options))
         except OSError as error:
+            if not raw.is_local:
+                raise
             name = f"{lr.frame.stem}-{hr.frame.stem}"
             plan.faults.append(QuarantineEntry(sequence.name, name, f"cannot be read: {error}"))
     return plan

@@ -23,14 +23,19 @@ import ray.exceptions
 from tqdm import tqdm
 
 from preprocessing.exif import Exif
+from preprocessing.isolation import Worker
 from preprocessing.ledger import Ledger
-from preprocessing.pairs import PairResult, process
+from preprocessing.pairs import PairResult
 from preprocessing.plan import PairJob, Plan, PreprocessError, PreprocessOptions, QuarantineEntry, make_plan
 from preprocessing.storage import Folder, one_line, open_folder
 
 __all__ = ["PreprocessError", "PreprocessOptions", "PreprocessReport", "QuarantineEntry", "preprocess"]
 
 _RETRIES = 2
+_READ_FAULTS = 8
+"""So many pairs in a row that a bucket does not give us end the run: each has cost all of a request's retries."""
+_WORKER = Worker()
+"""In a Ray worker: the child that serves its tasks. Other processes never start it."""
 _DEATHS = (
     ray.exceptions.WorkerCrashedError,
     ray.exceptions.OutOfMemoryError,
@@ -95,6 +100,7 @@ def preprocess(
             for job in done:
                 ledger.tidy(job)
             written = _work(source, ledger, todo, options, report, progress=progress)
+            ledger.finish(plan)
             ledger.quarantine_only(report.quarantined, plan)
         report.new_sequences = sorted(written - had_shards)
     with _storage_fault(target, "read"):
@@ -117,13 +123,14 @@ def _work(
     """Run the jobs and settle each as it ends; the sequences that got a shard. A failed run keeps what is finished."""
     waiting = {job.key: job for job in todo}
     written: set[str] = set()
+    read_faults = 0
     with tqdm(total=len(todo), desc="preprocess", unit="pair", disable=not progress or not todo) as bar:
 
-        def settle(job: PairJob, result: PairResult | None) -> None:
+        def settle(job: PairJob, result: PairResult) -> None:
             entry = ledger.settle(job, result)
             if entry is not None:
                 report.quarantined.append(entry)
-            elif result is not None:
+            else:
                 report.written, report.rows, report.bytes = (
                     report.written + 1,
                     report.rows + result.rows,
@@ -135,20 +142,27 @@ def _work(
         for result in _results(source, ledger.target, todo, options):
             if result.status == "unwritable":
                 raise OSError(result.reason)
+            read_faults = read_faults + 1 if result.status == "unreadable" and not source.is_local else 0
+            if read_faults == _READ_FAULTS:
+                raise PreprocessError(
+                    f"{source.label}: {read_faults} pairs in a row could not be read (the last: {result.reason}); what "
+                    "is finished stays: mend that and run again"
+                )
             settle(waiting.pop(result.key), result)
         for job in waiting.values():
-            settle(job, None)
+            reason = "its Ray worker died each time: too little memory, or ended from outside; run again"
+            settle(job, PairResult(job.key, "died", f"{job.lr_raw}: {reason}"))
     return written
 
 
 def _results(source: Folder, target: Folder, todo: list[PairJob], options: PreprocessOptions) -> Iterator[PairResult]:
-    """One task per pair, in the order they end; none for a pair whose process died in each of three tries."""
+    """One task per pair, in the order they end; none for a pair whose Ray worker died in each of three tries."""
     if not todo:
         return
     with _ray(), _quiet_ray_data() as failures:
         jobs = ray.data.from_items([{"job": json.dumps(asdict(job))} for job in todo], override_num_blocks=len(todo))
         with warnings.catch_warnings():
-            # Ray 2.64 drops max_retries here and names no successor; without it a crashing decoder is retried for ever.
+            # Ray 2.64 drops max_retries here and names no successor; without it too little memory is retried for ever.
             warnings.simplefilter("ignore")
             results = jobs.map(partial(_task, source=source, target=target, options=options), max_retries=_RETRIES)
         for row in results.iter_rows():
@@ -159,7 +173,7 @@ def _results(source: Folder, target: Folder, todo: list[PairJob], options: Prepr
 def _task(row: dict[str, Any], source: Folder, target: Folder, options: PreprocessOptions) -> dict[str, Any]:
     fields = json.loads(row["job"])
     job = PairJob(**{**fields, "lr_exif": Exif(**fields["lr_exif"]), "hr_exif": Exif(**fields["hr_exif"])})
-    return asdict(process(job, source, target, options))
+    return asdict(_WORKER.run(job, source, target, options))
 
 
 @contextlib.contextmanager

@@ -1,15 +1,23 @@
-"""Local folders and `s3://` URIs alike, through pyarrow.fs: open a folder, read a file or its two ends, put a file
-in place in one step."""
+"""Local folders and `s3://` URIs alike: open a folder, read a file or its two ends, put a file in place in one step.
 
+Through pyarrow.fs, but for what is written to S3 (s3.py).
+"""
+
+import contextlib
+import fcntl
 import os
 import socket
 import time
 import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.fs
+
+from preprocessing import s3
 
 ENDS_BYTES = 64 * 1024
 _STALE_S = 24 * 3600
@@ -23,6 +31,11 @@ class Folder:
     root: str
     label: str
     """What the user called it, for messages."""
+
+    @property
+    def uri(self) -> str:
+        """What `open_folder` makes this folder of in another process, whatever its working directory."""
+        return self.root if self.is_local else self.label
 
     def path(self, relative: str) -> str:
         return f"{self.root}/{relative}" if relative else self.root
@@ -55,12 +68,11 @@ class Folder:
     def put(self, relative: str, data: bytes | pa.Buffer) -> None:
         """Write a file so that readers see either none (or the old one) or all of it, even if we are killed.
 
-        Locally written aside and renamed; on S3 an object appears when its upload is complete.
+        Locally written aside and renamed; on S3 one request. Raises OSError.
         """
         target = self.path(relative)
         if not self.is_local:
-            with self.filesystem.open_output_stream(target) as stream:
-                stream.write(data)
+            s3.put(self.uri, target, data)
             return
         parent, name = target.rsplit("/", 1)
         self.filesystem.create_dir(parent, recursive=True)
@@ -73,13 +85,44 @@ class Folder:
             self.delete_path(aside)
             raise
 
-    def move(self, source: str, target: str) -> None:
-        """Move a file within the folder; on S3 a copy, then a deletion."""
+    def update(self, relative: str, change: Callable[[bytes | None], bytes]) -> None:
+        """Put change(content, None for no file) in the file's place; no other `update` comes in between."""
         if self.is_local:
-            self.filesystem.create_dir(self.path(target).rpartition("/")[0], recursive=True)
-            self.filesystem.move(self.path(source), self.path(target))
+            with self._locked():
+                old = self.read(relative) if self.exists(relative) else None
+                new = change(old)
+                if new != old:
+                    self.put(relative, new)
             return
-        self.filesystem.copy_file(self.path(source), self.path(target))
+        done = False
+        while not done:
+            old, version = s3.get(self.uri, self.path(relative))
+            new = change(old)
+            done = new == old or s3.put_instead(self.uri, self.path(relative), new, version)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the folder's lock, which the kernel frees when we die; network file systems may not have it."""
+        self.filesystem.create_dir(self.root, recursive=True)
+        folder = os.open(self.root, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):
+                fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
+
+    def move(self, source: str, target: str) -> None:
+        """Move a file within the folder; on S3 a copy, then a deletion. Fine if another run was faster."""
+        try:
+            if self.is_local:
+                self.filesystem.create_dir(self.path(target).rpartition("/")[0], recursive=True)
+                self.filesystem.move(self.path(source), self.path(target))
+                return
+            self.filesystem.copy_file(self.path(source), self.path(target))
+        except OSError:
+            if not self.exists(target):
+                raise
         self.delete(source)
 
     def delete(self, relative: str) -> None:
@@ -94,7 +137,7 @@ class Folder:
                 raise
 
     def sweep(self, relative: str) -> None:
-        """Remove what killed runs left half-written: asides of dead processes of this host, or older than a day."""
+        """Remove what killed runs left half-written: asides of this host's dead processes, of others' after a day."""
         if not self.is_local:
             return
         for entry in self.files(relative):
@@ -112,6 +155,8 @@ def open_folder(uri: str) -> Folder:
     Raises OSError or pyarrow.ArrowInvalid when the URI cannot be understood; the folder need not exist.
     """
     if "://" in uri:
+        if not uri.startswith(("s3://", "file://")):
+            raise pa.ArrowInvalid(f"{uri.partition(':')[0]}:// is not supported")
         filesystem, root = pyarrow.fs.FileSystem.from_uri(uri)
     else:
         filesystem, root = pyarrow.fs.LocalFileSystem(), str(Path(uri).absolute())
@@ -124,22 +169,30 @@ def one_line(error: BaseException) -> str:
 
 
 def _writer() -> str:
-    return f"{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex[:8]}"
+    return f"{_machine()}~{_process('self')}~{uuid.uuid4().hex[:8]}"
+
+
+@lru_cache
+def _machine() -> str:
+    """Where process ids mean what they mean here: containers may share a host name."""
+    return f"{socket.gethostname()}-{Path('/proc/self/ns/pid').stat().st_ino}"
+
+
+def _process(pid: str) -> str:
+    """The process's id and the time it started, since ids are used again; "" when it does not run (any more)."""
+    try:
+        number, _, rest = Path(f"/proc/{pid}/stat").read_text().partition(" ")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    state, *fields = rest.rpartition(")")[2].split()
+    return "" if state in "ZX" else f"{number}-{fields[18]}"
 
 
 def _abandoned(name: str, modified_s: float) -> bool:
     parts = name.rsplit("~", 3)
-    if len(parts) != 4 or not parts[2].isdigit():
+    if len(parts) != 4:
         return False
-    host, pid = parts[1], parts[2]
-    if time.time() - modified_s > _STALE_S:
-        return True
-    if host != socket.gethostname():
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return False
+    _, machine, process, _ = parts
+    if machine == _machine():
+        return _process(process.partition("-")[0]) != process
+    return time.time() - modified_s > _STALE_S

@@ -1,5 +1,6 @@
 """Files appear whole or not at all; what killed writers left goes, what live ones write stays."""
 
+import json
 import os
 import shutil
 import socket
@@ -7,10 +8,11 @@ import subprocess
 import sys
 import time
 
+import pyarrow as pa
 import pytest
 from known_scene import write_sequence
 
-from preprocessing.storage import open_folder
+from preprocessing.storage import _writer, open_folder
 
 
 def test_put_replaces_and_leaves_nothing_aside(tmp_path):
@@ -42,22 +44,51 @@ def test_both_ends_of_a_file(tmp_path, size):
 
 
 def test_sweep_takes_only_what_dead_writers_left(tmp_path):
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
+    program = "from preprocessing.storage import _writer; print(_writer())"
+    gone = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
+    machine, process, _ = (mine := _writer()).split("~")
     names = {
-        f".x.parquet~{socket.gethostname()}~{gone.pid}~0a": False,
-        f".x.parquet~{socket.gethostname()}~{os.getpid()}~0b": True,
-        ".x.parquet~another.host~1~0c": True,
-        ".x.parquet~another.host~1~0d": False,  # older than a day
+        f".x.parquet~{gone}": False,
+        f".x.parquet~{mine}": True,
+        f".x.parquet~{machine}~{process.partition('-')[0]}-1~0b": False,  # our id, but of a process before us
+        ".x.parquet~another.host-1~1-1~0c": True,
+        ".x.parquet~another.host-1~1-1~0d": False,  # older than a day
         ".gitignore": True,
         "x.parquet": True,
     }
     for name in names:
         (tmp_path / name).write_bytes(b"")
-    for name in (".x.parquet~another.host~1~0d", ".gitignore", "x.parquet"):
+    for name in (".x.parquet~another.host-1~1-1~0d", f".x.parquet~{mine}", ".gitignore", "x.parquet"):
         os.utime(tmp_path / name, times=(time.time() - 90_000,) * 2)
     open_folder(str(tmp_path)).sweep("")
     assert {path.name for path in tmp_path.iterdir()} == {name for name, stays in names.items() if stays}
+
+
+UPDATE_PROGRAM = """
+import json, sys
+from preprocessing.storage import open_folder
+folder = open_folder(sys.argv[1])
+for number in range(50):
+    mine = sys.argv[2] + str(number)
+    folder.update("set.json", lambda old: json.dumps(sorted({*json.loads(old or "[]"), mine})).encode())
+"""
+
+
+def update_at_once(uri, environment=None):
+    """Four processes add fifty names each to one file."""
+    running = [subprocess.Popen([sys.executable, "-c", UPDATE_PROGRAM, uri, name], env=environment) for name in "abcd"]
+    assert [process.wait() for process in running] == [0] * 4
+    return json.loads(open_folder(uri).read("set.json"))
+
+
+def test_updates_at_once_lose_nothing(tmp_path):
+    assert len(update_at_once(str(tmp_path / "new"))) == 200
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["set.json"]
+
+
+def test_other_storages_are_refused():
+    with pytest.raises(pa.ArrowInvalid, match="gs:// is not supported"):
+        open_folder("gs://bucket/raw")
 
 
 S3_PROGRAM = """

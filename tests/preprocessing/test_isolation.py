@@ -1,0 +1,117 @@
+"""A child that dies over a pair: whose fault it was, and what becomes of the pair. The decoder is a stand-in that does
+what a marked file tells it to."""
+
+import dataclasses
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from known_scene import write_sequence
+
+from preprocessing.isolation import Worker
+from preprocessing.plan import PreprocessOptions, make_plan
+from preprocessing.schema import list_shards
+from preprocessing.storage import open_folder
+
+OPTIONS = PreprocessOptions(tile_px=24, stride_px=16)
+STAND_IN = """
+import ctypes, os, rawpy, signal
+real = rawpy.imread
+def imread(source):
+    order = source.read().partition(b"ORDER:")[2].decode()
+    source.seek(0)
+    if order == "hang":
+        ctypes.PyDLL(None).sleep(1000)  # Python's lock is held, as in a decoder that never ends
+    elif order == "print":
+        os.write(1, b"unexpected marker" + bytes([10]))
+    elif order:
+        os.kill(os.getpid(), getattr(signal, order))
+    return real(source)
+rawpy.imread = imread
+"""
+
+
+@pytest.fixture
+def pair(tmp_path, monkeypatch):
+    """(job, source, target) of the first pair of a sequence; `order(text)` marks its RAW."""
+    write_sequence(tmp_path / "raw" / "00001", seed=1)
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "sitecustomize.py").write_text(STAND_IN)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    source, target = open_folder(str(tmp_path / "raw")), open_folder(str(tmp_path / "shards"))
+    return make_plan(source, OPTIONS, {}).jobs[0], source, target
+
+
+@pytest.fixture
+def worker():
+    worker = Worker()
+    yield worker
+    worker.close()
+
+
+def mark(pair, order):
+    job, source, target = pair
+    with Path(source.path(job.lr_raw)).open("ab") as file:
+        file.write(f"ORDER:{order}".encode())
+    return job, source, target
+
+
+def test_one_child_serves_many_pairs_and_ends_with_its_owner(pair, worker):
+    first = worker.run(*pair, OPTIONS)
+    pid = worker.pid
+    assert first.status == "written" and first == worker.run(*pair, OPTIONS) and worker.pid == pid
+    assert len(list_shards(pair[2].root)) == 1
+    worker.close()
+    assert worker.pid is None and not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize("order", ["SIGSEGV", "SIGABRT"])
+def test_a_crash_is_the_files_fault(pair, worker, order):
+    result = worker.run(*mark(pair, order), OPTIONS)
+    assert result.status == "quarantined" and "\n" not in result.reason
+    assert result.reason.startswith(f"{pair[0].lr_raw}: ") and order in result.reason
+
+
+def test_a_kill_is_not(pair, worker):
+    result = worker.run(*mark(pair, "SIGKILL"), OPTIONS)
+    assert result.status == "died" and "SIGKILL" in result.reason
+
+
+def test_a_child_killed_while_it_waits_is_replaced(pair, worker):
+    worker.run(*pair, OPTIONS)
+    os.kill(worker.pid, signal.SIGKILL)
+    time.sleep(0.2)
+    assert worker.run(*pair, OPTIONS).status == "written"
+
+
+def test_a_decoder_that_never_ends_is_ended(pair):
+    began = time.monotonic()
+    result = Worker(limit_s=3).run(*mark(pair, "hang"), OPTIONS)
+    assert result.status == "died" and "took longer than 3 s" in result.reason
+    assert time.monotonic() - began < 10
+
+
+def test_what_a_decoder_prints_is_no_answer(pair, worker):
+    assert worker.run(*mark(pair, "print"), OPTIONS).status == "written"
+
+
+def test_a_child_does_not_outlive_its_parent(pair):
+    owner = os.fork()
+    if owner == 0:
+        worker = Worker()
+        worker.run(*pair, OPTIONS)
+        Path(pair[2].root, "pid").write_text(str(worker.pid))
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(owner, 0)
+    child = Path("/proc") / Path(pair[2].root, "pid").read_text()
+    deadline = time.monotonic() + 10
+    while child.exists() and "State:\tZ" not in (child / "status").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_long_list_of_exclusions_is_not_sent_along(pair, worker):
+    options = dataclasses.replace(OPTIONS, exclude=tuple(f"{number:05d}" for number in range(100_000)))
+    assert worker.run(*pair, options).status == "written"
