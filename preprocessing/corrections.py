@@ -39,7 +39,7 @@ _LUMINANCE = np.array([0.2126, 0.7152, 0.0722], np.float32)
 _ROUNDS = 5
 _OUTLIER = 4.0
 """Tukey's limit in standard deviations (from the median)."""
-MAX_ERROR = {"shift_px": 0.25, "scale": 0.002, "k1": 0.01, "jpg_falloff": 0.02, "ratio": 0.05, "falloff": 0.1}
+MAX_ERROR = {"shift_px": 0.25, "scale": 0.002, "k1": 0.01, "jpg_falloff": 0.03, "ratio": 0.05, "falloff": 0.1}
 """A value whose standard error is larger counts as not measurable."""
 
 
@@ -64,9 +64,11 @@ def measure(pictures: Pictures) -> dict[str, float]:
     """The schema's columns of these names, for one pair; NaN where it does not say."""
     found = dict.fromkeys(COLUMNS, float("nan"))
     tone = None
-    cells = _Cells(_without_shift(pictures))
     if pictures.lr_is_jpg:
         found |= _jpg_geometry(pictures)
+        pictures = _undistorted(pictures, found)
+    cells = _Cells(_without_shift(pictures))
+    if pictures.lr_is_jpg:
         tone, found["jpg_falloff"] = _tone_curve(cells)
     if tone is not None or not pictures.hr_is_jpg:
         found["exposure_ratio"], found["exposure_falloff"] = _exposure(cells, tone if pictures.hr_is_jpg else None)
@@ -102,6 +104,21 @@ def _jpg_geometry(pictures: Pictures) -> dict[str, float]:
     if not (max(error[:2]) <= MAX_ERROR["shift_px"] and error[2] <= MAX_ERROR["scale"]):
         return {}
     return {"jpg_scale": 1 + value[2], "jpg_k1": k1, "jpg_shift_x": value[0], "jpg_shift_y": value[1]}
+
+
+def _undistorted(pictures: Pictures, found: dict[str, float]) -> Pictures:
+    """The camera's JPG brought to the RAW's geometry, where that was measured."""
+    if not np.isfinite(found["jpg_scale"]):
+        return pictures
+    (step, _, left), (_, _, top) = pictures.to_lr_units
+    height, width = pictures.lr.shape[:2]
+    x = ((np.arange(width) + 0.5) * step + left).astype(np.float32)[None]
+    y = ((np.arange(height) + 0.5) * step + top).astype(np.float32)[:, None]
+    bent = found["jpg_scale"] * (1 + np.nan_to_num(found["jpg_k1"]) * (x * x + y * y)) - 1
+    map_x = np.arange(width, dtype=np.float32)[None] + (x * bent / step + found["jpg_shift_x"])
+    map_y = np.arange(height, dtype=np.float32)[:, None] + (y * bent / step + found["jpg_shift_y"])
+    maps = np.asarray(map_x, np.float32), np.asarray(map_y, np.float32)
+    return replace(pictures, lr=np.asarray(cv2.remap(pictures.lr, *maps, cv2.INTER_LINEAR), np.uint8))
 
 
 def _without_shift(pictures: Pictures) -> Pictures:
@@ -145,7 +162,7 @@ class _Cells:
         size = (cols, rows)
         luminance = cv2.transform(np.take(table, part), _LUMINANCE[None])
         light = cv2.resize(luminance, size, interpolation=cv2.INTER_AREA)
-        extreme = ((part < _DARK) | (part > _BRIGHT)).any(2).astype(np.float32)
+        extreme = np.asarray(((part < _DARK) | (part > _BRIGHT)).any(2), np.float32)
         return np.asarray(light, np.float32), cv2.resize(extreme, size, interpolation=cv2.INTER_AREA) == 0
 
 

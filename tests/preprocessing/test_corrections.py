@@ -1,0 +1,128 @@
+"""What was done to a pair is what is measured: distortion and vignetting of the JPG alone, and the frames' exposure."""
+
+import cv2
+import numpy as np
+import pytest
+from known_scene import Scene
+
+from preprocessing import raw, simulate, tiles
+from preprocessing.corrections import COLUMNS, Pictures, measure
+from preprocessing.geometry import about_centres, compose, translation, units_per_px
+from preprocessing.sensor import tone_curve
+from preprocessing.truth import load_truth
+
+FRAME = (944, 1416)
+"""The LR frame; the pair's area is its central half, as at 2x."""
+AREA = (472, 704)
+ZOOM = 2.0
+TOLERANCE = {
+    "exposure_ratio": 0.02,
+    "exposure_falloff": 0.02,
+    "jpg_scale": 3e-4,
+    "jpg_k1": 0.005,
+    "jpg_shift_x": 0.05,
+    "jpg_shift_y": 0.05,
+    "jpg_falloff": 0.03,
+}
+
+
+def grid():
+    """q [H, W, 2] of the area's pixels in half diagonals of the LR frame, and the map there."""
+    corner = translation((FRAME[1] - AREA[1]) / 2, (FRAME[0] - AREA[0]) / 2)
+    to_units = compose(about_centres(units_per_px(FRAME), FRAME, (0, 0)), corner)
+    x, y = np.meshgrid(np.arange(AREA[1]) + 0.5, np.arange(AREA[0]) + 0.5)
+    return np.stack([to_units[0, 0] * x + to_units[0, 2], to_units[1, 1] * y + to_units[1, 2]], -1), to_units
+
+
+def pictures(seed=1, *, ratio=1.0, falloff=0.0, scale=1.0, k1=0.0, shift=(0.0, 0.0), jpg_falloff=0.0, hr_shift=(0, 0)):
+    """A pair of pictures to which exactly this was done; the camera's tone curve is the simulator's."""
+    margin = 24
+    size = (AREA[0] + 2 * margin, AREA[1] + 2 * margin)
+    light = Scene(seed).view(about_centres(1.3, size, (0, 0)), size) ** 2.2 * 0.7
+    q, to_units = grid()
+    px = 1 / to_units[0, 0]
+
+    def at(points):  # light at q, in half diagonals
+        x, y = ((points - q[0, 0]) * px + margin).transpose(2, 0, 1).astype(np.float32)
+        return cv2.remap(light.astype(np.float32), x, y, cv2.INTER_CUBIC)
+
+    source = q.copy()
+    for _ in range(20):  # what the RAW shows at `source`, the JPG shows at q
+        source = (q - np.array(shift) / px) / (scale * (1 + k1 * (source**2).sum(-1, keepdims=True)))
+    camera = at(source) * (1 - jpg_falloff * (source**2).sum(-1, keepdims=True))
+    other = q + np.array(hr_shift) / px
+    long = at(other) * ratio * (1 - falloff * ZOOM**2 * (other**2).sum(-1, keepdims=True))
+    coded = (np.rint(255 * p).astype(np.uint8) for p in (bt709(at(q)), tone_curve(camera), tone_curve(long)))
+    return Pictures(*coded, True, True, to_units, compose(np.array([[ZOOM, 0, 0], [0, ZOOM, 0]]), to_units))
+
+
+def bt709(linear):
+    linear = np.clip(linear, 0, 1)
+    return np.where(linear < 0.018, 4.5 * linear, 1.099 * linear**0.45 - 0.099)
+
+
+@pytest.mark.parametrize(
+    "done",
+    [
+        {},
+        {"ratio": 1.4, "falloff": 0.3},
+        {"ratio": 0.75, "hr_shift": (6, -9)},
+        {"k1": 0.06, "shift": (0.7, -1.3)},
+        {"k1": -0.04, "scale": 1.004, "jpg_falloff": -0.4},
+        {"scale": 0.997, "ratio": 1.1, "jpg_falloff": 0.3},
+    ],
+)
+def test_what_was_done_is_measured(done):
+    found = measure(pictures(**done))
+    shift = done.get("shift", (0, 0))
+    expected = {
+        "exposure_ratio": done.get("ratio", 1.0),
+        "exposure_falloff": done.get("falloff", 0.0),
+        "jpg_scale": done.get("scale", 1.0),
+        "jpg_k1": done.get("k1", 0.0),
+        "jpg_shift_x": shift[0],
+        "jpg_shift_y": shift[1],
+        "jpg_falloff": done.get("jpg_falloff", 0.0),
+    }
+    assert tuple(found) == COLUMNS
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, abs=TOLERANCE[name]), name
+
+
+def test_pictures_that_say_nothing_are_not_measured():
+    _, to_units = grid()
+    dark = np.zeros((*AREA, 3), np.uint8)
+    found = measure(Pictures(dark, dark, dark, True, True, to_units, to_units))
+    assert np.isnan(list(found.values())).all()
+    noise = np.random.default_rng(0).integers(0, 256, (3, *AREA, 3)).astype(np.uint8)
+    found = measure(Pictures(*noise, True, True, to_units, to_units))
+    assert np.isnan([found[name] for name in COLUMNS if name.startswith("jpg")]).all()
+
+
+def test_renderings_need_no_camera_curve():
+    done = pictures(ratio=1.2)
+    rendered = np.rint(255 * bt709(1.2 * _linear(done.rendering))).astype(np.uint8)
+    both = Pictures(done.rendering, done.rendering, rendered, False, False, done.to_lr_units, done.to_hr_units)
+    found = measure(both)
+    assert found["exposure_ratio"] == pytest.approx(1.2, abs=0.01) and np.isnan(found["jpg_scale"])
+    # The camera's curve is not known where the LR frame has no JPG.
+    mixed = Pictures(done.rendering, done.rendering, done.hr, False, True, done.to_lr_units, done.to_hr_units)
+    assert np.isnan(list(measure(mixed).values())).all()
+
+
+def _linear(coded):
+    value = coded / 255
+    return np.where(value < 0.081, value / 4.5, ((value + 0.099) / 1.099) ** (1 / 0.45))
+
+
+def test_simulated_exposures_are_measured(tmp_path):
+    """Gain and vignetting that the simulator gave each frame, through RAW, JPG and real misalignment."""
+    folder = simulate.simulate(tmp_path, sequences=1, width_px=768, preset="default", seed=3)[0]
+    truth = load_truth(folder)
+    for lr, hr in (("00005", "00001"), ("00006", "00002"), ("00007", "00003")):
+        jpgs = [tiles.decode_jpg((folder / f"{stem}.JPG").read_bytes(), stem) for stem in (lr, hr)]
+        zoom = truth.frames[hr].focal_mm / truth.frames[lr].focal_mm
+        row = tiles.cut(raw.load(folder / f"{lr}.dng"), *jpgs, zoom, scale=4, tile_px=40, stride_px=40, ecc=False)[0]
+        exposures = truth.exposures
+        assert row["exposure_ratio"] == pytest.approx(exposures[hr].gain / exposures[lr].gain, rel=0.04)
+        assert row["exposure_falloff"] == pytest.approx(exposures[hr].vignetting, abs=0.08)
