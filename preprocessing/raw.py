@@ -21,6 +21,9 @@ from preprocessing.rendering import Negative, xyz_to_camera_of
 _NOT_BAYER = "SDAN needs the plain counts of a 2x2 Bayer sensor"
 _PLACES = ((0, 0), (0, 1), (1, 0), (1, 1))
 _DNG_VERSION = 50706
+_MAX_PIXELS = 400_000_000
+_MAX_PIXELS_PER_BYTE = 32
+"""Sensor noise does not compress further than to a quarter of a bit per pixel: a file that declares more is damaged."""
 
 
 class RawError(ValueError):
@@ -134,6 +137,9 @@ def _opened(source: str | Path | bytes, name: str | None) -> Iterator[tuple[Any,
         raise RawError(f"{label}: cannot be read as RAW ({_reason(error)}); copy it again or exclude it") from error
     with opened as raw:
         try:
+            _require_plausible_size(
+                raw, label, len(source) if isinstance(source, bytes) else Path(source).stat().st_size
+            )
             yield raw, label
         except rawpy.LibRawError as error:
             raise RawError(f"{label}: damaged RAW ({_reason(error)}); copy it again or exclude it") from error
@@ -172,6 +178,13 @@ def _decode(raw: Any, label: str, head: bytes) -> RawImage:
         exposure_s=float(raw.other.shutter_speed) or tags.exposure_s,
         focal_mm=float(raw.other.focal_length) or tags.focal_mm,
     )
+
+
+def _require_plausible_size(raw: Any, label: str, num_bytes: int) -> None:
+    """Before anything is allocated by what the header says."""
+    width, height = raw.sizes.raw_width, raw.sizes.raw_height
+    if width * height > min(_MAX_PIXELS, _MAX_PIXELS_PER_BYTE * num_bytes):
+        raise RawError(f"{label}: declares {width}x{height} pixels in {num_bytes} bytes; copy it again or exclude it")
 
 
 def _require_bayer(raw: Any, label: str) -> None:

@@ -23,6 +23,10 @@ _MEASURE_PX = 96
 """Least side of the window in which a tile's residual shift is measured: a shift must be small against the window."""
 
 
+_MAX_PIXELS_PER_BYTE = 256
+"""A JPG spends at least two bits on a block of 64 pixels: one that declares more pixels is damaged."""
+
+
 class TileError(ValueError):
     """A pair that cannot be cut; the message is one line that says why."""
 
@@ -57,6 +61,8 @@ def decode_jpg(data: bytes, name: str) -> Jpg:
     """Raises TileError for a file that is no JPG, is damaged or ends early."""
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as picture:
+            if picture.width * picture.height > _MAX_PIXELS_PER_BYTE * len(data):
+                raise ValueError(f"declares {picture.width}x{picture.height} pixels in {len(data)} bytes")
             pixels = np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = "no JPG" if isinstance(error, Image.UnidentifiedImageError) else str(error).strip() or "damaged"
