@@ -137,9 +137,7 @@ def _opened(source: str | Path | bytes, name: str | None) -> Iterator[tuple[Any,
         raise RawError(f"{label}: cannot be read as RAW ({_reason(error)}); copy it again or exclude it") from error
     with opened as raw:
         try:
-            _require_plausible_size(
-                raw, label, len(source) if isinstance(source, bytes) else Path(source).stat().st_size
-            )
+            _require_plausible_size(raw, label, source)
             yield raw, label
         except rawpy.LibRawError as error:
             raise RawError(f"{label}: damaged RAW ({_reason(error)}); copy it again or exclude it") from error
@@ -180,11 +178,12 @@ def _decode(raw: Any, label: str, head: bytes) -> RawImage:
     )
 
 
-def _require_plausible_size(raw: Any, label: str, num_bytes: int) -> None:
+def _require_plausible_size(raw: Any, label: str, source: str | Path | bytes) -> None:
     """Before anything is allocated by what the header says."""
     width, height = raw.sizes.raw_width, raw.sizes.raw_height
-    if width * height > min(_MAX_PIXELS, _MAX_PIXELS_PER_BYTE * num_bytes):
-        raise RawError(f"{label}: declares {width}x{height} pixels in {num_bytes} bytes; copy it again or exclude it")
+    size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
+    if width * height > min(_MAX_PIXELS, _MAX_PIXELS_PER_BYTE * size):
+        raise RawError(f"{label}: declares {width}x{height} pixels in {size} bytes; copy it again or exclude it")
 
 
 def _require_bayer(raw: Any, label: str) -> None:
