@@ -95,10 +95,11 @@ class RunConfig:
         except ValueError as error:
             raise ConfigError(str(error)) from error
         target_px = 2 * self.train.crop_px * self.model.scale
-        if 2 * self.loss.border_px >= target_px:
+        most_px = (target_px - self.loss.least_px) // 2
+        if self.loss.border_px > most_px:
             raise ConfigError(
-                f"loss.border_px: less than {target_px // 2} expected (half a target crop of {target_px} px), "
-                f"got {self.loss.border_px}; set a smaller one or a larger train.crop_px"
+                f"loss.border_px: at most {most_px} expected (a target crop has {target_px} px, and this loss needs "
+                f"{self.loss.least_px} of them), got {self.loss.border_px}; set a smaller one or a larger train.crop_px"
             )
 
     @property
@@ -175,8 +176,40 @@ def demo() -> RunConfig:
     )
 
 
+def starter() -> RunConfig:
+    """The model that comes with the package: small, trained on simulated sequences towards their ideal pictures."""
+    return RunConfig(
+        name="starter",
+        model=SDANConfig(input="packed", encoding="sqrt", features=48, blocks=8, skip="rendering", upsampling="direct"),
+        loss=LossConfig(
+            kind="charbonnier",
+            reference_weight=0.0,
+            self_reference_weight=1.0,
+            self_target="truth",
+            align_weight=0.2,
+            border_px=16,
+        ),
+        train=TrainConfig(
+            epochs=140,
+            crops_per_epoch=512,
+            crop_px=32,
+            batch_per_worker=8,
+            learning_rate=1e-3,
+            learning_rate_floor=2e-5,
+            restart_epochs=20,
+            warmup_steps=50,
+            precision="bf16",
+            ema_decay=0.995,
+            grad_clip=1.0,
+            validate_every=5,
+            val_crops=64,
+            picture_every=4,
+        ),
+    )
+
+
 CONFIGS: dict[str, Callable[[], RunConfig]] = {
-    function.__name__: function for function in (paper_4x, paper_4x_rgb, srraw_4x, srraw_8x, smoke, demo)
+    function.__name__: function for function in (paper_4x, paper_4x_rgb, srraw_4x, srraw_8x, smoke, demo, starter)
 }
 
 

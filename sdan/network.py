@@ -30,7 +30,18 @@ Offset = Literal["squared", "per_point"]
 Attention = Literal["none", "channel", "cross_packing"]
 Skip = Literal["none", "rendering"]
 Upsampling = Literal["stages", "direct"]
+Encoding = Literal["linear", "sqrt"]
 CHANNELS = {"mosaic": 1, "packed": 4, "rgb": 3}
+
+
+_CHOICES = {
+    "input": Input,
+    "encoding": Encoding,
+    "offset": Offset,
+    "attention": Attention,
+    "skip": Skip,
+    "upsampling": Upsampling,
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,9 @@ class SDANConfig:
 
     input: Input = "mosaic"
     """mosaic [N,1,H,W] (as released), packed RGGB [N,4,H,W] at half the mosaic's size (a trunk 4x cheaper), or rgb."""
+    encoding: Encoding = "linear"
+    """How the network sees RAW values: linear (the paper's), or their square root, which gives photon noise the same
+    strength in shadows and highlights and stands nearer to the sRGB of the output (ours)."""
     scale: int = 4
     """Zoom of the mosaic: 2, 4, 8, ..."""
     features: int = 64
@@ -57,10 +71,11 @@ class SDANConfig:
     of the output and one pixel shuffle (ESPCN's), at a tenth of the cost from packed RAW (ours, for small models)."""
 
     def __post_init__(self) -> None:
-        choices = {"input": Input, "offset": Offset, "attention": Attention, "skip": Skip, "upsampling": Upsampling}
-        for name, kind in choices.items():
+        for name, kind in _CHOICES.items():
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name}: one of {', '.join(get_args(kind))} expected, got {getattr(self, name)!r}")
+        if self.encoding != "linear" and self.input == "rgb":
+            raise ValueError(f"encoding: linear expected for rgb input, which is sRGB already, got {self.encoding!r}")
         for name in ("features", "blocks", "packing_kernel"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name}: a whole number of at least 1 expected, got {getattr(self, name)!r}")
@@ -213,7 +228,7 @@ class SDAN(nn.Module):
             ValueError: shapes that do not fit each other or the config.
         """
         check_inputs(self.config, x, reference, rendering)
-        features = F.relu(self.head(x))
+        features = F.relu(self.head(x.clamp_min(0).sqrt() if self.config.encoding == "sqrt" else x))
         aligned_features, aligned, mask, offset = self.alignment(features, reference)
         zoomed = self.super_resolution(aligned_features).float()
         if self.config.skip == "rendering":

@@ -57,6 +57,15 @@ def test_direct_upsampling_gives_the_same_sizes_for_fewer_operations():
     assert operations[0] < operations[1] / 3
 
 
+def test_the_square_root_encoding_is_the_network_on_square_roots():
+    config = replace(SMALL, encoding="sqrt")
+    model, (x, reference, rendering) = SDAN(config), batch(config)
+    plain = SDAN(replace(config, encoding="linear"))
+    plain.load_state_dict(model.state_dict())
+    for a, b in zip(model(x, reference, rendering), plain(x.sqrt(), reference, rendering), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 TABLE_2 = {
     "DCN": {"offset": "per_point", "attention": "none", "flips": False},
     "SDCN": {"attention": "none", "flips": False},
@@ -212,6 +221,8 @@ def test_low_pass_is_an_area_average():
         ({"attention": "self"}, "attention: one of"),
         ({"skip": True}, "skip: one of"),
         ({"upsampling": "cubic"}, "upsampling: one of stages, direct"),
+        ({"encoding": "log"}, "encoding: one of linear, sqrt"),
+        ({"encoding": "sqrt", "input": "rgb"}, "encoding: linear expected for rgb"),
         ({"scale": 3}, "scale: one of 2, 4, 8, 16"),
         ({"features": 0}, "features: a whole number"),
         ({"packing_kernel": 2.5}, "packing_kernel: a whole number"),
