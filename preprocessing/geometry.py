@@ -59,7 +59,7 @@ def turn(flip: int, size: Size) -> Map:
     return np.array([y, x] if flip & 4 else [x, y], np.float64)
 
 
-def stored_flip(orientation: int | None, flip: int, jpg_size: Size, visible_size: Size) -> int:
+def stored_flip(orientation: int | None, flip: int, jpg_size: Size, frame_size: Size) -> int:
     """How the stored pixels of a camera JPG are turned against the sensor, as a LibRaw flip.
 
     orientation: the JPG's EXIF tag (None: not there); flip: the RAW's. Cameras store the sensor's pixels and say in the
@@ -67,28 +67,29 @@ def stored_flip(orientation: int | None, flip: int, jpg_size: Size, visible_size
     """
     if orientation not in (None, 1) or flip == 0:
         return 0
-    transposed = (jpg_size[0] > jpg_size[1]) != (visible_size[0] > visible_size[1])
+    transposed = (jpg_size[0] > jpg_size[1]) != (frame_size[0] > frame_size[1])
     if flip & 4:
         return flip if transposed else 0
     return flip if orientation == 1 else 0
 
 
-def jpg_scale(jpg_size: Size, visible_size: Size) -> float:
+def jpg_scale(jpg_size: Size, frame_size: Size) -> float:
     """JPG pixels per sensor pixel; both sizes in sensor orientation.
 
-    1 for a full-size JPG (cameras crop up to a few per cent of the visible area), else the ratio of the sides that the
+    1 for a full-size JPG (cameras crop up to a few per cent of the frame), else the ratio of the sides that the
     JPG did not crop (a smaller in-camera JPG, perhaps 16:9).
     """
-    ratio = max(jpg_size[0] / visible_size[0], jpg_size[1] / visible_size[1])
+    ratio = max(jpg_size[0] / frame_size[0], jpg_size[1] / frame_size[1])
     return 1.0 if 0.95 <= ratio <= 1.05 else ratio
 
 
-def visible_to_jpg(zoom: float, visible_size: Size, jpg_size: Size, flip: int) -> Map:
-    """LR mosaic (LibRaw's visible area, sensor orientation) -> stored pixels of a camera JPG with a `zoom` times
-    as long focal length, by the field of view about the centre. `flip` is the JPG's `stored_flip`, jpg_size as stored.
+def frame_to_jpg(zoom: float, frame_size: Size, jpg_size: Size, flip: int) -> Map:
+    """LR mosaic (the camera's frame, `RawImage.frame`, sensor orientation) -> stored pixels of a camera JPG with a
+    `zoom` times as long focal length, by the field of view about the centre. `flip` is the JPG's `stored_flip`,
+    jpg_size as stored.
     """
     size = (jpg_size[1], jpg_size[0]) if flip & 4 else jpg_size
-    return compose(turn(flip, size), about_centres(zoom * jpg_scale(size, visible_size), visible_size, size))
+    return compose(turn(flip, size), about_centres(zoom * jpg_scale(size, frame_size), frame_size, size))
 
 
 def footprint(mapping: Map, size: Size) -> tuple[float, float, float, float]:

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from preprocessing.exif import read_exif
 from preprocessing.rendering import Negative, xyz_to_camera_of
 
+_LEAST_CROP = 0.8
+"""A part of the visible area smaller than this is no border crop: a mode, or a tag that means something else."""
 _NOT_BAYER = "SDAN needs the plain counts of a 2x2 Bayer sensor"
 _PLACES = ((0, 0), (0, 1), (1, 0), (1, 1))
 _DNG_VERSION = 50706
@@ -42,6 +44,9 @@ class RawImage:
     """The counts of LibRaw's visible area, and what rendering them takes."""
     origin: tuple[int, int]
     """(row, col) of this area's first pixel in LibRaw's visible area, mosaic pixels: 0 or 1 each."""
+    frame: tuple[int, int, int, int]
+    """(top, left, height, width) in LibRaw's visible area of what the camera holds to be the picture: the crop that the
+    file names, about whose centre the camera's JPG lies, else the whole visible area."""
     flip: int
     """LibRaw's sizes.flip: how a viewer turns the picture; see `upright`."""
     camera: str
@@ -108,13 +113,12 @@ def load(source: str | Path | bytes, *, name: str | None = None) -> RawImage:
 
 
 def render(source: str | Path | bytes, *, name: str | None = None) -> NDArray[np.uint8]:
-    """LibRaw's rendering alone, of the whole visible area: uint8 [H, W, 3], sensor's orientation.
+    """LibRaw's rendering of the camera's frame alone: uint8 [H, W, 3], sensor's orientation.
 
     The picture of a RAW that has no camera JPG beside it. Raises RawError as `load` does.
     """
-    with _opened(source, name) as (raw, label):
-        negative = _decode(raw, label, _head(source)).negative
-    return negative.render(0, 0, *negative.mosaic_HW.shape)
+    image = load(source, name=name)
+    return image.negative.render(*image.frame)
 
 
 def upright(image_HWC: NDArray[Any], flip: int) -> NDArray[Any]:
@@ -170,6 +174,7 @@ def _decode(raw: Any, label: str, head: bytes) -> RawImage:
             xyz_to_camera=_colour_matrix(raw, head, label),
         ),
         origin=origin,
+        frame=_frame(raw.sizes),
         flip=int(raw.sizes.flip),
         camera=tags.camera or "unknown",
         iso=float(raw.other.iso_speed) or tags.iso,
@@ -184,6 +189,16 @@ def _require_plausible_size(raw: Any, label: str, source: str | Path | bytes) ->
     size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
     if width * height > min(_MAX_PIXELS, _MAX_PIXELS_PER_BYTE * size):
         raise RawError(f"{label}: declares {width}x{height} pixels in {size} bytes; copy it again or exclude it")
+
+
+def _frame(sizes: Any) -> tuple[int, int, int, int]:
+    """The camera's own crop (DNG's DefaultCrop and its like) where LibRaw tells a sane one."""
+    top, left = sizes.crop_top_margin - sizes.top_margin, sizes.crop_left_margin - sizes.left_margin
+    height, width = sizes.crop_height, sizes.crop_width
+    inside = top >= 0 and left >= 0 and top + height <= sizes.height and left + width <= sizes.width
+    if not inside or min(height / sizes.height, width / sizes.width) < _LEAST_CROP:
+        return 0, 0, int(sizes.height), int(sizes.width)
+    return int(top), int(left), int(height), int(width)
 
 
 def _require_bayer(raw: Any, label: str) -> None:

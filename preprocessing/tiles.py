@@ -35,7 +35,7 @@ class TileError(ValueError):
 class Jpg:
     """A camera JPG as stored: pixels [H, W, 3] uint8 without EXIF's turn, and the turn.
 
-    Or the rendering that stands in for one: LibRaw's visible area in the sensor's orientation, orientation None.
+    Or the rendering that stands in for one: the camera's frame in the sensor's orientation, orientation None.
     """
 
     pixels_HWC: NDArray[np.uint8]
@@ -210,7 +210,9 @@ def _corrections(
     # LR's frame in the sensor's orientation, HR's as stored: only its radius is asked for.
     hr_frame = geometry.about_centres(geometry.units_per_px(hr.size), hr.size, (0, 0))
     lr_scale = float(np.abs(alignment.lr_to_lr_jpg[0, :2]).sum())
-    lr_frame = geometry.about_centres(lr_scale * geometry.units_per_px(lr.size), raw.visible_size, (0, 0))
+    top, left, height, width = raw.frame
+    lr_frame = geometry.about_centres(lr_scale * geometry.units_per_px(lr.size), (height, width), (0, 0))
+    to_frame = geometry.translation(-left, -top)
     return corrections.measure(
         corrections.Pictures(
             rendering=render_HWC,
@@ -218,15 +220,17 @@ def _corrections(
             hr=low_HWC,
             lr_is_jpg=lr.source == "camera",
             hr_is_jpg=hr.source == "camera",
-            to_lr_units=geometry.compose(lr_frame, place),
+            to_lr_units=geometry.compose(lr_frame, geometry.compose(to_frame, place)),
             to_hr_units=geometry.compose(hr_frame, geometry.compose(alignment.lr_to_hr, place)),
         )
     )
 
 
 def _nominal(raw: RawImage, jpg: Jpg, zoom: float) -> Map:
-    flip = geometry.stored_flip(jpg.orientation, raw.flip, jpg.size, raw.visible_size)
-    return geometry.visible_to_jpg(zoom, raw.visible_size, jpg.size, flip)
+    top, left, *size = raw.frame
+    frame_size = (size[0], size[1])
+    flip = geometry.stored_flip(jpg.orientation, raw.flip, jpg.size, frame_size)
+    return geometry.compose(geometry.frame_to_jpg(zoom, frame_size, jpg.size, flip), geometry.translation(-left, -top))
 
 
 def _window(image_HWC: NDArray[np.uint8], row: int, col: int, factor: int, tile_px: int) -> NDArray[np.uint8]:

@@ -52,13 +52,20 @@ def to_mosaic(picture_HWC: np.ndarray, cfa: str = "RGGB", black: int = BLACK, wh
     return np.rint(black + counts * (white - black)).astype(np.uint16)
 
 
-def jpg_bytes(pixels_HWC: np.ndarray, focal_mm: float | None = None, orientation: int | None = None) -> bytes:
+def jpg_bytes(
+    pixels_HWC: np.ndarray,
+    focal_mm: float | None = None,
+    orientation: int | None = None,
+    exposure: tuple[float, int, float] = (0.01, 100, 8.0),
+) -> bytes:
+    """exposure: (seconds, ISO, f-number)."""
     exif = Image.Exif()
     exif[0x010F], exif[0x0110] = "SONY", "ILCE-7SM2"
     if orientation is not None:
         exif[0x0112] = orientation
     if focal_mm is not None:
-        exif.get_ifd(0x8769).update({0x920A: float(focal_mm), 0x8827: 100, 0x829A: 0.01})
+        seconds, iso, f_number = exposure
+        exif.get_ifd(0x8769).update({0x920A: float(focal_mm), 0x8827: iso, 0x829A: seconds, 0x829D: f_number})
     out = io.BytesIO()
     Image.fromarray(pixels_HWC).save(out, "JPEG", quality=97, subsampling=0, exif=exif)
     return out.getvalue()

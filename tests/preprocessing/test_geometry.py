@@ -83,13 +83,13 @@ def test_upright_turns_as_viewers_do():
     assert np.array_equal(upright(arrow, 6), np.rot90(arrow, -1))
 
 
-def test_the_jpg_lies_centred_in_the_visible_area():
-    mapping = geometry.visible_to_jpg(1.0, (2848, 4256), (2832, 4240), 0)
+def test_the_jpg_lies_centred_in_the_frame():
+    mapping = geometry.frame_to_jpg(1.0, (2848, 4256), (2832, 4240), 0)
     assert np.array_equal(geometry.apply(mapping, np.array([[8.0, 8.0], [2128.0, 1424.0]])), [[0, 0], [2120, 1416]])
 
 
 def test_zoom_is_about_the_centre():
-    mapping = geometry.visible_to_jpg(4.8, (1024, 1536), (1024, 1536), 0)
+    mapping = geometry.frame_to_jpg(4.8, (1024, 1536), (1024, 1536), 0)
     points = geometry.apply(mapping, np.array([[768.0, 512.0], [769.0, 510.0]]))
     assert np.allclose(points, [[768, 512], [772.8, 502.4]])
 
