@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from pipelines.loader import Inputs
 from sdan import checkpoint
 from sdan.losses import LossConfig, low_pass, sdan_loss, self_reference_loss, transfer_loss
 from sdan.network import SDAN, SDANOutput
+from sdan.perceptual import VGG19Features
 
 
 def learning_rate(step: int, steps_per_epoch: int, config: TrainConfig) -> float:
@@ -30,7 +31,9 @@ def learning_rate(step: int, steps_per_epoch: int, config: TrainConfig) -> float
     return config.learning_rate_floor + (config.learning_rate - config.learning_rate_floor) * swing
 
 
-def training_loss(model: nn.Module, inputs: Inputs, config: LossConfig) -> dict[str, Tensor]:
+def training_loss(
+    model: nn.Module, inputs: Inputs, config: LossConfig, vgg: VGG19Features | None = None
+) -> dict[str, Tensor]:
     """Eq. 6 with Y' as reference and, when self_reference_weight > 0, the same crops as a user has them: {X, X}.
 
     Both kinds of samples run in one forward pass. The second kind is held either to the camera JPG of the input's own
@@ -45,25 +48,27 @@ def training_loss(model: nn.Module, inputs: Inputs, config: LossConfig) -> dict[
     terms: dict[str, Tensor] = {}
     total: Tensor | float = 0.0
     if config.reference_weight > 0:
-        oracle = sdan_loss(outputs[0], inputs.oracle_reference, inputs.target, config)
-        terms |= {"align": oracle.align, "zoom": oracle.zoom}
+        oracle = sdan_loss(outputs[0], inputs.oracle_reference, inputs.target, config, vgg)
+        terms |= {"align": oracle.align, "zoom": oracle.zoom, **oracle.parts}
         total = total + config.reference_weight * oracle.total
     if config.self_reference_weight > 0:
-        own = _deployed_loss(outputs, inputs, config)
+        own = _deployed_loss(outputs, inputs, config, vgg)
         terms |= own
         total = total + config.self_reference_weight * sum(own.values())
     return {"loss": torch.as_tensor(total), **terms}
 
 
-def _deployed_loss(outputs: list[SDANOutput], inputs: Inputs, config: LossConfig) -> dict[str, Tensor]:
+def _deployed_loss(
+    outputs: list[SDANOutput], inputs: Inputs, config: LossConfig, vgg: VGG19Features | None
+) -> dict[str, Tensor]:
     """The terms of the samples that see {X, X}, the last of `outputs`."""
     alone = outputs[-1]
     if config.self_target == "truth":
         assert inputs.truth is not None  # CropStream(truth=True) brings it or raises
         shrink = inputs.truth.shape[-1] // alone.aligned.shape[-1]
-        return {"self": sdan_loss(alone, low_pass(inputs.truth, shrink), inputs.truth, config).total}
+        return {"self": sdan_loss(alone, low_pass(inputs.truth, shrink), inputs.truth, config, vgg).total}
     own = self_reference_loss(alone, inputs.camera, config).total
-    return {"self": own, "transfer": transfer_loss(alone.zoomed, outputs[0].offset, inputs.target, config)}
+    return {"self": own, "transfer": transfer_loss(alone.zoomed, outputs[0].offset, inputs.target, config, vgg)}
 
 
 @dataclass
@@ -75,6 +80,8 @@ class Training:
     averaged: SDAN
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    vgg: VGG19Features | None = None
+    """What the loss compares features of; no part of the checkpoint."""
     step: int = 0
 
     def state(self) -> dict[str, Any]:
@@ -97,12 +104,17 @@ class Training:
 
 
 def start(
-    config: RunConfig, init_from: str | None, device: torch.device, wrap: Callable[[nn.Module], nn.Module]
+    config: RunConfig,
+    init_from: str | None,
+    device: torch.device,
+    wrap: Callable[[nn.Module], nn.Module],
+    vgg: Mapping[str, Tensor] | None = None,
 ) -> Training:
     """A fresh model (or a copy of `init_from`'s weights) with its optimizer.
 
     Args:
         wrap: makes the model that steps run through (DDP with several workers).
+        vgg: perceptual.load_vgg19's weights, for a loss that needs them.
     """
     torch.manual_seed(config.train.seed)
     model = SDAN(config.model)
@@ -115,7 +127,8 @@ def start(
     )
     wrapped = wrap(model)
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16" and device.type == "cuda")
-    return Training(model, wrapped, averaged.to(device).eval().requires_grad_(False), optimizer, scaler)
+    features = VGG19Features(vgg).to(device) if vgg is not None else None
+    return Training(model, wrapped, averaged.to(device).eval().requires_grad_(False), optimizer, scaler, features)
 
 
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:
@@ -130,7 +143,7 @@ def train_step(training: Training, inputs: Inputs, config: RunConfig, rate: floa
     for group in training.optimizer.param_groups:
         group["lr"] = rate
     with autocast(config.train, inputs.x.device):
-        terms = training_loss(training.wrapped, inputs, config.loss)
+        terms = training_loss(training.wrapped, inputs, config.loss, training.vgg)
     training.scaler.scale(terms["loss"]).backward()
     training.scaler.unscale_(training.optimizer)
     limit = config.train.grad_clip or math.inf

@@ -82,3 +82,22 @@ def _no_ray_left_behind():
     ray = sys.modules.get("ray")
     if ray is not None and hasattr(ray, "is_initialized") and ray.is_initialized():
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def vgg_weights():
+    """Weights of VGG-19's shapes from a seeded generator, scaled to keep the activations' size; for tests alone."""
+    import torch
+
+    from sdan.perceptual import STAGES
+
+    generator = torch.Generator().manual_seed(19)
+    weights, place, channels = {}, 0, 3
+    for widths in STAGES:
+        for width in widths:
+            values = torch.randn(width, channels, 3, 3, generator=generator) * (2 / (9 * channels)) ** 0.5
+            weights[f"features.{place}.weight"] = values
+            weights[f"features.{place}.bias"] = 0.1 * torch.randn(width, generator=generator)
+            place, channels = place + 2, width
+        place += 1  # the pool
+    return weights
