@@ -46,12 +46,29 @@ def test_several_blocks_equal_one(dtype, monkeypatch):
     assert_near(value_and_gradient(ops.packed_attention, x), expected, LIMITS[dtype])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("onednn", [True, False])
+def test_oneDNNs_form_and_the_plain_one_equal_the_explicit(onednn, dtype, monkeypatch):
+    """Few and large weights: logits down to -1000, rows whose sum is one exponential, others with hundreds."""
+    x = tokens(2, 300, 64, dtype=torch.float64, scale=0.3)
+    x[0] += 1.0  # all rows alike
+    x[1, ::7] *= 10
+    if not onednn:
+        monkeypatch.setattr(attention, "_use_onednn", lambda matrix: False)
+    elif not attention._use_onednn(x.to(dtype)):
+        pytest.skip("oneDNN has no fast products of this type here")
+    expected = value_and_gradient(explicit_attention, x.to(dtype).double())
+    got = value_and_gradient(ops.packed_attention, x.to(dtype))
+    assert_near(got, expected, 3e-5 if dtype == torch.float32 else LIMITS[dtype])  # float32: 1000 is good to 6e-5
+
+
 def test_gradcheck_and_opcheck(monkeypatch):
     monkeypatch.setattr(attention, "_BLOCK_VALUES", 1)  # 16 rows a block
     x = tokens(2, 20, 3).requires_grad_()
     torch.autograd.gradcheck(ops.packed_attention, x)
     torch.library.opcheck(attention._attention_op, (x,))
-    torch.library.opcheck(attention._attention_backward_op, (torch.ones_like(x), x.detach()))
+    forward = attention._attention_op(x.detach())
+    torch.library.opcheck(attention._attention_backward_op, (torch.ones_like(x), x.detach(), *forward))
 
 
 def test_an_empty_batch_and_strided_tokens():
@@ -95,8 +112,8 @@ def test_the_matrix_is_never_stored(dtype, monkeypatch):
     monkeypatch.setattr(attention, "_BLOCK_VALUES", 2**15)
     x = tokens(1, 1024, 16, dtype=dtype)
     with LargestTensor() as largest:
-        attention._attention_op._init_fn(x)
-        attention._attention_backward_op._init_fn(torch.ones_like(x), x)
+        forward = attention._attention_op._init_fn(x)
+        attention._attention_backward_op._init_fn(torch.ones_like(x), x, *forward)
     assert 2**14 <= largest.values <= 2**15  # the matrix has 2**20 values
     with LargestTensor() as largest:
         explicit_attention(x)
