@@ -91,7 +91,10 @@ class Worker:
 
     def _start(self) -> "subprocess.Popen[str]":
         command = [sys.executable, "-m", "preprocessing.isolation", str(os.getpid()), str(self._limit_s)]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | one_thread
+        )
 
 
 def _serve(requests: IO[str], replies: IO[str], limit_s: float) -> None:

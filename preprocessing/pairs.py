@@ -1,6 +1,8 @@
 """One pair from its files to its shard: what a task of the preprocessing job does."""
 
-from collections.abc import Mapping
+import itertools
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +18,6 @@ from preprocessing.schema import ShardInfo, encode
 from preprocessing.storage import Folder, one_line
 from preprocessing.tiles import Jpg, TileError, cut, decode_jpg
 from preprocessing.truth import Truth, load_truth
-
-_ROW_GROUP = 1
-"""A tile a row group: training reads single tiles at random."""
 
 
 class _Unreadable(Exception):
@@ -36,15 +35,18 @@ class PairResult:
     reason: str = ""
     rows: int = 0
     bytes: int = 0
+    seconds: float = 0.0
+    """How long a written one took."""
 
 
 def process(job: PairJob, source: Folder, target: Folder, options: PreprocessOptions) -> PairResult:
     """Turn one pair into its shard and put that in place. Never raises for a fault of the pair."""
+    began = time.monotonic()
     cv2.setNumThreads(1)  # the task has one CPU; OpenCV would take them all
     try:
         info = ShardInfo(options.tile_px, options.scale, options.of_shards)
-        table = encode(pair_rows(source, job, options), info)
-        data = _parquet(table)
+        rows = pair_rows(source, job, options)
+        data = _parquet(rows, info)
     except (raw_files.RawError, TileError) as error:
         return PairResult(job.key, "quarantined", one_line(error))
     except (_Unreadable, MemoryError) as error:
@@ -55,7 +57,7 @@ def process(job: PairJob, source: Folder, target: Folder, options: PreprocessOpt
         target.put(job.shard, data)
     except (OSError, pa.ArrowException) as error:
         return PairResult(job.key, "unwritable", one_line(error))
-    return PairResult(job.key, "written", rows=table.num_rows, bytes=data.size)
+    return PairResult(job.key, "written", rows=len(rows), bytes=data.size, seconds=time.monotonic() - began)
 
 
 def pair_rows(source: Folder, job: PairJob, options: PreprocessOptions) -> list[dict[str, Any]]:
@@ -145,15 +147,15 @@ def _true_columns(
     return {"true_rgb": None if picture is None else picture.transpose(2, 0, 1), "true_flow": flow}
 
 
-def _parquet(table: pa.Table) -> pa.Buffer:
+def _parquet(rows: Sequence[Mapping[str, Any]], info: ShardInfo) -> pa.Buffer:
+    """The shard's bytes. A tile a row group, since training reads single tiles at random; and one encoded at a time,
+    since all of them at once would take most of the task's memory."""
     sink = pa.BufferOutputStream()
-    pq.write_table(
-        table,
-        sink,
-        row_group_size=_ROW_GROUP,
-        compression="zstd",
-        compression_level=1,
-        use_dictionary=False,
-        write_statistics=False,
-    )
+    tables = (encode([row], info) for row in rows)
+    first = next(tables)
+    with pq.ParquetWriter(
+        sink, first.schema, compression="zstd", compression_level=1, use_dictionary=False, write_statistics=False
+    ) as writer:
+        for table in itertools.chain([first], tables):
+            writer.write_table(table)
     return sink.getvalue()
