@@ -10,7 +10,9 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check ui constraints clean
+SEED ?= 0
+COUNT ?= 2000
+.PHONY: help setup demo test test-slow fuzz check ui constraints clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +34,9 @@ test: setup  ## the test suite (under 12 minutes on 2 cores)
 
 test-slow: setup  ## kills, restarts, sweeps over the real trainer (under 40 minutes on 2 cores)
 	@$(BIN)/python -m pytest -m slow tests
+
+fuzz: setup  ## damaged RAW and JPG files through the decoders, by SEED= and COUNT= (2,000 files: about a minute)
+	@$(BIN)/python tests/preprocessing/fuzz.py --seed $(SEED) --count $(COUNT)
 
 check: setup  ## lint, formatting, types
 	@$(BIN)/ruff check .

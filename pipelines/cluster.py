@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,10 @@ import ray
 READER_CPUS = 0.25
 """Logical CPUs of one task that reads crops: it mostly waits, for files and for the training step. Each train worker
 needs one; without it, training would wait for its first crop for ever."""
+
+
+Workers = int | tuple[int, int]
+"""Train workers: a number, or the least and the most."""
 
 
 class ClusterError(ValueError):
@@ -54,7 +59,13 @@ def start_ray(*, resources: dict[str, float] | None = None) -> None:
                 f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: a running Ray cluster expected, got: {reason}"
             ) from error
     else:
-        ray.init(address="local", _node_ip_address="127.0.0.1", resources=resources, **common)
+        try:
+            ray.init(address="local", _node_ip_address="127.0.0.1", resources=resources, **common)
+        except Exception as error:  # Ray raises a bare Exception when a machine is too busy or too full to start it
+            reason = " ".join(str(error).split())[:200]
+            raise ClusterError(
+                f"Ray cannot be started on this machine ({reason}); look at its load and disk"
+            ) from error
     if not verbose:
         for name in ("ray.data", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -72,7 +83,7 @@ def workers_that_fit(most: int) -> int | None:
 class WorkerPlan:
     """What each train worker gets."""
 
-    num_workers: int
+    workers: Workers
     use_gpu: bool
     cpus_per_worker: float
     threads: int
@@ -81,11 +92,22 @@ class WorkerPlan:
     """Tasks that read crops for each worker at a time."""
 
 
-def plan_workers(workers: int | None, resources: dict[str, float] | None = None) -> WorkerPlan:
+def parse_workers(text: str) -> Workers:
+    """'4' -> 4; '1-4' -> (1, 4)."""
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
+    if not found:
+        raise ClusterError(f"--workers: a number or a range such as 1-4 expected, got {text!r}")
+    least, most = int(found[1]), int(found[2] or found[1])
+    if not 1 <= least <= most:
+        raise ClusterError(f"--workers: at least 1, and the larger number last, expected, got {text!r}")
+    return most if least == most else (least, most)
+
+
+def plan_workers(workers: Workers | None, resources: dict[str, float] | None = None) -> WorkerPlan:
     """Fit the workers asked for into the cluster, or say that they do not fit.
 
     Args:
-        workers: as asked for; None: one per GPU, or one on a machine without.
+        workers: as asked for; None: one per GPU, or one on a machine without. Of a range the least must fit now.
         resources: ray.cluster_resources() (the default).
 
     Raises:
@@ -93,21 +115,20 @@ def plan_workers(workers: int | None, resources: dict[str, float] | None = None)
     """
     have = ray.cluster_resources() if resources is None else resources
     cpus, gpus = have.get("CPU", 0.0), int(have.get("GPU", 0))
-    num_workers = workers if workers is not None else max(1, gpus)
-    if num_workers < 1:
-        raise ClusterError(f"--workers: at least 1 expected, got {num_workers}")
-    use_gpu = gpus >= num_workers
+    wanted = workers if workers is not None else max(1, gpus)
+    least, most = wanted if isinstance(wanted, tuple) else (wanted, wanted)
+    if least < 1:
+        raise ClusterError(f"--workers: at least 1 expected, got {least}")
+    use_gpu = gpus >= least
     if gpus and not use_gpu:
-        raise ClusterError(
-            f"--workers {num_workers}: one GPU each expected, the cluster has {gpus}; use --workers {gpus}"
-        )
-    each = 1.0 if num_workers * (1 + READER_CPUS) <= cpus else 0.5
-    if num_workers * (each + READER_CPUS) > cpus:
+        raise ClusterError(f"--workers {least}: one GPU each expected, the cluster has {gpus}; use --workers {gpus}")
+    each = 1.0 if most * (1 + READER_CPUS) <= cpus else 0.5
+    if least * (each + READER_CPUS) > cpus:
         fits = int(cpus / (0.5 + READER_CPUS))
         raise ClusterError(
-            f"--workers {num_workers}: {num_workers * (0.5 + READER_CPUS):g} CPUs expected (0.5 a worker and "
+            f"--workers {least}: {least * (0.5 + READER_CPUS):g} CPUs expected (0.5 a worker and "
             f"{READER_CPUS} for its crops), the cluster has {cpus:g}; "
             + (f"use --workers {fits} or fewer" if fits >= 1 else "add a CPU")
         )
-    spare = int((cpus - num_workers * each) / num_workers)
-    return WorkerPlan(num_workers, use_gpu, each, threads=max(1, int(cpus) // num_workers), readers=max(1, spare))
+    spare = int((cpus - most * each) / most)
+    return WorkerPlan(wanted, use_gpu, each, threads=max(1, int(cpus) // most), readers=max(1, spare))

@@ -183,7 +183,10 @@ def _ray() -> Iterator[None]:
         yield
         return
     own: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
-    ray.init(log_to_driver=False, logging_level=logging.ERROR, **own)
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **own)
+    except Exception as error:  # Ray raises a bare Exception when a machine is too busy or too full to start it
+        raise PreprocessError(f"Ray cannot be started ({one_line(error)[:200]}); look at its load and disk") from error
     try:
         yield
     finally:

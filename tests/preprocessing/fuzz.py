@@ -1,0 +1,163 @@
+"""Thousands of damaged RAW and JPG files through the plan and the decoders: `make fuzz`, SEED=1, COUNT=2000.
+
+Each file takes the place of its good original in a pair and goes the way of a real run: its tags are read as the driver
+reads them, then the pair is worked on in a child (preprocessing.isolation). A file fails the run when the reason for
+refusing it is not one line of ours, when it takes too long or too much memory, or when the driver raises. A crash of
+the child is counted: the run goes on. Files that failed are kept.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from queue import SimpleQueue
+
+from known_scene import write_sequence
+from mutants import mutants
+
+from preprocessing.isolation import Worker
+from preprocessing.plan import PreprocessOptions, make_plan
+from preprocessing.storage import Folder, open_folder
+
+LIMIT_S = 20.0
+LIMIT_MIB = 600
+"""Of the child's resident memory; about 130 is Python and the libraries."""
+OPTIONS = PreprocessOptions(tile_px=12, stride_px=12)
+RAWS = (("dng", "RGGB"), ("dng", "GBRG"), ("arw", "RGGB"))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    what: str
+    """rows; refused; no pair; crashed; and of failures: unclear reason, too long, too much memory, driver."""
+    failed: bool = False
+    detail: str = ""
+
+
+class Bench:
+    """One pair of good files, and a child that works on it with one file replaced."""
+
+    def __init__(self, folder: Path, raw_format: str, cfa: str) -> None:
+        self._sequence = write_sequence(
+            folder / "raw" / "00001", seed=7, size=(128, 192), focals_mm=(200, 50), raw_format=raw_format, cfa=cfa
+        )
+        self._source, self._target = open_folder(str(folder / "raw")), open_folder(str(folder / "shards"))
+        self._worker = Worker(LIMIT_S)
+        names = {"raw": next(path.name for path in self._sequence.glob("00002.*") if path.suffix != ".JPG")}
+        self._names = {**names, "jpg": "00002.JPG"}
+        self.good = {kind: (self._sequence / name).read_bytes() for kind, name in self._names.items()}
+
+    def try_out(self, kind: str, data: bytes) -> Outcome:
+        path = self._sequence / self._names[kind]
+        path.write_bytes(data)
+        began = time.monotonic()
+        try:
+            jobs = make_plan(self._source, OPTIONS, {}).jobs
+            if time.monotonic() - began > LIMIT_S:
+                return Outcome("too long", True, "reading the tags")
+            return _judge(self._worker, jobs[0], self._source, self._target) if jobs else Outcome("no pair")
+        except Exception as error:
+            return Outcome("driver", True, repr(error))
+        finally:
+            path.write_bytes(self.good[kind])
+
+    def close(self) -> None:
+        self._worker.close()
+
+
+def _judge(worker: Worker, job: object, source: Folder, target: Folder) -> Outcome:
+    if worker.pid:
+        Path(f"/proc/{worker.pid}/clear_refs").write_text("5")  # the peak starts anew
+    result = worker.run(job, source, target, OPTIONS)
+    if "took longer" in result.reason:
+        return Outcome("too long", True, result.reason)
+    if "crashed" in result.reason:
+        return Outcome("crashed", detail=result.reason)
+    peak = _peak_mib(worker.pid)
+    if peak > LIMIT_MIB:
+        return Outcome("too much memory", True, f"{peak} MiB: {result.reason}")
+    if result.status == "written":
+        return Outcome("rows")
+    unexpected = re.match(r"\S+: \w*(Error|Exception|Warning|Iteration): ", result.reason)
+    if result.status != "quarantined" or unexpected or "\n" in result.reason or len(result.reason) > 400:
+        return Outcome("unclear reason", True, result.reason)
+    return Outcome("refused", detail=result.reason)
+
+
+def _peak_mib(pid: int | None) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) // 1024
+
+
+def run(seed: int, count: int, keep: Path, benches: int = 2) -> Counter[str]:
+    """Outcomes by kind; failures are printed, and kept in `keep`."""
+    outcomes: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as scratch, _quiet():
+        free: SimpleQueue[Bench] = SimpleQueue()
+        made = [Bench(Path(scratch, str(number)), *RAWS[number % len(RAWS)]) for number in range(max(benches, 3))]
+        for bench in made:
+            free.put(bench)
+
+        def one(mutant: tuple[int, tuple[str, str, bytes]]) -> Outcome:
+            number, (name, kind, data) = mutant
+            bench = free.get()
+            try:
+                outcome = bench.try_out(kind, data)
+            finally:
+                free.put(bench)
+            if outcome.failed:
+                keep.mkdir(parents=True, exist_ok=True)
+                path = keep / f"seed{seed}-{number}.{kind}"
+                path.write_bytes(data)
+                print(f"FAILED {path} ({name}): {outcome.what}: {outcome.detail}")
+            elif outcome.what == "crashed":
+                print(f"crashed: number {number} ({name}): {outcome.detail}")
+            return outcome
+
+        files = mutants([bench.good["raw"] for bench in made], [made[0].good["jpg"]], seed)
+        with ThreadPoolExecutor(benches) as pool:
+            for outcome in pool.map(one, enumerate(islice(files, count))):
+                outcomes["failed: " * outcome.failed + outcome.what] += 1
+        for bench in made:
+            bench.close()
+    return outcomes
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without LibRaw's and Pillow's own lines, ours' and the children's."""
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--keep", type=Path, default=Path("fuzz-failures"), help="where files that failed are kept")
+    arguments = parser.parse_args()
+    began = time.monotonic()
+    outcomes = run(arguments.seed, arguments.count, arguments.keep)
+    print(f"seed {arguments.seed}, {sum(outcomes.values())} files in {time.monotonic() - began:.0f} s:")
+    for what, number in outcomes.most_common():
+        print(f"  {number:5} {what}")
+    return int(any(what.startswith("failed") for what in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""Damaged files end in rows or in one clear line, whatever the damage; a run with the nastiest among them ends well."""
+
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import fuzz
+import mutants
+import pytest
+from known_scene import write_sequence
+
+from preprocessing.schema import list_shards
+
+
+def test_sixty_damaged_files(tmp_path):
+    outcomes = fuzz.run(seed=5, count=60, keep=tmp_path)
+    assert sum(outcomes.values()) == 60 and not list(tmp_path.iterdir()), outcomes
+    assert outcomes["rows"] > 5 and outcomes["refused"] > 20, outcomes
+
+
+def test_the_same_seed_makes_the_same_files():
+    def draw(seed):
+        makers = mutants.mutants([b"II*\0" + bytes(range(200))], [b"\xff\xd8\xff\xc0" + bytes(100)], seed)
+        return [next(makers) for _ in range(40)]
+
+    assert draw(3) == draw(3) != draw(4)
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"), [({"LIMIT_MIB": 1}, "too much memory"), ({"LIMIT_S": 0.0005}, "too long")]
+)
+def test_the_fuzzer_notices(tmp_path, monkeypatch, limits, expected):
+    for name, value in limits.items():
+        monkeypatch.setattr(fuzz, name, value)
+    outcomes = fuzz.run(seed=5, count=2, keep=tmp_path)
+    assert outcomes == {f"failed: {expected}": 2} and len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_fuzzer_notices_unclear_reasons_and_a_raising_driver(tmp_path, monkeypatch):
+    monkeypatch.setattr(fuzz, "make_plan", lambda *_: 1 / 0)
+    assert fuzz.run(seed=5, count=3, keep=tmp_path) == {"failed: driver": 3}
+
+
+def _nasty(good_raw, good_jpg):
+    """name -> (suffix, file): those that decoders most like to stumble over."""
+    rng = random.Random(1)
+    cases = {
+        "empty": ("dng", b""),
+        "half": ("dng", good_raw[: len(good_raw) // 2]),
+        "huge": ("dng", good_raw),
+        "loop": ("dng", mutants._directory_loop(good_raw, rng)),
+        "order": ("dng", b"MM\0*" + good_raw[4:]),
+        "offset": ("dng", good_raw),
+        "jpg-huge": ("JPG", good_jpg),
+        "jpg-cut": ("JPG", good_jpg[:-700]),
+        "jpg-empty": ("JPG", b""),
+    }
+    for name, tags, value in (("huge", mutants.DIMENSIONS, 65_535), ("offset", (273,), (1 << 32) - 16)):
+        data = good_raw
+        for entry in mutants.entries(data):
+            if entry.tag in tags:
+                data = mutants.with_field(data, entry.at + 8, "<I", value)
+        cases[name] = ("dng", data)
+    (frame,) = (at for at in mutants._segments(good_jpg) if good_jpg[at + 1] in (0xC0, 0xC2))
+    cases["jpg-huge"] = ("JPG", mutants.with_field(good_jpg, frame + 5, ">I", 0xFFDCFFDC))
+    return cases
+
+
+@pytest.mark.slow
+def test_the_nastiest_in_a_real_run(tmp_path):
+    raw, shards = tmp_path / "raw", tmp_path / "shards"
+    write_sequence(raw / "good", seed=1, focals_mm=(240, 50))
+    good = {suffix: (raw / "good" / f"00002.{suffix}").read_bytes() for suffix in ("dng", "JPG")}
+    cases = _nasty(good["dng"], good["JPG"])
+    for name, (suffix, data) in cases.items():
+        shutil.copytree(raw / "good", raw / name)
+        (raw / name / f"00002.{suffix}").write_bytes(data)
+    command = [str(Path(sys.executable).with_name("sdan")), "--data", str(tmp_path / "data"), "preprocess"]
+    command += [str(raw), str(shards), "--tile", "24", "--stride", "16", "--val", "good"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(list_shards(str(shards))) == 1, done.stdout
+    for name in cases:
+        assert f"set aside: {name} " in done.stdout, (name, done.stdout)
