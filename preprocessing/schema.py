@@ -64,30 +64,29 @@ COLUMNS: Mapping[str, tuple[pa.DataType, str]] = {
     ),
     "exposure_ratio": (
         pa.float32(),
-        "light of HR / LR as measured at the frames' centre, linear (LR's rendering is the yardstick); this pair; NaN"
-        " when not measurable",
+        "the same as measured, at the frames' centre, in linear light, this pair; NaN when not measurable",
     ),
     "exposure_falloff": (
         pa.float32(),
-        "part by which that ratio falls to the HR frame's corner, 1 - falloff r^2 (HR's vignetting); NaN when not"
-        " measurable",
+        "HR's vignetting against LR, this pair: the ratio falls by 1 - exposure_falloff r^2, r from HR's centre in half"
+        " diagonals; NaN when not measurable",
     ),
     "jpg_scale": (
         pa.float32(),
-        "LR's camera JPG against LR's RAW, this pair: what the RAW shows at q, the JPG shows at jpg_scale q"
-        " (1 + jpg_k1 |q|^2) + shift, q from the frame's centre; NaN when not measurable or not a camera JPG",
+        "LR's camera JPG against its RAW, this pair: what the RAW shows at q, from the frame's centre, the JPG shows at"
+        " jpg_scale q (1 + jpg_k1 r^2) + jpg_shift, r the length of q in half diagonals; NaN when not measurable",
     ),
     "jpg_k1": (
         pa.float32(),
-        "radial coefficient of that (in-camera distortion correction), q in half diagonals; NaN: not measurable,"
-        " jpg_scale is then the mean over the pair's area",
+        "in-camera distortion correction, see jpg_scale; NaN when not measurable (jpg_scale is then a mean over the"
+        " area)",
     ),
-    "jpg_shift_x": (pa.float32(), "shift of that, LR mosaic pixels"),
-    "jpg_shift_y": (pa.float32(), "shift of that, LR mosaic pixels"),
+    "jpg_shift_x": (pa.float32(), "see jpg_scale, mosaic pixels; NaN when not measurable"),
+    "jpg_shift_y": (pa.float32(), "see jpg_scale, mosaic pixels; NaN when not measurable"),
     "jpg_falloff": (
         pa.float32(),
-        "the JPG's light / the RAW's falls by 1 - jpg_falloff |q|^2 (below 0: in-camera vignetting correction); NaN as"
-        " jpg_scale",
+        "LR's camera JPG against its RAW, this pair: its light falls by 1 - jpg_falloff r^2 (below 0: in-camera"
+        " vignetting correction); NaN when not measurable",
     ),
     "camera": (pa.string(), "make and model of the LR frame"),
     "row": (pa.int32(), "tile's first row, packed pixels of the LR frame after the phase crop"),
