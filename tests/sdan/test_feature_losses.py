@@ -1,0 +1,144 @@
+"""The terms of LossConfig that compare features: what each sums up, masks, borders, and what they are good for."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from sdan.losses import CONTEXTUAL_LAYERS, LossConfig, sdan_loss, transfer_loss
+from sdan.network import SDANOutput
+from sdan.perceptual import VGG19Features
+
+SIDE = 32
+ALL = ("pixel", "perceptual", "contextual", "cobi_rgb", "cobi_vgg")
+
+
+@pytest.fixture(scope="module")
+def vgg(vgg_weights):
+    return VGG19Features(vgg_weights)
+
+
+def weights(**given):
+    """A config with these term weights and no border; terms not named are off."""
+    terms = {f"{name}_weight": given.pop(name, 0.0) for name in ALL}
+    return LossConfig(**{"border_px": 0, "cobi_patch_px": 5} | terms | given)
+
+
+def picture(seed, side=SIDE, batch=1):
+    return torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def output(zoomed, mask=None):
+    low = F.avg_pool2d(zoomed, 4)
+    mask = torch.ones_like(low[:, :1]) if mask is None else mask
+    return SDANOutput(zoomed, low, mask, torch.zeros_like(low[:, :2]))
+
+
+def loss(zoomed, target, config, vgg=None, mask=None):
+    return sdan_loss(output(zoomed, mask), F.avg_pool2d(zoomed, 4), target, config, vgg)
+
+
+def test_the_terms_add_up_with_their_weights(vgg):
+    image, target = picture(0, batch=2), picture(1, batch=2)
+    alone = {name: loss(image, target, weights(**{name: 1.0}), vgg).zoom for name in ALL}
+    factors = dict(zip(ALL, (0.5, 0.25, 2.0, 0.125, 1.5), strict=True))
+    both = loss(image, target, weights(**factors), vgg)
+    assert float(both.zoom) == pytest.approx(sum(factors[name] * float(alone[name]) for name in ALL), rel=1e-5)
+    assert both.parts.keys() == set(ALL)
+    for name in ALL:
+        assert float(alone[name]) > 0 and float(both.parts[name]) == pytest.approx(float(alone[name]), rel=1e-5)
+    assert loss(image, target, weights(pixel=1.0)).parts == {}
+
+
+def test_perceptual_is_the_mean_squared_difference_of_relu2_2(vgg):
+    image, target = picture(0), picture(1)
+    expected = F.mse_loss(vgg(image)["relu2_2"], vgg(target)["relu2_2"])
+    assert float(loss(image, target, weights(perceptual=1.0), vgg).zoom) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_cobi_without_a_spatial_weight_is_cx(vgg):
+    image, target = picture(0), picture(1)
+    cx = loss(image, target, weights(contextual=1.0), vgg).zoom
+    assert loss(image, target, weights(cobi_vgg=1.0, cobi_spatial_weight=0.0), vgg).zoom == cx
+    assert float(loss(image, target, weights(cobi_vgg=1.0), vgg).zoom) != pytest.approx(float(cx), rel=1e-3)
+    assert set(CONTEXTUAL_LAYERS) == {"relu1_2", "relu2_2", "relu3_2"}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_each_term_is_least_at_the_target_and_moves_the_picture_towards_it(vgg, name):
+    """From a blurred picture, a few steps of plain descent on the picture itself lower the term."""
+    target = picture(1)
+    blurred = F.interpolate(F.avg_pool2d(target, 4), scale_factor=4.0, mode="bilinear")
+    config = weights(**{name: 1.0})
+    assert float(loss(target, target, config, vgg).zoom) < 0.01 * float(loss(blurred, target, config, vgg).zoom)
+    image = blurred.clone().requires_grad_()
+    optimizer = torch.optim.Adam([image], lr=0.02)
+    values = []
+    for _ in range(8):
+        value = loss(image, target, config, vgg).zoom
+        values.append(float(value.detach()))
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+    assert values[-1] < 0.95 * values[0]
+
+
+def test_on_a_shifted_target_l1_prefers_blur_and_cobi_the_sharp_picture():
+    """Why the CoBi paper's authors left pixels, and Table 1's row."""
+    scene = F.interpolate(picture(2, side=24), scale_factor=2.0, mode="bicubic")
+    sharp, shifted = scene[..., 4:44, 4:44], scene[..., 6:46, 7:47]
+    blurred = F.avg_pool2d(F.pad(sharp, (4, 4, 4, 4), mode="replicate"), 9, stride=1)
+    l1, cobi = weights(pixel=1.0), weights(cobi_rgb=1.0)
+    assert float(loss(sharp, shifted, l1).zoom) > float(loss(blurred, shifted, l1).zoom)
+    assert float(loss(sharp, shifted, cobi).zoom) < 0.5 * float(loss(blurred, shifted, cobi).zoom)
+
+
+@pytest.mark.parametrize("name", ["perceptual", "contextual", "cobi_rgb", "cobi_vgg"])
+def test_what_the_mask_or_the_border_leave_out_does_not_count(vgg, name):
+    image, target = picture(0), picture(1)
+    changed = target.clone()
+    changed[..., :4, :] = 0.5
+    border = weights(**{name: 1.0}, border_px=4)
+    assert loss(image, target, border, vgg).zoom == loss(image, changed, border, vgg).zoom
+    nothing = torch.zeros(1, 1, SIDE // 4, SIDE // 4)
+    assert float(loss(image, target, weights(**{name: 1.0}), vgg, nothing).zoom) == 0
+    half = nothing.clone()
+    half[..., 3:] = 1
+    right = torch.cat((target[..., :8], image[..., 8:]), dim=3)  # wrong only where the mask is 0
+    whole = loss(image, right, weights(**{name: 1.0}), vgg).zoom
+    assert float(loss(image, right, weights(**{name: 1.0}), vgg, half).zoom) < 0.7 * float(whole)
+
+
+def test_the_deployed_output_is_held_to_the_target_by_the_same_terms(vgg):
+    image, target = picture(0), picture(1)
+    config = weights(cobi_rgb=1.0, perceptual=0.5)
+    got = transfer_loss(image, torch.zeros(1, 2, SIDE // 4, SIDE // 4), target, config, vgg)
+    assert float(got) == pytest.approx(float(loss(image, target, config, vgg).zoom), rel=1e-4)
+
+
+def test_it_is_computed_in_float32_under_autocast(vgg):
+    image, target = picture(0), picture(1)
+    config = weights(**dict.fromkeys(ALL, 1.0))
+    expected = loss(image, target, config, vgg)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = loss(image, target, config, vgg)
+    assert got.total == expected.total and got.total.dtype == torch.float32
+
+
+def test_a_loss_on_features_without_their_network_is_refused():
+    with pytest.raises(ValueError, match="load_vgg19"):
+        loss(picture(0), picture(1), weights(perceptual=1.0))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"pixel_weight": 0.0}, "pixel_weight, perceptual_weight, .* above 0 expected"),
+        ({"cobi_rgb_weight": -1.0}, "cobi_rgb_weight: 0 or more expected, got -1.0"),
+        ({"perceptual_weight": float("nan")}, "perceptual_weight: 0 or more"),
+        ({"cobi_spatial_weight": -0.1}, "cobi_spatial_weight: 0 or more"),
+        ({"cobi_patch_px": 0}, "cobi_patch_px: at least 1"),
+    ],
+)
+def test_weights_that_cannot_be_used_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        LossConfig(**values)
