@@ -1,4 +1,4 @@
-"""The "aligned" target of an evaluation: the long-focal picture registered to the bicubically enlarged input.
+"""The "aligned" target of an evaluation: the long-focal picture registered to the input, whose enlargement it is.
 
 Never to a method's output: every method is then judged against the same picture.
 """
@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from preprocessing.geometry import apply
+from preprocessing.geometry import apply, compose, scaling
 from preprocessing.registration import RegistrationError, luminance, register
 
 _EDGE_PX = 2
@@ -17,7 +17,7 @@ _EDGE_PX = 2
 def align_to(
     hr_3HW: NDArray[np.uint8], lr_3HW: NDArray[np.uint8], scale: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Register `hr` to `lr`, enlarged bicubically by `scale`.
+    """Register `hr` to `lr`, and show it on the grid of `lr` enlarged by `scale`.
 
     Args:
         hr_3HW: uint8 [3, s h, s w], the target as shot.
@@ -29,15 +29,16 @@ def align_to(
     """
     target = np.ascontiguousarray(hr_3HW.transpose(1, 2, 0))
     height, width = target.shape[:2]
-    enlarged = cv2.resize(
-        np.ascontiguousarray(lr_3HW.transpose(1, 2, 0)), (width, height), interpolation=cv2.INTER_CUBIC
-    )
     try:
-        # The enlarged input holds no detail above its own resolution: compare what both have.
-        smooth = cv2.GaussianBlur(target, (0, 0), 0.5 * scale)
-        mapping = register(luminance(np.asarray(enlarged, np.uint8)), luminance(np.asarray(smooth, np.uint8)))
+        found = register(
+            luminance(np.ascontiguousarray(lr_3HW.transpose(1, 2, 0))),
+            cv2.cvtColor(target, cv2.COLOR_RGB2GRAY),
+            scaling(scale),
+            lens=False,
+        )
     except RegistrationError:
         return hr_3HW, np.zeros((height, width), np.bool_)
+    mapping = compose(found.affine, scaling(1 / scale))
     y, x = np.mgrid[:height, :width] + 0.5
     points = apply(mapping, np.stack((x.ravel(), y.ravel()), axis=1)).reshape(height, width, 2) - 0.5
     map_x, map_y = points[..., 0].astype(np.float32), points[..., 1].astype(np.float32)

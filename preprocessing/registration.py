@@ -1,31 +1,41 @@
-"""Register two pictures of one scene: a coarse-to-fine affine that exposure, colour and vignetting do not disturb, the
-shift that is left, and the correlation.
+"""Register two pictures of one scene: the map that a zoom lens and a hand made, found coarse to fine, undisturbed by
+exposure, colour and vignetting; the shift that is left, and the correlation.
 
-Pictures here are luminance, float32 [H, W], on one grid: the camera JPG of the short focal length, and the long one
-brought to the same resolution by the focal lengths. Maps as in geometry.py.
+Maps as in geometry.py.
 """
 
+from dataclasses import replace
 from functools import lru_cache
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from preprocessing.geometry import Map, compose, translation
+from preprocessing.block_motion import Blocks, Fit, LongPicture, fine_detail, fit
+from preprocessing.geometry import Map, apply, compose, invert, translation
+from preprocessing.lens import LensMap
 
 Plane = NDArray[np.float32]
 
 _NEIGHBOURHOOD_PX = 8.0
 _MIN_SIDE_PX = 32
-_MAX_STEPS = 40
-_CONVERGED_PX = 1e-3
-_OUTLIER = 2.5
-"""Smoothed residuals above so many medians count as another motion. They vary little, so the limit can be close."""
-_MIN_TILE_CORRELATION = 0.25
 _MIN_OVERLAP_PX = 8
 """Least side of what two tiles share when one is shifted."""
+_COARSEST_PX = 60
+"""The shorter side at the coarsest level, at least."""
+_MAX_LEVELS = 5
+_BLOCK_PX = 16
+_MIN_BLOCKS = 12
+_MAX_STEPS = 8
+_CONVERGED_PX = 3e-3
+_MIN_TILE_CORRELATION = 0.25
+_LIGHT = ((np.arange(256) / 255) ** 2.2).astype(np.float32)
+JPG_BLUR_PX = 0.66
+"""A camera JPG against a perfect picture: lens 0.6 px, and the pixel's area."""
 MIN_CORRELATION = 0.4
-"""Below this correlation of local detail two pictures are not held to show the same thing."""
+"""Below this correlation of fine detail two pictures are not held to show the same thing."""
+MAX_ERROR_PX = 0.25
+"""Largest standard error of the map, short-focal pixels."""
 MAX_SCALE_CHANGE = 0.08
 """Largest departure of the affine's linear part from the identity (EXIF focal lengths are rounded, lenses breathe)."""
 MAX_SHIFT = 0.15
@@ -98,9 +108,10 @@ def _overlap(reference: Plane, moving: Plane, shift_xy: NDArray[np.float64]) -> 
 
 
 def _cubic(fraction: float) -> NDArray[np.float32]:
-    """Weights of the pixels at -1, 0, 1, 2 for the value at `fraction` (Keys' cubic, a = -0.75 as OpenCV has it)."""
+    """Weights of the pixels at -1, 0, 1, 2 for the value at `fraction`: Keys' cubic with a = -0.5, which keeps ramps
+    (OpenCV's -0.75 is up to 0.05 px off)."""
     x = np.abs(np.array([-1, 0, 1, 2]) - fraction)
-    a = -0.75
+    a = -0.5
     near, far = ((a + 2) * x - (a + 3)) * x * x + 1, ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
     return np.where(x <= 1, near, far).astype(np.float32)
 
@@ -118,102 +129,130 @@ def _hanning(height: int, width: int) -> Plane:
     return np.asarray(cv2.createHanningWindow((width, height), cv2.CV_32F), np.float32)
 
 
-def register(reference: Plane, moving: Plane) -> Map:
-    """The affine near the identity at which `moving` shows what `reference` shows: moving(map(p)) ~ reference(p).
+def register(
+    reference: Plane, moving: NDArray[np.uint8], nominal: Map, *, blur_px: float = JPG_BLUR_PX, lens: bool = True
+) -> LensMap:
+    """The map near `nominal` at which `moving` shows what `reference` shows: moving(map(p)) ~ reference(p).
 
-    Phase correlation finds the shift; Gauss-Newton steps on local detail refine all six parameters from coarse to fine,
-    with weights that leave out what moves on its own (foreground parallax). Raises RegistrationError when the pictures
-    do not correlate or the affine is not one that a zoom lens and a hand could make.
+    A correlation of the coarsest pictures finds the shift; steps on the shifts of blocks refine affine, tilt and radial
+    distortion from coarse to fine, each block by how well it knows, without those that move on their own.
+
+    Args:
+        reference: [H, W] in [0, 255], luminance of the short focal length, at its own density.
+        moving: [H, W], luminance of the long one, at its own density; all of the frame where `lens`.
+        nominal: reference -> moving, a similarity, from the focal lengths.
+        blur_px: the Gaussian, in pixels of `reference`, that makes a perfect picture as soft as it.
+        lens: whether there is more than an affine to find; needs the frame's centre in the middle of `moving`.
+
+    Raises RegistrationError when the pictures do not correlate, do not say enough or move as no zoom lens and no hand
+    would make them.
     """
-    if min(reference.shape) < _MIN_SIDE_PX:
-        raise RegistrationError(
-            f"shared area {reference.shape[1]}x{reference.shape[0]} px, expected at least {_MIN_SIDE_PX}"
-        )
-    fixed, floating = local_detail(reference), local_detail(moving)
-    dy, dx = measure_shift(fixed, floating)
-    mapping = translation(dx, dy) if np.isfinite(dx) else translation(0, 0)
-    for level in reversed(range(_levels(reference.shape))):
-        mapping = _refine(_shrink(fixed, level), _shrink(floating, level), mapping, 0.5**level)
-    score = _aligned_correlation(fixed, floating, mapping)
+    height, width = moving.shape
+    zoom = float(np.sqrt(abs(np.linalg.det(nominal[:, :2]))))
+    side = min(*reference.shape, height / zoom, width / zoom)
+    if side < _MIN_SIDE_PX:
+        raise RegistrationError(f"shared area {side:.0f} px wide or high, expected at least {_MIN_SIDE_PX}")
+    light = cv2.LUT(moving, _LIGHT)
+    centre = apply(invert(nominal), np.array([[width / 2, height / 2]]))[0]
+    mapping = LensMap(translation(0, 0), centre, float(np.hypot(height, width)) / 2 / zoom)
+    top = int(np.clip(np.log2(side / _COARSEST_PX), 0, _MAX_LEVELS))
+    for level in range(top, -1, -1):
+        shrink = 2.0**level
+        size = (round(reference.shape[1] / shrink), round(reference.shape[0] / shrink))
+        # (x, y) pixels of `reference` per pixel of this level, which need not divide it.
+        step = np.array([reference.shape[1] / size[0], reference.shape[0] / size[1]])
+        fixed = fine_detail(np.asarray(cv2.resize(reference, size, interpolation=cv2.INTER_AREA), np.float32), 1.0)
+        picture = LongPicture.prepare(light, nominal, blur_px, shrink)
+        if level == top:
+            mapping = _coarse_shift(fixed, picture, mapping, step)
+        mapping, found, score = _refine(fixed, picture, mapping, step, lens=lens and (level < top or top == 0))
     if not score >= MIN_CORRELATION:
         raise RegistrationError(f"correlation {score:.2f} after registration, expected at least {MIN_CORRELATION}")
+    if not found.error_px <= MAX_ERROR_PX:
+        raise RegistrationError(
+            f"map known to {found.error_px:.2f} px, expected {MAX_ERROR_PX} or better: too little detail"
+        )
     _require_plausible(mapping, reference.shape)
-    return mapping
+    return mapping.then(nominal)
 
 
-def _levels(shape: tuple[int, ...]) -> int:
-    return int(np.clip(np.log2(min(shape) / 96) + 1, 1, 4))
-
-
-def _shrink(plane: Plane, level: int) -> Plane:
-    for _ in range(level):
-        plane = np.asarray(cv2.pyrDown(plane), np.float32)
-    return plane
-
-
-def _refine(fixed: Plane, floating: Plane, mapping: Map, factor: float) -> Map:
-    """Gauss-Newton for the affine between two planes that are `factor` times the full size (the map is full size)."""
+def _coarse_shift(fixed: Plane, picture: LongPicture, mapping: LensMap, step: NDArray[np.float64]) -> LensMap:
+    """Where the middle of the long-focal picture is found in the short-focal one: normalised cross-correlation."""
     height, width = fixed.shape
-    # cv2.pyrDown keeps pixel 2i: coarse pixel centres lie on fine pixel centres, so coordinates here are pixel indices.
-    y, x = np.mgrid[:height, :width].astype(np.float32)
-    scale = np.float32(2 / max(height, width))
-    unit_x, unit_y = (x - width / 2) * scale, (y - height / 2) * scale
-    local = _index_map(mapping, factor)
+    planes, inside = picture.seen(mapping, _centres((0, 0, width, height), step))
+    rows, cols = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+    if rows.size < 8 or cols.size < 8:
+        raise RegistrationError("the pictures do not overlap")
+    first, size = np.array([rows[0], cols[0]]), np.array([np.ptp(rows) + 1, np.ptp(cols) + 1])
+    reach = np.minimum(int(np.ceil(MAX_SHIFT * size.max())), size // 3)
+    inner = first + reach
+    outer = first + size - reach
+    template = np.ascontiguousarray(planes[inner[0] : outer[0], inner[1] : outer[1], 0])
+    low = np.maximum(inner - 2 * reach, 0)
+    high = np.minimum(first + size + reach, [height, width])
+    score = cv2.matchTemplate(
+        np.ascontiguousarray(fixed[low[0] : high[0], low[1] : high[1]]), template, cv2.TM_CCOEFF_NORMED
+    )
+    if not np.isfinite(score).all() or template.std() < 1e-3:
+        raise RegistrationError("no detail to register by")
+    found = low + np.unravel_index(int(score.argmax()), score.shape)
+    row, col = (inner - found) * step[::-1]
+    return replace(mapping, affine=compose(translation(float(col), float(row)), mapping.affine))
+
+
+def _refine(
+    fixed: Plane, picture: LongPicture, mapping: LensMap, step: NDArray[np.float64], *, lens: bool
+) -> tuple[LensMap, Fit, float]:
+    """(map, how well it is known, correlation of detail) at one level."""
+    box = _covered(fixed.shape, picture, mapping, step)
+    side = _BLOCK_PX if min(box[2] - box[0], box[3] - box[1]) >= 6 * _BLOCK_PX else _BLOCK_PX // 2
+    left, top = box[:2]
+    right, bottom = left + (box[2] - left) // side * side, top + (box[3] - top) // side * side
+    if right - left < 4 * side or bottom - top < 4 * side:
+        raise RegistrationError("the pictures hardly overlap")
+    at, part = _centres((left, top, right, bottom), step), np.ascontiguousarray(fixed[top:bottom, left:right])
+    px = float(step.mean())
     for _ in range(_MAX_STEPS):
-        warped = _warp(floating, local, (height, width))
-        inside = _inside(local, (height, width))
-        if inside.mean() < 0.25:
+        seen = picture.seen(mapping, at)
+        blocks = Blocks.measure(part, seen, at, side)
+        if len(blocks.cover_N) < _MIN_BLOCKS:
             raise RegistrationError("the pictures hardly overlap")
-        grad_x, grad_y = _gradients(warped)
-        gain, bias = _gain(fixed[inside], warped[inside])
-        residual = np.asarray(fixed - gain * warped - bias, np.float32)
-        weight = _robust_weight(residual, inside)
-        columns = [gain * g * u for g in (grad_x, grad_y) for u in (unit_x, unit_y, np.float32(1))]
-        jacobian = np.stack([column.ravel() for column in columns])
-        weighted = jacobian * weight.ravel()
-        normal = (weighted @ jacobian.T).astype(np.float64)
-        right = (weighted @ residual.ravel()).astype(np.float64)
-        try:
-            step = np.linalg.solve(normal + 1e-9 * np.trace(normal) * np.eye(6), right)
-        except np.linalg.LinAlgError as error:
-            raise RegistrationError("no detail to register by") from error
-        local = compose(local, _step_map(step, scale, (height, width)))
-        if np.abs(step).sum() < _CONVERGED_PX:
+        found = fit(blocks, mapping, px=px, lens=lens)
+        mapping = mapping.moved(found.step)
+        if np.abs(mapping.slopes(blocks.centre_N2) @ found.step).max() < _CONVERGED_PX * px:
             break
-    return _full_map(local, factor)
+    planes, inside = seen
+    return mapping, found, correlation(part[inside > 0], planes[..., 0][inside > 0])
 
 
-def _step_map(step: NDArray[np.float64], scale: np.float32, size: tuple[int, int]) -> Map:
-    """The small affine p -> p + step(p), of parameters on unit coordinates about the centre."""
-    linear = np.array([[step[0], step[1]], [step[3], step[4]]]) * float(scale)
-    centre = np.array([size[1] / 2, size[0] / 2])
-    offset = np.array([step[2], step[5]]) - linear @ centre
-    return np.concatenate([np.eye(2) + linear, offset[:, None]], axis=1)
+def _covered(
+    shape: tuple[int, ...], picture: LongPicture, mapping: LensMap, step: NDArray[np.float64]
+) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of the level's pixels that the long-focal picture covers."""
+    height, width = picture.size
+    corners = np.array([[0, 0], [width, 0], [0, height], [width, height]], np.float64)
+    points = apply(invert(compose(picture.to_pixels, mapping.affine)), corners) / step
+    left, top = np.clip(np.floor(points.min(0)), 0, None).astype(int).tolist()
+    right, bottom = np.minimum(np.ceil(points.max(0)), shape[::-1]).astype(int).tolist()
+    return left, top, right, bottom
 
 
-def _index_map(mapping: Map, factor: float) -> Map:
-    """A full-size map on continuous coordinates as one on pixel indices of planes shrunk by pyrDown."""
-    to_index = translation(-0.5, -0.5)
-    local = compose(to_index, compose(mapping, translation(0.5, 0.5)))
-    return np.concatenate([local[:, :2], local[:, 2:] * factor], axis=1)
+def _centres(box: tuple[int, int, int, int], step: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[H, W, 2] centres (x, y) of a level's pixels in (left, top, right, bottom), full-size coordinates."""
+    left, top, right, bottom = box
+    x, y = np.meshgrid((np.arange(left, right) + 0.5) * step[0], (np.arange(top, bottom) + 0.5) * step[1])
+    return np.stack([x, y], axis=-1)
 
 
-def _full_map(local: Map, factor: float) -> Map:
-    full = np.concatenate([local[:, :2], local[:, 2:] / factor], axis=1)
-    return compose(translation(0.5, 0.5), compose(full, translation(-0.5, -0.5)))
-
-
-def _warp(plane: Plane, local: Map, size: tuple[int, int]) -> Plane:
-    y, x = np.mgrid[: size[0], : size[1]].astype(np.float64)
-    map_x = (local[0, 0] * x + local[0, 1] * y + local[0, 2]).astype(np.float32)
-    map_y = (local[1, 0] * x + local[1, 1] * y + local[1, 2]).astype(np.float32)
-    return np.asarray(cv2.remap(plane, map_x, map_y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_CONSTANT), np.float32)
-
-
-def _inside(local: Map, size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Where `_warp` by `local` sees nothing of the border."""
-    ones = np.ones(size, np.float32)
-    return np.asarray(_warp(ones, local, size) > 0.999)
+def _require_plausible(mapping: LensMap, shape: tuple[int, ...]) -> None:
+    height, width = shape
+    change = float(np.abs(np.linalg.svd(mapping.affine[:, :2] - np.eye(2), compute_uv=False)).max())
+    shift = np.abs(apply(mapping.affine, mapping.centre[None])[0] - mapping.centre).max()
+    if change > MAX_SCALE_CHANGE or shift > MAX_SHIFT * max(height, width):
+        raise RegistrationError(
+            f"found a change of {change:.3f} in scale or angle and a shift of {shift:.0f} px, "
+            f"expected at most {MAX_SCALE_CHANGE} and {MAX_SHIFT * max(height, width):.0f} px"
+        )
 
 
 def _gradients(plane: Plane) -> tuple[Plane, Plane]:
@@ -229,30 +268,3 @@ def _gain(a: Plane, b: Plane) -> tuple[float, float]:
     gain = float(((a - mean_a) * (b - mean_b)).mean()) / max(float(((b - mean_b) ** 2).mean()), 1e-9)
     gain = float(np.clip(gain, 0.2, 5.0))  # before the pictures meet the fit is near 0 and would stop the steps
     return gain, mean_a - gain * mean_b
-
-
-def _robust_weight(residual: Plane, inside: NDArray[np.bool_]) -> Plane:
-    """Tukey's biweight on the residual, smoothed, so that whole regions that move on their own drop out."""
-    size = cv2.GaussianBlur(np.abs(residual), (0, 0), 2.0)
-    limit = _OUTLIER * max(float(np.median(size[inside])), 1e-3)
-    return np.asarray(np.where(inside & (size < limit), (1 - (size / limit) ** 2) ** 2, 0), np.float32)
-
-
-def _aligned_correlation(fixed: Plane, floating: Plane, mapping: Map) -> float:
-    local = _index_map(mapping, 1.0)
-    size = (fixed.shape[0], fixed.shape[1])
-    inside = _inside(local, size)
-    if inside.mean() < 0.25:
-        return float("nan")
-    return correlation(fixed[inside], _warp(floating, local, size)[inside])
-
-
-def _require_plausible(mapping: Map, shape: tuple[int, ...]) -> None:
-    height, width = shape
-    change = float(np.abs(np.linalg.svd(mapping[:, :2] - np.eye(2), compute_uv=False)).max())
-    shift = mapping @ np.array([width / 2, height / 2, 1]) - np.array([width / 2, height / 2])
-    if change > MAX_SCALE_CHANGE or np.abs(shift).max() > MAX_SHIFT * max(height, width):
-        raise RegistrationError(
-            f"found a change of {change:.3f} in scale or angle and a shift of {np.abs(shift).max():.0f} px, "
-            f"expected at most {MAX_SCALE_CHANGE} and {MAX_SHIFT * max(height, width):.0f} px"
-        )

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from preprocessing import corrections, geometry, registration
+from preprocessing.alignment import low_resolution, register_raw
 from preprocessing.exif import read_exif
 from preprocessing.geometry import Map, Size
+from preprocessing.lens import LensMap
 from preprocessing.raw import RawImage
 
 Area = tuple[int, int, int, int]
@@ -54,7 +56,14 @@ class Alignment:
 
     lr_to_lr_jpg: Map
     lr_to_hr: Map
+    """Over the whole shared area; each tile has its own, `over`."""
     aligned_by: str
+    lens: LensMap | None = None
+    """What registration found, where it did."""
+
+    def over(self, left: float, top: float, right: float, bottom: float) -> Map:
+        """LR mosaic -> HR JPG: the affine for a box of the mosaic. A lens bends, so it differs from tile to tile."""
+        return self.lens.affine_over(left, top, right, bottom) if self.lens else self.lr_to_hr
 
 
 def decode_jpg(data: bytes, name: str) -> Jpg:
@@ -71,31 +80,22 @@ def decode_jpg(data: bytes, name: str) -> Jpg:
 
 
 def align(raw: RawImage, lr: Jpg, hr: Jpg, zoom: float, *, ecc: bool) -> Alignment:
-    """The maps by the focal ratio `zoom`, with `ecc` refined by registering the JPGs (or "scale_fallback")."""
+    """The maps by the focal ratio `zoom`; with `ecc`, HR's by registration to the mosaic (or "scale_fallback")."""
     to_lr = _nominal(raw, lr, 1.0)
     to_hr = _nominal(raw, hr, zoom)
     if not ecc:
         return Alignment(to_lr, to_hr, "scale")
-    area = shared_area(raw, Alignment(to_lr, to_hr, "scale"), lr.size, hr.size)
-    place = mosaic_origin(raw, area)
-    size = (2 * area[2], 2 * area[3])
     try:
-        if min(size) <= 0:
-            raise registration.RegistrationError("the pictures do not overlap")
-        correction = registration.register(
-            registration.luminance(geometry.sample(lr.pixels_HWC, geometry.compose(to_lr, place), size)),
-            registration.luminance(geometry.sample(hr.pixels_HWC, geometry.compose(to_hr, place), size)),
-        )
+        lens = register_raw(raw, hr.pixels_HWC, to_hr)
     except registration.RegistrationError:
         return Alignment(to_lr, to_hr, "scale_fallback")
-    refined = geometry.compose(to_hr, geometry.compose(place, geometry.compose(correction, geometry.invert(place))))
-    return Alignment(to_lr, refined, "ecc")
+    return Alignment(to_lr, lens.affine_over(*geometry.footprint(lens.affine, hr.size)), "ecc", lens)
 
 
 def shared_area(raw: RawImage, alignment: Alignment, lr_size: Size, hr_size: Size) -> Area:
     """The packed area that all three pictures cover; height or width can be 0 or less."""
     rows, cols = raw.size
-    boxes = [geometry.footprint(alignment.lr_to_lr_jpg, lr_size), geometry.footprint(alignment.lr_to_hr, hr_size)]
+    boxes = [geometry.footprint(alignment.lr_to_lr_jpg, lr_size), _hr_footprint(alignment, hr_size)]
     top, left = raw.origin
     first_col = max(0.0, *((box[0] - left) / 2 for box in boxes))
     first_row = max(0.0, *((box[1] - top) / 2 for box in boxes))
@@ -103,6 +103,16 @@ def shared_area(raw: RawImage, alignment: Alignment, lr_size: Size, hr_size: Siz
     end_row = min(float(rows), *((box[3] - top) / 2 for box in boxes))
     row, col = int(np.ceil(first_row - 1e-6)), int(np.ceil(first_col - 1e-6))
     return row, col, int(np.floor(end_row + 1e-6)) - row, int(np.floor(end_col + 1e-6)) - col
+
+
+def _hr_footprint(alignment: Alignment, hr_size: Size) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of what HR shows, less what a tile's own affine may reach farther than the pair's."""
+    left, top, right, bottom = geometry.footprint(alignment.lr_to_hr, hr_size)
+    if alignment.lens is None:
+        return left, top, right, bottom
+    reach_px = 2 * alignment.lens.departure(alignment.lr_to_hr, left, top, right, bottom)
+    inset = reach_px / float(np.sqrt(abs(np.linalg.det(alignment.lr_to_hr[:, :2]))))
+    return left + inset, top + inset, right - inset, bottom - inset
 
 
 def mosaic_origin(raw: RawImage, area: Area) -> Map:
@@ -132,12 +142,13 @@ def cut(
         )
     place = mosaic_origin(raw, area)
     size = (2 * area[2], 2 * area[3])
-    fine = geometry.compose(place, geometry.scaling(1 / scale))
     lr_HWC = geometry.sample(lr.pixels_HWC, geometry.compose(alignment.lr_to_lr_jpg, place), size)
-    hr_HWC = geometry.sample(
-        hr.pixels_HWC, geometry.compose(alignment.lr_to_hr, fine), (scale * size[0], scale * size[1])
-    )
-    low_HWC = np.asarray(cv2.resize(hr_HWC, size[::-1], interpolation=cv2.INTER_AREA), np.uint8)
+    if alignment.lens is None:
+        fine = geometry.compose(alignment.lr_to_hr, geometry.compose(place, geometry.scaling(1 / scale)))
+        hr_HWC = geometry.sample(hr.pixels_HWC, fine, (scale * size[0], scale * size[1]))
+        low_HWC = np.asarray(cv2.resize(hr_HWC, size[::-1], interpolation=cv2.INTER_AREA), np.uint8)
+    else:
+        low_HWC = low_resolution(hr.pixels_HWC, alignment.lens.after(place), size)
     counts_4HW, render_HWC = raw.counts(*area), raw.render(*area)
     quality = _Quality(lr_HWC, low_HWC, scale, tile_px)
     shared_columns = {
@@ -150,13 +161,20 @@ def cut(
         "camera": raw.camera,
         "origin_row": raw.origin[0],
         "origin_col": raw.origin[1],
-        "lr_to_hr": alignment.lr_to_hr.ravel(),
         "aligned_by": alignment.aligned_by,
     } | _corrections(raw, render_HWC, lr, hr, alignment, area, lr_HWC, low_HWC)
     tiles = []
     for row in rows:
         for col in cols:
             score, residual_px = quality.of(row, col)
+            corner = mosaic_origin(raw, (area[0] + row, area[1] + col, tile_px, tile_px))
+            (left, top), side = corner[:, 2].tolist(), 2 * tile_px
+            lr_to_hr = alignment.over(left, top, left + side, top + side)
+            if alignment.lens is None:
+                hr_CHW = _window(hr_HWC, row, col, 2 * scale, tile_px)
+            else:
+                fine = geometry.compose(lr_to_hr, geometry.compose(corner, geometry.scaling(1 / scale)))
+                hr_CHW = geometry.sample(hr.pixels_HWC, fine, (scale * side, scale * side)).transpose(2, 0, 1)
             tiles.append(
                 shared_columns
                 | {
@@ -165,7 +183,8 @@ def cut(
                     "lr_raw": counts_4HW[:, row : row + tile_px, col : col + tile_px],
                     "lr_render": _window(render_HWC, row, col, 2, tile_px),
                     "lr_rgb": _window(lr_HWC, row, col, 2, tile_px),
-                    "hr_rgb": _window(hr_HWC, row, col, 2 * scale, tile_px),
+                    "hr_rgb": hr_CHW,
+                    "lr_to_hr": lr_to_hr.ravel(),
                     "align_score": score,
                     "residual_px": residual_px,
                 }

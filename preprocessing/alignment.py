@@ -1,0 +1,73 @@
+"""Register a long-focal picture to the short-focal RAW itself, and show it on the RAW's grid at low resolution.
+
+The camera's JPG of the short frame is left aside: it may be corrected for distortion where the RAW is not, its
+demosaicing and sharpening move edges a little, and the map wanted is the mosaic's.
+"""
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from preprocessing.block_motion import encode
+from preprocessing.geometry import Map, Size, compose, footprint, translation
+from preprocessing.lens import LensMap
+from preprocessing.raw import RawImage
+from preprocessing.registration import MAX_SHIFT, Plane, RegistrationError, register
+
+_MOSAIC_BLUR_PX = 0.96
+"""Lens 0.6 px and the pixel's area, as in a JPG, and the mean over neighbours of variance 1/2."""
+_LOW_DENSITY = 2.0
+_LOW_BLUR_PX = 0.58
+
+
+def register_raw(raw: RawImage, long_HWC: NDArray[np.uint8], nominal: Map) -> LensMap:
+    """LR mosaic (LibRaw's visible area) -> the long picture's stored pixels; `nominal` is the map by focal lengths.
+
+    Raises RegistrationError.
+    """
+    height, width = long_HWC.shape[:2]
+    left, top, right, bottom = footprint(nominal, (height, width))
+    reach = MAX_SHIFT * max(right - left, bottom - top)
+    (row0, col0), (rows, cols) = raw.origin, raw.size
+    first_col, first_row = max(0, int((left - reach - col0) // 2)), max(0, int((top - reach - row0) // 2))
+    end_col, end_row = min(cols, int((right + reach - col0) // 2)), min(rows, int((bottom + reach - row0) // 2))
+    if end_col <= first_col or end_row <= first_row:
+        raise RegistrationError("the pictures do not overlap")
+    counts = raw.counts(first_row, first_col, end_row - first_row, end_col - first_col)
+    place = translation(col0 + 2 * first_col, row0 + 2 * first_row)
+    found = register(
+        mosaic_luminance(counts, raw),
+        cv2.cvtColor(long_HWC, cv2.COLOR_RGB2GRAY),
+        compose(nominal, place),
+        blur_px=_MOSAIC_BLUR_PX,
+    )
+    return found.after(translation(-place[0, 2], -place[1, 2]))
+
+
+def mosaic_luminance(counts_4HW: NDArray[np.uint16], raw: RawImage) -> Plane:
+    """[2H, 2W] in [0, 255] of packed counts: (R + 2 G + B) / 4 about every pixel, whatever its own colour.
+
+    The kernel 1 2 1 each way weighs the colours alike at all four places of the mosaic, so nothing is moved.
+    """
+    _, height, width = counts_4HW.shape
+    span = raw.white_level - raw.black_level
+    light = (counts_4HW - raw.black_level[:, None, None]) * (raw.wb / span)[:, None, None]
+    mosaic = light.reshape(2, 2, height, width).transpose(2, 0, 3, 1).reshape(2 * height, 2 * width)
+    kernel = np.array([0.25, 0.5, 0.25], np.float32)
+    mean = cv2.sepFilter2D(mosaic.astype(np.float32), cv2.CV_32F, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)
+    return encode(np.clip(mean, 0, 1))
+
+
+def low_resolution(long_HWC: NDArray[np.uint8], mapping: LensMap, size: Size) -> NDArray[np.uint8]:
+    """uint8 [h, w, C]: pixel (x, y) shows `long_HWC` at mapping(x, y), averaged over about that pixel; the border
+    repeats. Along the lens's own curves, where `geometry.sample` follows one affine."""
+    height, width = long_HWC.shape[:2]
+    zoom = float(np.sqrt(abs(np.linalg.det(mapping.affine[:, :2]))))
+    small_w, small_h = (max(1, round(side * _LOW_DENSITY / zoom)) for side in (width, height))
+    small = cv2.resize(long_HWC, (small_w, small_h), interpolation=cv2.INTER_AREA)
+    small = cv2.GaussianBlur(small, (0, 0), _LOW_BLUR_PX)
+    x, y = np.meshgrid(np.arange(size[1]) + 0.5, np.arange(size[0]) + 0.5)
+    points = mapping(np.stack([x.ravel(), y.ravel()], axis=1)) * [small_w / width, small_h / height] - 0.5
+    index = points.astype(np.float32).reshape(*size, 2)
+    shown = cv2.remap(small, index[..., 0], index[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return np.asarray(shown, np.uint8)
