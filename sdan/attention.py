@@ -30,8 +30,9 @@ class CrossPackingAttention(nn.Module):
         """
         check_packing(self.packing_kernel, *x_NCHW.shape[-2:])
         packed = F.pixel_unshuffle(x_NCHW, self.packing_kernel)  # [N, C K^2, H/K, W/K]
-        attended = packed_attention(packed.flatten(2)).view_as(packed)
-        return x_NCHW + self.gamma * F.pixel_shuffle(attended, self.packing_kernel).to(x_NCHW.dtype)
+        attended = F.pixel_shuffle(packed_attention(packed.flatten(2)).view_as(packed), self.packing_kernel)
+        # In x's type: a float32 gamma would raise what follows to float32 under autocast.
+        return x_NCHW + self.gamma.to(x_NCHW.dtype) * attended.to(x_NCHW.dtype)
 
 
 class ChannelAttention(nn.Module):

@@ -8,6 +8,9 @@ from torch.nn import functional
 
 from sdan.ops.rows import channels_last
 
+_BAND_VALUES = 2**20
+"""values of the input in a band of the weight gradient: 4 MB in float32"""
+
 
 def full_conv2d(input: Tensor, weight: Tensor) -> Tensor:
     """y(p) = sum_k weight_k . input(p + k) for every p whose window meets the image, channels-last.
@@ -59,14 +62,28 @@ class _FullConv2d(torch.autograd.Function):
 
 
 def _weight_gradient(grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+    """Summed over bands of rows: the padded copy of the input and oneDNN's scratch are then those of a band."""
     num_images, channels, height, width = input.shape
-    half = weight.shape[-1] // 2
-    padded = input.new_zeros((num_images, height + 2 * half, width + 2 * half, channels)).permute(0, 3, 1, 2)
-    if torch.compiler.is_compiling():
-        padded[:, :, half : half + height, half : half + width] = input
-    else:  # one image at a time, so that no second copy of the batch is made on the way
-        for target, image in zip(padded, input, strict=True):
-            target[:, half : half + height, half : half + width] = channels_last(image.unsqueeze(0))[0]
+    if torch.compiler.is_compiling():  # loops would fix the sizes
+        return _band_gradient(grad, input, weight, 0, grad.shape[2])
+    images = max(1, _BAND_VALUES // max(1, channels * height * width))
+    rows = max(1, _BAND_VALUES // max(1, images * channels * width))
+    total = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+    for first in range(0, num_images, images):
+        some = slice(first, first + images)
+        source = channels_last(input[some])
+        for top in range(0, grad.shape[2], rows):
+            total += _band_gradient(grad[some], source, weight, top, min(top + rows, grad.shape[2]))
+    return total.to(weight.dtype)
+
+
+def _band_gradient(grad: Tensor, input: Tensor, weight: Tensor, top: int, bottom: int) -> Tensor:
+    """What the rows top ... bottom of y give. Row r of y saw the rows r - (K - 1) ... r of the input."""
+    num_images, channels, height, width = input.shape
+    reach, half = weight.shape[-1] - 1, weight.shape[-1] // 2
+    padded = input.new_zeros((num_images, bottom - top + reach, width + 2 * half, channels)).permute(0, 3, 1, 2)
+    low, high = max(top - reach, 0), min(bottom, height)
+    padded[:, :, low - top + reach : high - top + reach, half : half + width] = input[:, :, low:high]
     return torch.ops.aten.convolution_backward(
-        grad, padded, weight, None, (1, 1), (half, half), (1, 1), False, (0, 0), 1, (False, True, False)
+        grad[:, :, top:bottom], padded, weight, None, (1, 1), (0, half), (1, 1), False, (0, 0), 1, (False, True, False)
     )[1]

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 _SUM = 0  # embedding_bag's number for mode="sum"
 _INT32_ROWS = 2**29  # 4 P and Q below 2^31: int32 indices halve the time of the sort
+_BAND_SAMPLES = 2**14  # samples whose channels are held a second time
 
 
 @dataclass(frozen=True)
@@ -171,14 +172,13 @@ def _offset_gradient(grad_rows: Tensor, input_rows: Tensor, corners: Corners) ->
         steps = _slopes(corners, _dots(grad_rows, input_rows, corners.index_P4).t().contiguous().to(corners.weight_low))
     else:  # the scalar dots are slow in half types: sample with the slopes as weights, then one dot each
         corner_slopes = _slopes(corners, torch.eye(4, device=grad_rows.device).unsqueeze(-1))  # [2, 4, P]
-        steps = torch.stack(
-            [
-                (
-                    _sum_rows(input_rows, corners.index_P4, slope_4P.t().to(grad_rows.dtype).contiguous()) * grad_rows
-                ).sum(dim=1, dtype=torch.float32)
-                for slope_4P in corner_slopes
-            ]
-        )
+        steps = torch.empty_like(corner_slopes[:, 0])
+        for first in range(0, len(grad_rows), _BAND_SAMPLES):
+            band = slice(first, first + _BAND_SAMPLES)
+            for step_P, slope_4P in zip(steps, corner_slopes, strict=True):
+                weights = slope_4P[:, band].t().to(grad_rows.dtype).contiguous()
+                slope_rows = _sum_rows(input_rows, corners.index_P4[band], weights)
+                step_P[band] = slope_rows.mul_(grad_rows[band]).sum(dim=1, dtype=torch.float32)
     outside = (corners.inside_low + corners.inside_high).amin(dim=0) == 0
     return steps.masked_fill_(outside, 0.0).masked_fill_(corners.invalid, float("nan"))
 

@@ -14,8 +14,7 @@ from torch.nn import functional
 from torchvision.ops import deform_conv2d
 
 from sdan import ops
-from sdan.ops import backend, rows
-from sdan.ops.full_conv import full_conv2d
+from sdan.ops import backend, full_conv, rows
 from sdan.ops.reference import squared_deform_loops, squared_deform_repeated
 from sdan.ops.squared_deform import _backward_op, _warp_op
 
@@ -204,7 +203,25 @@ def test_mask_is_one_exactly_where_the_centre_stays_inside():
 def test_full_convolution_and_its_gradients(kernel):
     input, _, weight, _ = case((6, 9), kernel=kernel)
     expected = value_and_gradients(lambda x, w: functional.conv2d(x, w, padding=kernel - 1), [input, weight])
-    assert_near(value_and_gradients(full_conv2d, [input, weight]), expected, 1e-12)
+    assert_near(value_and_gradients(full_conv.full_conv2d, [input, weight]), expected, 1e-12)
+
+
+@pytest.mark.parametrize("band", [1, 100, 300, 10_000])
+def test_bands_of_the_weight_gradient_add_up(band, monkeypatch):
+    """Bands of one row, of several, of single images, of the batch."""
+    monkeypatch.setattr(full_conv, "_BAND_VALUES", band)
+    input, _, weight, _ = case((7, 9), batch=3, kernel=5)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        tensors = [input.contiguous(memory_format=layout), weight]
+        expected = value_and_gradients(lambda x, w: functional.conv2d(x, w, padding=4), tensors)
+        assert_near(value_and_gradients(full_conv.full_conv2d, tensors), expected, 1e-12)
+
+
+def test_bands_of_the_offset_gradient_equal_one(monkeypatch):
+    tensors = case((12, 17), channels=(16, 24), dtype=torch.bfloat16)
+    whole = value_and_gradients(ops.squared_deform_conv2d, tensors)
+    monkeypatch.setattr(rows, "_BAND_SAMPLES", 50)
+    assert torch.equal(value_and_gradients(ops.squared_deform_conv2d, tensors)[2], whole[2])
 
 
 def inner_offset(size, batch=2, seed=0):
@@ -308,17 +325,24 @@ def test_compiles_for_any_batch():
 
 
 @pytest.mark.slow
-def test_compiles_with_inductor():
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_with_inductor(dynamic, autocast):
     torch.manual_seed(0)
-    layer, x = Layer(), torch.randn(2, 3, 12, 14)
-    expected = layer(x)
-    output = torch.compile(layer, fullgraph=True)(x)
-    assert_near([output], [expected], 1e-5)
-    output.sum().backward()
-    gradients = [p.grad.clone() for p in layer.parameters()]
-    layer.zero_grad()
-    layer(x).sum().backward()
-    assert_near(gradients, [p.grad for p in layer.parameters()], 1e-4)
+    torch._dynamo.reset()
+    layer = Layer()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic)
+    for shape in ((2, 3, 12, 14), (3, 3, 8, 9)) if dynamic else ((2, 3, 12, 14),):
+        x = torch.randn(shape)
+        results = []
+        for run in (layer, compiled):
+            layer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                output = run(x)
+            output.float().square().mean().backward()
+            results.append([output, *(p.grad.clone() for p in layer.parameters())])
+        assert results[1][0].dtype == results[0][0].dtype
+        assert_near(results[1], results[0], 5e-2 if autocast else 1e-4)
 
 
 def test_exports_with_and_without_the_operator():
@@ -388,6 +412,9 @@ def test_sizes_past_two_to_the_31_keep_their_shapes():
         assert output.shape == input.shape
         assert output.stride() == input.stride()
         assert mask.shape == (2, 1, 8192, 8192)
+        grad_input, grad_offset = _backward_op(output, input, offset, 0, True, True)
+        assert grad_input.shape == input.shape
+        assert grad_offset.shape == offset.shape
 
 
 def test_row_numbers_are_64_bit_where_32_would_overflow(monkeypatch):
