@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from preprocessing.estimate import Estimate
     from preprocessing.shards import PreprocessOptions, PreprocessReport
 
 OURS = ("preprocessing", "sdan", "tuning", "pipelines")
@@ -353,12 +354,23 @@ def _say_report(report: PreprocessReport, shards: str, dry_run: bool) -> None:
         f"{report.pairs} pairs: {done}, {report.skipped} there already, {len(report.quarantined)} set aside, "
         f"{report.seconds:.1f} s"
     )
+    if report.estimate and report.todo:
+        _say(f"  {_estimate_line(report.estimate)}")
     for entry in report.quarantined[:20]:
         _say(f"  set aside: {entry.sequence} {entry.pair}: {entry.reason}")
     if len(report.quarantined) > 20:
         _say(f"  ... {len(report.quarantined) - 20} more in {shards}/quarantine/")
     for note in report.notes:
         _say(f"  {note}")
+
+
+def _estimate_line(estimate: Estimate) -> str:
+    size = f"about {estimate.tiles} tiles, {estimate.bytes / 1e6:.3g} MB"
+    if estimate.seconds is None:
+        return f"{size}; how long is not known before a first run into these SHARDS"
+    minutes = estimate.seconds / 60
+    span = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{max(minutes, 0.1):.1f} minutes"
+    return f"{size}, {span} on {estimate.cpus:g} CPUs at the last run's rate"
 
 
 class _bar:

@@ -10,7 +10,7 @@ import math
 import threading
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -21,6 +21,8 @@ _EXIF_IFD = 0x8769
 _LOCK = threading.Lock()
 """catch_warnings changes the whole process's filters; frames are looked at from several threads."""
 _EXIF_HEADER = b"Exif\x00\x00"
+_FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+"""JPEG's markers SOF0 to SOF15, without those of tables."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Exif:
     f_number: float | None = None
     orientation: int | None = None
     """EXIF orientation 1-8: how the stored picture has to be turned for the viewer."""
+    size: tuple[int, int] | None = None
+    """(height, width) of a JPG as stored."""
 
 
 def read_exif(data: bytes) -> Exif:
@@ -52,7 +56,7 @@ def read_exif(data: bytes) -> Exif:
     if found.focal_mm is None and header:
         with contextlib.suppress(Exception):
             found = _by_exifread(data)
-    return found
+    return replace(found, size=_jpg_size(data)) if data[:2] == b"\xff\xd8" else found
 
 
 def _jpg_exif(data: bytes) -> bytes:
@@ -64,6 +68,16 @@ def _jpg_exif(data: bytes) -> bytes:
             return data[at + 10 : at + 2 + length]
         at += 2 + max(length, 2)
     return b""
+
+
+def _jpg_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) from the frame header; None where that lies beyond `data`."""
+    at = 2
+    while at + 9 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
+        if data[at + 1] in _FRAME_HEADERS:
+            return int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
+        at += 2 + max(int.from_bytes(data[at + 2 : at + 4], "big"), 2)
+    return None
 
 
 def _by_pillow(tiff: bytes) -> Exif:

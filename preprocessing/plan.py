@@ -3,6 +3,7 @@ files' ends alone. No picture is decoded here."""
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -20,7 +21,7 @@ from preprocessing.frames import (
     ratio,
 )
 from preprocessing.schema import SCHEMA_VERSION
-from preprocessing.storage import ENDS_BYTES, Folder
+from preprocessing.storage import Folder
 
 _READERS = 16
 _MORE_TAGS_BYTES = 1 << 20
@@ -95,6 +96,8 @@ class PairJob:
     zoom: float
     folder: str
     has_truth: bool
+    pixels: int
+    """Of the largest of its pictures, about: what a task's memory depends on."""
 
     @property
     def pair(self) -> str:
@@ -169,6 +172,7 @@ def split_of(name: str) -> str:
 def _plan_sequence(raw: Folder, sequence: Sequence, options: PreprocessOptions, splits: Mapping[str, str]) -> Plan:
     plan = Plan()
     shots = []
+    digests: dict[str, str] = {}
     for frame in sequence.frames:
         name = f"{sequence.name}/{frame.stem}"
         if is_excluded(sequence.name, frame.stem, (*KNOWN_BAD, *options.exclude)):
@@ -176,7 +180,7 @@ def _plan_sequence(raw: Folder, sequence: Sequence, options: PreprocessOptions, 
             plan.notes.append(f"{name}: excluded")
             continue
         try:
-            shot = _look(raw, frame)
+            shot = _look(raw, frame, digests)
         except OSError as error:
             if not raw.is_local:
                 raise  # after all retries: the bucket's fault rather than the frame's
@@ -195,7 +199,7 @@ def _plan_sequence(raw: Folder, sequence: Sequence, options: PreprocessOptions, 
         plan.faults.append(QuarantineEntry(sequence.name, "-", _why_no_pair(shots, options.scale)))
     for lr, hr in pairs:
         try:
-            plan.jobs.append(_job(raw, sequence, lr, hr, split, options))
+            plan.jobs.append(_job(raw, sequence, lr, hr, split, options, digests))
         except OSError as error:
             if not raw.is_local:
                 raise
@@ -204,15 +208,16 @@ def _plan_sequence(raw: Folder, sequence: Sequence, options: PreprocessOptions, 
     return plan
 
 
-def _look(raw: Folder, frame: Frame) -> Shot:
-    """The frame's tags: the JPG's, what it lacks from the RAW's."""
+def _look(raw: Folder, frame: Frame, digests: dict[str, str]) -> Shot:
+    """The frame's tags: the JPG's, what it lacks from the RAW's. What was read on the way goes into `digests`."""
     found = Exif()
     for file in (*frame.jpgs, *frame.raws):
         if found.focal_mm is None:
-            for limit in (ENDS_BYTES, _MORE_TAGS_BYTES):
-                more = read_exif(raw.read(file.path, limit))
-                if more.focal_mm is not None or file.size <= limit:
-                    break
+            first, last = raw.read_ends(file.path)
+            digests[file.path] = _digest(first, last)
+            more = read_exif(first)
+            if more.focal_mm is None and file.size > len(first):
+                more = read_exif(raw.read(file.path, _MORE_TAGS_BYTES))
             known = {name: value for name, value in asdict(found).items() if value is not None}
             found = replace(more, **known)
     return Shot(frame, found)
@@ -242,7 +247,15 @@ def _why_no_pair(shots: list[Shot], scale: int) -> str:
     )
 
 
-def _job(raw: Folder, sequence: Sequence, lr: Shot, hr: Shot, split: str, options: PreprocessOptions) -> PairJob:
+def _job(
+    raw: Folder,
+    sequence: Sequence,
+    lr: Shot,
+    hr: Shot,
+    split: str,
+    options: PreprocessOptions,
+    digests: dict[str, str],
+) -> PairJob:
     inputs = (*lr.frame.raws, *lr.frame.jpgs, *(hr.frame.jpgs or hr.frame.raws))
     identity = {
         "schema": SCHEMA_VERSION,
@@ -250,8 +263,8 @@ def _job(raw: Folder, sequence: Sequence, lr: Shot, hr: Shot, split: str, option
         "sequence": sequence.name,
         "pair": [lr.frame.stem, hr.frame.stem],
         "focal_mm": [lr.exif.focal_mm, hr.exif.focal_mm],
-        "inputs": [_identity(raw, file) for file in inputs],
-        "truth": [_identity(raw, file) for file in _truth_of(sequence, lr.frame.stem, hr.frame.stem)],
+        "inputs": [_identity(raw, file, digests) for file in inputs],
+        "truth": [_identity(raw, file, digests) for file in _truth_of(sequence, lr.frame.stem, hr.frame.stem)],
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     return PairJob(
@@ -269,6 +282,7 @@ def _job(raw: Folder, sequence: Sequence, lr: Shot, hr: Shot, split: str, option
         zoom=ratio(lr, hr),
         folder=sequence.folder,
         has_truth=bool(sequence.truth),
+        pixels=max(_pixels(lr), _pixels(hr)),
     )
 
 
@@ -278,6 +292,17 @@ def _truth_of(sequence: Sequence, *stems: str) -> list[File]:
     return [file for file in sequence.truth if file.name.partition(".")[0] not in others]
 
 
-def _identity(raw: Folder, file: File) -> list[str | int]:
-    first, last = raw.read_ends(file.path)
-    return [file.name, file.size, hashlib.sha256(first + last).hexdigest()]
+def _identity(raw: Folder, file: File, digests: dict[str, str]) -> list[str | int]:
+    if file.path not in digests:
+        digests[file.path] = _digest(*raw.read_ends(file.path))
+    return [file.name, file.size, digests[file.path]]
+
+
+def _digest(first: bytes, last: bytes) -> str:
+    return hashlib.sha256(first + last).hexdigest()
+
+
+def _pixels(shot: Shot) -> int:
+    """Of a frame: its JPG's, or what its RAW can hold (two bytes each as a rule, one where nothing else is known)."""
+    from_raw = max((file.size for file in shot.frame.raws), default=0)
+    return max(math.prod(shot.exif.size), from_raw // 2) if shot.exif.size else from_raw

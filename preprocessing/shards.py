@@ -5,6 +5,7 @@ redoes nothing that was finished, and runs side by side overwrite each other wit
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ import ray.data
 import ray.exceptions
 from tqdm import tqdm
 
+from preprocessing.estimate import Estimate, Rate, estimate, memory_bytes, tile_bytes
 from preprocessing.exif import Exif
 from preprocessing.isolation import Worker
 from preprocessing.ledger import Ledger
@@ -34,6 +36,9 @@ __all__ = ["PreprocessError", "PreprocessOptions", "PreprocessReport", "Quaranti
 _RETRIES = 2
 _READ_FAULTS = 8
 """So many pairs in a row that a bucket does not give us end the run: each has cost all of a request's retries."""
+_CHUNK_PAIRS = 1000
+_CHUNK_PAIRS_PER_CPU = 16
+"""Enough that CPUs which have nothing to do while the last pairs of a chunk end hardly count."""
 _WORKER = Worker()
 """In a Ray worker: the child that serves its tasks. Other processes never start it."""
 _DEATHS = (
@@ -61,6 +66,10 @@ class PreprocessReport:
     """Tiles written by this run."""
     bytes: int = 0
     """Size of the files written by this run."""
+    raw_bytes: int = 0
+    """Of the same tiles, uncompressed."""
+    task_seconds: float = 0.0
+    """Summed over the tasks that wrote them."""
     quarantined: list[QuarantineEntry] = field(default_factory=list)
     """All that could not be used, now or in earlier runs."""
     notes: list[str] = field(default_factory=list)
@@ -70,6 +79,8 @@ class PreprocessReport:
     splits: dict[str, int] = field(default_factory=dict)
     """Finished pairs in SHARDS by split: train, val, test."""
     seconds: float = 0.0
+    estimate: Estimate | None = None
+    """With dry_run: what the pairs to do will come to."""
 
 
 def preprocess(
@@ -94,7 +105,10 @@ def preprocess(
     had_shards = {job.sequence for job in plan.jobs if ledger.shards[job.key]}
     report = PreprocessReport(pairs=len(plan.jobs), todo=len(todo), skipped=len(done), notes=list(plan.notes))
     report.quarantined = [*plan.faults, *given_up]
-    if not dry_run:
+    if dry_run:
+        with _storage_fault(target, "read"):
+            report.estimate = estimate(todo, options, Rate.read(target), _cpus())
+    else:
         with _storage_fault(target, "written"):
             ledger.prepare(plan, options)
             for job in done:
@@ -102,6 +116,8 @@ def preprocess(
             written = _work(source, ledger, todo, options, report, progress=progress)
             ledger.finish(plan)
             ledger.quarantine_only(report.quarantined, plan)
+            if report.rows:
+                Rate(report.rows, report.bytes, report.raw_bytes, report.task_seconds).write(target)
         report.new_sequences = sorted(written - had_shards)
     with _storage_fault(target, "read"):
         report.splits = ledger.count()
@@ -136,6 +152,8 @@ def _work(
                     report.rows + result.rows,
                     report.bytes + result.bytes,
                 )
+                report.raw_bytes += result.rows * tile_bytes(options, truth=job.has_truth)
+                report.task_seconds += result.seconds
                 written.add(job.sequence)
             bar.update()
 
@@ -160,20 +178,45 @@ def _results(source: Folder, target: Folder, todo: list[PairJob], options: Prepr
     if not todo:
         return
     with _ray(), _quiet_ray_data() as failures:
-        jobs = ray.data.from_items([{"job": json.dumps(asdict(job))} for job in todo], override_num_blocks=len(todo))
-        with warnings.catch_warnings():
-            # Ray 2.64 drops max_retries here and names no successor; without it too little memory is retried for ever.
-            warnings.simplefilter("ignore")
-            results = jobs.map(partial(_task, source=source, target=target, options=options), max_retries=_RETRIES)
-        for row in results.iter_rows():
-            yield PairResult(**row)
-        _require_deaths(failures)
+        for chunk, memory in _chunks(todo):
+            blocks = [{"job": json.dumps(asdict(job))} for job in chunk]
+            jobs = ray.data.from_items(blocks, override_num_blocks=len(blocks))
+            with warnings.catch_warnings():
+                # Ray 2.64 drops max_retries here and names no successor; without it too little memory is retried for
+                # ever.
+                warnings.simplefilter("ignore")
+                results = jobs.map(
+                    partial(_task, source=source, target=target, options=options),
+                    memory=memory,
+                    max_retries=_RETRIES,
+                )
+            for row in results.iter_rows():
+                yield PairResult(**row)
+            _require_deaths(failures)
+
+
+def _chunks(todo: list[PairJob]) -> Iterator[tuple[list[PairJob], float]]:
+    """(pairs for one Ray Data job, memory of a task in bytes): what it plans for all pairs at once, the driver holds.
+
+    A task that asks for more than any node has would wait for ever: it gets the largest node for itself.
+    """
+    most = max(node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"])
+    length = max(_CHUNK_PAIRS, int(_CHUNK_PAIRS_PER_CPU * ray.cluster_resources().get("CPU", 1)))
+    by_memory = sorted(todo, key=memory_bytes)
+    for memory, group in itertools.groupby(by_memory, memory_bytes):
+        while chunk := list(itertools.islice(group, length)):
+            yield chunk, min(float(memory), most)
 
 
 def _task(row: dict[str, Any], source: Folder, target: Folder, options: PreprocessOptions) -> dict[str, Any]:
     fields = json.loads(row["job"])
     job = PairJob(**{**fields, "lr_exif": Exif(**fields["lr_exif"]), "hr_exif": Exif(**fields["hr_exif"])})
     return asdict(_WORKER.run(job, source, target, options))
+
+
+def _cpus() -> float:
+    """Those of the Ray that is running, else this machine's."""
+    return float(ray.cluster_resources().get("CPU", 1)) if ray.is_initialized() else float(os.cpu_count() or 1)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """The sampling as Triton kernels, forward and backward.
 
-    forward     output(p, c) = bias(c) + sum_q weight(p, q) input(q, c), then ReLU if asked; M(p) = 1 if p + offset(p)
-    is inside backward    grad_input(q, c) += weight(p, q) grad(p, c)
+    forward     output(p, c) = bias(c) + sum_q weight(p, q) input(q, c), then ReLU if asked
+                M(p) = 1 where p + offset(p) is inside the image, else 0
+    backward    grad_input(q, c) += weight(p, q) grad(p, c)
                 grad_offset(p) = sum_c grad(p, c) sum_q (d weight(p, q) / d offset) input(q, c)
 
 q runs over the four frame pixels around p + margin + offset(p). Everything is channels-last, so that the C values of
@@ -55,6 +56,25 @@ def _sample_block(
     return image, sample, valid, y, x
 
 
+@triton.jit
+def _corner_block(
+    image: tl.tensor,
+    y: tl.tensor,
+    x: tl.tensor,
+    frame_height: tl.tensor,
+    frame_width: tl.tensor,
+    margin: tl.tensor,
+    ACC: tl.constexpr,
+) -> tl.tensor:
+    """The four frame pixels around each sample: the upper left one's number in the batch (int64), then which rows and
+    columns are in the frame, and the weights of each.
+    """
+    row, has_top, has_bottom, top, bottom = _axis(y + margin.to(ACC), frame_height)
+    column, has_left, has_right, left, right = _axis(x + margin.to(ACC), frame_width)
+    pixel = (image * frame_height + row) * frame_width + column
+    return pixel, has_top, has_bottom, has_left, has_right, top, bottom, left, right
+
+
 @triton.jit(do_not_specialize=["height", "width", "frame_height", "frame_width", "margin"])
 def warp_forward_kernel(
     input_ptr: tl.tensor,
@@ -80,10 +100,10 @@ def warp_forward_kernel(
     if WITH_MASK:
         inside = (y >= 0) & (y <= (height - 1).to(ACC)) & (x >= 0) & (x <= (width - 1).to(ACC))
         tl.store(mask_ptr + image * height * width + sample, inside.to(tl.float32), mask=valid)
-    row, has_top, has_bottom, top, bottom = _axis(y + margin.to(ACC), frame_height)
-    column, has_left, has_right, left, right = _axis(x + margin.to(ACC), frame_width)
-    frame = input_ptr + image * frame_height * frame_width * channels
-    corner = frame + (row.to(tl.int64) * frame_width + column)[:, None] * channels
+    pixel, has_top, has_bottom, has_left, has_right, top, bottom, left, right = _corner_block(
+        image, y, x, frame_height, frame_width, margin, ACC
+    )
+    corner = input_ptr + pixel[:, None] * channels
     below = frame_width.to(tl.int64) * channels
     target = output_ptr + (image * height * width + sample)[:, None] * channels
     for start in range(0, channels, BLOCK_C):
@@ -157,9 +177,10 @@ def warp_backward_kernel(
     program.
     """
     image, sample, valid, y, x = _sample_block(offset_ptr, height, width, margin, BLOCK_P, ACC)
-    row, has_top, has_bottom, top, bottom = _axis(y + margin.to(ACC), frame_height)
-    column, has_left, has_right, left, right = _axis(x + margin.to(ACC), frame_width)
-    corner = ((image * frame_height + row) * frame_width + column)[:, None] * channels
+    pixel, has_top, has_bottom, has_left, has_right, top, bottom, left, right = _corner_block(
+        image, y, x, frame_height, frame_width, margin, ACC
+    )
+    corner = pixel[:, None] * channels
     below = frame_width.to(tl.int64) * channels
     source = grad_ptr + (image * height * width + sample)[:, None] * channels
     dot_tl = tl.zeros([BLOCK_P], dtype=ACC)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import urllib.error
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,25 @@ def test_wrong_input_ends_in_one_line(arguments, said, tiny_shards, tmp_path, mo
     lines = [line for line in written.splitlines() if line.startswith("sdan: ")]
     assert len(lines) == 1, written
     assert said.replace("EMPTY", str(tmp_path / "empty")) in lines[0]
+
+
+@pytest.mark.parametrize("term", ["perceptual_weight", "contextual_weight", "cobi_vgg_weight"])
+@pytest.mark.parametrize("verb", [["train"], ["train", "--vgg-weights", "nosuch.pth"], ["tune"]])
+def test_a_loss_on_vgg_features_is_refused_without_their_weights_before_a_run_exists(
+    verb, term, tiny_shards, tmp_path, monkeypatch, capsys
+):
+    def no_network(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    arguments = [*verb, tiny_shards, "--config", "smoke", "--set", f"loss.{term}=0.1"]
+    assert run_here(monkeypatch, *arguments, data=tmp_path / "data") == 2
+    written = capsys.readouterr().err
+    assert written.startswith("sdan: ") and written.count("\n") == 1, written
+    assert "name the file with --vgg-weights PATH" in written
+    assert ("nosuch.pth" in written) == ("nosuch.pth" in verb)
+    assert not (tmp_path / "data").exists()
 
 
 def test_the_installed_command_says_the_same():

@@ -54,8 +54,8 @@ def run(folders, options=OPTIONS, **arguments):
 
 
 def content(folder: Path) -> dict[str, str]:
-    """Every file below a folder with its bytes' hash."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    """Every file below a folder with its bytes' hash; but for rate.json, which says how long it took."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "rate.json")
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
