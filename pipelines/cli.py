@@ -45,6 +45,14 @@ ConfigName = Annotated[
 Assignments = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value, e.g. model.packing_kernel=4.")
 ]
+VggWeights = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PATH",
+        envvar="SDAN_VGG_WEIGHTS",
+        help="torchvision's vgg19 state dict, for losses that compare its features; default: through torchvision.",
+    ),
+]
 ModelURI = Annotated[
     str, typer.Option("--model", metavar="URI", help="Checkpoint folder, runs:/ID or models:/sdan@champion.")
 ]
@@ -142,6 +150,7 @@ def train(
     ] = None,
     assignments: Assignments = None,
     workers: Workers = None,
+    vgg_weights: VggWeights = None,
     name: Annotated[str | None, typer.Option(metavar="RUN", help="The run's name; made up by default.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with --name, or with the newest unfinished run.")
@@ -159,7 +168,9 @@ def train(
         if config not in (None, stored.name):
             raise training.TrainError(f"--resume: the run's own config expected, {stored.name}, got {config}")
         chosen = configs.override(stored, changes)
-    result = training.train(shards, chosen, data=_data(), workers=workers, name=name, resume=resume)
+    result = training.train(
+        shards, chosen, data=_data(), workers=workers, name=name, resume=resume, vgg_weights=vgg_weights
+    )
     _say(f"model: {result.model} (registry: sdan, version {result.version}; MLflow run {result.run_id})")
     if result.champion:
         _say(f"the first model of this registry: it is {CHAMPION} now")
@@ -204,6 +215,7 @@ def tune(
     config: ConfigName = "srraw_4x",
     assignments: Assignments = None,
     workers: Workers = None,
+    vgg_weights: VggWeights = None,
     name: Annotated[str, typer.Option(metavar="SWEEP", help="The sweep's name.")] = "sweep",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep of that name.")] = False,
 ) -> None:
@@ -213,7 +225,15 @@ def tune(
 
     chosen = configs.override(configs.named(config), configs.parse_assignments(assignments or ()))
     result = pipeline.tune(
-        shards, chosen, data=_data(), trials=trials, space=space, workers=workers, name=name, resume=resume
+        shards,
+        chosen,
+        data=_data(),
+        trials=trials,
+        space=space,
+        workers=workers,
+        vgg_weights=vgg_weights,
+        name=name,
+        resume=resume,
     )
     _say(pipeline.summary(result))
 
@@ -232,6 +252,7 @@ def retrain(
     config: ConfigName = "srraw_4x",
     assignments: Assignments = None,
     workers: Workers = None,
+    vgg_weights: VggWeights = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; change nothing.")] = False,
 ) -> None:
     """Preprocess only what is new, fine-tune the champion, promote the result if it is better."""
@@ -241,7 +262,14 @@ def retrain(
     chosen = configs.override(configs.named(config), configs.parse_assignments(assignments or ()))
     options = _options(scale, align, tile, stride, exclude, missing_jpg, val)
     result = pipeline.retrain(
-        raw, shards, data=_data(), options=options, config=chosen, workers=workers, dry_run=dry_run
+        raw,
+        shards,
+        data=_data(),
+        options=options,
+        config=chosen,
+        workers=workers,
+        vgg_weights=vgg_weights,
+        dry_run=dry_run,
     )
     _say_report(result.preprocessed, shards, dry_run)
     for label, evaluation in (("champion", result.champion), ("new model", result.challenger)):

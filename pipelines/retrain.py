@@ -50,6 +50,7 @@ def retrain(
     options: PreprocessOptions,
     config: RunConfig | None = None,
     workers: int | None = None,
+    vgg_weights: Path | None = None,
     dry_run: bool = False,
     progress: bool = True,
 ) -> RetrainResult:
@@ -57,6 +58,7 @@ def retrain(
 
     Args:
         config: for the first model; later ones take the champion's own.
+        vgg_weights: as for `train`.
         dry_run: say what would be preprocessed and trained; change nothing.
     """
     uri = registry.default_tracking_uri(data)
@@ -67,7 +69,8 @@ def retrain(
         return RetrainResult(report, None, None, None, False, _intention(report, champion is not None, uri, shards))
     registry.prepare_database(uri)
     if champion is None:
-        trained = train(shards, config or configs.srraw_4x(), data=data, workers=workers, progress=progress)
+        first = config or configs.srraw_4x()
+        trained = train(shards, first, data=data, workers=workers, vgg_weights=vgg_weights, progress=progress)
         score = evaluate(shards, trained.model, limit=COMPARED_CROPS)
         return RetrainResult(report, trained, None, score, True, "the first model is the champion")
     if _trained_on_all(uri, shards):
@@ -75,7 +78,15 @@ def retrain(
     cache = data / "models" / f"{registry.MODEL}-{champion.version}"  # where a cluster's workers can read it, too
     folder = registry.resolve_model(uri, f"models:/{registry.MODEL}@{registry.CHAMPION}", cache)
     tuned = fine_tuning(configs.from_dict(checkpoint.load(folder).config))
-    trained = train(shards, tuned, data=data, workers=workers, init_from=folder, progress=progress)
+    trained = train(
+        shards,
+        tuned,
+        data=data,
+        workers=workers,
+        init_from=folder,
+        vgg_weights=vgg_weights,
+        progress=progress,
+    )
     before = evaluate(shards, folder, limit=COMPARED_CROPS)
     after = evaluate(shards, trained.model, limit=COMPARED_CROPS)
     target = "aligned" if math.isfinite(before.rows["SDAN (self)"]["aligned_psnr"]) else "raw"

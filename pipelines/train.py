@@ -23,6 +23,7 @@ from ray.train import CheckpointConfig, FailureConfig, ScalingConfig, UserCallba
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
+from torch import Tensor
 from tqdm import tqdm
 
 from pipelines import cluster, registry
@@ -31,6 +32,7 @@ from pipelines.config import ConfigError, RunConfig
 from pipelines.loader import ShardIndex, check_fit, index_split
 from pipelines.worker import SELECT_BY, train_worker
 from sdan import checkpoint
+from sdan.perceptual import load_vgg19
 from tuning.trial import reason_of
 
 EXPERIMENT = "sdan"
@@ -123,6 +125,7 @@ def train(
     name: str | None = None,
     resume: bool = False,
     init_from: Path | None = None,
+    vgg_weights: Path | None = None,
     run_id: str | None = None,
     callbacks: Sequence[UserCallback] = (),
     register: str | None = registry.MODEL,
@@ -138,13 +141,14 @@ def train(
         resume: go on with the run `name` from its latest checkpoint; shards and workers must be its own, and of the
             config only values of CHANGEABLE may differ.
         init_from: a checkpoint folder whose weights to start from.
+        vgg_weights: a torchvision vgg19 state dict, for a loss that compares its features; None: through torchvision.
         run_id: an MLflow run that exists already (a sweep's child); None: one is made.
         callbacks: Ray Train callbacks, called in the controller after each report.
         register: the registered model that the best checkpoint becomes a version of; None: none.
         max_failures: how often training goes on from the last checkpoint after a worker or its machine was lost.
 
     Raises:
-        TrainError, ConfigError, ShardsError, ClusterError: one clear line, before anything has started.
+        TrainError, ConfigError, ShardsError, PerceptualError, ClusterError: one clear line, before anything starts.
     """
     if "://" not in shards:
         shards = str(Path(shards).resolve())  # train workers have working folders of their own
@@ -158,13 +162,14 @@ def train(
         workers = stored.workers
     if init_from is not None and checkpoint.load(init_from).model.config != config.model:
         raise ConfigError(f"{init_from}: the same model.* values expected as in that checkpoint; leave them")
+    vgg = load_vgg19(vgg_weights) if config.loss.needs_vgg else None
     cluster.start_ray()
     plan = cluster.plan_workers(workers)
     tracking_uri = registry.default_tracking_uri(data)
     run = _record(folder, stored, config, shards, run_id, init_from, plan, tracking_uri)
     client = MlflowClient(tracking_uri=tracking_uri)
     client.update_run(run.run_id, status="RUNNING")
-    trainer = _trainer(folder, run, plan, tracking_uri, callbacks, max_failures)
+    trainer = _trainer(folder, run, plan, vgg, tracking_uri, callbacks, max_failures)
     status = "KILLED"
     try:
         with _ProgressBar(folder / "progress.jsonl", config, enabled=progress):
@@ -237,6 +242,7 @@ def _trainer(
     folder: Path,
     run: _Run,
     plan: cluster.WorkerPlan,
+    vgg: dict[str, Tensor] | None,
     tracking_uri: str,
     callbacks: Sequence[UserCallback],
     max_failures: int,
@@ -249,6 +255,7 @@ def _trainer(
         "tracking_uri": tracking_uri,
         "run_id": run.run_id,
         "init_from": run.init_from,
+        "vgg": vgg,
     }
     return TorchTrainer(
         train_worker,

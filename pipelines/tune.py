@@ -14,10 +14,13 @@ from pipelines import config as configs
 from pipelines.config import RunConfig
 from pipelines.loader import check_fit, index_split
 from pipelines.worker import SELECT_BY
+from sdan.perceptual import load_vgg19
 from tuning.search import SLOT
 from tuning.space import check_space, default_space, load_space
 from tuning.summary import table
 from tuning.sweep import SweepResult, run_sweep
+
+VGG_TERMS = {"loss.perceptual_weight", "loss.contextual_weight", "loss.cobi_vgg_weight"}
 
 
 class _Report(UserCallback):
@@ -39,6 +42,7 @@ class TrialTrainer:
     data: Path
     workers: int | None
     sweep: str
+    vgg_weights: Path | None
 
     def __call__(self, overrides: Mapping[str, Any], report: Any) -> dict[str, float]:
         from pipelines.train import train
@@ -50,6 +54,7 @@ class TrialTrainer:
             workers=self.workers,
             name=f"{self.sweep}-{report.trial_id}",
             resume=(self.data / "runs" / f"{self.sweep}-{report.trial_id}" / "run.json").exists(),
+            vgg_weights=self.vgg_weights,
             run_id=report.run_id,
             callbacks=[_Report(report)],
             register=None,
@@ -67,13 +72,17 @@ def tune(
     trials: int,
     space: Path | None = None,
     workers: int | None = None,
+    vgg_weights: Path | None = None,
     name: str = "sweep",
     resume: bool = False,
 ) -> SweepResult:
     """Sweep `space` (or the default one) over the real trainer, starting from `config`.
 
+    Args:
+        vgg_weights: as for `train`; every trial reads it where it runs.
+
     Raises:
-        SweepError, ConfigError, ShardsError: one clear line.
+        SweepError, ConfigError, ShardsError, PerceptualError: one clear line.
     """
     searched = check_space(load_space(space) if space else default_space())
     unknown = sorted(set(searched) - set(configs.flatten(config)))
@@ -83,12 +92,14 @@ def tune(
         shards = str(Path(shards).resolve())
     check_fit(index_split(shards, "train"), config)
     index_split(shards, "val")
+    if config.loss.needs_vgg or VGG_TERMS & set(searched):
+        load_vgg19(vgg_weights)  # before the sweep exists, not in each trial
     uri = registry.default_tracking_uri(data)
     registry.prepare_database(uri)
     cluster.start_ray(resources={SLOT: 1.0})
     cluster.plan_workers(workers)
     return run_sweep(
-        TrialTrainer(shards, config, data.resolve(), workers, name),
+        TrialTrainer(shards, config, data.resolve(), workers, name, vgg_weights and vgg_weights.resolve()),
         searched,
         name=name,
         storage_path=data / "sweeps",

@@ -77,7 +77,7 @@ class Worker:
         self.index = index_split(job["shards"], "train")
         check_fit(self.index, self.config)
         wrap = prepare_model if self.world > 1 else (lambda model: model)
-        self.training = step.start(self.config, job["init_from"], self.device, wrap)
+        self.training = step.start(self.config, job["init_from"], self.device, wrap, job["vgg"])
         self.log = RunLog(job["tracking_uri"], job["run_id"]) if self.rank == 0 else None
 
     @cached_property
@@ -175,6 +175,7 @@ def train_worker(job: dict[str, Any]) -> None:
     """Ray Train's per-worker function.
 
     Args:
-        job: config (configs.to_dict), shards, threads, readers, tracking_uri, run_id, init_from (a folder or None).
+        job: config (configs.to_dict), shards, threads, readers, tracking_uri, run_id, init_from (a folder or None),
+            vgg (perceptual.load_vgg19's weights, or None).
     """
     Worker(job).run()

@@ -61,6 +61,7 @@ def test_values_of_a_search_space_need_no_text():
         ("train.grad_clip=-1", "0 or more expected"),
         ("train.betas=2,3", "from 0 up to 1"),
         ("loss.border_px=256", "at most 255 expected"),
+        ("loss.pixel_weight=0", "above 0 expected"),
         ("train.betas=0.9", "2 values"),
         ("name=other", "unknown key 'name'"),
     ],

@@ -94,5 +94,17 @@ def test_all_samples_together_report_their_terms(smoke, tiny_shards):
     assert terms.keys() == {"loss", "align", "zoom"}
 
 
+def test_table_1s_losses_train_and_are_logged_by_name(smoke, vgg_weights):
+    config, inputs = smoke
+    overrides = {"loss.pixel_weight": 0.0, "loss.cobi_rgb_weight": 1.0, "loss.perceptual_weight": 0.1}
+    config = configs.override(config, overrides | {"loss.border_px": 52})  # 24 px are left: seconds
+    training = step.start(config, None, torch.device("cpu"), _same, vgg_weights)
+    terms = [step.train_step(training, inputs(0), config, 1e-3) for _ in range(6)]
+    assert {"align", "zoom", "cobi_rgb", "perceptual", "self", "transfer"} <= terms[0].keys()
+    assert "pixel" not in terms[0]
+    assert float(terms[-1]["loss"]) < float(terms[0]["loss"])
+    assert not any("vgg" in name or "features.0" in name for name in training.state()["model"])
+
+
 def _same(model):
     return model
