@@ -8,7 +8,7 @@ SHARDS/quarantine/<sequence>_<pair>.json                              why a pair
 import contextlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -88,14 +88,26 @@ class Ledger:
 
         self.target.update(_DATASET, merge)
         self._sweep()
+        for key in self._outdated(plan):
+            self._delete(self.shards.pop(key))
+
+    def _outdated(self, plan: Plan) -> list[str]:
+        """Keys of shards with a frame that is excluded now, or whose long frame has another short frame now."""
+        excluded = defaultdict(set)
         for name in plan.excluded:
             sequence, _, stem = name.partition("/")
-            for key in [key for key in self.shards if _holds(key, sequence, stem)]:
-                self._delete(self.shards.pop(key))
+            excluded[sequence].add(stem)
         planned = {job.key for job in plan.jobs}
+        targets = {(job.sequence, job.hr) for job in plan.jobs}
+        known = {*self.splits, *plan.sequences}
+        found = []
         for key in self.shards.keys() - planned:
-            if any(key.startswith(f"{job.sequence}_") and key.endswith(f"-{job.hr}") for job in plan.jobs):
-                self._delete(self.shards.pop(key))  # its long frame has another short frame now
+            sequence = _sequence_of(key, known)
+            pair = key.removeprefix(f"{sequence}_")
+            is_excluded = any(pair.startswith(f"{stem}-") or pair.endswith(f"-{stem}") for stem in excluded[sequence])
+            if is_excluded or (sequence, pair.rpartition("-")[2]) in targets:
+                found.append(key)
+        return found
 
     def settle(self, job: PairJob, result: PairResult) -> QuarantineEntry | None:
         """Keep the folder true to what became of a pair; its entry if it is quarantined."""
@@ -186,6 +198,8 @@ def _require_same_options(target: Folder, made: Mapping[str, Any], options: Prep
         )
 
 
-def _holds(key: str, sequence: str, stem: str) -> bool:
-    pair = key.removeprefix(f"{sequence}_")
-    return pair != key and (pair.startswith(f"{stem}-") or pair.endswith(f"-{stem}"))
+def _sequence_of(key: str, known: Collection[str]) -> str:
+    """The longest known sequence whose name the key begins with: "a_1_x-y" is of "a_1" where that is one, else "a"."""
+    parts = key.split("_")
+    names = ("_".join(parts[:length]) for length in range(len(parts) - 1, 0, -1))
+    return next((name for name in names if name in known), "")
