@@ -49,4 +49,6 @@ def sample(image_NCHW: Tensor, offset_N2HW: Tensor, *, mode: str = "bilinear") -
     cols = torch.arange(width, device=image.device, dtype=torch.float32) + offset[:, 1]
     # align_corners=True maps -1 and 1 to the centres of the outer pixels; a single pixel has only one centre.
     grid_NHW2 = torch.stack((cols * (2 / max(width - 1, 1)) - 1, rows * (2 / max(height - 1, 1)) - 1), dim=-1)
+    # PyTorch's CPU kernel (2.14) takes NaN for an index in the backward pass of a replicated border, and crashes.
+    grid_NHW2 = torch.nan_to_num(grid_NHW2, nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     return F.grid_sample(image, grid_NHW2, mode=mode, padding_mode="border", align_corners=True)
