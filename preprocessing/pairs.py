@@ -49,8 +49,10 @@ def process(job: PairJob, source: Folder, target: Folder, options: PreprocessOpt
         data = _parquet(rows, info)
     except (raw_files.RawError, TileError) as error:
         return PairResult(job.key, "quarantined", one_line(error))
-    except (_Unreadable, MemoryError) as error:
+    except _Unreadable as error:
         return PairResult(job.key, "unreadable", one_line(error))
+    except MemoryError:
+        return PairResult(job.key, "died", f"{job.lr_raw}: too little memory; run again with more")
     except Exception as error:  # whatever else a damaged file provokes in a decoder costs this pair alone
         return PairResult(job.key, "quarantined", f"{job.lr_raw}: {type(error).__name__}: {one_line(error)}")
     try:
