@@ -69,11 +69,11 @@ def _weight_gradient(grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
     images = max(1, _BAND_VALUES // max(1, channels * height * width))
     rows = max(1, _BAND_VALUES // max(1, images * channels * width))
     total = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+    input = channels_last(input)
     for first in range(0, num_images, images):
         some = slice(first, first + images)
-        source = channels_last(input[some])
         for top in range(0, grad.shape[2], rows):
-            total += _band_gradient(grad[some], source, weight, top, min(top + rows, grad.shape[2]))
+            total += _band_gradient(grad[some], input[some], weight, top, min(top + rows, grad.shape[2]))
     return total.to(weight.dtype)
 
 
