@@ -123,10 +123,13 @@ def plan_workers(workers: Workers | None, resources: dict[str, float] | None = N
     if gpus and not use_gpu:
         raise ClusterError(f"--workers {least}: one GPU each expected, the cluster has {gpus}; use --workers {gpus}")
     each = 1.0 if most * (1 + READER_CPUS) <= cpus else 0.5
-    if least * (each + READER_CPUS) > cpus:
-        fits = int(cpus / (0.5 + READER_CPUS))
+    if least < most and not use_gpu:
+        each = 1.0 - READER_CPUS  # on every machine that may be the last one left, a reader must find a place, too
+    smallest = min(each, 0.5) if least == most else each
+    if least * (smallest + READER_CPUS) > cpus:
+        fits = int(cpus / (smallest + READER_CPUS))
         raise ClusterError(
-            f"--workers {least}: {least * (0.5 + READER_CPUS):g} CPUs expected (0.5 a worker and "
+            f"--workers {least}: {least * (smallest + READER_CPUS):g} CPUs expected ({smallest:g} a worker and "
             f"{READER_CPUS} for its crops), the cluster has {cpus:g}; "
             + (f"use --workers {fits} or fewer" if fits >= 1 else "add a CPU")
         )

@@ -42,11 +42,16 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.99)
     grad_clip: float = 0.0
     """Largest gradient norm; 0: no clipping."""
+    max_skipped: int = 20
+    """Steps in a row with a loss or gradient that is not finite: each is skipped, so many end the run."""
     ema_decay: float = 0.0
     """Decay of the exponential moving average of the weights; 0: none."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     augment: bool = True
     """Random flips and transposes (Bayer-phase-correct)."""
+    match_exposure: bool = True
+    """Bring each target to its input's exposure (a gain in linear light, as preprocessing measured it), so that the
+    network need not learn a brightness that differs from pair to pair. Held-out targets stay as they were shot."""
     validate_every: int = 1
     """Epochs between validations (a checkpoint follows each)."""
     picture_every: int = 5
@@ -54,10 +59,13 @@ class TrainConfig:
     val_crops: int = 32
     """Crops of the val split that a validation looks at (the same ones every time)."""
     seed: int = 0
+    deterministic: bool = False
+    """Only operators that give the same bits each time, or an error that names the one that cannot (slower on GPUs;
+    CPUs do so anyway)."""
 
     def __post_init__(self) -> None:
         positive = ("epochs", "crop_px", "batch_per_worker", "restart_epochs", "validate_every", "picture_every")
-        for name in (*positive, "val_crops"):
+        for name in (*positive, "val_crops", "max_skipped"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name}: at least 1 expected, got {getattr(self, name)}")
         if self.crops_per_epoch is not None and self.crops_per_epoch < 1:

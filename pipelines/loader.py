@@ -124,6 +124,8 @@ class CropStream:
     augment: bool
     truth: bool = False
     """Whether crops bring the simulator's ideal picture, true_rgb uint8 [3,2cs,2cs]."""
+    match_exposure: bool = False
+    """Whether the target is brought to the input's exposure, where preprocessing could measure the ratio."""
 
     def crop(self, number: int) -> dict[str, np.ndarray]:
         """Crop `number`: raw [4,c,c] float32 in [0,1], lr_render and lr_rgb uint8 [3,2c,2c], hr_rgb uint8 [3,2cs,2cs].
@@ -133,12 +135,15 @@ class CropStream:
         random = np.random.default_rng((self.seed, 2, number))
         pair = self.pair(number)
         tile = int(random.integers(self.index.tiles[pair]))
-        row = read_tile(self.index, pair, tile, ("lr_raw", *IMAGES, *LEVELS, *(["true_rgb"] if self.truth else [])))
+        more = [*(["true_rgb"] if self.truth else []), *(["exposure_ratio"] if self.match_exposure else [])]
+        row = read_tile(self.index, pair, tile, ("lr_raw", *IMAGES, *LEVELS, *more))
         if self.truth and row["true_rgb"] is None:
             raise ShardsError(
                 f"{self.index.paths[pair]}: loss.self_target=truth expects simulated shards with their ideal picture, "
                 "this one has none; --set loss.self_target=pair"
             )
+        if self.match_exposure:
+            row["hr_rgb"] = expose(row["hr_rgb"], row["exposure_ratio"])
         plan = augment.random_plan(random, self.index.info.tile_px, self.crop_px, flips=self.augment)
         return cut(row, plan, self.crop_px, self.index.info.scale)
 
@@ -147,6 +152,21 @@ class CropStream:
         pairs = len(self.index.paths)
         order = np.random.default_rng((self.seed, 1, number // pairs)).permutation(pairs)
         return int(order[number % pairs])
+
+
+def expose(image: np.ndarray, ratio: float | None) -> np.ndarray:
+    """uint8 sRGB that took `ratio` times the light, as if it had taken 1 times; as it is where that is not known.
+
+    The gain acts on sRGB-decoded values: exact for renderings; cameras' own curves differ from sRGB's, which matters
+    little for the small ratios between frames of one sequence.
+    """
+    if ratio is None or not ratio > 0:
+        return image
+    stored = np.arange(256) / 255
+    light = np.where(stored <= 0.04045, stored / 12.92, ((stored + 0.055) / 1.055) ** 2.4) / ratio
+    encoded = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    table: np.ndarray = (255 * encoded).round().clip(0, 255).astype(np.uint8)
+    return table[image]
 
 
 def cut(row: dict[str, Any], plan: augment.CropPlan, crop_px: int, scale: int) -> dict[str, np.ndarray]:
@@ -164,30 +184,32 @@ def cut(row: dict[str, Any], plan: augment.CropPlan, crop_px: int, scale: int) -
 
 
 def training_batches(
-    stream: CropStream, *, batch: int, rank: int, world: int, first_step: int, last_step: int, readers: int = 1
+    stream: CropStream, *, batch: int, rank: int, world: int, first_crop: int, last_crop: int, readers: int = 1
 ) -> Iterator[dict[str, Tensor]]:
-    """This worker's batches from step `first_step` up to `last_step`, read ahead by Ray Data.
+    """This worker's batches of the crops `first_crop` up to (about) `last_crop`, read ahead by Ray Data.
 
-    Step s of `world` workers takes crops s * world * batch ... (s + 1) * world * batch; each worker its own part.
+    Each step takes the next world * batch crops of the stream, each worker its own part of them: other workers can go
+    on where these stopped, and no crop is lost or seen twice. The last step is whole, past `last_crop` if need be.
 
     Args:
         readers: at most so many tasks read for this worker; the order of the batches does not depend on it.
     """
     reference = ray.put(stream)
-    for start in range(first_step, last_step, CHUNK_STEPS):
-        stop = min(start + CHUNK_STEPS, last_step)
-        yield from _chunk(reference, batch, rank, world, start, stop, readers)
+    steps = -(-(last_crop - first_crop) // (world * batch))
+    for start in range(0, steps, CHUNK_STEPS):
+        crop = first_crop + start * world * batch
+        yield from _chunk(reference, batch, rank, world, crop, min(CHUNK_STEPS, steps - start), readers)
 
 
 def _chunk(
-    reference: ray.ObjectRef, batch: int, rank: int, world: int, first_step: int, last_step: int, readers: int
+    reference: ray.ObjectRef, batch: int, rank: int, world: int, first_crop: int, steps: int, readers: int
 ) -> Iterator[dict[str, Tensor]]:
 
     def load(ids: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         torch.set_num_threads(1)
         crops = ray.get(reference)
         step, place = np.divmod(ids["id"], batch)
-        numbers = (step + first_step) * (world * batch) + rank * batch + place
+        numbers = first_crop + step * (world * batch) + rank * batch + place
         samples = [crops.crop(int(number)) for number in numbers]
         return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
 
@@ -197,7 +219,6 @@ def _chunk(
     context.execution_options.verbose_progress = False
     # Fused with the range, so that one small task is all that must find a place beside the train workers; an actor pool
     # would leave the range's own tasks, of a whole CPU each, waiting for ever on a small machine.
-    steps = last_step - first_step
     dataset = ray.data.range(steps * batch, override_num_blocks=steps).map_batches(
         load,  # type: ignore[arg-type]
         batch_size=batch,

@@ -14,6 +14,7 @@ from torch import Tensor
 from pipelines.loader import HeldOut, Inputs, model_inputs
 from sdan import metrics
 from sdan.baselines import Network, bicubic
+from sdan.network import SDANOutput
 
 BORDER_PX = 8
 """Target pixels left out at each side of a crop when it is scored."""
@@ -36,7 +37,7 @@ def score_model(
             reference = inputs.self_reference if protocol == "self" else inputs.oracle_reference
             with torch.inference_mode():
                 output = model(inputs.x, reference, inputs.rendering)
-            scores = score_images(output.zoomed, part, lpips=lpips)
+            scores = score_images(output.zoomed, part, lpips=lpips) | offset_statistics(output, inputs)
             if protocol == "oracle" and "true_flow" in part.batch:
                 scores["epe_px"] = _offset_error(output.offset, part.batch["true_flow"])
             _extend(collected, {f"{protocol}_{name}": values for name, values in scores.items()})
@@ -96,6 +97,21 @@ def _batches(model: Network, held: HeldOut, device: torch.device) -> Iterator[tu
     for first in range(0, len(held), BATCH):
         part = held.select(range(first, min(first + BATCH, len(held))))
         yield model_inputs(part.batch, model.config, device), part
+
+
+def offset_statistics(output: SDANOutput, inputs: Inputs) -> PerCrop:
+    """How far the offsets reach (mean and 95th percentile of their length, mosaic pixels), the share of them that
+    leaves the image, and how rough they are: mean length of their differences between neighbours, pixels a pixel."""
+    per_px = inputs.rendering.shape[-1] / output.offset.shape[-1]
+    offset = output.offset.float()
+    length = per_px * offset.norm(dim=1).flatten(1)
+    rough = [offset.diff(dim=axis).norm(dim=1).flatten(1).mean(1) for axis in (2, 3)]
+    return {
+        "offset_px": length.mean(1).tolist(),
+        "offset_p95_px": length.quantile(0.95, dim=1).tolist(),
+        "offset_outside": (1 - output.mask.float()).flatten(1).mean(1).tolist(),
+        "offset_roughness": (sum(rough) / 2).tolist(),
+    }
 
 
 def _offset_error(offset: Tensor, true_flow: Tensor) -> list[float]:

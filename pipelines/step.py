@@ -20,11 +20,20 @@ from sdan.network import SDAN, SDANOutput
 from sdan.perceptual import VGG19Features
 
 
-def learning_rate(step: int, steps_per_epoch: int, config: TrainConfig) -> float:
-    """Cosine annealing with warm restarts (periods T0, 2 T0, 4 T0, ... epochs) after a linear warm-up."""
+class NotFiniteError(RuntimeError):
+    """Losses or gradients stay NaN or infinite."""
+
+
+def learning_rate(step: int, epoch: float, config: TrainConfig) -> float:
+    """Cosine annealing with warm restarts (periods T0, 2 T0, 4 T0, ... epochs) after a linear warm-up.
+
+    Args:
+        step: optimizer steps made so far; the warm-up is counted in them.
+        epoch: epochs' worth of crops seen so far, whoever saw them.
+    """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    epoch, period = step / steps_per_epoch, float(config.restart_epochs)
+    period = float(config.restart_epochs)
     while epoch >= period:
         epoch, period = epoch - period, 2 * period
     swing = 0.5 * (1 + math.cos(math.pi * epoch / period))
@@ -83,6 +92,11 @@ class Training:
     vgg: VGG19Features | None = None
     """What the loss compares features of; no part of the checkpoint."""
     step: int = 0
+    """Optimizer steps so far, skipped ones included."""
+    crops: int = 0
+    """The position in the stream of crops: how many all workers have seen together."""
+    skipped_in_a_row: Tensor | int = 0
+    """Steps up to the last one whose loss or gradient was not finite; counted on the device."""
 
     def state(self) -> dict[str, Any]:
         return {
@@ -90,6 +104,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
+            "crops": self.crops,
         }
 
     def restore(self, folder: Path) -> None:
@@ -100,7 +115,23 @@ class Training:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.step = int(state["step"])
+        self.step, self.crops = int(state["step"]), int(state["crops"])
+
+    def check_finite(self, config: TrainConfig) -> None:
+        """Raise NotFiniteError when train.max_skipped steps in a row were skipped; looks once in that many steps."""
+        if self.step % config.max_skipped != 0:
+            return  # looking waits for the device
+        overflows = self.scaler.is_enabled() and self.scaler.get_scale() < 1
+        if int(self.skipped_in_a_row) >= config.max_skipped or overflows:
+            raise NotFiniteError(not_finite(f"{config.max_skipped} steps in a row"))
+
+
+def not_finite(what: str) -> str:
+    """The line that says what to do."""
+    return (
+        f"a finite loss and gradient expected, {what} had none; "
+        "lower train.learning_rate, set train.grad_clip=1, or use train.precision=fp32"
+    )
 
 
 def start(
@@ -139,21 +170,50 @@ def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManage
 
 
 def train_step(training: Training, inputs: Inputs, config: RunConfig, rate: float) -> dict[str, Tensor]:
-    """One optimizer step; returns the loss terms and the gradient norm, on the device."""
+    """One optimizer step, skipped by every rank where the loss or the gradient of one of them is not finite.
+
+    Nothing here waits for the device: whether to skip is decided there.
+
+    Returns:
+        the loss terms, `grad_norm` (before clipping) and `skipped` (1 where the step was a fault; not where fp16's
+        scaler tried too large a scale), on the device. The terms of a faulty step may be NaN.
+    """
     for group in training.optimizer.param_groups:
         group["lr"] = rate
     with autocast(config.train, inputs.x.device):
         terms = training_loss(training.wrapped, inputs, config.loss, training.vgg)
-    training.scaler.scale(terms["loss"]).backward()
+    loss = terms["loss"]
+    # DDP sums gradients, not losses: a NaN gradient is how the other ranks learn of an infinite loss.
+    poison = torch.where(loss.detach().isfinite(), 1.0, math.nan)
+    training.scaler.scale(loss * poison).backward()
     training.scaler.unscale_(training.optimizer)
     limit = config.train.grad_clip or math.inf
-    norm = torch.nn.utils.clip_grad_norm_(training.model.parameters(), limit)
-    training.scaler.step(training.optimizer)
-    training.scaler.update()
+    norm = torch.nn.utils.clip_grad_norm_(training.model.parameters(), limit).detach()
+    good = norm.isfinite()
+    _optimizer_step(training, good)
     training.optimizer.zero_grad(set_to_none=True)
-    # The average starts as a plain mean, so that short runs are not held back by the initial weights.
-    decay = min(config.train.ema_decay, (1 + training.step) / (10 + training.step)) if config.train.ema_decay else 0.0
-    with torch.no_grad():
-        torch._foreach_lerp_(list(training.averaged.parameters()), list(training.model.parameters()), 1 - decay)
+    _average(training, config.train, good)
+    fault = ~loss.detach().isfinite() if training.scaler.is_enabled() else ~good
+    training.skipped_in_a_row = (training.skipped_in_a_row + 1) * fault
     training.step += 1
-    return {**{name: term.detach() for name, term in terms.items()}, "grad_norm": norm.detach()}
+    return {**{name: term.detach() for name, term in terms.items()}, "grad_norm": norm, "skipped": fault.float()}
+
+
+def _optimizer_step(training: Training, good: Tensor) -> None:
+    """A step where `good` (bool scalar), nothing elsewhere."""
+    if training.scaler.is_enabled():
+        training.scaler.step(training.optimizer)  # skips what it found not finite when it unscaled
+        training.scaler.update()
+        return
+    # How GradScaler itself tells a fused optimizer to skip without waiting for the device.
+    training.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
+    training.optimizer.step()
+
+
+def _average(training: Training, config: TrainConfig, good: Tensor) -> None:
+    # The average starts as a plain mean, so that short runs are not held back by the initial weights.
+    decay = min(config.ema_decay, (1 + training.step) / (10 + training.step)) if config.ema_decay else 0.0
+    with torch.no_grad():
+        ahead = torch._foreach_sub(list(training.model.parameters()), list(training.averaged.parameters()))
+        torch._foreach_mul_(ahead, (1 - decay) * good)
+        torch._foreach_add_(list(training.averaged.parameters()), ahead)

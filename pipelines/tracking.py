@@ -1,32 +1,53 @@
-"""What a run writes to MLflow while it trains: metrics and pictures, through an explicit client."""
+"""What a run writes to MLflow: metrics, pictures, the machine's load, the data's identity; through explicit clients."""
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import os
+import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
-from mlflow.entities import Metric
+import torch
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
+
+from pipelines.loader import ShardIndex
+from sdan import checkpoint
+
+ONE_OF_EVERY_EPOCH = ("train_loss", "val_psnr")
+"""Of these an epoch's metrics hold at least one."""
 
 
 class RunLog:
-    """Writes into one existing MLflow run; a failure to write is logged and never stops training."""
+    """Writes into one existing MLflow run; a failure to write is logged and never stops training.
+
+    An epoch that the run has already is not written again: after a kill, the epochs since the last checkpoint are
+    trained once more (bit for bit the same on one worker), and each keeps the one point it has.
+    """
 
     def __init__(self, tracking_uri: str, run_id: str) -> None:
         self.client = MlflowClient(tracking_uri=tracking_uri)
         self.run_id = run_id
+        histories = [self.client.get_metric_history(run_id, name) for name in ONE_OF_EVERY_EPOCH]
+        self.last_epoch = max((point.step for history in histories for point in history), default=-1)
 
-    def metrics(self, epoch: int, values: Mapping[str, float]) -> None:
-        """One point of every (finite) value, at step `epoch`."""
+    def metrics(self, epoch: int, values: Mapping[str, float]) -> bool:
+        """One point of every (finite) value, at step `epoch`; False where the run has that epoch already."""
+        if epoch <= self.last_epoch:
+            return False
         now = int(time.time() * 1000)
         points = [Metric(name, float(value), now, epoch) for name, value in values.items() if math.isfinite(value)]
         try:
             self.client.log_batch(self.run_id, metrics=points)
         except Exception as error:  # MLflow's own errors and its stores' have no common base
             logging.getLogger(__name__).warning("MLflow did not take epoch %d's metrics: %s", epoch, error)
+        return True
 
     def picture(self, epoch: int, name: str, image: np.ndarray) -> None:
         """An uint8 [H, W, 3] picture at step `epoch`; MLflow shows them through time."""
@@ -34,3 +55,56 @@ class RunLog:
             self.client.log_image(self.run_id, image, key=name, step=epoch, synchronous=True)
         except Exception as error:
             logging.getLogger(__name__).warning("MLflow did not take epoch %d's picture: %s", epoch, error)
+
+    def environment(self, workers: int, device: torch.device) -> None:
+        """Where the run is now: tags, since a resumed run may be elsewhere."""
+        for name, value in environment(workers, device).items():
+            self.client.set_tag(self.run_id, f"env.{name}", value)
+
+
+def environment(workers: int, device: torch.device) -> dict[str, str]:
+    """Versions, commit and hardware of this process's machine."""
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
+    return {
+        "commit": checkpoint.code_commit() or "unknown",
+        "python": platform.python_version(),
+        **checkpoint.package_versions(),
+        "workers": str(workers),
+        "device": hardware,
+        "cpus": str(os.cpu_count()),
+        "platform": platform.platform(),
+    }
+
+
+@contextmanager
+def machine_metrics(tracking_uri: str, run_id: str, node: int) -> Iterator[None]:
+    """Log this machine's CPU, memory, disk, network and GPU load as system/* of the run, every 10 s.
+
+    Args:
+        node: the machine's number in the run; others than the first are logged as system/node_N/*.
+    """
+    monitor = SystemMetricsMonitor(
+        run_id, resume_logging=True, node_id=f"node_{node}" if node else None, tracking_uri=tracking_uri
+    )
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
+
+
+def log_data(tracking_uri: str, run_id: str, indices: Sequence[ShardIndex]) -> None:
+    """The splits that a run sees, as MLflow's dataset inputs: where they lie, their digest, and how much there is."""
+    inputs = []
+    for index in indices:
+        profile = {"pairs": len(index.paths), "tiles": index.num_tiles, "tile_px": index.info.tile_px}
+        data = Dataset(
+            name=f"shards-{index.split}",
+            digest=index.digest,
+            source_type="local" if "://" not in index.shards else index.shards.partition("://")[0],
+            source=json.dumps({"uri": index.shards}),
+            schema=json.dumps({"scale": index.info.scale, **index.info.options}, default=str),
+            profile=json.dumps(profile),
+        )
+        inputs.append(DatasetInput(data, [InputTag("mlflow.data.context", index.split)]))
+    MlflowClient(tracking_uri=tracking_uri).log_inputs(run_id, inputs)

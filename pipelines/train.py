@@ -1,7 +1,8 @@
 """`sdan train`: a run from shards to a registered model, through Ray Train.
 
 A run is a folder `data/runs/NAME`: `run.json` (what it is), Ray Train's own state and checkpoints (the latest and the
-best), and at the end `model/`, the best checkpoint. Started again with resume=True it goes on from the latest one.
+best), and at the end `model/`, the best checkpoint. Started again with resume=True it goes on from the latest one, with
+as many workers as there are now: progress is counted in crops, not in steps.
 """
 
 from __future__ import annotations
@@ -9,29 +10,31 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray.train
 from mlflow.tracking import MlflowClient
-from ray.train import CheckpointConfig, FailureConfig, ScalingConfig, UserCallback
-from ray.train import RunConfig as RayRunConfig
-from ray.train.torch import TorchTrainer
+from ray.train import UserCallback
+from ray.train.v2.api.config import CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train.v2.api.config import RunConfig as RayRunConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.v2.torch.torch_trainer import TorchTrainer
 from torch import Tensor
-from tqdm import tqdm
 
 from pipelines import cluster, registry
 from pipelines import config as configs
 from pipelines.config import ConfigError, RunConfig
+from pipelines.failures import StopWhereRetryingIsVain
 from pipelines.loader import ShardIndex, check_fit, index_split
+from pipelines.progress import PROGRESS, ProgressFile, ProgressLine
+from pipelines.tracking import log_data
 from pipelines.worker import SELECT_BY, train_worker
 from sdan import checkpoint
+from sdan.network import SDANConfig
 from sdan.perceptual import load_vgg19
 from tuning.trial import reason_of
 
@@ -41,10 +44,16 @@ CHANGEABLE = (
     "train.learning_rate",
     "train.learning_rate_floor",
     "train.grad_clip",
+    "train.max_skipped",
     "train.precision",
     "train.picture_every",
 )
-"""What a resumed run may change: neither the network nor which crop a step sees."""
+"""What a resumed run may change: neither the network nor which crops it sees."""
+LOOK_FOR_WORKERS_S = 30.0
+"""How often an elastic run looks whether more workers have a place; growing costs what was trained since the last
+checkpoint."""
+MAX_START_FAILURES = 60
+"""How often the workers may fail to start, of a minute each: so long a lost machine's replacement may take."""
 
 
 class TrainError(ValueError):
@@ -76,7 +85,8 @@ class _Run:
     shards: str
     run_id: str
     init_from: str | None
-    workers: int
+    workers: int | tuple[int, int]
+    storage: str | None = None
 
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -111,8 +121,10 @@ def _read_run(folder: Path) -> _Run:
     if not path.exists():
         raise TrainError(f"--resume --name {folder.name}: a run expected in {folder}, got none")
     try:
-        return _Run(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+        stored = json.loads(path.read_text())
+        workers = stored["workers"]
+        return _Run(**stored | {"workers": tuple(workers) if isinstance(workers, list) else workers})
+    except (ValueError, TypeError, KeyError) as error:
         raise TrainError(f"{path}: a run's description expected, cannot be read ({error}); start a new run") from error
 
 
@@ -121,9 +133,10 @@ def train(
     config: RunConfig,
     *,
     data: Path,
-    workers: int | None = None,
+    workers: cluster.Workers | None = None,
     name: str | None = None,
     resume: bool = False,
+    storage: str | None = None,
     init_from: Path | None = None,
     vgg_weights: Path | None = None,
     run_id: str | None = None,
@@ -136,10 +149,13 @@ def train(
 
     Args:
         data: where runs, MLflow's database and artifacts live.
-        workers: DDP ranks; None: one per GPU, or one (a resumed run: as many as it had).
+        workers: DDP ranks, or the least and the most of them: the run then grows and shrinks with the cluster. None:
+            one per GPU, or one (a resumed run: as before).
         name: the run's folder; None: from the config and the time.
-        resume: go on with the run `name` from its latest checkpoint; shards and workers must be its own, and of the
-            config only values of CHANGEABLE may differ.
+        resume: go on with the run `name` from its latest checkpoint; shards must be its own, and of the config only
+            values of CHANGEABLE may differ.
+        storage: an s3:// URI (or a folder that all machines share) for Ray Train's state and checkpoints; None: the
+            run's folder.
         init_from: a checkpoint folder whose weights to start from.
         vgg_weights: a torchvision vgg19 state dict, for a loss that compares its features; None: through torchvision.
         run_id: an MLflow run that exists already (a sweep's child); None: one is made.
@@ -154,25 +170,27 @@ def train(
         shards = str(Path(shards).resolve())  # train workers have working folders of their own
     index = index_split(shards, "train")
     check_fit(index, config)
-    index_split(shards, "val")
+    held_out = index_split(shards, "val")
     folder = _folder(data, config, name, resume)
     stored = _read_run(folder) if resume else None
     if stored is not None:
-        _check_resumed(stored, config, shards, workers)
-        workers = stored.workers
+        _check_resumed(stored, config, shards)
+        workers = workers or stored.workers
     if init_from is not None and checkpoint.load(init_from).model.config != config.model:
         raise ConfigError(f"{init_from}: the same model.* values expected as in that checkpoint; leave them")
     vgg = load_vgg19(vgg_weights) if config.loss.needs_vgg else None
     cluster.start_ray()
     plan = cluster.plan_workers(workers)
     tracking_uri = registry.default_tracking_uri(data)
-    run = _record(folder, stored, config, shards, run_id, init_from, plan, tracking_uri)
+    run = _record(folder, stored, config, shards, run_id, init_from, plan, storage, tracking_uri)
+    if stored is None:
+        log_data(tracking_uri, run.run_id, [index, held_out])
     client = MlflowClient(tracking_uri=tracking_uri)
     client.update_run(run.run_id, status="RUNNING")
     trainer = _trainer(folder, run, plan, vgg, tracking_uri, callbacks, max_failures)
     status = "KILLED"
     try:
-        with _ProgressBar(folder / "progress.jsonl", config, enabled=progress):
+        with ProgressLine(folder, config.train.epochs, enabled=progress):
             result = trainer.fit()
         finished = _finish(folder, run, result, tracking_uri, register, index)
         status = "FINISHED"
@@ -187,6 +205,28 @@ def train(
     return finished
 
 
+def with_network_of(model: Path, config: RunConfig, overrides: Iterable[str]) -> RunConfig:
+    """`config` with the network that the checkpoint folder `model` holds, for training that starts from its weights.
+
+    Args:
+        overrides: dotted names that `--set` has changed in `config` already.
+
+    Raises:
+        ConfigError: an override that would change that network, or crops that do not suit it.
+    """
+    network = checkpoint.load(model).model.config
+    if not isinstance(network, SDANConfig):
+        raise ConfigError(f"--init {model}: an SDAN expected, got a {type(network).__name__.removesuffix('Config')}")
+    for key in overrides:
+        section, _, name = key.partition(".")
+        if section == "model" and getattr(config.model, name) != getattr(network, name):
+            raise ConfigError(
+                f"--set {key}: a model that is started from keeps its network ({key}={getattr(network, name)}); "
+                "leave it, or leave --init"
+            )
+    return replace(config, model=network)
+
+
 def _record(
     folder: Path,
     stored: _Run | None,
@@ -195,16 +235,17 @@ def _record(
     run_id: str | None,
     init_from: Path | None,
     plan: cluster.WorkerPlan,
+    storage: str | None,
     tracking_uri: str,
 ) -> _Run:
     """Write run.json and the MLflow run's params; from here on there is something to resume."""
     registry.prepare_database(tracking_uri)
     if stored is not None:
-        run = replace(stored, config=configs.to_dict(config))
+        run = replace(stored, config=configs.to_dict(config), workers=plan.workers)
     else:
         run_id = run_id or registry.create_run(tracking_uri, EXPERIMENT, folder.name)
         start_from = str(init_from.resolve()) if init_from else None
-        run = _Run(configs.to_dict(config), shards, run_id, start_from, plan.num_workers)
+        run = _Run(configs.to_dict(config), shards, run_id, start_from, plan.workers, storage)
     registry.log_config(tracking_uri, run.run_id, configs.flatten(config) | {"shards": shards})
     run.write(folder)
     return run
@@ -222,13 +263,9 @@ def _folder(data: Path, config: RunConfig, name: str | None, resume: bool) -> Pa
     return folder
 
 
-def _check_resumed(stored: _Run, config: RunConfig, shards: str, workers: int | None) -> None:
+def _check_resumed(stored: _Run, config: RunConfig, shards: str) -> None:
     if shards != stored.shards:
         raise TrainError(f"--resume: the run's own shards expected, {stored.shards}, got {shards}")
-    if workers not in (None, stored.workers):
-        raise TrainError(
-            f"--resume: the run's own {stored.workers} workers expected (its crops are numbered by them), got {workers}"
-        )
     before, now = configs.flatten(configs.from_dict(stored.config)), configs.flatten(config)
     for key, value in before.items():
         if now[key] != value and key not in CHANGEABLE:
@@ -250,6 +287,7 @@ def _trainer(
     job = {
         "config": run.config,
         "shards": run.shards,
+        "folder": str(folder.resolve()),
         "threads": plan.threads,
         "readers": plan.readers,
         "tracking_uri": tracking_uri,
@@ -261,16 +299,19 @@ def _trainer(
         train_worker,
         train_loop_config=job,
         scaling_config=ScalingConfig(
-            num_workers=plan.num_workers,
+            num_workers=plan.workers,
+            elastic_resize_monitor_interval_s=LOOK_FOR_WORKERS_S,
             use_gpu=plan.use_gpu,
             resources_per_worker={"CPU": plan.cpus_per_worker} | ({"GPU": 1} if plan.use_gpu else {}),
         ),
         run_config=RayRunConfig(
             name=folder.name,
-            storage_path=str(folder.parent.resolve()),
-            failure_config=FailureConfig(max_failures=max_failures),
+            storage_path=run.storage or str(folder.parent.resolve()),
+            failure_config=FailureConfig(
+                max_failures=max_failures, controller_failure_limit=min(max_failures, 1) * MAX_START_FAILURES
+            ),
             checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=SELECT_BY),
-            callbacks=[*callbacks, _ProgressFile(folder / "progress.jsonl")],  # type: ignore[list-item]
+            callbacks=[*callbacks, ProgressFile(folder / PROGRESS), StopWhereRetryingIsVain()],
         ),
     )
 
@@ -295,56 +336,3 @@ def _finish(
             registry.set_champion(tracking_uri, version, register)
             champion = True
     return TrainResult(folder.name, folder, model, run.run_id, scores, version, champion)
-
-
-class _ProgressFile(UserCallback):
-    """Runs in Ray Train's controller, on the driver's machine: appends every report to a file that the bar reads."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = str(path.resolve())
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        with Path(self.path).open("a") as file:
-            file.write(json.dumps({"time": time.time()} | metrics[0]) + "\n")
-
-
-class _ProgressBar:
-    """One live line: epoch, loss, PSNR, crops/s, time left."""
-
-    def __init__(self, path: Path, config: RunConfig, *, enabled: bool) -> None:
-        self.path, self.config, self.enabled = path, config, enabled
-        self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self._follow, daemon=True)
-
-    def __enter__(self) -> None:
-        if self.enabled:
-            self.path.touch()
-            self.skip = self.path.stat().st_size
-            self.thread.start()
-
-    def __exit__(self, *exception: object) -> None:
-        self.stopped.set()
-        if self.enabled:
-            self.thread.join()
-
-    def _follow(self) -> None:
-        with (
-            self.path.open() as file,
-            tqdm(total=self.config.train.epochs, desc="train", unit="epoch", file=sys.stderr) as bar,
-        ):
-            file.seek(self.skip)
-            while True:
-                last = self.stopped.is_set()
-                for line in file:
-                    self._show(bar, json.loads(line))
-                if last:
-                    return
-                self.stopped.wait(0.5)
-
-    @staticmethod
-    def _show(bar: Any, report: dict[str, Any]) -> None:
-        parts = [f"PSNR {report[SELECT_BY]:.2f} dB (self)"]
-        if "train_loss" in report:
-            parts = [f"loss {report['train_loss']:.4f}", *parts, f"{report['crops_per_s']:.1f} crops/s"]
-        bar.set_postfix_str(", ".join(parts), refresh=False)
-        bar.update(report["epoch"] - bar.n)

@@ -6,8 +6,10 @@ Runs inside Ray Train, alone or as one of many: the same code on CPUs (gloo) and
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 import time
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,52 +18,21 @@ import ray.train
 import torch
 import torch.distributed as dist
 from ray.train.torch import get_device, prepare_model
-from torch import Tensor
 
 from pipelines import config as configs
 from pipelines import step
 from pipelines.loader import CropStream, HeldOut, check_fit, held_out, index_split, model_inputs, training_batches
+from pipelines.meter import EpochMeter, LiveFile
 from pipelines.pictures import training_sheet
+from pipelines.progress import SCORE
 from pipelines.scores import mean_scores, score_model
-from pipelines.tracking import RunLog
+from pipelines.tracking import RunLog, machine_metrics
 from preprocessing.schema import SCHEMA_VERSION
 from sdan import checkpoint
 
-SELECT_BY = "val_psnr"
+SELECT_BY = SCORE
 """The best checkpoint has the highest of these: self protocol (what a user gets) against the aligned target (what real
 data has, too); against the raw target where no crop could be aligned."""
-
-
-class NotFiniteError(RuntimeError):
-    """The loss became NaN or infinite."""
-
-
-class EpochMeter:
-    """Means of the loss terms over an epoch, crops per second, and the share of time spent waiting for data."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.steps = 0
-        self.waited_s = 0.0
-        self.started = time.perf_counter()
-
-    def add(self, terms: dict[str, Tensor], waited_s: float) -> None:
-        for name, term in terms.items():
-            if name == "grad_norm":  # infinite where fp16's scaler tries a larger scale, and skips the step
-                term = torch.nan_to_num(term, nan=0.0, posinf=0.0)
-            self.sums[name] = self.sums[name] + term if name in self.sums else term
-        self.steps += 1
-        self.waited_s += waited_s
-
-    def means(self, crops_per_step: int) -> dict[str, float]:
-        elapsed = time.perf_counter() - self.started
-        means = {f"train_{name}": float(value) / self.steps for name, value in self.sums.items()}
-        if not all(math.isfinite(value) for value in means.values()):
-            raise NotFiniteError(
-                f"finite losses expected, got {means}; lower train.learning_rate, "
-                "set train.grad_clip=1, or use train.precision=fp32"
-            )
-        return means | {"crops_per_s": self.steps * crops_per_step / elapsed, "data_wait": self.waited_s / elapsed}
 
 
 class Worker:
@@ -74,11 +45,16 @@ class Worker:
         self.config = configs.from_dict(job["config"])
         self.device = get_device()
         torch.set_num_threads(job["threads"])
+        if self.config.train.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's own condition for the same bits
+            torch.use_deterministic_algorithms(True)
         self.index = index_split(job["shards"], "train")
         check_fit(self.index, self.config)
         wrap = prepare_model if self.world > 1 else (lambda model: model)
         self.training = step.start(self.config, job["init_from"], self.device, wrap, job["vgg"])
         self.log = RunLog(job["tracking_uri"], job["run_id"]) if self.rank == 0 else None
+        if self.log:
+            self.log.environment(self.world, self.device)
 
     @cached_property
     def validation(self) -> HeldOut:
@@ -91,9 +67,13 @@ class Worker:
         return self.config.train.batch_per_worker * self.world
 
     @property
-    def steps_per_epoch(self) -> int:
-        crops = self.config.train.crops_per_epoch or len(self.index.paths)
-        return max(1, crops // self.crops_per_step)
+    def crops_per_epoch(self) -> int:
+        return self.config.train.crops_per_epoch or len(self.index.paths)
+
+    @property
+    def epoch(self) -> int:
+        """Whole epochs' worth of crops seen. A step may reach over an epoch's end: none of its crops is lost."""
+        return min(self.config.train.epochs, self.training.crops // self.crops_per_epoch)
 
     def run(self) -> None:
         """Train from the last checkpoint (if any) to the last epoch."""
@@ -105,40 +85,47 @@ class Worker:
             self._report(0, {})
         train = self.config.train
         truth = self.config.loss.self_target == "truth" and self.config.loss.self_reference_weight > 0
-        stream = CropStream(self.index, train.seed, train.crop_px, train.augment, truth=truth)
+        stream = CropStream(
+            self.index, train.seed, train.crop_px, train.augment, truth=truth, match_exposure=train.match_exposure
+        )
         batches = training_batches(
             stream,
-            batch=self.config.train.batch_per_worker,
+            batch=train.batch_per_worker,
             rank=self.rank,
             world=self.world,
-            first_step=self.training.step,
-            last_step=self.config.train.epochs * self.steps_per_epoch,
+            first_crop=self.training.crops,
+            last_crop=train.epochs * self.crops_per_epoch,
             readers=self.job["readers"],
         )
+        live = LiveFile(Path(self.job["folder"]), train.epochs, self.crops_per_epoch) if self.rank == 0 else None
         meter, waiting = EpochMeter(), time.perf_counter()
         for batch in batches:
             waited_s = time.perf_counter() - waiting
-            rate = step.learning_rate(self.training.step, self.steps_per_epoch, self.config.train)
+            before = self.epoch
+            rate = step.learning_rate(self.training.step, self.training.crops / self.crops_per_epoch, train)
             inputs = model_inputs(batch, self.config.model, self.device)
             meter.add(step.train_step(self.training, inputs, self.config, rate), waited_s)
-            if self.training.step % self.steps_per_epoch == 0:
-                epoch = self.training.step // self.steps_per_epoch
-                metrics = meter.means(self.crops_per_step) | {"learning_rate": rate}
-                self._end_epoch(epoch, metrics)
+            self.training.crops += self.crops_per_step
+            self.training.check_finite(train)
+            if live:
+                live.update(self.training.crops, meter, self.crops_per_step)
+            if self.epoch > before:
+                self._end_epoch(before, meter.means(self.crops_per_step) | {"learning_rate": rate})
                 meter = EpochMeter()
             waiting = time.perf_counter()
 
-    def _end_epoch(self, epoch: int, metrics: dict[str, float]) -> None:
-        if epoch % self.config.train.validate_every == 0 or epoch == self.config.train.epochs:
+    def _end_epoch(self, before: int, metrics: dict[str, float]) -> None:
+        """Validate where the epochs since `before` ask for it; several may end in one large step."""
+        epoch, every = self.epoch, self.config.train.validate_every
+        if epoch // every > before // every or epoch == self.config.train.epochs:
             self._report(epoch, metrics)
         elif self.log:
             self.log.metrics(epoch, metrics)
 
     def _report(self, epoch: int, metrics: dict[str, float]) -> None:
         """Validate, write to MLflow, hand Ray Train the checkpoint."""
-        metrics = metrics | self._validate()
-        if self.log:
-            self.log.metrics(epoch, metrics)
+        metrics = metrics | self._validate() | {"workers": float(self.world)}
+        if self.log and self.log.metrics(epoch, metrics):
             every = self.config.train.validate_every * self.config.train.picture_every
             if epoch % every == 0 or epoch == self.config.train.epochs:
                 self.log.picture(
@@ -175,7 +162,11 @@ def train_worker(job: dict[str, Any]) -> None:
     """Ray Train's per-worker function.
 
     Args:
-        job: config (configs.to_dict), shards, threads, readers, tracking_uri, run_id, init_from (a folder or None),
-            vgg (perceptual.load_vgg19's weights, or None).
+        job: config (configs.to_dict), shards, folder (the run's), threads, readers, tracking_uri, run_id, init_from (a
+            folder or None), vgg (perceptual.load_vgg19's weights, or None).
     """
-    Worker(job).run()
+    worker, context = Worker(job), ray.train.get_context()
+    with ExitStack() as stack:
+        if context.get_local_rank() == 0:
+            stack.enter_context(machine_metrics(job["tracking_uri"], job["run_id"], context.get_node_rank()))
+        worker.run()

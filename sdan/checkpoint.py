@@ -95,8 +95,8 @@ def save(
         "network": asdict(model.config),  # type: ignore[call-overload]
         "config": dict(config),
         "scores": {key: _finite(value) for key, value in scores.items()},
-        "commit": commit or _git_commit(),
-        "versions": _versions(),
+        "commit": commit or code_commit(),
+        "versions": package_versions(),
     }
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -226,7 +226,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Package name -> version of what a model's numbers depend on."""
     found = {}
     for package in PACKAGES:
         try:
@@ -236,7 +237,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _git_commit() -> str | None:
+def code_commit() -> str | None:
+    """The commit of this code; None where it does not lie in a repository."""
     here = Path(__file__).parent
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
     try:

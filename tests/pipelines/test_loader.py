@@ -1,6 +1,10 @@
 """Crops depend on their number alone, and the network's inputs are registered to each other."""
 
+import math
+from typing import NamedTuple
+
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -9,11 +13,14 @@ from pipelines.loader import (
     CropStream,
     ShardsError,
     check_fit,
+    expose,
     held_out,
     index_split,
     model_inputs,
+    read_tile,
     training_batches,
 )
+from preprocessing import schema
 from sdan.losses import low_pass
 
 
@@ -55,17 +62,43 @@ def test_inputs_are_registered_to_each_other(stream, layout):
 
 
 def test_batches_do_not_depend_on_where_a_run_was_cut(stream):
-    whole = list(training_batches(stream, batch=2, rank=0, world=1, first_step=0, last_step=4))
-    rest = list(training_batches(stream, batch=2, rank=0, world=1, first_step=2, last_step=4))
+    whole = list(training_batches(stream, batch=2, rank=0, world=1, first_crop=0, last_crop=8))
+    rest = list(training_batches(stream, batch=2, rank=0, world=1, first_crop=4, last_crop=8))
     assert len(whole) == 4
     for a, b in zip(whole[2:], rest, strict=True):
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_two_workers_share_the_crops_of_one_step(stream):
-    alone = next(training_batches(stream, batch=4, rank=0, world=1, first_step=1, last_step=2))
-    parts = [next(training_batches(stream, batch=2, rank=r, world=2, first_step=1, last_step=2)) for r in (0, 1)]
+    alone = next(training_batches(stream, batch=4, rank=0, world=1, first_crop=4, last_crop=8))
+    parts = [next(training_batches(stream, batch=2, rank=r, world=2, first_crop=4, last_crop=8)) for r in (0, 1)]
     assert torch.equal(alone["hr_rgb"], torch.cat([part["hr_rgb"] for part in parts]))
+
+
+class Numbers(NamedTuple):
+    """A stream whose crops are their numbers."""
+
+    def crop(self, number):
+        return {"number": np.asarray(number)}
+
+
+def test_no_crop_is_lost_or_seen_twice_when_workers_come_and_go():
+    """Three steps of two workers, two of one, one of three, and the rest by two again."""
+    batch, seen, position = 3, [], 0
+    for world, steps in ((2, 3), (1, 2), (3, 1), (2, 2)):
+        for rank in range(world):
+            last = position + steps * world * batch
+            for part in training_batches(
+                Numbers(), batch=batch, rank=rank, world=world, first_crop=position, last_crop=last
+            ):
+                seen += part["number"].tolist()
+        position += steps * world * batch
+    assert sorted(seen) == list(range(position)) and position == 45
+
+
+def test_the_last_step_is_whole(stream):
+    parts = list(training_batches(Numbers(), batch=2, rank=1, world=2, first_crop=1, last_crop=6))
+    assert [part["number"].tolist() for part in parts] == [[3, 4], [7, 8]]
 
 
 def test_held_out_crops_are_fixed_and_aligned(tiny_shards):
@@ -87,3 +120,40 @@ def test_what_does_not_fit_is_said(tiny_shards):
         check_fit(index, configs.srraw_4x())
     with pytest.raises(ShardsError, match="split=test"):
         index_split(str(tiny_shards), "test")
+
+
+def srgb_gain(image, gain):
+    light = np.where(image <= 0.04045, image / 12.92, ((image + 0.055) / 1.055) ** 2.4) * gain
+    return np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize("gain", [0.7, 1.0, 1.3])
+def test_a_known_gain_of_the_target_is_undone(tmp_path, tiny_shards, gain):
+    """hr_rgb is shot with `gain` times the light; a stream that matches exposures shows it as if it had not been."""
+    source, rows = index_split(str(tiny_shards), "train"), []
+    for ratio in (None, math.nan, gain):
+        row = read_tile(source, len(rows), 0) | {"exposure_ratio": ratio, "col": len(rows)}
+        row["hr_rgb"] = (255 * srgb_gain(row["hr_rgb"] / 255, gain)).round().clip(0, 255).astype(np.uint8)
+        rows.append(row)
+    (tmp_path / "split=train").mkdir()
+    info = schema.ShardInfo(tile_px=24, scale=4, options={})
+    for row in rows:
+        path = tmp_path / "split=train" / f"0000{row['col']}_00005-00001_0123456789abcdef.parquet"
+        pq.write_table(schema.encode([row], info), path)
+    index = index_split(str(tmp_path), "train")
+    plain, matched = (CropStream(index, 0, 24, False, truth=True, match_exposure=on) for on in (False, True))
+    for number in range(3):
+        before, after = plain.crop(number), matched.crop(number)
+        known = index.paths[plain.pair(number)].rsplit("/", 1)[-1].startswith(f"0000{rows[2]['col']}")
+        assert known or np.array_equal(before["hr_rgb"], after["hr_rgb"])
+        if known:
+            unclipped = before["hr_rgb"] < 255
+            off = np.abs(after["hr_rgb"].astype(int) - after["true_rgb"])[unclipped]
+            assert off.max() <= 2 and off.mean() < 0.6
+            assert gain == 1 or np.abs(before["hr_rgb"].astype(int) - before["true_rgb"]).mean() > 5
+
+
+def test_no_measured_ratio_leaves_the_target():
+    image = np.arange(256, dtype=np.uint8)
+    for ratio in (None, math.nan, 1.0):
+        assert np.array_equal(expose(image, ratio), image)

@@ -1,6 +1,7 @@
 """One training step: the schedule, the average, and that a step resumed is the step continued."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -13,12 +14,20 @@ from sdan import checkpoint
 
 def test_warm_restarts():
     config = configs.TrainConfig(learning_rate=1.0, learning_rate_floor=0.1, restart_epochs=2, warmup_steps=4)
-    rates = [step.learning_rate(number, 10, config) for number in range(62)]
+    rates = [step.learning_rate(number, number / 10, config) for number in range(62)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[20] == pytest.approx(1.0)  # first restart, after 2 epochs
     assert rates[19] < 0.12
     assert rates[40] == pytest.approx(0.55)  # the middle of the second period, 4 epochs long
     assert rates[60] == pytest.approx(1.0)
+
+
+def test_the_rate_follows_the_crops_whoever_saw_them():
+    """Two workers' steps are twice as large: at the same crop the rate is the same after half the steps."""
+    config = configs.TrainConfig(restart_epochs=3)
+    alone = [step.learning_rate(crops // 4, crops / 40, config) for crops in range(0, 200, 8)]
+    together = [step.learning_rate(crops // 8, crops / 40, config) for crops in range(0, 200, 8)]
+    assert alone == together
 
 
 @pytest.fixture
@@ -81,7 +90,7 @@ def test_simulated_truth_trains_the_deployed_output_alone(tiny_shards):
     inputs = model_inputs(batch, config.model, torch.device("cpu"))
     training = step.start(config, None, torch.device("cpu"), lambda model: model)
     terms = [step.train_step(training, inputs, config, 1e-3) for _ in range(40)]
-    assert terms[0].keys() == {"loss", "self", "grad_norm"}
+    assert terms[0].keys() == {"loss", "self", "grad_norm", "skipped"}
     assert float(terms[-1]["loss"]) < 0.9 * float(terms[0]["loss"])
 
 
@@ -108,3 +117,51 @@ def test_table_1s_losses_train_and_are_logged_by_name(smoke, vgg_weights):
 
 def _same(model):
     return model
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(smoke, where, monkeypatch):
+    config, inputs = smoke
+    training = step.start(config, None, torch.device("cpu"), _same)
+    step.train_step(training, inputs(0), config, 1e-3)
+    kept = (training.model, training.averaged, training.optimizer)
+    before = copy.deepcopy([part.state_dict() for part in kept])
+    with monkeypatch.context() as broken:
+        if where == "loss":  # infinite, but with a finite gradient
+            sound = step.training_loss
+            broken.setattr(step, "training_loss", lambda *a: {k: v + math.inf for k, v in sound(*a).items()})
+        else:
+            training.model.head.weight.register_hook(lambda gradient: gradient * math.nan)
+        terms = step.train_step(training, inputs(1), config, 1e-3)
+        training.model.head.weight._backward_hooks = None
+    _assert_equal(before, [part.state_dict() for part in kept])
+    assert float(terms["skipped"]) == 1 == int(training.skipped_in_a_row)
+    assert float(step.train_step(training, inputs(2), config, 1e-3)["skipped"]) == 0 == int(training.skipped_in_a_row)
+    assert not torch.equal(training.model.head.weight, before[0]["head.weight"])
+    assert training.step == 3
+
+
+def test_so_many_skipped_steps_in_a_row_end_the_run(smoke):
+    config, inputs = smoke
+    config = configs.override(config, {"train.max_skipped": 3})
+    training = step.start(config, None, torch.device("cpu"), _same)
+    nothing = inputs(0)._replace(x=inputs(0).x * math.nan)
+    for number in range(6):
+        step.train_step(training, inputs(number) if number == 0 else nothing, config, 1e-3)
+        if number < 5:
+            training.check_finite(config.train)
+    with pytest.raises(step.NotFiniteError, match=r"3 steps in a row had none; lower train\.learning_rate"):
+        training.check_finite(config.train)
+
+
+def _assert_equal(a, b):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        _assert_equal(list(a.values()), list(b.values()))
+    elif isinstance(a, (list, tuple)):
+        for left, right in zip(a, b, strict=True):
+            _assert_equal(left, right)
+    else:
+        assert a == b

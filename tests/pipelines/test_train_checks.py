@@ -29,17 +29,23 @@ def test_a_refused_run_leaves_nothing(tmp_path, tiny_shards):
 
 
 @pytest.mark.parametrize(
-    ("changes", "workers", "said"),
+    ("changes", "said"),
     [
-        ({"model.features": 16}, None, "model.features = 8 expected"),
-        ({"train.batch_per_worker": 1}, None, "train.batch_per_worker = 2 expected"),
-        ({}, 2, "own 1 workers expected"),
+        ({"model.features": 16}, "model.features = 8 expected"),
+        ({"train.batch_per_worker": 1}, "train.batch_per_worker = 2 expected"),
+        ({"train.seed": 1}, "train.seed = 0 expected"),
     ],
 )
-def test_a_resumed_run_keeps_what_its_crops_depend_on(data, tiny_shards, changes, workers, said):
+def test_a_resumed_run_keeps_what_its_crops_depend_on(data, tiny_shards, changes, said):
     config = configs.override(configs.smoke(), changes)
     with pytest.raises(TrainError, match=said):
-        train(str(tiny_shards), config, data=data, workers=workers, name="cut", resume=True, progress=False)
+        train(str(tiny_shards), config, data=data, name="cut", resume=True, progress=False)
+
+
+def test_a_range_of_workers_is_stored(tmp_path, tiny_shards):
+    run = training._Run(configs.to_dict(configs.smoke()), str(tiny_shards), "0" * 32, None, (1, 4))
+    run.write(tmp_path)
+    assert training._read_run(tmp_path) == run
 
 
 def test_a_resumed_run_keeps_its_shards(data, tiny_shards, tmp_path_factory):

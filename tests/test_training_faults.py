@@ -1,0 +1,292 @@
+"""Training goes on after a worker, a machine or the driver was killed, from the last checkpoint, as one run - and does
+not go on after an error that would come again."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import boto3
+import psutil
+import pytest
+import ray
+from mlflow.tracking import MlflowClient
+from ray.cluster_utils import Cluster
+from ray.train import UserCallback
+
+from pipelines import cluster, progress, registry
+from pipelines import config as configs
+from pipelines import train as training
+from pipelines.train import TrainError, train
+from sdan import checkpoint
+
+pytestmark = pytest.mark.slow
+SDAN = str(Path(sys.executable).with_name("sdan"))
+SETTINGS = {"train.epochs": 10, "train.crops_per_epoch": 16, "train.learning_rate": 3e-3, "train.ema_decay": 0.9}
+CONFIG = configs.override(configs.smoke(), SETTINGS)
+NOISE_DB = 0.5
+"""How far runs of the same crops may end apart where two workers summed in another order, or steps were larger."""
+
+
+def reports(folder):
+    return [json.loads(line) for line in (folder / progress.PROGRESS).read_text().splitlines()]
+
+
+def scores(folder):
+    """epoch -> reported self PSNR; each epoch was reported once."""
+    found = reports(folder)
+    assert max(Counter(line["epoch"] for line in found).values()) == 1
+    return {line["epoch"]: line[progress.SCORE] for line in found}
+
+
+def assert_one_run(data, run_id, epochs):
+    """MLflow has one run, and one point an epoch of every metric."""
+    client = MlflowClient(registry.default_tracking_uri(data))
+    (run,) = client.search_runs([client.get_experiment_by_name("sdan").experiment_id])
+    assert (run.info.run_id, run.info.status) == (run_id, "FINISHED")
+    for name in run.data.metrics:
+        if not name.startswith("system/"):
+            steps = [point.step for point in client.get_metric_history(run_id, name)]
+            assert len(steps) == len(set(steps)), name
+    assert {point.step for point in client.get_metric_history(run_id, "train_loss")} == set(range(1, epochs + 1))
+
+
+class At:
+    """Calls `strike` once the run has reported so many epochs and some random part of the next one has passed."""
+
+    def __init__(self, folder, moments, strike):
+        self.folder, self.moments, self.strike = folder, moments, strike
+        self.struck = []
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.thread.join(1)
+
+    def _watch(self):
+        for moment in self.moments:
+            while progress.last_report(self.folder).get("epoch", -1) < moment:
+                time.sleep(0.05)
+            time.sleep(random.Random(moment).random())
+            self.struck.append((progress.last_report(self.folder)["epoch"], self.strike()))
+
+
+def kill_a_train_worker():
+    """-9 to one of this process's own Ray Train workers."""
+    found = [
+        child for child in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(child.cmdline())
+    ]
+    victim = random.Random(len(found)).choice(found)
+    os.kill(victim.pid, signal.SIGKILL)
+    return victim.pid
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_shards, tmp_path_factory):
+    """The scores of a run that nothing happens to, by one worker."""
+    data = tmp_path_factory.mktemp("undisturbed")
+    cluster.start_ray()
+    train(str(tiny_shards), CONFIG, data=data, workers=1, name="run", progress=False)
+    return scores(data / "runs" / "run")
+
+
+def test_killed_workers_are_replaced_and_the_run_ends_as_if_nothing_had_happened(tiny_shards, tmp_path, undisturbed):
+    folder = tmp_path / "runs" / "run"
+    cluster.start_ray()
+    with At(folder, [2, 5], kill_a_train_worker) as kills:
+        result = train(str(tiny_shards), CONFIG, data=tmp_path, workers=1, name="run", progress=False)
+    assert len(kills.struck) == 2
+    assert scores(folder) == undisturbed  # one CPU worker: to the bit, whenever the kills came
+    assert_one_run(tmp_path, result.run_id, 10)
+
+
+def test_two_workers_one_killed(tiny_shards, tmp_path, undisturbed):
+    folder = tmp_path / "runs" / "run"
+    cluster.start_ray()
+    with At(folder, [3], kill_a_train_worker) as kills:
+        result = train(str(tiny_shards), CONFIG, data=tmp_path, workers=2, name="run", progress=False)
+    assert len(kills.struck) == 1
+    assert scores(folder)[10] == pytest.approx(undisturbed[10], abs=NOISE_DB)
+    assert_one_run(tmp_path, result.run_id, 10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train.learning_rate": 1e30, "train.grad_clip": 0.0}, r"NotFiniteError: a finite loss .* lower train"),
+        ({"loss.self_target": "truth", "loss.self_reference_weight": 1.0}, r"ShardsError: .* expects simulated shards"),
+    ],
+)
+def test_what_would_come_again_is_not_tried_again(tmp_path, tiny_shards, without_truth, changes, said):
+    shards = without_truth if "loss.self_target" in changes else str(tiny_shards)
+    cluster.start_ray()
+    config = configs.override(CONFIG, changes)
+    with pytest.raises(TrainError, match=said):
+        train(
+            shards,
+            config,
+            data=tmp_path,
+            workers=1,
+            name="run",
+            progress=False,
+            callbacks=[attempts(tmp_path / "attempts")],
+        )
+    assert len((tmp_path / "attempts").read_text().splitlines()) == 1
+    client = MlflowClient(registry.default_tracking_uri(tmp_path))
+    (run,) = client.search_runs([client.get_experiment_by_name("sdan").experiment_id])
+    assert run.info.status == "FAILED"
+
+
+def attempts(path):
+    """A callback that writes a line each time that workers fail."""
+
+    class Attempts(UserCallback):  # defined here, so that Ray carries it to the controller
+        def after_exception(self, run_context, worker_exceptions):
+            with path.open("a") as file:
+                file.write(f"{sorted(map(str, map(type, worker_exceptions.values())))}\n")
+
+    return Attempts()
+
+
+@pytest.fixture
+def without_truth(tiny_shards, tmp_path):
+    """The tiny shards as real photographs would be: without the ideal picture."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for source in Path(tiny_shards).rglob("*.parquet"):
+        table = pq.read_table(source)
+        place = table.schema.get_field_index("true_rgb")
+        field = table.schema.field(place)
+        target = tmp_path / "shards" / source.relative_to(tiny_shards)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        empty = table.set_column(place, field, pa.nulls(len(table), field.type))
+        pq.write_table(empty, target, row_group_size=1)
+    return str(tmp_path / "shards")
+
+
+def test_a_killed_driver_resumes_as_one_run(tiny_shards, tmp_path, undisturbed):
+    settings = [part for key, value in SETTINGS.items() for part in ("--set", f"{key}={value}")]
+    base = [SDAN, "--data", str(tmp_path), "train", str(tiny_shards), "--config", "smoke", *settings, "--workers", "1"]
+    environment = {**os.environ, "RAY_ADDRESS": "", "OMP_NUM_THREADS": "1"}
+    folder = tmp_path / "runs" / "run"
+    for moment, more in ((2, []), (5, ["--resume"])):
+        driver = subprocess.Popen([*base, "--name", "run", *more], env=environment, start_new_session=True)
+        with At(folder, [moment], lambda group=driver.pid: os.killpg(group, signal.SIGKILL)) as kills:
+            driver.wait(timeout=300)
+        assert driver.returncode == -signal.SIGKILL and len(kills.struck) == 1
+    subprocess.run([*base, "--name", "run", "--resume"], check=True, env=environment, timeout=300)
+    found = reports(folder)
+    # The controller's line is written before its own record of the checkpoint: a kill between the two repeats it.
+    assert all(line[progress.SCORE] == undisturbed[line["epoch"]] for line in found)
+    assert len(found) <= 11 + 2
+    client = MlflowClient(registry.default_tracking_uri(tmp_path))
+    (run,) = client.search_runs([client.get_experiment_by_name("sdan").experiment_id])
+    assert_one_run(tmp_path, run.info.run_id, 10)
+
+
+@pytest.fixture
+def two_machines(monkeypatch):
+    """A Ray cluster of two one-CPU nodes on this machine; yields (cluster, the second node)."""
+    ray.shutdown()
+    nodes = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 1,
+            "_system_config": {"health_check_period_ms": 500, "health_check_failure_threshold": 4},
+        },
+    )
+    second = nodes.add_node(num_cpus=1)
+    nodes.wait_for_nodes()
+    monkeypatch.setenv("RAY_ADDRESS", nodes.address)
+    yield nodes, second
+    ray.shutdown()
+    nodes.shutdown()
+
+
+@pytest.mark.timeout(590)
+def test_from_two_workers_to_one_and_back(two_machines, tiny_shards, tmp_path, undisturbed, monkeypatch):
+    """The second machine's raylet is killed; the first goes on alone; a new machine comes and takes part."""
+    nodes, second = two_machines
+    monkeypatch.setattr(training, "LOOK_FOR_WORKERS_S", 3.0)
+    folder = tmp_path / "runs" / "run"
+    config = configs.override(CONFIG, {"train.epochs": 30})
+
+    def lose_a_machine():
+        os.kill(second.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+
+    def come_back():
+        nodes.add_node(num_cpus=1)
+
+    with At(folder, [2], lose_a_machine), Sized(folder, 1, come_back):
+        result = train(str(tiny_shards), config, data=tmp_path, workers=(1, 2), name="run", progress=False)
+    lines = reports(folder)
+    sizes = [line["workers"] for line in lines]
+    changes = [size for number, size in enumerate(sizes) if number == 0 or size != sizes[number - 1]]
+    assert changes[:3] == [2, 1, 2], changes
+    assert [line["epoch"] for line in lines] == list(range(31))
+    assert scores(folder)[10] == pytest.approx(undisturbed[10], abs=NOISE_DB)
+    assert_one_run(tmp_path, result.run_id, 30)
+
+
+class Sized(At):
+    """Calls `strike` once an epoch of so many workers has been reported."""
+
+    def __init__(self, folder, workers, strike):
+        super().__init__(folder, [], strike)
+        self.workers = workers
+
+    def _watch(self):
+        while progress.last_report(self.folder).get("workers") != self.workers:
+            time.sleep(0.05)
+        self.strike()
+
+
+@pytest.fixture
+def s3(monkeypatch):
+    """An S3 server on this machine with the bucket `zoom`, named in the environment."""
+    server = shutil.which("moto_server", path=str(Path(sys.executable).parent))
+    assert server, "moto[server] is a development dependency: make setup"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    names = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in (names | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}).items():
+        monkeypatch.setenv(name, value)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    moto = subprocess.Popen([server, "-H", "127.0.0.1", "-p", str(port)], **quiet)
+    try:
+        for _ in range(300):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.2)
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="zoom")
+        yield client
+    finally:
+        moto.terminate()
+        moto.wait()
+
+
+def test_checkpoints_on_s3(s3, tiny_shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    base = [SDAN, "--data", str(tmp_path), "train", str(tiny_shards), "--config", "smoke", "--workers", "1"]
+    subprocess.run([*base, "--name", "run", "--storage", "s3://zoom/runs"], check=True, timeout=250)
+    stored = [entry["Key"] for entry in s3.list_objects_v2(Bucket="zoom")["Contents"]]
+    assert any(key.startswith("runs/run/") and key.endswith("trainer.pt") for key in stored)
+    assert not list((tmp_path / "runs" / "run").glob("checkpoint*"))
+    subprocess.run([*base, "--name", "run", "--resume", "--set", "train.epochs=4"], check=True, timeout=250)
+    assert list(scores(tmp_path / "runs" / "run")) == [0, 1, 2, 3, 4]  # it went on, from the checkpoint on S3
+    assert checkpoint.load(tmp_path / "runs" / "run" / "model").config["train"]["epochs"] in (2, 4)

@@ -1,0 +1,109 @@
+"""What a training leaves in MLflow, as a person sees it: the UI in a headless browser."""
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+from PIL import Image
+
+from pipelines import cluster, registry
+from pipelines import config as configs
+from pipelines.train import train
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+SDAN = str(Path(sys.executable).with_name("sdan"))
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BROWSER is None, reason="no chromium on PATH (Debian: apt-get install chromium)"),
+]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_shards, tmp_path_factory):
+    """(data folder, MLflow run) of a small training that sampled its machine every second."""
+    data = tmp_path_factory.mktemp("ui")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
+        cluster.start_ray()
+        config = configs.override(configs.smoke(), {"train.epochs": 6, "train.crops_per_epoch": 16})
+        result = train(str(tiny_shards), config, data=data, workers=1, name="seen", progress=False)
+    return data, MlflowClient(registry.default_tracking_uri(data)).get_run(result.run_id)
+
+
+@pytest.fixture(scope="module")
+def address(run):
+    """The UI's address, while it runs."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen([SDAN, "--data", str(run[0]), "ui", "--port", str(port)], start_new_session=True)
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except (urllib.error.URLError, OSError):
+                assert server.poll() is None
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def test_a_run_says_where_it_came_from(run):
+    _, found = run
+    data = {entry.tags[0].value: entry.dataset for entry in found.inputs.dataset_inputs}
+    assert set(data) == {"train", "val"}
+    assert '"pairs": 4' in data["train"].profile and data["train"].digest != data["val"].digest
+    for name in ("env.commit", "env.torch", "env.device", "env.workers", "env.platform"):
+        assert found.data.tags[name], name
+    wanted = (
+        "train_grad_norm",
+        "data_wait",
+        "skipped_steps",
+        "workers",
+        "val_self_offset_px",
+        "val_oracle_offset_p95_px",
+    )
+    for name in (*wanted, "val_oracle_offset_outside", "val_oracle_offset_roughness"):
+        assert name in found.data.metrics, name
+    system = [name for name in found.data.metrics if name.startswith("system/")]
+    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= set(system)
+
+
+def browse(url, *, words, picture):
+    """Open `url`, wait until all `words` are on the page, and keep a screenshot; returns the page's DOM."""
+    common = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    common += ["--hide-scrollbars", "--window-size=1500,2200"]
+    for wait_ms in (15000, 40000, 90000):  # the browser's own clock, which does not stand still on a busy machine
+        settings = [*common, f"--virtual-time-budget={wait_ms}"]
+        page = subprocess.run([*settings, "--dump-dom", url], capture_output=True, text=True, timeout=200).stdout
+        if all(word in page for word in words):
+            break
+    missing = [word for word in words if word not in page]
+    assert not missing, (url, missing)
+    subprocess.run([*settings, f"--screenshot={picture}", url], capture_output=True, check=True, timeout=200)
+    return page
+
+
+def test_the_run_its_charts_and_its_pictures_are_there(run, address, tmp_path):
+    _, found = run
+    experiment = f"{address}/#/experiments/{found.info.experiment_id}/runs"
+    page = f"{experiment}/{found.info.run_id}"
+    browse(experiment, words=["seen"], picture=tmp_path / "runs.png")
+    browse(page, words=["seen", "train.learning_rate", "val_psnr"], picture=tmp_path / "run.png")
+    browse(f"{page}/model-metrics", words=["train_loss", "val_psnr", "validation"], picture=tmp_path / "charts.png")
+    browse(f"{page}/system-metrics", words=["cpu_utilization_percentage"], picture=tmp_path / "system.png")
+    for name in ("runs", "run", "charts", "system"):
+        image = Image.open(tmp_path / f"{name}.png").convert("RGB")
+        assert image.size[0] >= 1400
+        assert len(image.getcolors(1 << 24)) > 200, f"{name}: an empty page"
