@@ -45,6 +45,13 @@ ConfigName = Annotated[
 Assignments = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value, e.g. model.packing_kernel=4.")
 ]
+ElasticWorkers = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|LEAST-MOST",
+        help="Train workers; a range such as 1-4 grows and shrinks with the cluster; default: one per GPU, or one.",
+    ),
+]
 VggWeights = Annotated[
     Path | None,
     typer.Option(
@@ -149,7 +156,12 @@ def train(
         typer.Option(metavar="NAME", help="paper_4x, paper_4x_rgb, srraw_4x (default), srraw_8x, smoke or demo."),
     ] = None,
     assignments: Assignments = None,
-    workers: Workers = None,
+    workers: ElasticWorkers = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Short for --set train.seed=N.")] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(metavar="URI", help="Where checkpoints go, e.g. s3://BUCKET/runs; default: the run's folder."),
+    ] = None,
     vgg_weights: VggWeights = None,
     name: Annotated[str | None, typer.Option(metavar="RUN", help="The run's name; made up by default.")] = None,
     resume: Annotated[
@@ -160,7 +172,10 @@ def train(
     from pipelines import config as configs
 
     changes = configs.parse_assignments(assignments or ())
+    if seed is not None:
+        changes["train.seed"] = str(seed)
     chosen = configs.override(configs.named(config or "srraw_4x"), changes)
+    from pipelines import cluster
     from pipelines import train as training
 
     if resume:
@@ -169,7 +184,14 @@ def train(
             raise training.TrainError(f"--resume: the run's own config expected, {stored.name}, got {config}")
         chosen = configs.override(stored, changes)
     result = training.train(
-        shards, chosen, data=_data(), workers=workers, name=name, resume=resume, vgg_weights=vgg_weights
+        shards,
+        chosen,
+        data=_data(),
+        workers=cluster.parse_workers(workers) if workers else None,
+        name=name,
+        resume=resume,
+        storage=storage,
+        vgg_weights=vgg_weights,
     )
     _say(f"model: {result.model} (registry: sdan, version {result.version}; MLflow run {result.run_id})")
     if result.champion:
@@ -258,6 +280,7 @@ def retrain(
     """Preprocess only what is new, fine-tune the champion, promote the result if it is better."""
     from pipelines import config as configs
     from pipelines import retrain as pipeline
+    from pipelines import status as statuses
 
     chosen = configs.override(configs.named(config), configs.parse_assignments(assignments or ()))
     options = _options(scale, align, tile, stride, exclude, missing_jpg, val)
@@ -272,6 +295,8 @@ def retrain(
         dry_run=dry_run,
     )
     _say_report(result.preprocessed, shards, dry_run)
+    if not dry_run:
+        statuses.note_retrain(_data(), result.reason)
     for label, evaluation in (("champion", result.champion), ("new model", result.challenger)):
         if evaluation:
             _say(f"\n{label}:\n{evaluation.table(['self'])}")
@@ -318,6 +343,14 @@ def promote(version: Annotated[str, typer.Argument(metavar="VERSION", help="A ve
 
     registry.set_champion(registry.default_tracking_uri(_data()), version)
     _say(f"{CHAMPION} is version {version}")
+
+
+@app.command()
+def status() -> None:
+    """Runs, champion, shards, last retraining: one screen."""
+    from pipelines import status as pipeline
+
+    _say(str(pipeline.status(_data())))
 
 
 @app.command()
