@@ -25,14 +25,15 @@ from known_scene import write_sequence
 from mutants import mutants
 
 from preprocessing.isolation import Worker
-from preprocessing.plan import PreprocessOptions, make_plan
-from preprocessing.storage import Folder, open_folder
+from preprocessing.pairs import PairResult
+from preprocessing.plan import PairJob, PreprocessOptions, make_plan
+from preprocessing.storage import open_folder
 
 LIMIT_S = 20.0
 LIMIT_MIB = 600
 """Of the child's resident memory; about 130 is Python and the libraries."""
-OPTIONS = PreprocessOptions(tile_px=12, stride_px=12)
-RAWS = (("dng", "RGGB"), ("dng", "GBRG"), ("arw", "RGGB"))
+BENCHES = (("dng", "RGGB", "scale"), ("dng", "GBRG", "ecc"), ("arw", "RGGB", "scale"))
+"""RAW format, phase, how pairs are aligned."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Outcome:
 class Bench:
     """One pair of good files, and a child that works on it with one file replaced."""
 
-    def __init__(self, folder: Path, raw_format: str, cfa: str) -> None:
+    def __init__(self, folder: Path, raw_format: str, cfa: str, align: str) -> None:
+        self._options = PreprocessOptions(tile_px=12, stride_px=12, align=align)
         self._sequence = write_sequence(
             folder / "raw" / "00001", seed=7, size=(128, 192), focals_mm=(200, 50), raw_format=raw_format, cfa=cfa
         )
@@ -61,10 +63,12 @@ class Bench:
         path.write_bytes(data)
         began = time.monotonic()
         try:
-            jobs = make_plan(self._source, OPTIONS, {}).jobs
+            jobs = make_plan(self._source, self._options, {}).jobs
             if time.monotonic() - began > LIMIT_S:
                 return Outcome("too long", True, "reading the tags")
-            return _judge(self._worker, jobs[0], self._source, self._target) if jobs else Outcome("no pair")
+            if not jobs:
+                return Outcome("no pair")
+            return self._work(jobs[0])
         except Exception as error:
             return Outcome("driver", True, repr(error))
         finally:
@@ -73,18 +77,20 @@ class Bench:
     def close(self) -> None:
         self._worker.close()
 
+    def _work(self, job: PairJob) -> Outcome:
+        if self._worker.pid:
+            Path(f"/proc/{self._worker.pid}/clear_refs").write_text("5")  # the peak starts anew
+        result = self._worker.run(job, self._source, self._target, self._options)
+        return _judge(result, _peak_mib(self._worker.pid))
 
-def _judge(worker: Worker, job: object, source: Folder, target: Folder) -> Outcome:
-    if worker.pid:
-        Path(f"/proc/{worker.pid}/clear_refs").write_text("5")  # the peak starts anew
-    result = worker.run(job, source, target, OPTIONS)
+
+def _judge(result: PairResult, peak_mib: int) -> Outcome:
     if "took longer" in result.reason:
         return Outcome("too long", True, result.reason)
     if "crashed" in result.reason:
         return Outcome("crashed", detail=result.reason)
-    peak = _peak_mib(worker.pid)
-    if peak > LIMIT_MIB:
-        return Outcome("too much memory", True, f"{peak} MiB: {result.reason}")
+    if peak_mib > LIMIT_MIB:
+        return Outcome("too much memory", True, f"{peak_mib} MiB: {result.reason}")
     if result.status == "written":
         return Outcome("rows")
     unexpected = re.match(r"\S+: \w*(Error|Exception|Warning|Iteration): ", result.reason)
@@ -94,16 +100,18 @@ def _judge(worker: Worker, job: object, source: Folder, target: Folder) -> Outco
 
 
 def _peak_mib(pid: int | None) -> int:
+    if pid is None:  # it died; its result says so
+        return 0
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) // 1024
 
 
-def run(seed: int, count: int, keep: Path, benches: int = 2) -> Counter[str]:
+def run(seed: int, count: int, keep: Path) -> Counter[str]:
     """Outcomes by kind; failures are printed, and kept in `keep`."""
     outcomes: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as scratch, _quiet():
         free: SimpleQueue[Bench] = SimpleQueue()
-        made = [Bench(Path(scratch, str(number)), *RAWS[number % len(RAWS)]) for number in range(max(benches, 3))]
+        made = [Bench(Path(scratch, str(number)), *BENCHES[number]) for number in range(len(BENCHES))]
         for bench in made:
             free.put(bench)
 
@@ -124,7 +132,7 @@ def run(seed: int, count: int, keep: Path, benches: int = 2) -> Counter[str]:
             return outcome
 
         files = mutants([bench.good["raw"] for bench in made], [made[0].good["jpg"]], seed)
-        with ThreadPoolExecutor(benches) as pool:
+        with ThreadPoolExecutor(2) as pool:
             for outcome in pool.map(one, enumerate(islice(files, count))):
                 outcomes["failed: " * outcome.failed + outcome.what] += 1
         for bench in made:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from known_scene import write_sequence
+from stand_in import mark_file, stand_in_path
 
 from preprocessing.isolation import Worker
 from preprocessing.plan import PreprocessOptions, make_plan
@@ -16,30 +17,13 @@ from preprocessing.schema import list_shards
 from preprocessing.storage import open_folder
 
 OPTIONS = PreprocessOptions(tile_px=24, stride_px=16)
-STAND_IN = """
-import ctypes, os, rawpy, signal
-real = rawpy.imread
-def imread(source):
-    order = source.read().partition(b"ORDER:")[2].decode()
-    source.seek(0)
-    if order == "hang":
-        ctypes.PyDLL(None).sleep(1000)  # Python's lock is held, as in a decoder that never ends
-    elif order == "print":
-        os.write(1, b"unexpected marker" + bytes([10]))
-    elif order:
-        os.kill(os.getpid(), getattr(signal, order))
-    return real(source)
-rawpy.imread = imread
-"""
 
 
 @pytest.fixture
 def pair(tmp_path, monkeypatch):
     """(job, source, target) of the first pair of a sequence; `order(text)` marks its RAW."""
     write_sequence(tmp_path / "raw" / "00001", seed=1)
-    (tmp_path / "path").mkdir()
-    (tmp_path / "path" / "sitecustomize.py").write_text(STAND_IN)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    monkeypatch.setenv("PYTHONPATH", stand_in_path(tmp_path))
     source, target = open_folder(str(tmp_path / "raw")), open_folder(str(tmp_path / "shards"))
     return make_plan(source, OPTIONS, {}).jobs[0], source, target
 
@@ -53,15 +37,15 @@ def worker():
 
 def mark(pair, order):
     job, source, target = pair
-    with Path(source.path(job.lr_raw)).open("ab") as file:
-        file.write(f"ORDER:{order}".encode())
+    mark_file(Path(source.path(job.lr_raw)), order)
     return job, source, target
 
 
 def test_one_child_serves_many_pairs_and_ends_with_its_owner(pair, worker):
     first = worker.run(*pair, OPTIONS)
     pid = worker.pid
-    assert first.status == "written" and first == worker.run(*pair, OPTIONS) and worker.pid == pid
+    second = worker.run(*pair, OPTIONS)
+    assert first.status == second.status == "written" and first.rows == second.rows and worker.pid == pid
     assert len(list_shards(pair[2].root)) == 1
     worker.close()
     assert worker.pid is None and not Path(f"/proc/{pid}").exists()

@@ -14,12 +14,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from known_scene import write_sequence
+from stand_in import mark_file, stand_in_path
 
 from preprocessing import shards
 from preprocessing.pairs import process
 from preprocessing.schema import list_shards
 from preprocessing.shards import PreprocessOptions, preprocess
-from preprocessing.storage import Folder
+from preprocessing.storage import Folder, _writer
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -104,12 +105,14 @@ def _die(moment):
                 Path(half).write_bytes(bytes(arguments[1])[:100])
                 tick()
                 Path(half).unlink()
+            if name == "move":  # on S3 a copy, then a deletion
+                self.filesystem.create_dir(self.path(arguments[1]).rpartition("/")[0])
+                shutil.copy(*map(self.path, arguments))
+                tick()
             real(self, *arguments)
             tick()
 
         setattr(Folder, name, deed)
-
-    from preprocessing.storage import _writer
 
     for name in ("put", "move", "delete"):
         around(name)
@@ -169,7 +172,7 @@ def start(raw, out, **streams):
     command = [str(Path(sys.executable).with_name("sdan")), "--data", str(raw.parent / "data"), "preprocess"]
     command += [str(raw), str(out), "--tile", "24", "--stride", "16", "--val", "00002"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(command, start_new_session=True, text=True, **(streams or quiet))
+    return subprocess.Popen(command, start_new_session=True, text=True, **(quiet | streams))
 
 
 def wait_for(driver, least, out):
@@ -231,6 +234,25 @@ def is_worker(pid):
             name in command for name in (b"ray::_map_task", b"ray::IDLE", b"ray::Map", b"preprocessing.isolation")
         )
     return False
+
+
+@pytest.mark.slow
+def test_a_decoder_that_crashes(raw, undisturbed, tmp_path):
+    bad, out = tmp_path / "raw", tmp_path / "shards"
+    shutil.copytree(raw, bad)
+    good = (bad / "00004" / "00006.dng").read_bytes()
+    mark_file(bad / "00004" / "00006.dng", "SIGSEGV")
+    mark_file(bad / "00005" / "00006.dng", "SIGKILL")
+    environment = os.environ | {"PYTHONPATH": stand_in_path(tmp_path)}
+    for expected in ("24 pairs: 20 written", "24 pairs: 0 written"):
+        run = start(bad, out, stdout=subprocess.PIPE, env=environment)
+        said, _ = run.communicate()
+        assert run.returncode == 0 and expected in said, said
+        assert "set aside: 00004 00006-00002: 00004/00006.dng: the decoder crashed" in said and "SIGSEGV" in said
+        assert "set aside: 00005 00006-00002: 00005/00006.dng: its process died each time (killed, SIGKILL)" in said
+    for number in (4, 5):
+        (bad / f"{number:05d}" / "00006.dng").write_bytes(good)
+    assert start(bad, out).wait() == 0 and content(out) == undisturbed
 
 
 @pytest.mark.slow
