@@ -12,7 +12,7 @@ from preprocessing.block_motion import encode
 from preprocessing.geometry import Map, Size, compose, footprint, translation
 from preprocessing.lens import LensMap
 from preprocessing.raw import RawImage
-from preprocessing.registration import MAX_SHIFT, Plane, RegistrationError, register
+from preprocessing.registration import MAX_SHIFT, Plane, RegistrationError, grey, register
 
 _MOSAIC_BLUR_PX = 0.96
 """Lens 0.6 px and the pixel's area, as in a JPG, and the mean over neighbours of variance 1/2."""
@@ -37,7 +37,7 @@ def register_raw(raw: RawImage, long_HWC: NDArray[np.uint8], nominal: Map) -> Le
     place = translation(col0 + 2 * first_col, row0 + 2 * first_row)
     found = register(
         mosaic_luminance(counts, raw),
-        cv2.cvtColor(long_HWC, cv2.COLOR_RGB2GRAY),
+        grey(long_HWC),
         compose(nominal, place),
         blur_px=_MOSAIC_BLUR_PX,
     )

@@ -78,7 +78,7 @@ class LongPicture:
         planes = cv2.remap(
             self.planes_HW3, index[..., 0], index[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
         )
-        return np.asarray(planes, np.float32), inside.astype(np.float32)
+        return np.asarray(planes, np.float32), np.asarray(inside, np.float32)
 
 
 def fine_detail(plane: Plane, density: float) -> Plane:

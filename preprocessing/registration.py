@@ -48,7 +48,12 @@ class RegistrationError(ValueError):
 
 def luminance(image_HWC: NDArray[np.uint8]) -> Plane:
     """[H, W] float32 in [0, 255] of an RGB picture."""
-    return cv2.cvtColor(image_HWC, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    return grey(image_HWC).astype(np.float32)
+
+
+def grey(image_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """[H, W] uint8: luminance of an RGB picture, rounded."""
+    return np.asarray(cv2.cvtColor(image_HWC, cv2.COLOR_RGB2GRAY), np.uint8)
 
 
 def local_detail(plane: Plane) -> Plane:
@@ -152,7 +157,7 @@ def register(
     side = min(*reference.shape, height / zoom, width / zoom)
     if side < _MIN_SIDE_PX:
         raise RegistrationError(f"shared area {side:.0f} px wide or high, expected at least {_MIN_SIDE_PX}")
-    light = cv2.LUT(moving, _LIGHT)
+    light = np.asarray(cv2.LUT(moving, _LIGHT), np.float32)
     centre = apply(invert(nominal), np.array([[width / 2, height / 2]]))[0]
     mapping = LensMap(translation(0, 0), centre, float(np.hypot(height, width)) / 2 / zoom)
     top = int(np.clip(np.log2(side / _COARSEST_PX), 0, _MAX_LEVELS))

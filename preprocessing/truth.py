@@ -106,6 +106,16 @@ class Truth:
         flow = (found - at) / 2
         return np.asarray(np.moveaxis(flow[..., ::-1], -1, 0), np.float16)
 
+    def true_lr_to_hr(
+        self, lr_stem: str, hr_stem: str, lr_xy: npt.NDArray[np.float64]
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+        """Where the background at short RAW positions [..., 2] really lies in the long JPG, and whether it shows there:
+        inside the frame and not behind the near plane."""
+        hr = self.frames[hr_stem]
+        in_jpg = hr.from_scene(self.frames[lr_stem].to_scene(lr_xy, FAR), FAR) - np.array(hr.jpg_origin)
+        inside = ((in_jpg >= 0) & (in_jpg <= np.array([hr.jpg_width, hr.jpg_height]))).all(-1)
+        return in_jpg, inside & ~self.shows_near(hr_stem, in_jpg)
+
     def shows_near(self, stem: str, jpg_xy: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
         """Which JPG positions [..., 2] of a frame show the near plane (its coverage above a half)."""
         mask = _picture(self.key, _Reader(self.read), f"{FOLDER}/{stem}_near.png")
