@@ -99,7 +99,8 @@ COLUMNS: Mapping[str, tuple[pa.DataType, str]] = {
     "lr_to_hr": (
         pa.list_(pa.float64(), 6),
         "a b c d e f: X = a x + b y + c, Y = d x + e y + f; LR mosaic (x, y) in LibRaw's visible area, sensor"
-        " orientation, to the stored pixels of the HR JPG; pixel i covers [i, i + 1)",
+        " orientation, to the stored pixels of the HR JPG; pixel i covers [i, i + 1); with ecc each tile has its own,"
+        " good inside it",
     ),
     "aligned_by": (
         pa.string(),
