@@ -58,9 +58,12 @@ def test_all_columns_show_the_same_place(frames, cfa):
         assert row["residual_px"] < 0.25
 
 
-def test_row_col_and_map_reproduce_the_target_from_the_jpg(frames):
+@pytest.mark.parametrize("ecc", [False, True])
+def test_row_col_and_map_reproduce_the_target_from_the_jpg(frames, ecc):
     raws, lr, hr = frames
-    for row in cut(raws["GBRG"], lr, hr)[::3]:
+    rows = cut(raws["GBRG"], lr, hr, ecc=ecc)
+    assert {row["aligned_by"] for row in rows} == {"ecc" if ecc else "scale"}
+    for row in rows[::3]:
         corner = geometry.translation(row["origin_col"] + 2 * row["col"], row["origin_row"] + 2 * row["row"])
         to_hr = geometry.compose(row["lr_to_hr"].reshape(2, 3), geometry.compose(corner, geometry.scaling(1 / SCALE)))
         again = geometry.sample(hr.pixels_HWC, to_hr, (2 * SCALE * TILE_PX, 2 * SCALE * TILE_PX))
