@@ -271,13 +271,13 @@ def error_rows() -> Iterator[str]:
         yield f"| {str(dtype).removeprefix('torch.')} | {' | '.join(f'{error:.0e}' for error in errors)} |"
 
 
-def provenance(command: str) -> str:
-    """Where the numbers come from, on one line."""
+def provenance(command: str, folders: tuple[str, ...] = ("../sdan",)) -> str:
+    """Where the numbers come from, on one line; `folders` hold the code that was measured, beside this one."""
     here = Path(__file__).parent
     git = ["git", "-C", str(here)]
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
     changed = subprocess.run(
-        [*git, "status", "--porcelain", "--", "../sdan", "."], capture_output=True, text=True, check=False
+        [*git, "status", "--porcelain", "--", *folders, "."], capture_output=True, text=True, check=False
     ).stdout
     changed = "\n".join(line for line in changed.splitlines() if not line.endswith("RESULTS.md"))
     processor = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
