@@ -3,6 +3,7 @@
 SHARDS/dataset.json                                                   options, splits, and the sequences forced to val
 SHARDS/split=train|val|test/<sequence>_<pair>_<fingerprint>.parquet   one finished pair
 SHARDS/quarantine/<sequence>_<pair>.json                              why a pair, frame or sequence is not among them
+SHARDS/rate.json                                                      what the last run took (estimate.py)
 """
 
 import contextlib
