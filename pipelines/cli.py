@@ -426,7 +426,8 @@ def _say_report(report: PreprocessReport, shards: str, dry_run: bool) -> None:
 
 
 def _estimate_line(estimate: Estimate) -> str:
-    size = f"about {estimate.tiles} tiles, {estimate.bytes / 1e6:.3g} MB"
+    large = estimate.bytes >= 1e9
+    size = f"about {estimate.tiles} tiles, {estimate.bytes / (1e9 if large else 1e6):.3g} {'GB' if large else 'MB'}"
     if estimate.seconds is None:
         return f"{size}; how long is not known before a first run into these SHARDS"
     minutes = estimate.seconds / 60

@@ -92,3 +92,13 @@ def test_help_names_every_verb():
         "doctor",
     ):
         assert f"  {verb}" in done.stdout
+
+
+def test_a_dry_run_says_how_much_and_how_long():
+    from pipelines.cli import _estimate_line
+    from preprocessing.estimate import Estimate
+
+    line = _estimate_line(Estimate(tiles=40, bytes=58_000_000, seconds=None, cpus=2))
+    assert line == "about 40 tiles, 58 MB; how long is not known before a first run into these SHARDS"
+    line = _estimate_line(Estimate(tiles=60_000, bytes=87_000_000_000, seconds=7200.0, cpus=16))
+    assert line == "about 60000 tiles, 87 GB, 2.0 hours on 16 CPUs at the last run's rate"

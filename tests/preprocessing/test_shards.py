@@ -121,6 +121,13 @@ def test_two_runs_give_the_same_bytes(folders, tmp_path):
 def test_dry_run_writes_nothing(folders):
     report = run(folders, dry_run=True)
     assert (report.pairs, report.todo, report.written) == (6, 6, 0) and not folders[1].exists()
+    assert report.estimate.tiles > 0 and report.estimate.seconds is None  # nothing has been measured here
+    made = run(folders)
+    assert report.estimate.bytes == pytest.approx(made.bytes, rel=0.3)
+    shutil.copytree(folders[0] / "00001", folders[0] / "00003")
+    again = run(folders, dry_run=True)
+    assert (again.todo, again.skipped) == (3, 6)
+    assert again.estimate.seconds == pytest.approx(made.task_seconds / 2 / again.estimate.cpus, rel=0.3)
 
 
 def test_other_options_are_refused_with_both_values(folders):
