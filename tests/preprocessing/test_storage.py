@@ -128,8 +128,16 @@ def test_raw_and_shards_on_s3(tmp_path):
                     break
             time.sleep(0.2)
         program = [sys.executable, "-c", S3_PROGRAM, str(tmp_path / "raw")]
-        done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300)
+        for name in ("here", "temporary"):
+            (tmp_path / name).mkdir()
+        environment["TMPDIR"] = str(tmp_path / "temporary")
+        done = subprocess.run(
+            program, env=environment, cwd=tmp_path / "here", capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stderr[-2000:]
+        assert not list((tmp_path / "here").iterdir())
+        left = [path.name for path in (tmp_path / "temporary").rglob("*") if path.is_file()]
+        assert not [name for name in left if name.lower().endswith((".dng", ".arw", ".jpg", ".parquet"))], left
     finally:
         moto.terminate()
         moto.wait()
