@@ -15,8 +15,11 @@ from typing import Any
 import ray
 
 READER_CPUS = 0.25
-"""Logical CPUs of one task that reads crops: it mostly waits, for files and for the training step. Each train worker
-needs one; without it, training would wait for its first crop for ever."""
+"""Logical CPUs kept beside each train worker for the task that reads its crops; without them, training would wait for
+its first crop for ever."""
+READER_TASK_CPUS = 0.05
+"""Logical CPUs that such a task asks for: less, since in an elastic run Ray divides what the workers leave on each
+machine among all workers' readers. How many run at once is bounded otherwise (WorkerPlan.readers)."""
 
 
 Workers = int | tuple[int, int]

@@ -24,7 +24,7 @@ import torch
 from pyarrow import fs
 from torch import Tensor
 
-from pipelines.cluster import READER_CPUS
+from pipelines.cluster import READER_TASK_CPUS
 from pipelines.config import RunConfig
 from preprocessing import schema
 from preprocessing.aligned import align_to
@@ -195,10 +195,21 @@ def training_batches(
         readers: at most so many tasks read for this worker; the order of the batches does not depend on it.
     """
     reference = ray.put(stream)
-    steps = -(-(last_crop - first_crop) // (world * batch))
+    steps = num_steps(first_crop, last_crop, batch * world)
     for start in range(0, steps, CHUNK_STEPS):
         crop = first_crop + start * world * batch
         yield from _chunk(reference, batch, rank, world, crop, min(CHUNK_STEPS, steps - start), readers)
+
+
+def num_steps(first_crop: int, last_crop: int, crops_per_step: int) -> int:
+    """Steps from `first_crop` until no crop before `last_crop` is left."""
+    return -(-(last_crop - first_crop) // crops_per_step)
+
+
+def crop_numbers(places: np.ndarray, *, batch: int, rank: int, world: int, first_crop: int) -> np.ndarray:
+    """The numbers of this worker's crops: `places` counts the crops that it sees itself, from 0 at `first_crop`."""
+    step, place = np.divmod(places, batch)
+    return np.asarray(first_crop + step * (world * batch) + rank * batch + place)
 
 
 def _chunk(
@@ -208,8 +219,7 @@ def _chunk(
     def load(ids: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         torch.set_num_threads(1)
         crops = ray.get(reference)
-        step, place = np.divmod(ids["id"], batch)
-        numbers = first_crop + step * (world * batch) + rank * batch + place
+        numbers = crop_numbers(ids["id"], batch=batch, rank=rank, world=world, first_crop=first_crop)
         samples = [crops.crop(int(number)) for number in numbers]
         return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
 
@@ -222,7 +232,7 @@ def _chunk(
     dataset = ray.data.range(steps * batch, override_num_blocks=steps).map_batches(
         load,  # type: ignore[arg-type]
         batch_size=batch,
-        num_cpus=READER_CPUS,
+        num_cpus=READER_TASK_CPUS,
         concurrency=readers,
         zero_copy_batch=True,
     )

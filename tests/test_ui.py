@@ -83,7 +83,7 @@ def test_a_run_says_where_it_came_from(run):
 def browse(url, *, words, picture):
     """Open `url`, wait until all `words` are on the page, and keep a screenshot; returns the page's DOM."""
     common = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-    common += ["--hide-scrollbars", "--window-size=1500,2200"]
+    common += ["--hide-scrollbars", "--window-size=1500,9000"]  # charts below the window's edge are not drawn
     for wait_ms in (15000, 40000, 90000):  # the browser's own clock, which does not stand still on a busy machine
         settings = [*common, f"--virtual-time-budget={wait_ms}"]
         page = subprocess.run([*settings, "--dump-dom", url], capture_output=True, text=True, timeout=200).stdout
