@@ -1,4 +1,4 @@
-"""Writing to S3 by single requests: an object is put whole or not at all, and on wish only if nobody else changed it.
+"""Changes to S3 by single requests: an object is put whole or not at all, and on wish only if nobody else changed it.
 
 pyarrow uploads in parts, which a killed writer leaves behind to be paid for, and has no conditional requests.
 """
@@ -38,6 +38,18 @@ def get(uri: str, path: str) -> tuple[bytes | None, str | None]:
             return None, None
         raise OSError(str(error)) from error
     except BotoCoreError as error:
+        raise OSError(str(error)) from error
+
+
+def delete(uri: str, path: str) -> None:
+    """Remove the object if it is there. Raises OSError after finite retries.
+
+    pyarrow would leave an empty object in place of the "folder" that lost its last file.
+    """
+    bucket, _, key = path.partition("/")
+    try:
+        _client(uri).delete_object(Bucket=bucket, Key=key)
+    except (ClientError, BotoCoreError) as error:
         raise OSError(str(error)) from error
 
 

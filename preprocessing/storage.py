@@ -82,7 +82,7 @@ class Folder:
                 stream.write(data)
             self.filesystem.move(aside, target)
         except BaseException:
-            self.delete_path(aside)
+            self._delete_path(aside)
             raise
 
     def update(self, relative: str, change: Callable[[bytes | None], bytes]) -> None:
@@ -127,12 +127,15 @@ class Folder:
 
     def delete(self, relative: str) -> None:
         """Remove a file; one that is already gone is fine (another run may have removed it)."""
-        self.delete_path(self.path(relative))
+        self._delete_path(self.path(relative))
 
-    def delete_path(self, path: str) -> None:
+    def _delete_path(self, path: str) -> None:
+        if not self.is_local:
+            s3.delete(self.uri, path)
+            return
         try:
             self.filesystem.delete_file(path)
-        except (FileNotFoundError, OSError):
+        except OSError:
             if self.filesystem.get_file_info(path).type == pyarrow.fs.FileType.File:
                 raise
 
@@ -142,7 +145,7 @@ class Folder:
             return
         for entry in self.files(relative):
             if entry.base_name.startswith(".") and _abandoned(entry.base_name, entry.mtime_ns / 1e9):
-                self.delete_path(entry.path)
+                self._delete_path(entry.path)
 
     @property
     def is_local(self) -> bool:
