@@ -5,9 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -304,29 +301,3 @@ def test_workers_that_cannot_run_the_task_are_no_fault_of_the_pairs(folders, mon
     with pytest.raises(PreprocessError, match=r"Ray's workers cannot run the tasks \(.*not_installed.*\)"):
         run(folders)
     assert not list(folders[1].glob("quarantine/*"))
-
-
-@pytest.mark.slow
-def test_killed_and_started_again_it_ends_as_if_undisturbed(originals, tmp_path):
-    for number in range(1, 13):
-        shutil.copytree(originals / "00001", tmp_path / "raw" / f"{number:05d}")
-    program = (
-        "from preprocessing.shards import *\n"
-        f"preprocess({str(tmp_path / 'raw')!r}, {str(tmp_path / 'shards')!r}, {OPTIONS!r}, progress=False)"
-    )
-    for least in (2, 12):
-        driver = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
-        deadline = time.monotonic() + 120
-        while len(list_shards(str(tmp_path / "shards"))) < least:
-            assert driver.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
-        driver.kill()
-        driver.wait()
-        finished = _finished_of(content(tmp_path / "shards"))
-        for path in list_shards(str(tmp_path / "shards")):
-            pq.read_table(path)  # whole, each of them
-    report = run((tmp_path / "raw", tmp_path / "shards"))
-    assert report.skipped >= 12 and report.written == 36 - report.skipped
-    run((tmp_path / "raw", tmp_path / "undisturbed"))
-    assert content(tmp_path / "shards") == content(tmp_path / "undisturbed")
-    assert finished.items() <= content(tmp_path / "shards").items()
