@@ -200,6 +200,9 @@ class SuperResolution(nn.Module):
         x = features_NCHW + self.join(self.blocks(features_NCHW))
         for conv in self.enlarge:
             x = self.activation(F.pixel_shuffle(conv(x), 2))
+            # torch 2.14's Inductor cannot sort the symbolic strides of a view that it keeps for the backward pass.
+            if torch.compiler.is_dynamo_compiling():
+                x = x.contiguous(memory_format=torch.channels_last)
         return F.pixel_shuffle(self.last(x), self.shuffle)
 
 

@@ -53,3 +53,26 @@ def test_a_traced_training_step_equals_the_eager_one(autocast):
 def test_a_compiled_training_step_equals_the_eager_one(dynamic, autocast):
     torch._dynamo.reset()
     compare("inductor", autocast=autocast, limit=2e-2 if autocast else 1e-4, dynamic=dynamic)
+
+
+@pytest.mark.slow
+def test_the_form_for_deployment_compiles_for_any_size():
+    """Without activation between the enlarging convolutions Inductor meets views of unknown size."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    config = SDANConfig(input="packed", scale=2, features=8, blocks=1, packing_kernel=4, skip="rendering")
+    model = SDAN(config)
+    nn.init.normal_(model.super_resolution.last.weight, std=0.1)  # it starts at 0, which would hide what comes before
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    for num_images, height, width in ((2, 8, 12), (3, 16, 8)):
+        shapes = (4, height, width), (3, height, width), (3, 2 * height, 2 * width)
+        images = [torch.rand(num_images, *shape) for shape in shapes]
+        results = []
+        for run in (model, compiled):
+            model.zero_grad()
+            output = run(*images)
+            (output.zoomed.square().mean() + output.aligned.square().mean()).backward()
+            gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+            results.append([output.zoomed, *gradients])
+        for got, expected in zip(results[1], results[0], strict=True):
+            assert float((got - expected).abs().max()) <= 1e-4 * max(1.0, float(expected.abs().max()))
