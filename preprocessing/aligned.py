@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from preprocessing.geometry import apply, compose, scaling
-from preprocessing.registration import RegistrationError, grey, luminance, register
+from preprocessing.registration import RegistrationError, luminance, register
 
 _EDGE_PX = 2
 """Target pixels this near the source's border lean on pixels that are not there."""
@@ -32,7 +32,7 @@ def align_to(
     try:
         found = register(
             luminance(np.ascontiguousarray(lr_3HW.transpose(1, 2, 0))),
-            grey(target),
+            target,
             scaling(scale),
             lens=False,
         )

@@ -8,14 +8,15 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from preprocessing.block_motion import encode
+from preprocessing.block_motion import encode, mean_over_neighbours
 from preprocessing.geometry import Map, Size, compose, footprint, translation
 from preprocessing.lens import LensMap
 from preprocessing.raw import RawImage
-from preprocessing.registration import MAX_SHIFT, Plane, RegistrationError, grey, register
+from preprocessing.registration import MAX_SHIFT, Plane, RegistrationError, register
 
-_MOSAIC_BLUR_PX = 0.96
-"""Lens 0.6 px and the pixel's area, as in a JPG, and the mean over neighbours of variance 1/2."""
+_SRGB_TO_XYZ = np.array(
+    [[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]]
+)
 _LOW_DENSITY = 2.0
 _LOW_BLUR_PX = 0.58
 
@@ -37,25 +38,28 @@ def register_raw(raw: RawImage, long_HWC: NDArray[np.uint8], nominal: Map) -> Le
     place = translation(col0 + 2 * first_col, row0 + 2 * first_row)
     found = register(
         mosaic_luminance(counts, raw),
-        grey(long_HWC),
+        long_HWC,
         compose(nominal, place),
-        blur_px=_MOSAIC_BLUR_PX,
+        sensor=_srgb_to_sensor(raw.negative.xyz_to_camera),
     )
     return found.after(translation(-place[0, 2], -place[1, 2]))
 
 
 def mosaic_luminance(counts_4HW: NDArray[np.uint16], raw: RawImage) -> Plane:
-    """[2H, 2W] in [0, 255] of packed counts: (R + 2 G + B) / 4 about every pixel, whatever its own colour.
-
-    The kernel 1 2 1 each way weighs the colours alike at all four places of the mosaic, so nothing is moved.
-    """
+    """[2H, 2W] in [0, 255] of packed counts: (R + 2 G + B) / 4 about every pixel, whatever its own colour."""
     _, height, width = counts_4HW.shape
     span = raw.white_level - raw.black_level
     light = (counts_4HW - raw.black_level[:, None, None]) * (raw.wb / span)[:, None, None]
     mosaic = light.reshape(2, 2, height, width).transpose(2, 0, 3, 1).reshape(2 * height, 2 * width)
-    kernel = np.array([0.25, 0.5, 0.25], np.float32)
-    mean = cv2.sepFilter2D(mosaic.astype(np.float32), cv2.CV_32F, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)
-    return encode(np.clip(mean, 0, 1))
+    return encode(np.clip(mean_over_neighbours(mosaic.astype(np.float32)), 0, 1))
+
+
+def _srgb_to_sensor(xyz_to_camera: NDArray[np.float64] | None) -> NDArray[np.float64]:
+    """[3, 3] linear sRGB -> white-balanced sensor colours: white stays white. The identity for an unknown camera."""
+    if xyz_to_camera is None:
+        return np.eye(3)
+    matrix = np.asarray(xyz_to_camera, np.float64) @ _SRGB_TO_XYZ
+    return np.asarray(matrix / matrix.sum(axis=1, keepdims=True), np.float64)
 
 
 def low_resolution(long_HWC: NDArray[np.uint8], mapping: LensMap, size: Size) -> NDArray[np.uint8]:

@@ -19,6 +19,11 @@ Plane = NDArray[np.float32]
 OVERSAMPLING = 2.0
 """Long-focal pixels per short-focal one: bilinear sampling is then exact enough, and moves nothing (OpenCV's bicubic
 kernel is up to 0.05 px off)."""
+_LENS_PX = 0.6
+"""Point spread of a lens; the pixel's own area comes to it."""
+_LIGHT = ((np.arange(256) / 255) ** 2.2).astype(np.float32)
+_MOSAIC_WEIGHTS = np.array([0.25, 0.5, 0.25], np.float32)
+_JPG_WEIGHTS = np.array([0.299, 0.587, 0.114], np.float32)
 _NEIGHBOURHOOD_PX = 1.5
 """Fine detail decides: tones and colours differ between the pictures in large structures, not in small ones."""
 _NOISE = 1.0
@@ -36,14 +41,37 @@ _ROUNDS = 6
 
 
 @dataclass(frozen=True)
-class LongPicture:
-    """The long-focal picture, low-passed to the short one's sharpness, with slopes, at OVERSAMPLING times the density.
+class LongLight:
+    """The long-focal picture in linear light at OVERSAMPLING times the short one's density: what levels are made of."""
 
-    to_pixels leads from the short picture's coordinates, as the nominal map sees them, to this picture's pixels.
-    """
+    colours_HW3: Plane
+    """As the short picture's sensor sees them, where that is a mosaic."""
+    is_mosaic: bool
+    to_pixels: Map
+    """From the short picture's coordinates, as the nominal map sees them, to pixels here."""
+
+    @classmethod
+    def prepare(cls, long_HWC: NDArray[np.uint8], nominal: Map, sensor: NDArray[np.float64] | None) -> "LongLight":
+        """From a JPG [H, W, 3]; `sensor`: see `registration.register`."""
+        height, width = long_HWC.shape[:2]
+        zoom = float(np.sqrt(abs(np.linalg.det(nominal[:, :2]))))
+        size = (max(8, round(width * OVERSAMPLING / zoom)), max(8, round(height * OVERSAMPLING / zoom)))
+        channels = [cv2.LUT(np.ascontiguousarray(long_HWC[..., channel]), _LIGHT) for channel in range(3)]
+        small = np.dstack([cv2.resize(light, size, interpolation=cv2.INTER_AREA) for light in channels])
+        if sensor is not None:
+            small = np.maximum(cv2.transform(small, sensor.astype(np.float32)), 0)
+        to_pixels = compose(np.array([[size[0] / width, 0, 0], [0, size[1] / height, 0]]), nominal)
+        return cls(np.asarray(small, np.float32), sensor is not None, to_pixels)
+
+
+@dataclass(frozen=True)
+class LongPicture:
+    """The long-focal picture of one level, as soft as the short one, with its slopes."""
 
     planes_HW3: Plane
-    """Detail, and its slope along x and y of the short picture's coordinates."""
+    """Luminance in [0, 255], and its slopes along x and y of the short picture's coordinates."""
+    colours_HW3: Plane | None
+    """Linear light, without the mosaic's mean over neighbours: where the short picture is a mosaic at full size."""
     to_pixels: Map
 
     @property
@@ -51,44 +79,72 @@ class LongPicture:
         return self.planes_HW3.shape[0], self.planes_HW3.shape[1]
 
     @classmethod
-    def prepare(cls, light: Plane, nominal: Map, blur_px: float, shrink: float) -> "LongPicture":
-        """From linear light [H, W]; for a short picture shrunk by `shrink` and a Gaussian of `blur_px` before that."""
-        height, width = light.shape
-        zoom = float(np.sqrt(abs(np.linalg.det(nominal[:, :2]))))
+    def of_level(cls, long: LongLight, shrink: float) -> "LongPicture":
+        """For a short picture that was shrunk by `shrink`."""
+        height, width = long.colours_HW3.shape[:2]
+        size = (max(8, round(width / shrink)), max(8, round(height / shrink)))
+        small = long.colours_HW3 if shrink == 1 else cv2.resize(long.colours_HW3, size, interpolation=cv2.INTER_AREA)
         density = OVERSAMPLING / shrink
-        small_w, small_h = (max(8, round(side * density / zoom)) for side in (width, height))
-        small = cv2.resize(light, (small_w, small_h), interpolation=cv2.INTER_AREA)
         # Averages over shrink x shrink pixels there, over 1 / density here.
-        variance = blur_px**2 + (shrink**2 - 1) / 12 - 1 / (12 * density**2)
-        small = cv2.GaussianBlur(small, (0, 0), density * max(variance, 0.01) ** 0.5)
-        detail = fine_detail(encode(np.asarray(small, np.float32)), OVERSAMPLING)
-        slope_x = cv2.Sobel(detail, cv2.CV_32F, 1, 0, ksize=1, scale=0.5)
-        slope_y = cv2.Sobel(detail, cv2.CV_32F, 0, 1, ksize=1, scale=0.5)
-        to_pixels = compose(np.array([[small_w / width, 0, 0], [0, small_h / height, 0]]), nominal)
+        variance = _LENS_PX**2 + shrink**2 / 12 - 1 / (12 * density**2)
+        small = cv2.GaussianBlur(small, (0, 0), density * variance**0.5)
+        light = cv2.transform(small, (_MOSAIC_WEIGHTS if long.is_mosaic else _JPG_WEIGHTS)[None])
+        if long.is_mosaic:
+            light = cv2.GaussianBlur(light, (0, 0), density * 0.5**0.5)
+        values = encode(np.asarray(light, np.float32))
+        slope_x = cv2.Sobel(values, cv2.CV_32F, 1, 0, ksize=1, scale=0.5)
+        slope_y = cv2.Sobel(values, cv2.CV_32F, 0, 1, ksize=1, scale=0.5)
+        to_pixels = compose(np.array([[size[0] / width, 0, 0], [0, size[1] / height, 0]]), long.to_pixels)
         (xx, xy), (yx, yy) = to_pixels[:, :2].tolist()
-        planes = np.dstack([detail, slope_x * xx + slope_y * yx, slope_x * xy + slope_y * yy])
-        return cls(planes.astype(np.float32), to_pixels)
+        planes = np.dstack([values, slope_x * xx + slope_y * yx, slope_x * xy + slope_y * yy])
+        colours = np.asarray(small, np.float32) if long.is_mosaic and shrink == 1 else None
+        return cls(np.asarray(planes, np.float32), colours, to_pixels)
 
     def seen(self, mapping: LensMap, at_HW2: Points) -> tuple[Plane, Plane]:
-        """(planes [H, W, 3], inside [H, W] as 0 or 1) at mapping(at)."""
+        """(detail and its slopes [H, W, 3], inside [H, W] as 0 or 1) at mapping(at)."""
         height, width = self.size
         pixels = apply(self.to_pixels, mapping(at_HW2.reshape(-1, 2))).reshape(at_HW2.shape)
         inside = ((pixels > 2) & (pixels < np.array([width, height]) - 2)).all(-1)
-        index = (pixels - 0.5).astype(np.float32)
-        planes = cv2.remap(
-            self.planes_HW3, index[..., 0], index[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
-        )
-        return np.asarray(planes, np.float32), np.asarray(inside, np.float32)
+        x, y = np.moveaxis((pixels - 0.5).astype(np.float32), -1, 0)
+        planes = cv2.remap(self.planes_HW3, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        if self.colours_HW3 is not None:
+            first = np.floor(at_HW2[0, 0]).astype(int)
+            colours = cv2.remap(self.colours_HW3, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+            mosaic = _as_mosaic(np.asarray(colours, np.float32), int(first[1]) % 2, int(first[0]) % 2)
+            planes[..., 0] = encode(mean_over_neighbours(mosaic))
+        return fine_detail(np.asarray(planes, np.float32)), np.asarray(inside, np.float32)
 
 
-def fine_detail(plane: Plane, density: float) -> Plane:
-    """What stands out from its close neighbourhood, in units of its contrast there; density: pixels per short pixel."""
+def _as_mosaic(colours_HW3: Plane, row: int, col: int) -> Plane:
+    """[H, W]: of each pixel what an RGGB sensor keeps; the corner is at (row, col) of its 2 x 2 block.
 
-    def low(values: Plane) -> Plane:
-        return np.asarray(cv2.GaussianBlur(values, (0, 0), _NEIGHBOURHOOD_PX * density), np.float32)
+    A mosaic sees a red edge on every other row alone: what that does to its place, it does to both pictures.
+    """
+    mosaic = colours_HW3[..., 1].copy()
+    mosaic[row::2, col::2] = colours_HW3[row::2, col::2, 0]
+    mosaic[1 - row :: 2, 1 - col :: 2] = colours_HW3[1 - row :: 2, 1 - col :: 2, 2]
+    return mosaic
 
-    high = plane - low(plane)
-    return np.asarray(high / (np.sqrt(np.maximum(low(high * high), 0)) + _NOISE), np.float32)
+
+def mean_over_neighbours(mosaic: Plane) -> Plane:
+    """(R + 2 G + B) / 4 about every pixel: the kernel 1 2 1 each way weighs colours alike at all places of a mosaic, so
+    nothing is moved."""
+    kernel = np.array([0.25, 0.5, 0.25], np.float32)
+    return np.asarray(
+        cv2.sepFilter2D(mosaic, cv2.CV_32F, kernel, kernel, borderType=cv2.BORDER_REFLECT_101), np.float32
+    )
+
+
+def fine_detail(planes: Plane) -> Plane:
+    """[H, W] or [H, W, C]: what stands out from its close neighbourhood, in units of the first plane's contrast."""
+    high = planes - _near_mean(planes)
+    first = high if high.ndim == 2 else high[..., 0]
+    contrast = np.sqrt(np.maximum(_near_mean(first * first), 0)) + _NOISE
+    return np.asarray(high / (contrast if high.ndim == 2 else contrast[..., None]), np.float32)
+
+
+def _near_mean(values: Plane) -> Plane:
+    return np.asarray(cv2.GaussianBlur(values, (0, 0), _NEIGHBOURHOOD_PX), np.float32)
 
 
 def encode(light: Plane) -> Plane:

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from preprocessing.block_motion import Blocks, Fit, LongPicture, fine_detail, fit
+from preprocessing.block_motion import Blocks, Fit, LongLight, LongPicture, fine_detail, fit
 from preprocessing.geometry import Map, apply, compose, invert, translation
 from preprocessing.lens import LensMap
 
@@ -29,9 +29,6 @@ _MIN_BLOCKS = 12
 _MAX_STEPS = 8
 _CONVERGED_PX = 3e-3
 _MIN_TILE_CORRELATION = 0.25
-_LIGHT = ((np.arange(256) / 255) ** 2.2).astype(np.float32)
-JPG_BLUR_PX = 0.66
-"""A camera JPG against a perfect picture: lens 0.6 px, and the pixel's area."""
 MIN_CORRELATION = 0.4
 """Below this correlation of fine detail two pictures are not held to show the same thing."""
 MAX_ERROR_PX = 0.25
@@ -48,12 +45,7 @@ class RegistrationError(ValueError):
 
 def luminance(image_HWC: NDArray[np.uint8]) -> Plane:
     """[H, W] float32 in [0, 255] of an RGB picture."""
-    return grey(image_HWC).astype(np.float32)
-
-
-def grey(image_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """[H, W] uint8: luminance of an RGB picture, rounded."""
-    return np.asarray(cv2.cvtColor(image_HWC, cv2.COLOR_RGB2GRAY), np.uint8)
+    return np.asarray(cv2.cvtColor(image_HWC, cv2.COLOR_RGB2GRAY), np.float32)
 
 
 def local_detail(plane: Plane) -> Plane:
@@ -135,7 +127,12 @@ def _hanning(height: int, width: int) -> Plane:
 
 
 def register(
-    reference: Plane, moving: NDArray[np.uint8], nominal: Map, *, blur_px: float = JPG_BLUR_PX, lens: bool = True
+    reference: Plane,
+    moving_HWC: NDArray[np.uint8],
+    nominal: Map,
+    *,
+    sensor: NDArray[np.float64] | None = None,
+    lens: bool = True,
 ) -> LensMap:
     """The map near `nominal` at which `moving` shows what `reference` shows: moving(map(p)) ~ reference(p).
 
@@ -144,20 +141,21 @@ def register(
 
     Args:
         reference: [H, W] in [0, 255], luminance of the short focal length, at its own density.
-        moving: [H, W], luminance of the long one, at its own density; all of the frame where `lens`.
+        moving_HWC: [H, W, 3] the long one, at its own density; all of the frame where `lens`.
         nominal: reference -> moving, a similarity, from the focal lengths.
-        blur_px: the Gaussian, in pixels of `reference`, that makes a perfect picture as soft as it.
-        lens: whether there is more than an affine to find; needs the frame's centre in the middle of `moving`.
+        sensor: [3, 3] linear sRGB -> white-balanced sensor colours, where `reference` is an RGGB mosaic's luminance
+            (alignment.py); None for that of a camera JPG.
+        lens: whether there is more than an affine to find; needs the frame's centre in the middle of `moving_HWC`.
 
     Raises RegistrationError when the pictures do not correlate, do not say enough or move as no zoom lens and no hand
     would make them.
     """
-    height, width = moving.shape
+    height, width = moving_HWC.shape[:2]
     zoom = float(np.sqrt(abs(np.linalg.det(nominal[:, :2]))))
     side = min(*reference.shape, height / zoom, width / zoom)
     if side < _MIN_SIDE_PX:
         raise RegistrationError(f"shared area {side:.0f} px wide or high, expected at least {_MIN_SIDE_PX}")
-    light = np.asarray(cv2.LUT(moving, _LIGHT), np.float32)
+    light = LongLight.prepare(moving_HWC, nominal, sensor)
     centre = apply(invert(nominal), np.array([[width / 2, height / 2]]))[0]
     mapping = LensMap(translation(0, 0), centre, float(np.hypot(height, width)) / 2 / zoom)
     top = int(np.clip(np.log2(side / _COARSEST_PX), 0, _MAX_LEVELS))
@@ -166,8 +164,8 @@ def register(
         size = (round(reference.shape[1] / shrink), round(reference.shape[0] / shrink))
         # (x, y) pixels of `reference` per pixel of this level, which need not divide it.
         step = np.array([reference.shape[1] / size[0], reference.shape[0] / size[1]])
-        fixed = fine_detail(np.asarray(cv2.resize(reference, size, interpolation=cv2.INTER_AREA), np.float32), 1.0)
-        picture = LongPicture.prepare(light, nominal, blur_px, shrink)
+        fixed = fine_detail(np.asarray(cv2.resize(reference, size, interpolation=cv2.INTER_AREA), np.float32))
+        picture = LongPicture.of_level(light, shrink)
         if level == top:
             mapping = _coarse_shift(fixed, picture, mapping, step)
         mapping, found, score = _refine(fixed, picture, mapping, step, lens=lens and (level < top or top == 0))

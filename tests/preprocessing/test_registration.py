@@ -55,7 +55,7 @@ def error_px(found, mapping):
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("lens", [True, False], ids=["lens", "affine"])
 def test_a_known_map_is_recovered(name, lens):
-    moving = registration.grey(long_picture(5, MAPS[name]))
+    moving = long_picture(5, MAPS[name])
     found = registration.register(short_picture(5), moving, NOMINAL, lens=lens)
     assert error_px(found, MAPS[name]) < 0.2
 
@@ -72,12 +72,12 @@ def test_a_known_map_is_recovered(name, lens):
     ids=["darker", "contrast", "colour", "vignetting", "all"],
 )
 def test_light_and_colour_do_not_move_the_map(light):
-    moving = registration.grey(long_picture(5, MAPS["affine"], **light))
+    moving = long_picture(5, MAPS["affine"], **light)
     assert error_px(registration.register(short_picture(5), moving, NOMINAL), MAPS["affine"]) < 0.2
 
 
 def test_sensor_noise_is_borne():
-    moving = registration.grey(long_picture(3, MAPS["shift"]))
+    moving = long_picture(3, MAPS["shift"])
     assert error_px(registration.register(short_picture(3, noise=12), moving, NOMINAL), MAPS["shift"]) < 0.5
 
 
@@ -88,21 +88,21 @@ def test_a_foreground_that_moves_on_its_own_does_not_pull(parallax_px):
     nearer = long_picture(6, compose(translation(parallax_px, 0.4), mapping))
     moving[:, 240:420] = nearer[:, 240:420]
     moving[500:, 600:] = nearer[500:, 600:]
-    found = registration.register(short_picture(6), registration.grey(moving), NOMINAL)
+    found = registration.register(short_picture(6), moving, NOMINAL)
     assert error_px(found, mapping) < 0.3
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_unrelated_pictures_are_refused(seed):
-    moving = registration.grey(long_picture(seed, MAPS["none"]))
+    moving = long_picture(seed, MAPS["none"])
     with pytest.raises(registration.RegistrationError, match="expected"):
         registration.register(short_picture(seed + 50), moving, NOMINAL)
 
 
 def test_noise_and_flat_and_tiny_pictures_are_refused():
     draw = np.random.default_rng(0)
-    noise = draw.integers(0, 256, (640, 960), dtype=np.uint8)
-    flat = np.full((640, 960), 90, np.uint8)
+    noise = draw.integers(0, 256, (640, 960, 3), dtype=np.uint8)
+    flat = np.full((640, 960, 3), 90, np.uint8)
     with pytest.raises(registration.RegistrationError):
         registration.register(short_picture(1), noise, NOMINAL)
     with pytest.raises(registration.RegistrationError):
