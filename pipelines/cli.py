@@ -149,6 +149,22 @@ def preprocess(
 
 
 @app.command()
+def inspect(
+    shards: Shards,
+    out: Annotated[Path, typer.Option("-o", metavar="REPORT.html", help="Where to write the page.")],
+) -> None:
+    """What SHARDS holds, as one page: counts, misalignment, the worst-aligned pairs to look at, the quarantine."""
+    from preprocessing import inspect as reports
+
+    if out.is_dir() or not out.parent.is_dir():
+        raise reports.InspectError(f"-o {out}: a file in a folder that exists expected, e.g. -o report.html")
+    with _bar("inspect", "shard", None) as step:
+        page = reports.inspect(shards, progress=step)
+    out.write_text(page, encoding="utf-8")
+    _say(f"{out} ({len(page.encode()) / 1e6:.1f} MB)")
+
+
+@app.command()
 def train(
     shards: Shards,
     config: Annotated[

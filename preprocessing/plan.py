@@ -217,7 +217,8 @@ def _look(raw: Folder, frame: Frame, digests: dict[str, str]) -> Shot:
             digests[file.path] = _digest(first, last)
             more = read_exif(first)
             if more.focal_mm is None and file.size > len(first):
-                more = read_exif(raw.read(file.path, _MORE_TAGS_BYTES))
+                # Without a JPG the RAW is all there is, and some writers put their tags behind the picture.
+                more = read_exif(raw.read(file.path, _MORE_TAGS_BYTES if frame.jpgs else None))
             known = {name: value for name, value in asdict(found).items() if value is not None}
             found = replace(more, **known)
     return Shot(frame, found)

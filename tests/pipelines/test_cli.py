@@ -29,6 +29,7 @@ def run_here(monkeypatch, *arguments, data):
         (["train", "SHARDS", "--set", "model.packing_kernel=7"], "must divide"),
         (["train", "nosuch"], "no shards"),
         (["train", "SHARDS", "--config", "smoke", "--resume"], "start one without --resume"),
+        (["train", "SHARDS", "--workers", "4-1"], "the larger number last"),
         (["evaluate", "SHARDS"], "train a model first"),
         (["evaluate", "SHARDS", "--model", "nosuch"], "no such checkpoint folder"),
         (["evaluate", "SHARDS", "--protocol", "psychic"], "self or oracle expected"),
@@ -36,6 +37,9 @@ def run_here(monkeypatch, *arguments, data):
         (["rollback"], "no champion"),
         (["preprocess", "nosuch", "out"], "nosuch"),
         (["preprocess", "EMPTY", "out"], "EMPTY"),
+        (["preprocess", "EMPTY", "out", "--missing-jpg", "maybe"], "quarantine or render"),
+        (["inspect", "EMPTY", "-o", "OUT"], "EMPTY: no shards and no quarantine"),
+        (["inspect", "SHARDS", "-o", "EMPTY"], "report.html"),
         (["simulate", "OUT", "--preset", "earthquake"], "handheld"),
     ],
 )
