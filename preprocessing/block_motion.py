@@ -19,7 +19,7 @@ Plane = NDArray[np.float32]
 OVERSAMPLING = 2.0
 """Long-focal pixels per short-focal one: bilinear sampling is then exact enough, and moves nothing (OpenCV's bicubic
 kernel is up to 0.05 px off)."""
-_LENS_PX = 0.6
+_LENS_PX = 0.55
 """Point spread of a lens; the pixel's own area comes to it."""
 _LIGHT = ((np.arange(256) / 255) ** 2.2).astype(np.float32)
 _MOSAIC_WEIGHTS = np.array([0.25, 0.5, 0.25], np.float32)
