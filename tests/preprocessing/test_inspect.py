@@ -48,7 +48,7 @@ def test_the_page_counts_what_is_there(shards):
     note(shards, "00009_-", sequence="00009", pair="-", reason="only one frame")
     page = inspect(str(shards))
     said = text(page)
-    for part in ("pairs 5 ", "tiles 10 ", "sequences 5 ", "misalignment left 3.00 HR px", "quarantined 1 "):
+    for part in ("pairs 5 ", "tiles 10 ", "sequences 5 ", "median shift 3.00 HR px", "quarantined 1 "):
         assert part in said, part
     assert "train 4 8 2.50" in said and "val 1 2 5.00" in said and "test 0 0 –" in said
     assert "Leica M 5 10 3.00" in said and "240 / 50 mm 5 10" in said and "1 600 1 2 1.00" in said
