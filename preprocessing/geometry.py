@@ -104,47 +104,57 @@ def footprint(mapping: Map, size: Size) -> tuple[float, float, float, float]:
     return float(xs[1]), float(ys[1]), float(xs[2]), float(ys[2])
 
 
-def sample(image_HWC: NDArray[np.uint8], to_source: Map, size: Size) -> NDArray[np.uint8]:
+def sample(image_HWC: NDArray[np.uint8] | Image.Image, to_source: Map, size: Size) -> NDArray[np.uint8]:
     """The picture of `size` whose pixel at (x, y) is `image_HWC` at to_source(x, y), uint8 [h, w, C].
 
     A Lanczos window of three lobes, stretched where the map shrinks (the low-pass), placed exactly to a thousandth of a
     pixel. Raises ValueError when the target reaches outside the source.
     """
     height, width = size
+    source = image_HWC.size if isinstance(image_HWC, Image.Image) else image_HWC.shape[1::-1]
     corners = apply(to_source, np.array([[0, 0], [width, 0], [0, height], [width, height]], np.float64))
     low, high = corners.min(0), corners.max(0)
-    if (low < -1e-6).any() or (high > np.array(image_HWC.shape[1::-1]) + 1e-6).any():
+    if (low < -1e-6).any() or (high > np.array(source) + 1e-6).any():
         raise ValueError(
             f"target reaches from {low.round(2).tolist()} to {high.round(2).tolist()} in a source of "
-            f"{image_HWC.shape[1]}x{image_HWC.shape[0]}"
+            f"{source[0]}x{source[1]}"
         )
     stretch = max(1.0, float(np.abs(to_source[:, :2]).sum(1).max()))
     margin = int(np.ceil(LANCZOS_LOBES * stretch)) + 1
     left, top = np.maximum(np.floor(low).astype(int) - margin, 0)
     right, bottom = np.ceil(high).astype(int) + margin
-    crop = image_HWC[top:bottom, left:right]
     mapping = compose(translation(-left, -top), to_source)
+    if isinstance(image_HWC, Image.Image):
+        part = image_HWC.crop((left, top, min(right, source[0]), min(bottom, source[1])))
+        if _is_upright(mapping, size) and min(mapping[0, 0], mapping[1, 1]) > 0:
+            return _resize(part, mapping, size)  # without a detour through an array
+        crop = np.asarray(part)
+    else:
+        crop = image_HWC[top:bottom, left:right]
     if abs(mapping[0, 0]) < abs(mapping[0, 1]):
         crop, mapping = crop.swapaxes(0, 1), mapping[::-1]
     if mapping[0, 0] < 0:
         crop, mapping = crop[:, ::-1], compose(turn(1, crop.shape[:2]), mapping)
     if mapping[1, 1] < 0:
         crop, mapping = crop[::-1], compose(turn(2, crop.shape[:2]), mapping)
-    if abs(mapping[0, 1]) * height < 1e-6 and abs(mapping[1, 0]) * width < 1e-6:
-        return _sample_upright(crop, mapping, size)
+    if _is_upright(mapping, size):
+        return _resize(Image.fromarray(np.ascontiguousarray(crop)), mapping, size)
     return _sample_sheared(np.ascontiguousarray(crop, np.float32), mapping, size)
 
 
-def _sample_upright(crop: NDArray[np.uint8], mapping: Map, size: Size) -> NDArray[np.uint8]:
+def _is_upright(mapping: Map, size: Size) -> bool:
+    return bool(abs(mapping[0, 1]) * size[0] < 1e-6 and abs(mapping[1, 0]) * size[1] < 1e-6)
+
+
+def _resize(picture: Image.Image, mapping: Map, size: Size) -> NDArray[np.uint8]:
     """Scale and shift only: Pillow's resampler, whose box may start anywhere."""
     height, width = size
     box = (
         max(mapping[0, 2], 0.0),
         max(mapping[1, 2], 0.0),
-        min(mapping[0, 2] + mapping[0, 0] * width, crop.shape[1]),
-        min(mapping[1, 2] + mapping[1, 1] * height, crop.shape[0]),
+        min(mapping[0, 2] + mapping[0, 0] * width, picture.width),
+        min(mapping[1, 2] + mapping[1, 1] * height, picture.height),
     )
-    picture = Image.fromarray(np.ascontiguousarray(crop))
     return np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS, box=box))
 
 

@@ -5,6 +5,7 @@ Areas are (top, left, height, width). Packed pixels unless said otherwise; the m
 
 import io
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import cv2
@@ -40,14 +41,21 @@ class Jpg:
     Or the rendering that stands in for one: the camera's frame in the sensor's orientation, orientation None.
     """
 
-    pixels_HWC: NDArray[np.uint8]
+    stored: Image.Image | NDArray[np.uint8]
+    """As decoded: turning all of a Pillow picture into an array takes half as long as decoding it."""
     orientation: int | None
     source: str = "camera"
     """camera or rendering."""
 
     @property
     def size(self) -> Size:
-        return self.pixels_HWC.shape[0], self.pixels_HWC.shape[1]
+        if isinstance(self.stored, Image.Image):
+            return self.stored.height, self.stored.width
+        return self.stored.shape[0], self.stored.shape[1]
+
+    @cached_property
+    def pixels_HWC(self) -> NDArray[np.uint8]:
+        return np.asarray(self.stored)
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,8 @@ def decode_jpg(data: bytes, name: str) -> Jpg:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as picture:
             if picture.width * picture.height > _MAX_PIXELS_PER_BYTE * len(data):
                 raise ValueError(f"declares {picture.width}x{picture.height} pixels in {len(data)} bytes")
-            pixels = np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
+            picture.load()
+            pixels = picture if picture.mode == "RGB" else picture.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = "no JPG" if isinstance(error, Image.UnidentifiedImageError) else str(error).strip() or "damaged"
         raise TileError(f"{name}: cannot be decoded ({reason}); copy it again or exclude it") from error
@@ -142,10 +151,10 @@ def cut(
         )
     place = mosaic_origin(raw, area)
     size = (2 * area[2], 2 * area[3])
-    lr_HWC = geometry.sample(lr.pixels_HWC, geometry.compose(alignment.lr_to_lr_jpg, place), size)
+    lr_HWC = geometry.sample(lr.stored, geometry.compose(alignment.lr_to_lr_jpg, place), size)
     if alignment.lens is None:
         fine = geometry.compose(alignment.lr_to_hr, geometry.compose(place, geometry.scaling(1 / scale)))
-        hr_HWC = geometry.sample(hr.pixels_HWC, fine, (scale * size[0], scale * size[1]))
+        hr_HWC = geometry.sample(hr.stored, fine, (scale * size[0], scale * size[1]))
         low_HWC = np.asarray(cv2.resize(hr_HWC, size[::-1], interpolation=cv2.INTER_AREA), np.uint8)
     else:
         low_HWC = low_resolution(hr.pixels_HWC, alignment.lens.after(place), size)
