@@ -188,8 +188,12 @@ def _checked(target: Folder, stored: bytes, options: PreprocessOptions) -> dict[
 
 
 def _require_same_options(target: Folder, made: Mapping[str, Any], options: PreprocessOptions) -> None:
-    was = {**made.get("options", {}), "schema_version": made.get("schema_version")}
-    now = {**options.of_shards, "schema_version": SCHEMA_VERSION}
+    if made.get("schema_version") != SCHEMA_VERSION:
+        raise PreprocessError(
+            f"{target.label}: its shards have schema version {made.get('schema_version')}, this sdan writes "
+            f"{SCHEMA_VERSION}; preprocess into another (empty) SHARDS folder"
+        )
+    was, now = made.get("options", {}), options.of_shards
     different = [name for name in now if was.get(name) != now[name]]
     if different:
         raise PreprocessError(

@@ -1,12 +1,15 @@
 """Any Bayer camera and any scale, from files to rows: phases, borders that the JPG lacks, missing JPGs, 2x to 8x."""
 
+import json
+
 import numpy as np
 import pytest
 from known_scene import WB, Scene, frame_to_scene, jpg_bytes, to_8_bit, to_mosaic, write_sequence
 
 from preprocessing import dng, raw, tiles
+from preprocessing.ledger import Ledger
 from preprocessing.pairs import pair_rows, process
-from preprocessing.plan import PreprocessOptions, make_plan
+from preprocessing.plan import PreprocessError, PreprocessOptions, make_plan
 from preprocessing.storage import open_folder
 
 SIZE = (256, 384)
@@ -104,6 +107,14 @@ def test_missing_jpg_is_part_of_the_fingerprint(tmp_path):
         for m in ("quarantine", "render")
     ]
     assert jobs[0].fingerprint != jobs[1].fingerprint
+
+
+def test_shards_of_an_older_schema_are_refused(tmp_path):
+    folder = open_folder(str(tmp_path))
+    options = PreprocessOptions(**OPTIONS)
+    folder.put("dataset.json", json.dumps({"schema_version": 1, "options": options.of_shards}).encode())
+    with pytest.raises(PreprocessError, match=r"schema version 1, this sdan writes 2; preprocess into another"):
+        Ledger.read(folder, options)
 
 
 def test_a_raw_that_cannot_be_rendered_is_the_pairs_fault(tmp_path):

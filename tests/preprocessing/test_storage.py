@@ -96,6 +96,7 @@ import sys
 from pathlib import Path
 import boto3
 from preprocessing.schema import list_shards, read_info
+from preprocessing.inspect import inspect
 from preprocessing.shards import PreprocessOptions, preprocess
 client, raw = boto3.client("s3"), Path(sys.argv[1])
 client.create_bucket(Bucket="zoom")
@@ -106,6 +107,7 @@ reports = [preprocess("s3://zoom/raw", "s3://zoom/shards", options, progress=Fal
 assert [(report.written, report.skipped) for report in reports] == [(3, 0), (0, 3), (0, 3)], reports
 assert len(list_shards("s3://zoom/shards")) == len(list_shards("s3://zoom/shards", "val")) == 3
 assert read_info("s3://zoom/shards").tile_px == 24
+assert inspect("s3://zoom/shards").count("<img ") == 9
 """
 
 
@@ -128,15 +130,15 @@ def test_raw_and_shards_on_s3(tmp_path):
                     break
             time.sleep(0.2)
         program = [sys.executable, "-c", S3_PROGRAM, str(tmp_path / "raw")]
-        for name in ("here", "temporary"):
+        for name in ("here", "t"):
             (tmp_path / name).mkdir()
-        environment["TMPDIR"] = str(tmp_path / "temporary")
+        environment["TMPDIR"] = str(tmp_path / "t")
         done = subprocess.run(
             program, env=environment, cwd=tmp_path / "here", capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr[-2000:]
         assert not list((tmp_path / "here").iterdir())
-        left = [path.name for path in (tmp_path / "temporary").rglob("*") if path.is_file()]
+        left = [path.name for path in (tmp_path / "t").rglob("*") if path.is_file()]
         assert not [name for name in left if name.lower().endswith((".dng", ".arw", ".jpg", ".parquet"))], left
     finally:
         moto.terminate()
