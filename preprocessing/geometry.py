@@ -4,6 +4,7 @@ Conventions: a map is float64 [2, 3], (x, y) -> (X, Y); coordinates are continuo
 centre is i + 0.5. Sizes are (height, width). Shapes end in HWC.
 """
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -182,15 +183,14 @@ def _resample_rows(
     weights_PK, reach = _lanczos_table(abs(step))
     base = np.floor(position_MW - 0.5)
     phase = np.rint((position_MW - 0.5 - base) * _PHASES).astype(np.int32)
-    weights_MWK = weights_PK[phase]
-    base = base.astype(np.int32)
-    height, width, channels = image_HWC.shape
-    flat = np.ascontiguousarray(image_HWC).reshape(height * width, channels)
-    column = np.arange(width, dtype=np.int32)
-    out = np.zeros((*position_MW.shape, channels), np.float32)
+    image = np.ascontiguousarray(image_HWC)
+    first = base.astype(np.float32)
+    column = np.ascontiguousarray(np.broadcast_to(np.arange(image.shape[1], dtype=np.float32), first.shape))
+    out = np.zeros((*first.shape, image.shape[2]), np.float32)
     for tap in range(weights_PK.shape[1]):
-        row = np.clip(base + (tap - reach + 1), 0, height - 1)
-        out += weights_MWK[..., tap, None] * flat[row * width + column]
+        row = first + np.float32(tap - reach + 1)  # whole numbers: OpenCV only fetches, in half the time of an index
+        taken = cv2.remap(image, column, row, cv2.INTER_NEAREST, borderMode=cv2.BORDER_REPLICATE)
+        out += taken.reshape(out.shape) * weights_PK[phase, tap][..., None]
     return out
 
 
