@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import pyarrow as pa
@@ -132,6 +133,7 @@ def test_raw_and_shards_on_s3(tmp_path):
         program = [sys.executable, "-c", S3_PROGRAM, str(tmp_path / "raw")]
         for name in ("here", "t"):
             (tmp_path / name).mkdir()
+        environment["RAY_TMPDIR"] = tempfile.gettempdir()  # a socket's path may have 107 bytes
         environment["TMPDIR"] = str(tmp_path / "t")
         done = subprocess.run(
             program, env=environment, cwd=tmp_path / "here", capture_output=True, text=True, timeout=300
