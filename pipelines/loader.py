@@ -225,11 +225,13 @@ def _chunk(
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.raise_original_map_exception = True  # a ShardsError, not Ray's wrapping of one
     context.execution_options.preserve_order = True
     context.execution_options.verbose_progress = False
-    # Fused with the range, so that one small task is all that must find a place beside the train workers; an actor pool
-    # would leave the range's own tasks, of a whole CPU each, waiting for ever on a small machine.
-    dataset = ray.data.range(steps * batch, override_num_blocks=steps).map_batches(
+    # Blocks that are there already: a range is read by tasks of a whole CPU each, which on a machine full of workers
+    # wait for ever, and so would an actor pool.
+    places = [pa.table({"id": np.arange(step * batch, (step + 1) * batch)}) for step in range(steps)]
+    dataset = ray.data.from_blocks(places).map_batches(
         load,  # type: ignore[arg-type]
         batch_size=batch,
         num_cpus=READER_TASK_CPUS,

@@ -36,9 +36,10 @@ def training_sheet(model: Network, held: HeldOut, device: torch.device) -> np.nd
     with torch.inference_mode():
         oracle = model(inputs.x, inputs.oracle_reference, inputs.rendering)
         deployed = model(inputs.x, inputs.self_reference, inputs.rendering)
-    reach = oracle.offset.abs().amax().clamp_min(1e-3)
+    offset = oracle.offset.float().nan_to_num()  # a diverged network must not end the run here
+    reach = offset.abs().amax().clamp_min(1e-3)
     # flow_to_image takes (dx, dy) and scales each batch to its own maximum.
-    colours = flow_to_image(oracle.offset.float().flip(1)).float() / 255
+    colours = flow_to_image(offset.flip(1)).float() / 255
     columns = {
         "input (rendering)": inputs.rendering,
         "reference Y'": inputs.oracle_reference,

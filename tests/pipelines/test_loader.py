@@ -5,9 +5,11 @@ import math
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 
 from pipelines import config as configs
+from pipelines.cluster import READER_TASK_CPUS
 from pipelines.loader import (
     CropStream,
     ShardsError,
@@ -68,6 +70,23 @@ def test_batches_do_not_depend_on_where_a_run_was_cut(stream):
     assert len(whole) == 4
     for a, b in zip(whole[2:], rest, strict=True):
         assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.timeout(120)
+def test_crops_come_though_the_machine_is_full(stream):
+    """Train workers may leave no more than READER_TASK_CPUS: no task of a whole CPU may be needed."""
+    if not ray.is_initialized():
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+
+    @ray.remote
+    class Full:
+        def is_there(self):
+            return True
+
+    full = Full.options(num_cpus=ray.cluster_resources()["CPU"] - READER_TASK_CPUS).remote()
+    assert ray.get(full.is_there.remote())
+    assert len(list(training_batches(stream, batch=2, rank=0, world=1, first_crop=0, last_crop=8))) == 4
+    ray.kill(full)
 
 
 def test_two_workers_share_the_crops_of_one_step(stream):

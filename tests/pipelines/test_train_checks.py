@@ -45,7 +45,7 @@ def test_a_resumed_run_keeps_what_its_crops_depend_on(data, tiny_shards, changes
 def test_a_range_of_workers_is_stored(tmp_path, tiny_shards):
     run = training._Run(configs.to_dict(configs.smoke()), str(tiny_shards), "0" * 32, None, (1, 4))
     run.write(tmp_path)
-    assert training._read_run(tmp_path) == run
+    assert training._read_run(tmp_path).workers == (1, 4)
 
 
 def test_a_resumed_run_keeps_its_shards(data, tiny_shards, tmp_path_factory):
