@@ -232,7 +232,7 @@ def _chunk(
     # wait for ever, and so would an actor pool.
     places = [pa.table({"id": np.arange(step * batch, (step + 1) * batch)}) for step in range(steps)]
     dataset = ray.data.from_blocks(places).map_batches(
-        load,  # type: ignore[arg-type]
+        load,
         batch_size=batch,
         num_cpus=READER_TASK_CPUS,
         concurrency=readers,

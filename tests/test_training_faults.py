@@ -221,23 +221,31 @@ def test_from_two_workers_to_one_and_back(two_machines, tiny_shards, tmp_path, u
     nodes, second = two_machines
     monkeypatch.setattr(training, "LOOK_FOR_WORKERS_S", 3.0)
     folder = tmp_path / "runs" / "run"
-    config = configs.override(CONFIG, {"train.epochs": 30})
+    config = configs.override(CONFIG, {"train.epochs": 40})
 
     def lose_a_machine():
         os.kill(second.all_processes["raylet"][0].process.pid, signal.SIGKILL)
 
-    def come_back():
-        nodes.add_node(num_cpus=1)
+    started = []
 
-    with At(folder, [2], lose_a_machine), Sized(folder, 1, come_back):
-        result = train(str(tiny_shards), config, data=tmp_path, workers=(1, 2), name="run", progress=False)
+    def come_back():  # by the command: Cluster.add_node sets signal handlers, which only the main thread may
+        command = [str(Path(SDAN).with_name("ray")), "start", "--address", nodes.address, "--num-cpus", "1", "--block"]
+        started.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+
+    try:
+        with At(folder, [2], lose_a_machine), Sized(folder, 1, come_back):
+            result = train(str(tiny_shards), config, data=tmp_path, workers=(1, 2), name="run", progress=False)
+    finally:
+        for node in started:
+            node.terminate()
+            node.wait()
     lines = reports(folder)
     sizes = [line["workers"] for line in lines]
     changes = [size for number, size in enumerate(sizes) if number == 0 or size != sizes[number - 1]]
     assert changes[:3] == [2, 1, 2], changes
-    assert [line["epoch"] for line in lines] == list(range(31))
+    assert [line["epoch"] for line in lines] == list(range(41))
     assert scores(folder)[10] == pytest.approx(undisturbed[10], abs=NOISE_DB)
-    assert_one_run(tmp_path, result.run_id, 30)
+    assert_one_run(tmp_path, result.run_id, 40)
 
 
 class Sized(At):

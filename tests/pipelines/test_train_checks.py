@@ -73,3 +73,16 @@ def test_fine_tunings_do_not_shrink_one_another():
     once = fine_tuning(base)
     assert once.train.epochs == 20
     assert fine_tuning(configs.from_dict(json.loads(json.dumps(configs.to_dict(once))))) == once
+
+
+def test_a_run_that_starts_from_a_model_has_its_network(tmp_path):
+    torch.manual_seed(0)
+    smoke = configs.override(configs.smoke(), {"model.features": 12})
+    model = checkpoint.save(tmp_path / "m", SDAN(smoke.model), config=configs.to_dict(smoke), scores={})
+    config = training.with_network_of(model, configs.smoke(), {"train.epochs": "3"})
+    assert config.model == smoke.model and config.name == "smoke"
+    with pytest.raises(configs.ConfigError, match=r"--set model.features: .*model.features=12.*leave --init"):
+        training.with_network_of(model, configs.smoke(), {"model.features": "8"})
+    other = checkpoint.save(tmp_path / "o", SRResNet(SDANConfig(features=8, blocks=1)), config={}, scores={})
+    with pytest.raises(configs.ConfigError, match="an SDAN expected"):
+        training.with_network_of(other, configs.smoke(), {})
