@@ -2,9 +2,9 @@
 
 Simulated sequences carry the truth: where each point of the background of the short frame lies in the long JPG. Errors
 are distances in pixels of the long frame, at points 3 pixels apart where the background shows; "tiles" are the affines
-that the rows hold (`lr_to_hr`), each over its own tile, "lens map" is what registration found before that. The floors
-are the true map's nearest affines: no six numbers can do better. With `--scenes DIR` photographs join the procedural
-scenes. The tables replace their section of benchmarks/RESULTS.md.
+that the rows hold (`lr_to_hr`), each over its own tile; "lens map" is what registration found and what the pictures
+are sampled through (`lr_to_hr_lens`). The floors are the true map's nearest affines: no six numbers can do better. With
+`--scenes DIR` photographs join the procedural scenes. The tables replace their section of benchmarks/RESULTS.md.
 """
 
 import argparse
@@ -83,10 +83,10 @@ def measure_pair(folder: Path, job: PairJob, truth: Truth) -> Measured:
     start = time.process_time()
     aligned = tiles.align(image, lr, hr, job.zoom, ecc=True)
     found.seconds.append(time.process_time() - start)
-    if aligned.lens is None:
+    if aligned.found is None:
         found.fallbacks = 1
         return found
-    found.lens.append(distance(aligned.lens(points), true)[shows])
+    found.lens.append(distance(aligned.found(points), true)[shows])
     shared = tiles.shared_area(image, aligned, lr.size, hr.size)
     of_tiles, of_floor = [], []
     for left, top, right, bottom in tile_boxes(image, shared, TILE_PX, STRIDE_PX):

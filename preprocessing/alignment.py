@@ -4,12 +4,11 @@ The camera's JPG of the short frame is left aside: it may be corrected for disto
 demosaicing and sharpening move edges a little, and the map wanted is the mosaic's.
 """
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from preprocessing.block_motion import encode, mean_over_neighbours
-from preprocessing.geometry import Map, Size, compose, footprint, translation
+from preprocessing.geometry import Map, compose, footprint, translation
 from preprocessing.lens import LensMap
 from preprocessing.raw import RawImage
 from preprocessing.registration import MAX_SHIFT, Plane, RegistrationError, register
@@ -17,8 +16,6 @@ from preprocessing.registration import MAX_SHIFT, Plane, RegistrationError, regi
 _SRGB_TO_XYZ = np.array(
     [[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]]
 )
-_LOW_DENSITY = 2.0
-_LOW_BLUR_PX = 0.58
 
 
 def register_raw(raw: RawImage, long_HWC: NDArray[np.uint8], nominal: Map) -> LensMap:
@@ -60,18 +57,3 @@ def _srgb_to_sensor(xyz_to_camera: NDArray[np.float64] | None) -> NDArray[np.flo
         return np.eye(3)
     matrix = np.asarray(xyz_to_camera, np.float64) @ _SRGB_TO_XYZ
     return np.asarray(matrix / matrix.sum(axis=1, keepdims=True), np.float64)
-
-
-def low_resolution(long_HWC: NDArray[np.uint8], mapping: LensMap, size: Size) -> NDArray[np.uint8]:
-    """uint8 [h, w, C]: pixel (x, y) shows `long_HWC` at mapping(x, y), averaged over about that pixel; the border
-    repeats. Along the lens's own curves, where `geometry.sample` follows one affine."""
-    height, width = long_HWC.shape[:2]
-    zoom = float(np.sqrt(abs(np.linalg.det(mapping.affine[:, :2]))))
-    small_w, small_h = (max(1, round(side * _LOW_DENSITY / zoom)) for side in (width, height))
-    small = cv2.resize(long_HWC, (small_w, small_h), interpolation=cv2.INTER_AREA)
-    small = cv2.GaussianBlur(small, (0, 0), _LOW_BLUR_PX)
-    x, y = np.meshgrid(np.arange(size[1]) + 0.5, np.arange(size[0]) + 0.5)
-    points = mapping(np.stack([x.ravel(), y.ravel()], axis=1)) * [small_w / width, small_h / height] - 0.5
-    index = points.astype(np.float32).reshape(*size, 2)
-    shown = cv2.remap(small, index[..., 0], index[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    return np.asarray(shown, np.uint8)

@@ -14,7 +14,7 @@ Size = tuple[int, int]
 
 LANCZOS_LOBES = 3
 _PHASES = 1024
-_STRIP_ROWS = 64
+STRIP_ROWS = 64
 
 
 def compose(outer: Map, inner: Map) -> Map:
@@ -126,7 +126,8 @@ def sample(image_HWC: NDArray[np.uint8] | Image.Image, to_source: Map, size: Siz
     right, bottom = np.ceil(high).astype(int) + margin
     mapping = compose(translation(-left, -top), to_source)
     if isinstance(image_HWC, Image.Image):
-        part = image_HWC.crop((left, top, min(right, source[0]), min(bottom, source[1])))
+        box = (int(left), int(top), min(int(right), source[0]), min(int(bottom), source[1]))
+        part = image_HWC if box == (0, 0, *source) else image_HWC.crop(box)  # Pillow would copy all of it
         if _is_upright(mapping, size) and min(mapping[0, 0], mapping[1, 1]) > 0:
             return _resize(part, mapping, size)  # without a detour through an array
         crop = np.asarray(part)
@@ -168,15 +169,15 @@ def _sample_sheared(crop: NDArray[np.float32], mapping: Map, size: Size) -> NDAr
     out = np.empty((height, width, crop.shape[2]), np.uint8)
     x_source = np.arange(crop.shape[1]) + 0.5
     u = np.arange(width) + 0.5
-    for first in range(0, height, _STRIP_ROWS):
-        v = np.arange(first, min(first + _STRIP_ROWS, height)) + 0.5
-        columns = _resample_rows(crop, slope * x_source[None] + step * v[:, None] + start, step)
-        rows = _resample_rows(columns.swapaxes(0, 1), (a * u[None] + b * v[:, None] + c).T, a).swapaxes(0, 1)
+    for first in range(0, height, STRIP_ROWS):
+        v = np.arange(first, min(first + STRIP_ROWS, height)) + 0.5
+        columns = resample_columns(crop, slope * x_source[None] + step * v[:, None] + start, step)
+        rows = resample_columns(columns.swapaxes(0, 1), (a * u[None] + b * v[:, None] + c).T, a).swapaxes(0, 1)
         out[first : first + len(v)] = np.clip(np.rint(rows), 0, 255)
     return out
 
 
-def _resample_rows(
+def resample_columns(
     image_HWC: NDArray[np.float32], position_MW: NDArray[np.float64], step: float
 ) -> NDArray[np.float32]:
     """[M, W, C]: column w of the result is column w of the image at heights position_MW[:, w]; the border repeats."""

@@ -1,14 +1,14 @@
 """The map of a registered pair: what a zoom lens and a hand do to a plane that is far away.
 
 No affine follows it: the radial distortion of a long and a short focal length differ (up to 7 px at the corners of a
-4240 px wide frame), and a turned camera tilts the plane. So a pair has a `LensMap`, and each tile the affine nearest to
-it over that tile.
+4240 px wide frame), and a turned camera tilts the plane. So a pair has a `LensMap`, through which its pictures are
+sampled; each tile is also told the affine nearest to it over that tile.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from preprocessing.geometry import Map, apply, compose
 
@@ -31,6 +31,16 @@ class LensMap:
     """k of X = h + unit q k |q|^2, with h the affine's point and q = (h - centre) / unit."""
     tilt: tuple[float, float] = (0.0, 0.0)
     """t of X = h + unit q (t . q): the perspective of a camera that was turned."""
+
+    @classmethod
+    def from_numbers(cls, numbers: ArrayLike) -> "LensMap":
+        """The map that `numbers` wrote down."""
+        n = np.asarray(numbers, np.float64)
+        return cls(n[:6].reshape(2, 3), n[6:8], float(n[8]), float(n[9]), (float(n[10]), float(n[11])))
+
+    def numbers(self) -> NDArray[np.float64]:
+        """(12,): the affine's six, row by row; centre x, y; unit; k; t."""
+        return np.array([*self.affine.ravel(), *self.centre, self.unit_px, self.radial, *self.tilt])
 
     def __call__(self, points_N2: Points) -> Points:
         """[N, 2] points through the map."""

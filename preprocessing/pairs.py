@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from preprocessing import raw as raw_files
 from preprocessing.frames import TRUTH_FOLDER
+from preprocessing.lens import LensMap
 from preprocessing.plan import PairJob, PreprocessOptions
 from preprocessing.schema import ShardInfo, encode
 from preprocessing.storage import Folder, one_line
@@ -142,7 +143,7 @@ def _true_columns(
     rect = (tile["origin_row"] + 2 * tile["row"], tile["origin_col"] + 2 * tile["col"], side, side)
     try:
         picture = truth.true_rgb(job.lr, rect, options.scale)
-        flow = truth.true_flow(job.lr, job.hr, rect, tile["lr_to_hr"])
+        flow = truth.true_flow(job.lr, job.hr, rect, LensMap.from_numbers(tile["lr_to_hr_lens"]))
     except (ValueError, OSError) as error:
         where = f"{job.folder}/{TRUTH_FOLDER}".lstrip("/")
         raise TileError(f"{where}: damaged ({one_line(error)}); simulate the sequence again or delete it") from error

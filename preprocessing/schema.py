@@ -99,8 +99,14 @@ COLUMNS: Mapping[str, tuple[pa.DataType, str]] = {
     "lr_to_hr": (
         pa.list_(pa.float64(), 6),
         "a b c d e f: X = a x + b y + c, Y = d x + e y + f; LR mosaic (x, y) in LibRaw's visible area, sensor"
-        " orientation, to the stored pixels of the HR JPG; pixel i covers [i, i + 1); with ecc each tile has its own,"
-        " good inside it",
+        " orientation, to the stored pixels of the HR JPG; pixel i covers [i, i + 1); with ecc the affine nearest to"
+        " lr_to_hr_lens over this tile",
+    ),
+    "lr_to_hr_lens": (
+        pa.list_(pa.float64(), 12),
+        "the map that hr_rgb was sampled through, this pair: a b c d e f as in lr_to_hr give h; then centre (2), unit,"
+        " k, tilt (2): q = (h - centre) / unit, (X, Y) = h + unit q (k r^2 + tilt . q), r the length of q; k and tilt are"
+        " 0 without ecc",
     ),
     "aligned_by": (
         pa.string(),

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from preprocessing import corrections, geometry, registration
-from preprocessing.alignment import low_resolution, register_raw
+from preprocessing import corrections, geometry, lens_sampling, registration
+from preprocessing.alignment import register_raw
 from preprocessing.exif import read_exif
 from preprocessing.geometry import Map, Size
 from preprocessing.lens import LensMap
@@ -64,14 +64,19 @@ class Alignment:
 
     lr_to_lr_jpg: Map
     lr_to_hr: Map
-    """Over the whole shared area; each tile has its own, `over`."""
+    """The affine over the whole shared area."""
     aligned_by: str
-    lens: LensMap | None = None
+    found: LensMap | None = None
     """What registration found, where it did."""
+
+    @property
+    def lens(self) -> LensMap:
+        """LR mosaic -> HR JPG, the map that is sampled through: without registration, the affine."""
+        return self.found or LensMap(self.lr_to_hr, np.zeros(2), 1.0)
 
     def over(self, left: float, top: float, right: float, bottom: float) -> Map:
         """LR mosaic -> HR JPG: the affine for a box of the mosaic. A lens bends, so it differs from tile to tile."""
-        return self.lens.affine_over(left, top, right, bottom) if self.lens else self.lr_to_hr
+        return self.found.affine_over(left, top, right, bottom) if self.found else self.lr_to_hr
 
 
 def decode_jpg(data: bytes, name: str) -> Jpg:
@@ -115,11 +120,11 @@ def shared_area(raw: RawImage, alignment: Alignment, lr_size: Size, hr_size: Siz
 
 
 def _hr_footprint(alignment: Alignment, hr_size: Size) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of what HR shows, less what a tile's own affine may reach farther than the pair's."""
+    """(left, top, right, bottom) of what HR shows, less what the lens's map may reach farther than the affine."""
     left, top, right, bottom = geometry.footprint(alignment.lr_to_hr, hr_size)
-    if alignment.lens is None:
+    if alignment.found is None:
         return left, top, right, bottom
-    reach_px = 2 * alignment.lens.departure(alignment.lr_to_hr, left, top, right, bottom)
+    reach_px = 2 * alignment.found.departure(alignment.lr_to_hr, left, top, right, bottom)
     inset = reach_px / float(np.sqrt(abs(np.linalg.det(alignment.lr_to_hr[:, :2]))))
     return left + inset, top + inset, right - inset, bottom - inset
 
@@ -152,12 +157,10 @@ def cut(
     place = mosaic_origin(raw, area)
     size = (2 * area[2], 2 * area[3])
     lr_HWC = geometry.sample(lr.stored, geometry.compose(alignment.lr_to_lr_jpg, place), size)
-    if alignment.lens is None:
-        fine = geometry.compose(alignment.lr_to_hr, geometry.compose(place, geometry.scaling(1 / scale)))
-        hr_HWC = geometry.sample(hr.stored, fine, (scale * size[0], scale * size[1]))
-        low_HWC = np.asarray(cv2.resize(hr_HWC, size[::-1], interpolation=cv2.INTER_AREA), np.uint8)
-    else:
-        low_HWC = low_resolution(hr.pixels_HWC, alignment.lens.after(place), size)
+    hr_HWC = _fine(
+        alignment, hr, geometry.compose(place, geometry.scaling(1 / scale)), (scale * size[0], scale * size[1])
+    )
+    low_HWC = np.asarray(cv2.resize(hr_HWC, size[::-1], interpolation=cv2.INTER_AREA), np.uint8)
     counts_4HW, render_HWC = raw.counts(*area), raw.render(*area)
     quality = _Quality(lr_HWC, low_HWC, scale, tile_px)
     shared_columns = {
@@ -178,12 +181,6 @@ def cut(
             score, residual_px = quality.of(row, col)
             corner = mosaic_origin(raw, (area[0] + row, area[1] + col, tile_px, tile_px))
             (left, top), side = corner[:, 2].tolist(), 2 * tile_px
-            lr_to_hr = alignment.over(left, top, left + side, top + side)
-            if alignment.lens is None:
-                hr_CHW = _window(hr_HWC, row, col, 2 * scale, tile_px)
-            else:
-                fine = geometry.compose(lr_to_hr, geometry.compose(corner, geometry.scaling(1 / scale)))
-                hr_CHW = geometry.sample(hr.pixels_HWC, fine, (scale * side, scale * side)).transpose(2, 0, 1)
             tiles.append(
                 shared_columns
                 | {
@@ -192,13 +189,21 @@ def cut(
                     "lr_raw": counts_4HW[:, row : row + tile_px, col : col + tile_px],
                     "lr_render": _window(render_HWC, row, col, 2, tile_px),
                     "lr_rgb": _window(lr_HWC, row, col, 2, tile_px),
-                    "hr_rgb": hr_CHW,
-                    "lr_to_hr": lr_to_hr.ravel(),
+                    "hr_rgb": _window(hr_HWC, row, col, 2 * scale, tile_px),
+                    "lr_to_hr": alignment.over(left, top, left + side, top + side).ravel(),
+                    "lr_to_hr_lens": alignment.lens.numbers(),
                     "align_score": score,
                     "residual_px": residual_px,
                 }
             )
     return tiles
+
+
+def _fine(alignment: Alignment, hr: Jpg, to_mosaic: Map, size: Size) -> NDArray[np.uint8]:
+    """HR on a grid that `to_mosaic` takes to the LR mosaic: each pixel of the JPG is resampled once."""
+    if alignment.found is None:
+        return geometry.sample(hr.stored, geometry.compose(alignment.lr_to_hr, to_mosaic), size)
+    return lens_sampling.sample(hr.pixels_HWC, alignment.found.after(to_mosaic), size)
 
 
 class _Quality:

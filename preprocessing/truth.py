@@ -15,7 +15,7 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,12 @@ import numpy.typing as npt
 from PIL import Image
 
 from preprocessing import sensor
+from preprocessing.geometry import apply
 from preprocessing.optics import FAR, FOCALS_MM, NEAR, FrameGeometry, nominal_lr_to_hr
 from preprocessing.scenes import Scene
 
 Window = tuple[int, int, int, int]
+Points = npt.NDArray[np.float64]
 
 FOLDER = "truth"
 STORED_SCALES = (4, 8)
@@ -80,7 +82,7 @@ class Truth:
         return None
 
     def true_flow(
-        self, lr_stem: str, hr_stem: str, rect: Window, lr_to_hr: npt.ArrayLike | None = None
+        self, lr_stem: str, hr_stem: str, rect: Window, lr_to_hr: Callable[[Points], Points] | None = None
     ) -> npt.NDArray[np.float16]:
         """Where what the pair's map takes to each packed pixel really lies in the short frame.
 
@@ -89,15 +91,15 @@ class Truth:
         p + offset(p).
 
         rect      even height and width, RAW pixels
-        lr_to_hr  2x3 (or 6 numbers) affine, (x, y): short RAW -> long JPG; None is the nominal one, from EXIF alone
+        lr_to_hr  (x, y) [N, 2]: short RAW -> long JPG; None is the nominal affine, from EXIF alone
         Returns float16 [2, h/2, w/2]: (dy, dx) in packed pixels (2 RAW pixels).
         """
         lr, hr = self.frames[lr_stem], self.frames[hr_stem]
-        affine = nominal_lr_to_hr(lr, hr) if lr_to_hr is None else np.asarray(lr_to_hr, np.float64).reshape(2, 3)
         top, left, height, width = rect
         x, y = np.meshgrid(left + np.arange(width // 2) * 2 + 1.0, top + np.arange(height // 2) * 2 + 1.0)
         at = np.stack([x, y], axis=-1)
-        in_jpg = at @ affine[:, :2].T + affine[:, 2]
+        to_hr = lr_to_hr or partial(apply, nominal_lr_to_hr(lr, hr))
+        in_jpg = to_hr(at.reshape(-1, 2)).reshape(at.shape)
         in_raw = in_jpg + np.array(hr.jpg_origin)
         found = lr.from_scene(hr.to_scene(in_raw, FAR), FAR)
         near = self.shows_near(hr_stem, in_jpg)

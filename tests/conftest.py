@@ -57,6 +57,7 @@ def tile_row(sequence: str, number: int, tile_px: int = TILE_PX) -> dict:
         "origin_row": 0,
         "origin_col": 0,
         "lr_to_hr": [4.0, 0.0, 0.0, 0.0, 4.0, 0.0],
+        "lr_to_hr_lens": [4.0, 0.0, 0.0, 0.0, 4.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0],
         "aligned_by": "scale",
     }
 

@@ -19,7 +19,7 @@ EXAMPLES = {
 
 def type_name(kind) -> str:
     text = str(kind).replace("float", "float32").replace("double", "float64")
-    return re.sub(r"fixed_size_list<item: (\w+)>\[(\d)\]", r"\2 x \1", text)
+    return re.sub(r"fixed_size_list<item: (\w+)>\[(\d+)\]", r"\2 x \1", text)
 
 
 def test_the_readmes_table_is_the_schema():

@@ -46,6 +46,7 @@ def row(seed, **changes):
         "origin_row": 0,
         "origin_col": 1,
         "lr_to_hr": np.arange(6) / 7,
+        "lr_to_hr_lens": np.arange(12) / 7,
         "aligned_by": "scale",
         "align_score": 0.9,
         "residual_px": float("nan"),
@@ -60,7 +61,7 @@ def test_a_row_comes_back():
     assert set(decoded) == set(schema.COLUMNS)
     for name in schema.ARRAYS:
         assert np.array_equal(decoded[name], original[name]) and decoded[name].dtype == original[name].dtype
-    for name in ("black_level", "wb", "lr_to_hr"):
+    for name in ("black_level", "wb", "lr_to_hr", "lr_to_hr_lens"):
         assert np.array_equal(decoded[name], original[name])
     assert decoded["lr_to_hr"].dtype == np.float64 and decoded["wb"].dtype == np.float32
     assert decoded["row"] == 3 and decoded["camera"] == "SONY ILCE-7SM2" and np.isnan(decoded["iso_hr"])

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from known_scene import WB, Scene, frame_to_scene, jpg_bytes, to_8_bit, to_mosaic
 
-from preprocessing import geometry, raw, tiles
+from preprocessing import geometry, lens_sampling, raw, tiles
 from preprocessing.dng import write_dng
+from preprocessing.lens import LensMap
 
 SIZE = (256, 384)
 SCALE, TILE_PX = 4, 24
@@ -65,8 +66,15 @@ def test_row_col_and_map_reproduce_the_target_from_the_jpg(frames, ecc):
     assert {row["aligned_by"] for row in rows} == {"ecc" if ecc else "scale"}
     for row in rows[::3]:
         corner = geometry.translation(row["origin_col"] + 2 * row["col"], row["origin_row"] + 2 * row["row"])
-        to_hr = geometry.compose(row["lr_to_hr"].reshape(2, 3), geometry.compose(corner, geometry.scaling(1 / SCALE)))
-        again = geometry.sample(hr.pixels_HWC, to_hr, (2 * SCALE * TILE_PX, 2 * SCALE * TILE_PX))
+        to_mosaic = geometry.compose(corner, geometry.scaling(1 / SCALE))
+        size = (2 * SCALE * TILE_PX, 2 * SCALE * TILE_PX)
+        if ecc:
+            again = lens_sampling.sample(
+                hr.pixels_HWC, LensMap.from_numbers(row["lr_to_hr_lens"]).after(to_mosaic), size
+            )
+        else:
+            to_hr = geometry.compose(row["lr_to_hr"].reshape(2, 3), to_mosaic)
+            again = geometry.sample(hr.pixels_HWC, to_hr, size)
         assert np.abs(again.transpose(2, 0, 1).astype(int) - row["hr_rgb"]).max() <= 1
 
 

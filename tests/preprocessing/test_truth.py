@@ -1,6 +1,7 @@
 """The stored truth against the geometry used: known points found in rendered frames, flows that really align."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from preprocessing import sensor
+from preprocessing.geometry import apply
 from preprocessing.optics import FAR, NEAR, PRESETS, FrameGeometry, draw_geometries, nominal_lr_to_hr
 from preprocessing.scenery.painter import Canvas
 from preprocessing.scenes import Scene, encode
@@ -163,8 +165,8 @@ def test_flow_follows_the_map_that_the_pair_used(truth: Truth) -> None:
     affine = nominal_lr_to_hr(truth.frames["00005"], truth.frames["00001"])
     moved = affine.copy()
     moved[0, 2] += 8.0
-    plain = truth.true_flow("00005", "00001", rect, affine.ravel()).astype(np.float64)
-    shifted = truth.true_flow("00005", "00001", rect, moved).astype(np.float64)
+    plain = truth.true_flow("00005", "00001", rect, partial(apply, affine)).astype(np.float64)
+    shifted = truth.true_flow("00005", "00001", rect, partial(apply, moved)).astype(np.float64)
     assert np.median(shifted[1] - plain[1]) == pytest.approx(8 / 4.8 / 2, abs=0.02)
     assert np.median(shifted[0] - plain[0]) == pytest.approx(0, abs=0.02)
 
