@@ -178,6 +178,9 @@ def train(
         str | None,
         typer.Option(metavar="URI", help="Where checkpoints go, e.g. s3://BUCKET/runs; default: the run's folder."),
     ] = None,
+    init: Annotated[
+        str | None, typer.Option(metavar="URI", help="A model to start from; its network is taken over.")
+    ] = None,
     vgg_weights: VggWeights = None,
     name: Annotated[str | None, typer.Option(metavar="RUN", help="The run's name; made up by default.")] = None,
     resume: Annotated[
@@ -191,9 +194,14 @@ def train(
     if seed is not None:
         changes["train.seed"] = str(seed)
     chosen = configs.override(configs.named(config or "srraw_4x"), changes)
-    from pipelines import cluster
+    from pipelines import cluster, registry
     from pipelines import train as training
 
+    if init and resume:
+        raise training.TrainError("--resume: goes on with the run's own weights; leave --init")
+    start_from = registry.resolve_model(registry.default_tracking_uri(_data()), init) if init else None
+    if start_from:
+        chosen = training.with_network_of(start_from, chosen, changes)
     if resume:
         name, stored = training.stored_run(_data(), name)
         if config not in (None, stored.name):
@@ -207,6 +215,7 @@ def train(
         name=name,
         resume=resume,
         storage=storage,
+        init_from=start_from,
         vgg_weights=vgg_weights,
     )
     _say(f"model: {result.model} (registry: sdan, version {result.version}; MLflow run {result.run_id})")

@@ -34,7 +34,7 @@ from pipelines.progress import PROGRESS, ProgressFile, ProgressLine
 from pipelines.tracking import log_data
 from pipelines.worker import SELECT_BY, train_worker
 from sdan import checkpoint
-from sdan.network import SDANConfig
+from sdan.network import SDAN
 from sdan.perceptual import load_vgg19
 from tuning.trial import reason_of
 
@@ -214,9 +214,10 @@ def with_network_of(model: Path, config: RunConfig, overrides: Iterable[str]) ->
     Raises:
         ConfigError: an override that would change that network, or crops that do not suit it.
     """
-    network = checkpoint.load(model).model.config
-    if not isinstance(network, SDANConfig):
-        raise ConfigError(f"--init {model}: an SDAN expected, got a {type(network).__name__.removesuffix('Config')}")
+    stored = checkpoint.load(model).model
+    if not isinstance(stored, SDAN):
+        raise ConfigError(f"--init {model}: an SDAN expected, got a {type(stored).__name__}")
+    network = stored.config
     for key in overrides:
         section, _, name = key.partition(".")
         if section == "model" and getattr(config.model, name) != getattr(network, name):

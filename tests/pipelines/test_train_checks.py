@@ -4,11 +4,15 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from pipelines import config as configs
 from pipelines import train as training
 from pipelines.retrain import fine_tuning
 from pipelines.train import TrainError, stored_run, train
+from sdan import checkpoint
+from sdan.baselines import SRResNet
+from sdan.network import SDAN, SDANConfig
 
 
 @pytest.fixture
