@@ -105,8 +105,8 @@ COLUMNS: Mapping[str, tuple[pa.DataType, str]] = {
     "lr_to_hr_lens": (
         pa.list_(pa.float64(), 12),
         "the map that hr_rgb was sampled through, this pair: a b c d e f as in lr_to_hr give h; then centre (2), unit,"
-        " k, tilt (2): q = (h - centre) / unit, (X, Y) = h + unit q (k r^2 + tilt . q), r the length of q; k and tilt are"
-        " 0 without ecc",
+        " k, tilt (2): q = (h - centre) / unit, (X, Y) = h + unit q (k r^2 + tilt . q), r the length of q; k and tilt"
+        " are 0 without ecc",
     ),
     "aligned_by": (
         pa.string(),
