@@ -18,6 +18,8 @@ from preprocessing.lens import LensMap
 Plane = NDArray[np.float32]
 
 _NEIGHBOURHOOD_PX = 8.0
+_WINDOW_PX = (49, 49)
+"""Three standard deviations each way; OpenCV would take four."""
 _MIN_SIDE_PX = 32
 _MIN_OVERLAP_PX = 8
 """Least side of what two tiles share when one is shifted."""
@@ -50,16 +52,16 @@ def luminance(image_HWC: NDArray[np.uint8]) -> Plane:
 
 def local_detail(plane: Plane) -> Plane:
     """What stands out from its neighbourhood, in units of its contrast there: free of exposure and vignetting."""
-    high = plane - cv2.GaussianBlur(plane, (0, 0), _NEIGHBOURHOOD_PX)
-    contrast = np.sqrt(cv2.GaussianBlur(high * high, (0, 0), _NEIGHBOURHOOD_PX))
+    high = plane - cv2.GaussianBlur(plane, _WINDOW_PX, _NEIGHBOURHOOD_PX)
+    contrast = np.sqrt(cv2.GaussianBlur(high * high, _WINDOW_PX, _NEIGHBOURHOOD_PX))
     return np.asarray(high / (contrast + 2.0), np.float32)  # 2 of 255: do not raise noise to the rank of detail
 
 
 def correlation(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:
     """Pearson's correlation of two equal-sized planes; NaN where either is flat."""
-    x, y = a.astype(np.float64) - a.mean(dtype=np.float64), b.astype(np.float64) - b.mean(dtype=np.float64)
-    norm = float(np.sqrt((x * x).sum() * (y * y).sum()))
-    return float((x * y).sum() / norm) if norm > 1e-6 * x.size else float("nan")
+    x, y = a - a.mean(dtype=np.float64).astype(a.dtype), b - b.mean(dtype=np.float64).astype(b.dtype)
+    norm = float(np.sqrt(np.vdot(x, x) * np.vdot(y, y)))
+    return float(np.vdot(x, y) / norm) if norm > 1e-6 * x.size else float("nan")
 
 
 def measure_shift(reference: Plane, moving: Plane) -> tuple[float, float]:
@@ -82,7 +84,7 @@ def measure_shift(reference: Plane, moving: Plane) -> tuple[float, float]:
         normal = (jacobian @ jacobian.T).astype(np.float64)
         step = np.linalg.solve(normal + (1e-9 * np.trace(normal) + 1e-30) * np.eye(2), jacobian @ residual)
         found = found + np.clip(step, -1, 1)
-        if np.abs(step).max() < 5e-3:
+        if np.abs(step).max() < 2e-2:  # the next would be far smaller
             break
     fixed, warped = _overlap(reference, moving, found)
     alike = correlation(fixed, warped) if min(fixed.shape) >= _MIN_OVERLAP_PX else float("nan")
@@ -268,6 +270,7 @@ def _gradients(plane: Plane) -> tuple[Plane, Plane]:
 def _gain(a: Plane, b: Plane) -> tuple[float, float]:
     """(gain, bias) by which b comes closest to a."""
     mean_a, mean_b = float(a.mean()), float(b.mean())
-    gain = float(((a - mean_a) * (b - mean_b)).mean()) / max(float(((b - mean_b) ** 2).mean()), 1e-9)
+    about = b - mean_b
+    gain = float(np.vdot(a, about)) / max(float(np.vdot(about, about)), 1e-9 * about.size)
     gain = float(np.clip(gain, 0.2, 5.0))  # before the pictures meet the fit is near 0 and would stop the steps
     return gain, mean_a - gain * mean_b
