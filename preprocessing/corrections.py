@@ -160,9 +160,10 @@ class _Cells:
         rows, cols = self.shape
         part = picture[: rows * side, : cols * side] if min(picture.shape[:2]) >= side else picture
         size = (cols, rows)
-        luminance = cv2.transform(np.take(table, part), _LUMINANCE[None])
+        luminance = cv2.transform(cv2.LUT(part, table), _LUMINANCE[None])
         light = cv2.resize(luminance, size, interpolation=cv2.INTER_AREA)
-        extreme = np.asarray(((part < _DARK) | (part > _BRIGHT)).any(2), np.float32)
+        within = cv2.inRange(part, (_DARK,) * 3, (_BRIGHT,) * 3)  # 255 where all three colours are
+        extreme = np.asarray(within == 0, np.float32)
         return np.asarray(light, np.float32), cv2.resize(extreme, size, interpolation=cv2.INTER_AREA) == 0
 
 
