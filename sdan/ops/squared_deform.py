@@ -94,6 +94,8 @@ def offset_mask(offset: Tensor, kernel: int = 1) -> Tensor:
 def _squared_deform(
     input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, *, relu: bool, with_mask: bool
 ) -> tuple[Tensor, Tensor]:
+    if torch.is_autocast_enabled(input.device.type) and offset.dtype in (torch.bfloat16, torch.float16):
+        offset = offset.float()  # from a layer that ran in the lower type, over an input that did not
     _check_conv(input, offset, weight, bias)
     full = full_conv2d(input, weight)
     bias = None if bias is None else bias.to(full.dtype)

@@ -373,6 +373,16 @@ def test_autocast_keeps_offsets_in_float32():
     assert_near(got, value_and_gradients(squared_deform_repeated, tensors), 3e-2)
 
 
+def test_autocast_takes_offsets_of_the_lower_type():
+    """A convolution made them under autocast, while the input has not been through one."""
+    tensors = case((10, 10), channels=(8, 8), dtype=torch.float32)
+    tensors[1] = tensors[1].bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = ops.squared_deform_conv2d(*tensors)
+    tensors[1] = tensors[1].float()
+    assert_near([got], [ops.squared_deform_conv2d(*tensors)], 3e-2)
+
+
 def test_deterministic_algorithms_give_the_same_bits():
     tensors = case((40, 50), channels=(8, 8), dtype=torch.float32)
     torch.use_deterministic_algorithms(True)
