@@ -16,7 +16,6 @@ import time
 from dataclasses import asdict, replace
 from typing import IO
 
-from preprocessing.exif import Exif
 from preprocessing.pairs import PairResult, process
 from preprocessing.plan import PairJob, PreprocessOptions
 from preprocessing.storage import Folder, open_folder
@@ -102,8 +101,7 @@ def _serve(requests: IO[str], replies: IO[str], limit_s: float) -> None:
         # A thread without Python's lock ends the process even where a decoder holds that lock for ever.
         faulthandler.dump_traceback_later(limit_s, exit=True)
         request = json.loads(line)
-        fields = request["job"]
-        job = PairJob(**{**fields, "lr_exif": Exif(**fields["lr_exif"]), "hr_exif": Exif(**fields["hr_exif"])})
+        job = PairJob.from_dict(request["job"])
         source, target = open_folder(request["source"]), open_folder(request["target"])
         result = process(job, source, target, PreprocessOptions(**request["options"]))
         faulthandler.cancel_dump_traceback_later()

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from preprocessing.exif import Exif, read_exif
 from preprocessing.frames import (
@@ -98,6 +99,11 @@ class PairJob:
     has_truth: bool
     pixels: int
     """Of the largest of its pictures, about: what a task's memory depends on."""
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "PairJob":
+        """The way back from `dataclasses.asdict`."""
+        return cls(**{**fields, "lr_exif": Exif(**fields["lr_exif"]), "hr_exif": Exif(**fields["hr_exif"])})
 
     @property
     def pair(self) -> str:

@@ -24,7 +24,6 @@ import ray.exceptions
 from tqdm import tqdm
 
 from preprocessing.estimate import Estimate, Rate, estimate, memory_bytes, tile_bytes
-from preprocessing.exif import Exif
 from preprocessing.isolation import Worker
 from preprocessing.ledger import Ledger
 from preprocessing.pairs import PairResult
@@ -209,8 +208,7 @@ def _chunks(todo: list[PairJob]) -> Iterator[tuple[list[PairJob], float]]:
 
 
 def _task(row: dict[str, Any], source: Folder, target: Folder, options: PreprocessOptions) -> dict[str, Any]:
-    fields = json.loads(row["job"])
-    job = PairJob(**{**fields, "lr_exif": Exif(**fields["lr_exif"]), "hr_exif": Exif(**fields["hr_exif"])})
+    job = PairJob.from_dict(json.loads(row["job"]))
     return asdict(_WORKER.run(job, source, target, options))
 
 
