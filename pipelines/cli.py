@@ -61,7 +61,7 @@ VggWeights = Annotated[
     ),
 ]
 ModelURI = Annotated[
-    str, typer.Option("--model", metavar="URI", help="Checkpoint folder, runs:/ID or models:/sdan@champion.")
+    str, typer.Option("--model", metavar="URI", help="Checkpoint folder, runs:/ID, models:/sdan@champion or starter.")
 ]
 CHAMPION = "models:/sdan@champion"
 
@@ -332,14 +332,26 @@ def retrain(
 def zoom(
     photos: Annotated[list[Path], typer.Argument(metavar="PHOTO...", help="RAW (ARW, DNG, NEF, ...), JPG or PNG.")],
     out: Annotated[Path, typer.Option("-o", metavar="OUT", help="A .png, or a folder for several.")],
-    model: ModelURI = CHAMPION,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URI",
+            help="As for evaluate; default: the champion, or without one the starter model of the package.",
+        ),
+    ] = None,
     bits: Annotated[int, typer.Option(help="8 or 16 bits a channel.")] = 8,
 ) -> None:
     """Zoom photographs; writes PNGs the right way up."""
     from pipelines import registry
     from pipelines import zoom as pipeline
 
-    zoomer = pipeline.Zoomer.load(registry.resolve_model(registry.default_tracking_uri(_data()), model))
+    tracking_uri = registry.default_tracking_uri(_data())
+    if model is None and registry.get_champion(tracking_uri) is None:
+        model = registry.STARTER
+        _say(
+            "no champion in the registry yet: zooming with the starter model, which was trained on simulated RAW alone"
+        )
+    zoomer = pipeline.Zoomer.load(registry.resolve_model(tracking_uri, model or CHAMPION))
     failed = 0
     targets = pipeline.output_paths(photos, out, zoomer.model.config.scale)
     pipeline.check_output(targets[0], bits)

@@ -47,6 +47,13 @@ class TrainConfig:
     ema_decay: float = 0.0
     """Decay of the exponential moving average of the weights; 0: none."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    layout: Literal["auto", "contiguous", "channels_last"] = "auto"
+    """How pictures lie in memory; auto: channels_last on GPUs, contiguous on CPUs (benchmarks/RESULTS.md: Training)."""
+    compile: bool = False
+    """Run the network through torch.compile: minutes at the start of a run, less time and memory in each step."""
+    accumulate: int = 1
+    """Parts that a step's crops go through the network in, for GPUs that cannot hold them all; must divide
+    batch_per_worker. The gradient is the same (the memory of one part, the step of the whole batch)."""
     augment: bool = True
     """Random flips and transposes (Bayer-phase-correct)."""
     match_exposure: bool = True
@@ -65,9 +72,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         positive = ("epochs", "crop_px", "batch_per_worker", "restart_epochs", "validate_every", "picture_every")
-        for name in (*positive, "val_crops", "max_skipped"):
+        for name in (*positive, "val_crops", "max_skipped", "accumulate"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name}: at least 1 expected, got {getattr(self, name)}")
+        if self.batch_per_worker % self.accumulate:
+            raise ConfigError(
+                f"train.accumulate: a number that divides train.batch_per_worker = {self.batch_per_worker} expected, "
+                f"got {self.accumulate}"
+            )
         if self.crops_per_epoch is not None and self.crops_per_epoch < 1:
             raise ConfigError(f"train.crops_per_epoch: at least 1 (or none) expected, got {self.crops_per_epoch}")
         for name in ("grad_clip", "warmup_steps", "seed"):
@@ -84,6 +96,8 @@ class TrainConfig:
             raise ConfigError(f"train.ema_decay: 0 <= value < 1 expected, got {self.ema_decay}")
         if self.precision not in ("fp32", "bf16", "fp16"):
             raise ConfigError(f"train.precision: fp32, bf16 or fp16 expected, got {self.precision!r}")
+        if self.layout not in ("auto", "contiguous", "channels_last"):
+            raise ConfigError(f"train.layout: auto, contiguous or channels_last expected, got {self.layout!r}")
 
 
 @dataclass(frozen=True)

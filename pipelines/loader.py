@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -258,6 +259,11 @@ class Inputs(NamedTuple):
     """[B,3,sH,sW]: the long-focal JPG."""
     truth: Tensor | None
     """[B,3,sH,sW]: the ideal picture in the input's own view and tone; where the batch brings it (simulated data)."""
+
+    def parts(self, count: int) -> list[Inputs]:
+        """The batch in `count` parts of one size."""
+        chunks = (repeat(None, count) if tensor is None else tensor.chunk(count) for tensor in self)
+        return [Inputs(*part) for part in zip(*chunks, strict=True)]
 
 
 def model_inputs(batch: dict[str, Tensor], config: SDANConfig, device: torch.device) -> Inputs:

@@ -31,7 +31,9 @@ PREVIOUS_TAG = "sdan.previous_champion"
 CHECKPOINT_TAG = "sdan.checkpoint"
 """On a run: the folder of its artifacts that holds the checkpoint registered last."""
 _CHECKPOINT_FILES = ("model.safetensors", "config.json")
-
+STARTER = "starter"
+"""The URI of the model that comes with the package."""
+STARTER_FOLDER = Path(__file__).parent / "models" / STARTER
 
 SHARDS_TAG = "sdan.trained_on"
 """On the registered model: what its newest version was trained on, so that a retraining knows what is new."""
@@ -183,7 +185,7 @@ def rollback(tracking_uri: str, name: str = MODEL) -> tuple[str, str]:
 
 
 def resolve_model(tracking_uri: str, model: str | Path, cache: Path | None = None) -> Path:
-    """The local checkpoint folder of a model URI: a folder, runs:/RUN_ID[/PATH] or models:/sdan@champion.
+    """The local checkpoint folder of a model URI: a folder, runs:/RUN_ID[/PATH], models:/sdan@champion, or "starter".
 
     Artifacts that are not on this machine are downloaded, into `cache` where given, else a temporary folder.
 
@@ -200,6 +202,8 @@ def resolve_model(tracking_uri: str, model: str | Path, cache: Path | None = Non
         source = f"{run.info.artifact_uri}/{path}"
     elif text.startswith("models:/"):
         source = _source(tracking_uri, text)
+    elif text == STARTER:
+        source = str(STARTER_FOLDER)
     else:
         source = text
     folder = _local(source, text, tracking_uri, cache)
@@ -218,7 +222,9 @@ def _source(tracking_uri: str, uri: str) -> str:
             return str(client.get_model_version(name, version).source)
     except MlflowException as error:
         if (name, alias) == (MODEL, CHAMPION):
-            raise RegistryError(f"{uri}: no champion yet; run `sdan train` or `sdan retrain` first") from error
+            raise RegistryError(
+                f"{uri}: no champion yet; run `sdan train` or `sdan retrain` first, or give --model {STARTER}"
+            ) from error
         raise RegistryError(f"{uri}: the registry has no such model; see the Models page of the MLflow UI") from error
     raise RegistryError(f"{uri}: expected models:/NAME@ALIAS or models:/NAME/VERSION")
 
@@ -269,7 +275,9 @@ def _run(client: MlflowClient, run_id: str, tracking_uri: str) -> Any:
 def _existing(tracking_uri: str, asked: str) -> str:
     database = _database(tracking_uri)
     if database is not None and not database.is_file():
-        raise RegistryError(f"{asked}: no MLflow database at {database} yet; train a model first, or check --data")
+        raise RegistryError(
+            f"{asked}: no MLflow database at {database} yet; train a model first, check --data, or give --model {STARTER}"
+        )
     return tracking_uri
 
 

@@ -148,18 +148,28 @@ def start(
         vgg: perceptual.load_vgg19's weights, for a loss that needs them.
     """
     torch.manual_seed(config.train.seed)
+    layout = memory_format(config.train, device)
     model = SDAN(config.model)
     if init_from:
         model.load_state_dict(checkpoint.load(Path(init_from)).model.state_dict())
-    averaged = SDAN(config.model)
+    model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
+    averaged = SDAN(config.model).to(device).to(memory_format=layout)  # type: ignore[call-overload]
     averaged.load_state_dict(model.state_dict())
     optimizer = torch.optim.Adam(
-        model.to(device).parameters(), lr=config.train.learning_rate, betas=config.train.betas, fused=True
+        model.parameters(), lr=config.train.learning_rate, betas=config.train.betas, fused=True
     )
     wrapped = wrap(model)
+    if config.train.compile:
+        wrapped = torch.compile(wrapped)
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16" and device.type == "cuda")
     features = VGG19Features(vgg).to(device) if vgg is not None else None
-    return Training(model, wrapped, averaged.to(device).eval().requires_grad_(False), optimizer, scaler, features)
+    return Training(model, wrapped, averaged.eval().requires_grad_(False), optimizer, scaler, features)
+
+
+def memory_format(config: TrainConfig, device: torch.device) -> torch.memory_format:
+    """How the weights, and with them the feature maps, lie in memory."""
+    last = config.layout == "channels_last" or (config.layout == "auto" and device.type == "cuda")
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:
@@ -180,12 +190,7 @@ def train_step(training: Training, inputs: Inputs, config: RunConfig, rate: floa
     """
     for group in training.optimizer.param_groups:
         group["lr"] = rate
-    with autocast(config.train, inputs.x.device):
-        terms = training_loss(training.wrapped, inputs, config.loss, training.vgg)
-    loss = terms["loss"]
-    # DDP sums gradients, not losses: a NaN gradient is how the other ranks learn of an infinite loss.
-    poison = torch.where(loss.detach().isfinite(), 1.0, math.nan)
-    training.scaler.scale(loss * poison).backward()
+    terms = _gradients(training, inputs.parts(config.train.accumulate), config)
     training.scaler.unscale_(training.optimizer)
     limit = config.train.grad_clip or math.inf
     norm = torch.nn.utils.clip_grad_norm_(training.model.parameters(), limit).detach()
@@ -193,10 +198,34 @@ def train_step(training: Training, inputs: Inputs, config: RunConfig, rate: floa
     _optimizer_step(training, good)
     training.optimizer.zero_grad(set_to_none=True)
     _average(training, config.train, good)
-    fault = ~loss.detach().isfinite() if training.scaler.is_enabled() else ~good
+    fault = ~terms["loss"].isfinite() if training.scaler.is_enabled() else ~good
     training.skipped_in_a_row = (training.skipped_in_a_row + 1) * fault
     training.step += 1
-    return {**{name: term.detach() for name, term in terms.items()}, "grad_norm": norm, "skipped": fault.float()}
+    return {**terms, "grad_norm": norm, "skipped": fault.float()}
+
+
+def _gradients(training: Training, parts: list[Inputs], config: RunConfig) -> dict[str, Tensor]:
+    """Forward and backward, part by part; workers exchange the gradients' sum once, with the last part.
+
+    Returns:
+        the means of the loss terms over the parts.
+    """
+    means: dict[str, Tensor] = {}
+    for number, part in enumerate(parts, 1):
+        with nullcontext() if number == len(parts) else _apart(training.wrapped):
+            with autocast(config.train, part.x.device):
+                terms = training_loss(training.wrapped, part, config.loss, training.vgg)
+            # DDP sums gradients, not losses: a NaN gradient is how the other ranks learn of an infinite loss.
+            poison = torch.where(terms["loss"].detach().isfinite(), 1.0, math.nan)
+            training.scaler.scale(terms["loss"] * poison / len(parts)).backward()
+        for name, term in terms.items():
+            means[name] = means.get(name, 0.0) + term.detach() / len(parts)
+    return means
+
+
+def _apart(wrapped: nn.Module) -> AbstractContextManager[Any]:
+    """Gradients stay on their worker meanwhile; nothing to do where there is one."""
+    return wrapped.no_sync() if hasattr(wrapped, "no_sync") else nullcontext()
 
 
 def _optimizer_step(training: Training, good: Tensor) -> None:

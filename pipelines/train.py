@@ -46,6 +46,9 @@ CHANGEABLE = (
     "train.grad_clip",
     "train.max_skipped",
     "train.precision",
+    "train.layout",
+    "train.compile",
+    "train.accumulate",
     "train.picture_every",
 )
 """What a resumed run may change: neither the network nor which crops it sees."""

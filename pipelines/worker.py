@@ -18,6 +18,7 @@ import ray.train
 import torch
 import torch.distributed as dist
 from ray.train.torch import get_device, prepare_model
+from torch import nn
 
 from pipelines import config as configs
 from pipelines import step
@@ -50,11 +51,16 @@ class Worker:
             torch.use_deterministic_algorithms(True)
         self.index = index_split(job["shards"], "train")
         check_fit(self.index, self.config)
-        wrap = prepare_model if self.world > 1 else (lambda model: model)
+        wrap = self._distributed if self.world > 1 else (lambda model: model)
         self.training = step.start(self.config, job["init_from"], self.device, wrap, job["vgg"])
         self.log = RunLog(job["tracking_uri"], job["run_id"]) if self.rank == 0 else None
         if self.log:
             self.log.environment(self.world, self.device)
+
+    def _distributed(self, model: nn.Module) -> nn.Module:
+        """DDP whose buckets are laid out once and hold the gradients themselves, not copies of them."""
+        once = self.config.train.accumulate == 1  # no_sync and a static graph exclude each other
+        return prepare_model(model, parallel_strategy_kwargs={"gradient_as_bucket_view": True, "static_graph": once})
 
     @cached_property
     def validation(self) -> HeldOut:

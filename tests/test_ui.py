@@ -1,6 +1,5 @@
 """What a training leaves in MLflow, as a person sees it: the UI in a headless browser."""
 
-import shutil
 import socket
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from browser import CHROMIUM, Browser
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
@@ -17,12 +17,11 @@ from pipelines import cluster, registry
 from pipelines import config as configs
 from pipelines.train import train
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SDAN = str(Path(sys.executable).with_name("sdan"))
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(BROWSER is None, reason="no chromium on PATH (Debian: apt-get install chromium)"),
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (Debian: apt-get install chromium)"),
 ]
 
 
@@ -80,29 +79,34 @@ def test_a_run_says_where_it_came_from(run):
     assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= set(system)
 
 
-def browse(url, *, words, picture):
-    """Open `url`, wait until all `words` are on the page, and keep a screenshot; returns the page's DOM."""
-    common = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-    common += ["--hide-scrollbars", "--window-size=1500,9000"]  # charts below the window's edge are not drawn
-    for wait_ms in (15000, 40000, 90000):  # the browser's own clock, which does not stand still on a busy machine
-        settings = [*common, f"--virtual-time-budget={wait_ms}"]
-        page = subprocess.run([*settings, "--dump-dom", url], capture_output=True, text=True, timeout=200).stdout
-        if all(word in page for word in words):
-            break
-    missing = [word for word in words if word not in page]
-    assert not missing, (url, missing)
-    subprocess.run([*settings, f"--screenshot={picture}", url], capture_output=True, check=True, timeout=200)
-    return page
+@pytest.fixture
+def browser():
+    with Browser() as opened:
+        yield opened
 
 
-def test_the_run_its_charts_and_its_pictures_are_there(run, address, tmp_path):
+def look_at(browser, url, *, words, picture):
+    """Open `url`, wait until all `words` are on the page, and keep a screenshot."""
+    # Charts below the window's edge are not drawn. From a blank page, since another #/route alone loads nothing.
+    browser.open("about:blank", 1500)
+    browser.open(url, 1500, 9000)
+    browser.wait_for(*words)
+    browser.screenshot(picture, whole=False)
+
+
+def test_the_run_its_charts_and_its_pictures_are_there(browser, run, address, tmp_path):
     _, found = run
     experiment = f"{address}/#/experiments/{found.info.experiment_id}/runs"
     page = f"{experiment}/{found.info.run_id}"
-    browse(experiment, words=["seen"], picture=tmp_path / "runs.png")
-    browse(page, words=["seen", "train.learning_rate", "val_psnr"], picture=tmp_path / "run.png")
-    browse(f"{page}/model-metrics", words=["train_loss", "val_psnr", "validation"], picture=tmp_path / "charts.png")
-    browse(f"{page}/system-metrics", words=["cpu_utilization_percentage"], picture=tmp_path / "system.png")
+    look_at(browser, experiment, words=["seen"], picture=tmp_path / "runs.png")
+    look_at(browser, page, words=["seen", "train.learning_rate", "val_psnr"], picture=tmp_path / "run.png")
+    look_at(
+        browser,
+        f"{page}/model-metrics",
+        words=["train_loss", "val_psnr", "validation"],
+        picture=tmp_path / "charts.png",
+    )
+    look_at(browser, f"{page}/system-metrics", words=["cpu_utilization_percentage"], picture=tmp_path / "system.png")
     for name in ("runs", "run", "charts", "system"):
         image = Image.open(tmp_path / f"{name}.png").convert("RGB")
         assert image.size[0] >= 1400

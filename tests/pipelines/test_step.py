@@ -8,7 +8,7 @@ import torch
 
 from pipelines import config as configs
 from pipelines import step
-from pipelines.loader import CropStream, index_split, model_inputs
+from pipelines.loader import CropStream, Inputs, index_split, model_inputs
 from sdan import checkpoint
 
 
@@ -165,3 +165,72 @@ def _assert_equal(a, b):
             _assert_equal(left, right)
     else:
         assert a == b
+
+
+def after_a_step(config, inputs, **changes):
+    """Weights and loss terms after one step of a fresh training."""
+    config = configs.override(config, {f"train.{name}": value for name, value in changes.items()})
+    training = step.start(config, None, torch.device("cpu"), _same)
+    terms = step.train_step(training, inputs, config, 1e-3)
+    return training, terms
+
+
+def together(crops):
+    """One batch of several."""
+    return Inputs(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*crops, strict=True)))
+
+
+def assert_alike(one, other, tolerance):
+    for name, value in one.model.state_dict().items():
+        assert (value - other.model.state_dict()[name]).abs().max() <= tolerance, name
+
+
+def test_parts_of_a_batch_add_up_to_the_batch(smoke):
+    config, inputs = smoke
+    batch = together([inputs(number) for number in range(4)])
+    config = configs.override(config, {"train.batch_per_worker": 4, "train.grad_clip": 1.0})
+    whole, terms = after_a_step(config, batch)
+    for count in (2, 4):
+        split, split_terms = after_a_step(config, batch, accumulate=count)
+        assert_alike(whole, split, 2e-5)  # Adam's first step is the gradient's sign: 1e-3 each way
+        for name, term in terms.items():
+            assert float(split_terms[name]) == pytest.approx(float(term), rel=1e-4), name
+
+
+def test_parts_must_be_equal():
+    with pytest.raises(configs.ConfigError, match="accumulate: a number that divides train.batch_per_worker = 8"):
+        configs.TrainConfig(batch_per_worker=8, accumulate=3)
+
+
+def test_a_part_that_is_not_finite_skips_the_whole_step(smoke):
+    config, inputs = smoke
+    batch = inputs(0)
+    broken = batch._replace(target=torch.full_like(batch.target, math.nan))
+    both = together([batch, broken])
+    config = configs.override(config, {"train.batch_per_worker": 2, "train.accumulate": 2})
+    training = step.start(config, None, torch.device("cpu"), _same)
+    before = copy.deepcopy(training.model.state_dict())
+    assert float(step.train_step(training, both, config, 1e-3)["skipped"]) == 1
+    assert all(torch.equal(value, before[name]) for name, value in training.model.state_dict().items())
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_the_layout_changes_no_step(smoke, layout, tmp_path):
+    config, inputs = smoke
+    plain, _ = after_a_step(config, inputs(0))
+    training, _ = after_a_step(config, inputs(0), layout=layout)
+    assert_alike(plain, training, 2e-5)
+    last = training.model.super_resolution.join.weight.is_contiguous(memory_format=torch.channels_last)
+    assert last == (layout == "channels_last")
+    folder = tmp_path / "c"
+    checkpoint.save(
+        folder, training.averaged, config=configs.to_dict(config), scores={}, trainer_state=training.state()
+    )
+    training.restore(folder)
+    step.train_step(training, inputs(1), config, 1e-3)
+
+
+def test_on_gpus_pictures_lie_channels_last():
+    config = configs.TrainConfig()
+    assert step.memory_format(config, torch.device("cuda")) == torch.channels_last
+    assert step.memory_format(config, torch.device("cpu")) == torch.contiguous_format

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -72,15 +73,15 @@ class Browser:
             self.errors.append(str(message["params"]["args"]))
         return message
 
-    def open(self, page: Path, width: int, height: int = 900, *, dark: bool = False) -> None:
-        """Show a page at a size (CSS pixels), as a phone where it is narrow, and wait until all of it is there."""
+    def open(self, page: Path | str, width: int, height: int = 900, *, dark: bool = False) -> None:
+        """Show a page (a file or a URL) at a size (CSS pixels), as a phone where it is narrow, once all is there."""
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
         self.call("Emulation.setTouchEmulationEnabled", enabled=width < 600)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
-        self.call("Page.navigate", url=page.resolve().as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
         while self._next().get("method") != "Page.loadEventFired":
             pass
         self.run("Promise.all([...document.images].map(image => image.decode().catch(() => 0)))")
@@ -90,6 +91,17 @@ class Browser:
         answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
+
+    def wait_for(self, *words: str, seconds: float = 180) -> str:
+        """The page's text, as soon as all the words are in it: pages that scripts draw are not there when loaded."""
+        end = time.monotonic() + seconds
+        while True:
+            text = str(self.run("document.body.innerText"))
+            missing = [word for word in words if word not in text]
+            if not missing:
+                return text
+            assert time.monotonic() < end, f"{missing} not in {text[:2000]!r}"
+            time.sleep(0.5)
 
     def point_at(self, selector: str) -> None:
         """Move the mouse to the middle of an element."""
