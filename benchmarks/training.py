@@ -83,7 +83,8 @@ def authors_step(batch: int) -> Callable[[], object]:
 
 def step_rows(seconds: float, compiled: bool) -> Iterator[str]:
     ways = WAYS | (COMPILED if compiled else {})
-    yield f"| batch | threads | authors' way, s | {' | '.join(f'{name}, s' for name in ways)} | authors' / best of ours |"
+    names = " | ".join(f"{name}, s" for name in ways)
+    yield f"| batch | threads | authors' way, s | {names} | authors' / best of ours |"
     yield "|---" * (len(ways) + 4) + "|"
     for threads in (2, 1):
         torch.set_num_threads(threads)
@@ -205,7 +206,8 @@ def part_rows(seconds: float, batch: int = 4) -> Iterator[str]:
         rows[part] = best_ms({name: column[part] for name, column in columns.items()}, seconds)
     whole = rows["whole step"]["ours, bf16"]
     for part, ms in rows.items():
-        yield f"| {part} | {' | '.join(f'{ms[name]:.1f}' for name in columns)} | {100 * ms['ours, bf16'] / whole:.0f} % |"
+        cells = " | ".join(f"{ms[name]:.1f}" for name in columns)
+        yield f"| {part} | {cells} | {100 * ms['ours, bf16'] / whole:.0f} % |"
 
 
 def loader_rows(work: Path) -> Iterator[str]:
@@ -273,10 +275,10 @@ def roofline_rows() -> Iterator[str]:
         step.training_loss(training.model, inputs, config.loss)["loss"].backward()
     sdcn = 2 * 3 * 64 * 64 * 9 * CROP_PX**2
     flop, bytes_moved = counter.get_total_flops() + sdcn, 3 * moved  # forward once, backward twice
-    yield f"A crop of paper_4x, forward and backward: {flop / 1e9:.0f} GFLOP, {bytes_moved / 1e9:.2f} GB of feature maps."
-    yield f"Of the makers' rates {100 * USABLE:.0f} % are counted on. The paper's own training: {PAPER_HOURS} hours on "
     paper = PAPER_EPOCHS * PAPER_CROPS / (3600 * PAPER_HOURS * PAPER_GPUS)
-    yield f"{PAPER_GPUS} 2080 Ti for {PAPER_EPOCHS} epochs of about {PAPER_CROPS} crops: {paper:.1f} crops/s a GPU.\n"
+    yield f"A crop of paper_4x, forward and backward: {flop / 1e9:.0f} GFLOP, {bytes_moved / 1e9:.2f} GB of features;"
+    yield f"{100 * USABLE:.0f} % of the makers' rates are counted on. The paper's own training, {PAPER_HOURS} hours on"
+    yield f"{PAPER_GPUS} 2080 Ti for {PAPER_EPOCHS} epochs of some {PAPER_CROPS} crops, is {paper:.1f} crops/s a GPU.\n"
     yield "| GPU | compute, ms a crop | memory, ms a crop | expected crops/s | the paper's training on 8 of them |"
     yield "|---|---|---|---|---|"
     for name, (tflops, gb_s) in GPUS.items():

@@ -202,7 +202,15 @@ def starter() -> RunConfig:
     """The model that comes with the package: small, trained on simulated sequences towards their ideal pictures."""
     return RunConfig(
         name="starter",
-        model=SDANConfig(input="packed", encoding="sqrt", features=48, blocks=8, skip="rendering", upsampling="direct"),
+        model=SDANConfig(
+            input="packed",
+            encoding="sqrt",
+            features=48,
+            blocks=10,
+            packing_kernel=4,
+            skip="rendering",
+            upsampling="direct",
+        ),
         loss=LossConfig(
             kind="charbonnier",
             reference_weight=0.0,
@@ -212,20 +220,20 @@ def starter() -> RunConfig:
             border_px=16,
         ),
         train=TrainConfig(
-            epochs=140,
-            crops_per_epoch=512,
+            epochs=90,
+            crops_per_epoch=2048,
             crop_px=32,
             batch_per_worker=8,
             learning_rate=1e-3,
-            learning_rate_floor=2e-5,
-            restart_epochs=20,
-            warmup_steps=50,
+            learning_rate_floor=1e-5,
+            restart_epochs=90,
+            warmup_steps=200,
             precision="bf16",
-            ema_decay=0.995,
+            ema_decay=0.998,
             grad_clip=1.0,
-            validate_every=5,
+            validate_every=2,
             val_crops=64,
-            picture_every=4,
+            picture_every=5,
         ),
     )
 

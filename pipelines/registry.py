@@ -276,7 +276,8 @@ def _existing(tracking_uri: str, asked: str) -> str:
     database = _database(tracking_uri)
     if database is not None and not database.is_file():
         raise RegistryError(
-            f"{asked}: no MLflow database at {database} yet; train a model first, check --data, or give --model {STARTER}"
+            f"{asked}: no MLflow database at {database} yet; "
+            f"train a model first, check --data, or give --model {STARTER}"
         )
     return tracking_uri
 

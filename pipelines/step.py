@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -152,15 +152,15 @@ def start(
     model = SDAN(config.model)
     if init_from:
         model.load_state_dict(checkpoint.load(Path(init_from)).model.state_dict())
-    model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
-    averaged = SDAN(config.model).to(device).to(memory_format=layout)  # type: ignore[call-overload]
+    model.to(device).to(memory_format=layout)
+    averaged = SDAN(config.model).to(device).to(memory_format=layout)
     averaged.load_state_dict(model.state_dict())
     optimizer = torch.optim.Adam(
         model.parameters(), lr=config.train.learning_rate, betas=config.train.betas, fused=True
     )
     wrapped = wrap(model)
     if config.train.compile:
-        wrapped = torch.compile(wrapped)
+        wrapped = cast(nn.Module, torch.compile(wrapped))
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16" and device.type == "cuda")
     features = VGG19Features(vgg).to(device) if vgg is not None else None
     return Training(model, wrapped, averaged.eval().requires_grad_(False), optimizer, scaler, features)
@@ -225,7 +225,8 @@ def _gradients(training: Training, parts: list[Inputs], config: RunConfig) -> di
 
 def _apart(wrapped: nn.Module) -> AbstractContextManager[Any]:
     """Gradients stay on their worker meanwhile; nothing to do where there is one."""
-    return wrapped.no_sync() if hasattr(wrapped, "no_sync") else nullcontext()
+    no_sync: Callable[[], AbstractContextManager[Any]] = getattr(wrapped, "no_sync", nullcontext)  # DDP's
+    return no_sync()
 
 
 def _optimizer_step(training: Training, good: Tensor) -> None:
