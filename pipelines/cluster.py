@@ -114,7 +114,7 @@ def plan_workers(workers: Workers | None, resources: dict[str, float] | None = N
         resources: ray.cluster_resources() (the default).
 
     Raises:
-        ClusterError: fewer CPUs than the workers and Ray Data need; Ray itself would wait in silence.
+        ClusterError: fewer CPUs than the workers and their readers need; Ray itself would wait in silence.
     """
     have = ray.cluster_resources() if resources is None else resources
     cpus, gpus = have.get("CPU", 0.0), int(have.get("GPU", 0))

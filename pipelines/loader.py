@@ -2,7 +2,7 @@
 
 Training crops are numbered from 0 to epochs * crops_per_epoch. What crop number i shows - which pair, tile, window and
 flips - depends on (seed, i) alone, never on the number of workers or on restarts: so a resumed run sees the crops
-that an unbroken one would have seen. Ray Data reads, decodes and cuts them ahead of the training step.
+that an unbroken one would have seen. Ray tasks read, decode and cut them ahead of the training step.
 
 Axes: B batch, C channels, H W rows and columns. Sizes in packed RAW pixels end in `_px` as in TrainConfig.
 """
@@ -10,11 +10,12 @@ Axes: B batch, C channels, H W rows and columns. Sizes in packed RAW pixels end 
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import repeat
+from itertools import islice, repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ import pyarrow.parquet as pq
 import ray
 import torch
 from pyarrow import fs
+from ray.exceptions import RayTaskError
 from torch import Tensor
 
 from pipelines.cluster import READER_TASK_CPUS
@@ -36,8 +38,8 @@ from sdan.network import SDANConfig
 
 IMAGES = ("lr_render", "lr_rgb", "hr_rgb")
 LEVELS = ("black_level", "wb", "white_level")
-CHUNK_STEPS = 1000
-"""Steps that one Ray Data job reads for: a whole run in one job would plan tens of thousands of blocks first."""
+TASK_CROPS = 32
+"""Crops that one task reads, about: with a small network, starting a task costs as much as reading a step's crops."""
 
 
 class ShardsError(ValueError):
@@ -100,7 +102,7 @@ def _count_tiles(shards: str, path: str) -> int:
         ) from error
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _open(shards: str, path: str) -> pq.ParquetFile:
     if "://" in shards:
         filesystem, _ = fs.FileSystem.from_uri(shards)
@@ -110,9 +112,16 @@ def _open(shards: str, path: str) -> pq.ParquetFile:
 
 def read_tile(index: ShardIndex, pair: int, tile: int, columns: tuple[str, ...] | None = None) -> dict[str, Any]:
     """One row, decoded to arrays (schema.decode)."""
-    table = _open(index.shards, index.paths[pair]).read_row_group(tile, columns=list(columns) if columns else None)
-    row = {name: values[0] for name, values in table.to_pydict().items()}
-    return schema.decode(row, index.info)
+    file = _open(index.shards, index.paths[pair])
+    # Readers are many and share cores with the training step: threads of their own would only get in its way.
+    table = file.read_row_group(tile, columns=list(columns) if columns else None, use_threads=False)
+    return schema.decode({name: _first(table.column(name)) for name in table.column_names}, index.info)
+
+
+def _first(column: pa.ChunkedArray) -> Any:
+    """A column's first value; pictures as Arrow's own memory, not as copies of it."""
+    value = column[0]
+    return memoryview(value.as_buffer()) if pa.types.is_binary(value.type) and value.is_valid else value.as_py()
 
 
 @dataclass(frozen=True)
@@ -187,19 +196,63 @@ def cut(row: dict[str, Any], plan: augment.CropPlan, crop_px: int, scale: int) -
 def training_batches(
     stream: CropStream, *, batch: int, rank: int, world: int, first_crop: int, last_crop: int, readers: int = 1
 ) -> Iterator[dict[str, Tensor]]:
-    """This worker's batches of the crops `first_crop` up to (about) `last_crop`, read ahead by Ray Data.
+    """This worker's batches of the crops `first_crop` up to (about) `last_crop`, read ahead by Ray tasks.
 
     Each step takes the next world * batch crops of the stream, each worker its own part of them: other workers can go
     on where these stopped, and no crop is lost or seen twice. The last step is whole, past `last_crop` if need be.
 
     Args:
-        readers: at most so many tasks read for this worker; the order of the batches does not depend on it.
+        readers: so many tasks read for this worker while it trains; the order of the batches does not depend on it.
     """
-    reference = ray.put(stream)
-    steps = num_steps(first_crop, last_crop, batch * world)
-    for start in range(0, steps, CHUNK_STEPS):
-        crop = first_crop + start * world * batch
-        yield from _chunk(reference, batch, rank, world, crop, min(CHUNK_STEPS, steps - start), readers)
+    count = batch * num_steps(first_crop, last_crop, batch * world)
+    places = np.arange(count)
+    numbers = crop_numbers(places, batch=batch, rank=rank, world=world, first_crop=first_crop)
+    batches = _read_ahead(ray.put(stream), numbers, batch, readers)
+    # The next batch is fetched while the step runs: a thread, since what takes time there holds no lock of Python's.
+    with ThreadPoolExecutor(1) as fetcher:
+        waiting = fetcher.submit(next, batches, None)
+        while (fetched := waiting.result()) is not None:
+            waiting = fetcher.submit(next, batches, None)
+            yield fetched
+
+
+def _read_ahead(stream: ray.ObjectRef, numbers: np.ndarray, batch: int, readers: int) -> Iterator[dict[str, Tensor]]:
+    """Batches of the crops `numbers`; tasks that read some batches each, `readers` of them ahead of the one in use.
+
+    Not a Ray Data job: its executor would be a thread of this process, and that goes round in circles, holding Python's
+    lock, as long as readers are faster than the training step (2.60): small networks took three times as long a step.
+    """
+    # DEFAULT: not within the resources that were set aside for the train workers alone.
+    read = _read.options(num_cpus=READER_TASK_CPUS, scheduling_strategy="DEFAULT")
+    each = batch * max(1, TASK_CROPS // batch)
+    starts = iter(range(0, len(numbers), each))
+    tasks = deque(read.remote(stream, numbers[first : first + each]) for first in islice(starts, readers + 1))
+    while tasks:
+        crops = _crops_of(tasks.popleft())
+        tasks.extend(read.remote(stream, numbers[first : first + each]) for first in islice(starts, 1))
+        for first in range(0, len(crops["hr_rgb"]), batch):
+            # Copies: Ray's memory is read-only, and is free again as soon as possible.
+            yield {name: _tensor(values[first : first + batch]) for name, values in crops.items()}
+
+
+@ray.remote
+def _read(stream: CropStream, numbers: np.ndarray) -> dict[str, np.ndarray]:
+    torch.set_num_threads(1)
+    samples = [stream.crop(int(number)) for number in numbers]
+    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+
+def _crops_of(task: ray.ObjectRef) -> dict[str, np.ndarray]:
+    try:
+        crops: dict[str, np.ndarray] = ray.get(task)
+    except RayTaskError as error:
+        raise error.cause from None  # a ShardsError, not Ray's wrapping of one
+    return crops
+
+
+def _tensor(values: np.ndarray) -> Tensor:
+    copied = torch.from_numpy(values.copy())
+    return copied.pin_memory() if torch.cuda.is_available() else copied
 
 
 def num_steps(first_crop: int, last_crop: int, crops_per_step: int) -> int:
@@ -211,35 +264,6 @@ def crop_numbers(places: np.ndarray, *, batch: int, rank: int, world: int, first
     """The numbers of this worker's crops: `places` counts the crops that it sees itself, from 0 at `first_crop`."""
     step, place = np.divmod(places, batch)
     return np.asarray(first_crop + step * (world * batch) + rank * batch + place)
-
-
-def _chunk(
-    reference: ray.ObjectRef, batch: int, rank: int, world: int, first_crop: int, steps: int, readers: int
-) -> Iterator[dict[str, Tensor]]:
-
-    def load(ids: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        torch.set_num_threads(1)
-        crops = ray.get(reference)
-        numbers = crop_numbers(ids["id"], batch=batch, rank=rank, world=world, first_crop=first_crop)
-        samples = [crops.crop(int(number)) for number in numbers]
-        return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.raise_original_map_exception = True  # a ShardsError, not Ray's wrapping of one
-    context.execution_options.preserve_order = True
-    context.execution_options.verbose_progress = False
-    # Blocks that are there already: a range is read by tasks of a whole CPU each, which on a machine full of workers
-    # wait for ever, and so would an actor pool.
-    places = [pa.table({"id": np.arange(step * batch, (step + 1) * batch)}) for step in range(steps)]
-    dataset = ray.data.from_blocks(places).map_batches(
-        load,
-        batch_size=batch,
-        num_cpus=READER_TASK_CPUS,
-        concurrency=readers,
-        zero_copy_batch=True,
-    )
-    yield from dataset.iter_torch_batches(batch_size=batch, prefetch_batches=2, drop_last=True)
 
 
 class Inputs(NamedTuple):
