@@ -47,8 +47,8 @@ class TrainConfig:
     ema_decay: float = 0.0
     """Decay of the exponential moving average of the weights; 0: none."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    layout: Literal["auto", "contiguous", "channels_last"] = "auto"
-    """How pictures lie in memory; auto: channels_last on GPUs, contiguous on CPUs (benchmarks/RESULTS.md: Training)."""
+    layout: Literal["channels_last", "contiguous"] = "channels_last"
+    """How weights and feature maps lie in memory (which is faster: benchmarks/RESULTS.md, Training)."""
     compile: bool = False
     """Run the network through torch.compile: minutes at the start of a run, less time and memory in each step."""
     accumulate: int = 1
@@ -96,8 +96,8 @@ class TrainConfig:
             raise ConfigError(f"train.ema_decay: 0 <= value < 1 expected, got {self.ema_decay}")
         if self.precision not in ("fp32", "bf16", "fp16"):
             raise ConfigError(f"train.precision: fp32, bf16 or fp16 expected, got {self.precision!r}")
-        if self.layout not in ("auto", "contiguous", "channels_last"):
-            raise ConfigError(f"train.layout: auto, contiguous or channels_last expected, got {self.layout!r}")
+        if self.layout not in ("channels_last", "contiguous"):
+            raise ConfigError(f"train.layout: channels_last or contiguous expected, got {self.layout!r}")
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ def start(
         vgg: perceptual.load_vgg19's weights, for a loss that needs them.
     """
     torch.manual_seed(config.train.seed)
-    layout = memory_format(config.train, device)
+    layout = torch.channels_last if config.train.layout == "channels_last" else torch.contiguous_format
     model = SDAN(config.model)
     if init_from:
         model.load_state_dict(checkpoint.load(Path(init_from)).model.state_dict())
@@ -164,12 +164,6 @@ def start(
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16" and device.type == "cuda")
     features = VGG19Features(vgg).to(device) if vgg is not None else None
     return Training(model, wrapped, averaged.eval().requires_grad_(False), optimizer, scaler, features)
-
-
-def memory_format(config: TrainConfig, device: torch.device) -> torch.memory_format:
-    """How the weights, and with them the feature maps, lie in memory."""
-    last = config.layout == "channels_last" or (config.layout == "auto" and device.type == "cuda")
-    return torch.channels_last if last else torch.contiguous_format
 
 
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:
