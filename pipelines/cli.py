@@ -91,6 +91,9 @@ def demo() -> None:
 
     result = pipeline.run(_data(), say=_say)
     _say(f"\nHeld-out sequences:\n\n{result.evaluation.table()}\n")
+    started = result.starter.rows["SDAN (self)"]
+    before = ", ".join(f"{target} {started[f'{target}_psnr']:.2f} dB" for target in result.starter.targets)
+    _say(f"The starter model before it went on (self): {before}\n")
     for path in result.pictures:
         _say(f"picture: {path}")
     _say(f"model:   {result.training.model}")

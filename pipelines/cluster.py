@@ -47,6 +47,9 @@ def start_ray(*, resources: dict[str, float] | None = None) -> None:
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
     # A warning comes at four times this many processes; on two CPUs a training's actors alone are eight.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, os.cpu_count() or 1)))
+    # Threads that wait for each other give their core away meanwhile: with readers, or another run, on the same cores a
+    # training that spins instead takes several times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     verbose = os.environ.get("SDAN_VERBOSE") == "1"
     common: dict[str, Any] = {
         "log_to_driver": verbose,

@@ -11,11 +11,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from pipelines import cluster
-from pipelines.config import demo as demo_config
+from pipelines import cluster, registry
+from pipelines import config as configs
 from pipelines.evaluate import Evaluation, evaluate
 from pipelines.pictures import labelled_grid
-from pipelines.train import TrainResult, train
+from pipelines.train import TrainResult, train, with_network_of
 from pipelines.zoom import Zoomer, read_photo, write_png
 from preprocessing.shards import PreprocessOptions, preprocess
 from preprocessing.simulate import simulate
@@ -27,6 +27,8 @@ PRESET = "tripod"
 EVALUATED_CROPS = 64
 REGISTERED = "sdan-demo"
 """The demo's model has a name of its own, so that it is never taken for one that was trained on your photographs."""
+FINE_TUNING = {"train.epochs": 8, "train.restart_epochs": 8, "train.learning_rate": 1e-4, "train.crop_px": 32}
+"""What differs from config demo, which starts from nothing."""
 OPTIONS = PreprocessOptions(scale=4, align="ecc", tile_px=40, stride_px=32, val=HELD_OUT)
 
 
@@ -34,6 +36,8 @@ OPTIONS = PreprocessOptions(scale=4, align="ecc", tile_px=40, stride_px=32, val=
 class DemoResult:
     """Where everything is."""
 
+    starter: Evaluation
+    """Of the model that was started from."""
     evaluation: Evaluation
     training: TrainResult
     pictures: list[Path]
@@ -41,7 +45,10 @@ class DemoResult:
 
 
 def run(data: Path, *, say: Callable[[str], None]) -> DemoResult:
-    """Simulate -> preprocess -> train -> evaluate -> zoom, under `data`/demo; what is there already is kept."""
+    """Simulate -> preprocess -> fine-tune the starter model -> evaluate -> zoom, under `data`/demo.
+
+    What is there already is kept.
+    """
     started = time.perf_counter()
     folder = data / "demo"
     raw, shards, out = folder / "raw", folder / "shards", folder / "pictures"
@@ -53,14 +60,17 @@ def run(data: Path, *, say: Callable[[str], None]) -> DemoResult:
     say(f"2/5 preprocess -> {shards}")
     report = preprocess(str(raw), str(shards), OPTIONS)
     say(f"    {report.written} pairs written, {report.skipped} there already, {len(report.quarantined)} set aside")
-    config = demo_config()
-    say(f"3/5 train: config demo, {config.train.epochs} epochs of {config.train.crops_per_epoch} crops")
-    trained = train(str(shards), config, data=data, workers=workers, register=REGISTERED)
+    config = with_network_of(registry.STARTER_FOLDER, configs.override(configs.demo(), FINE_TUNING), ())
+    say(f"3/5 train: the starter model goes on, {config.train.epochs} epochs of {config.train.crops_per_epoch} crops")
+    trained = train(
+        str(shards), config, data=data, workers=workers, register=REGISTERED, init_from=registry.STARTER_FOLDER
+    )
     say("4/5 evaluate on sequences that training has not seen")
+    before = evaluate(str(shards), registry.STARTER_FOLDER, split="val", limit=EVALUATED_CROPS)
     result = evaluate(str(shards), trained.model, split="val", limit=EVALUATED_CROPS, out=out)
     say("5/5 zoom a held-out photograph 4x")
     zoomed = _zoom(raw / HELD_OUT[0], trained.model, out)
-    return DemoResult(result, trained, [out / "examples.png", *zoomed], time.perf_counter() - started)
+    return DemoResult(before, result, trained, [out / "examples.png", *zoomed], time.perf_counter() - started)
 
 
 def _move(bar: tqdm, done: int) -> None:

@@ -5,7 +5,9 @@ import sys
 import urllib.error
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from pipelines import cli
 
@@ -30,7 +32,7 @@ def run_here(monkeypatch, *arguments, data):
         (["train", "nosuch"], "no shards"),
         (["train", "SHARDS", "--config", "smoke", "--resume"], "start one without --resume"),
         (["train", "SHARDS", "--workers", "4-1"], "the larger number last"),
-        (["evaluate", "SHARDS"], "train a model first"),
+        (["evaluate", "SHARDS"], "or give --model starter"),
         (["evaluate", "SHARDS", "--model", "nosuch"], "no such checkpoint folder"),
         (["evaluate", "SHARDS", "--protocol", "psychic"], "self or oracle expected"),
         (["zoom", "nosuch.dng", "-o", "out.png", "--model", "nosuch"], "no such checkpoint folder"),
@@ -79,6 +81,29 @@ def test_the_installed_command_says_the_same():
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("sdan: --config: one of paper_4x")
     assert done.stderr.count("\n") == 1
+
+
+def test_without_a_champion_zoom_takes_the_starter_model_and_says_so(tmp_path, monkeypatch, capsys):
+    random = np.random.default_rng(0)
+    Image.fromarray(random.integers(0, 255, (96, 80, 3), np.uint8)).save(tmp_path / "photo.png")
+    arguments = ["zoom", tmp_path / "photo.png", "-o", tmp_path / "zoomed.png"]
+    assert run_here(monkeypatch, *arguments, data=tmp_path / "data") in (0, None)
+    assert Image.open(tmp_path / "zoomed.png").size == (320, 384)
+    assert "starter model, which was trained on simulated RAW alone" in capsys.readouterr().out
+    assert not (tmp_path / "data").exists()  # looking for a champion makes nothing
+
+
+def test_the_champion_goes_before_the_starter_model(tmp_path, monkeypatch, capsys):
+    from pipelines import registry
+
+    uri = registry.default_tracking_uri(tmp_path / "data")
+    registry.prepare_database(uri)
+    run_id = registry.create_run(uri, "sdan", "seen")
+    registry.set_champion(uri, registry.register_model(uri, run_id, registry.STARTER_FOLDER))
+    Image.new("RGB", (64, 64), (90, 80, 70)).save(tmp_path / "photo.png")
+    arguments = ["zoom", tmp_path / "photo.png", "-o", tmp_path / "zoomed.png"]
+    assert run_here(monkeypatch, *arguments, data=tmp_path / "data") in (0, None)
+    assert "starter" not in capsys.readouterr().out
 
 
 def test_help_names_every_verb():

@@ -1,0 +1,36 @@
+"""The model that comes with the package: small, whole, with its card, and better than bicubic on what it never saw."""
+
+import json
+
+import pytest
+
+from pipelines import config as configs
+from pipelines import registry
+from pipelines.evaluate import evaluate
+from preprocessing.shards import PreprocessOptions, preprocess
+from preprocessing.simulate import simulate
+from sdan import checkpoint
+
+MOST_BYTES = 3_000_000
+
+
+def test_it_is_small_and_describes_itself():
+    folder = registry.resolve_model("sqlite:////nowhere/mlflow.db", registry.STARTER)
+    assert (folder / "model.safetensors").stat().st_size <= MOST_BYTES
+    stored = checkpoint.load(folder)
+    assert configs.from_dict(stored.config).model == configs.starter().model == stored.model.config
+    card = (folder / "CARD.md").read_text()
+    for said in ("simulated", "bicubic of the camera JPG", "self", "CC BY 4.0", "commit"):
+        assert said in card
+    assert json.loads((folder / "config.json").read_text())["format"] == checkpoint.FORMAT_VERSION
+
+
+@pytest.mark.slow
+def test_it_beats_bicubic_on_scenes_that_it_never_saw(tmp_path):
+    """True target, self protocol: what a user gets, from a seed that its training did not use."""
+    simulate(tmp_path / "raw", sequences=2, width_px=1536, preset="default", seed=77)
+    options = PreprocessOptions(align="ecc", tile_px=48, stride_px=40, val=("00001", "00002"))
+    preprocess(str(tmp_path / "raw"), str(tmp_path / "shards"), options, progress=False)
+    found = evaluate(str(tmp_path / "shards"), registry.STARTER_FOLDER, limit=48)
+    assert found.gain_db("true", "bicubic of the camera JPG") > 1
+    assert found.gain_db("true", "bicubic of the rendering") > 1
