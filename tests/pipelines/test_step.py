@@ -234,3 +234,13 @@ def test_a_run_goes_on_in_another_layout(smoke, tmp_path):
     for number in (1, 2):
         losses = [float(step.train_step(one, inputs(number), config, 1e-3)["loss"]) for one in (training, resumed)]
         assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_the_step(smoke):
+    config, inputs = smoke
+    plain, terms = after_a_step(config, inputs(0))
+    compiled, compiled_terms = after_a_step(config, inputs(0), compile=True)
+    assert_alike(plain, compiled, 2e-5)
+    assert float(compiled_terms["loss"]) == pytest.approx(float(terms["loss"]), rel=1e-4)
+    assert compiled.state()["model"].keys() == plain.state()["model"].keys()
