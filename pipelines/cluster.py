@@ -15,11 +15,8 @@ from typing import Any
 import ray
 
 READER_CPUS = 0.25
-"""Logical CPUs kept beside each train worker for the task that reads its crops; without them, training would wait for
-its first crop for ever."""
-READER_TASK_CPUS = 0.05
-"""Logical CPUs that such a task asks for: less, since in an elastic run Ray divides what the workers leave on each
-machine among all workers' readers. How many run at once is bounded otherwise (WorkerPlan.readers)."""
+"""Logical CPUs kept beside each train worker for the tasks that read its crops. Those ask for none themselves: on a
+full machine they would wait for ever, and how many run at once is bounded otherwise (WorkerPlan.readers)."""
 
 
 Workers = int | tuple[int, int]

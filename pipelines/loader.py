@@ -27,7 +27,6 @@ from pyarrow import fs
 from ray.exceptions import RayTaskError
 from torch import Tensor
 
-from pipelines.cluster import READER_TASK_CPUS
 from pipelines.config import RunConfig
 from preprocessing import schema
 from preprocessing.aligned import align_to
@@ -223,7 +222,7 @@ def _read_ahead(stream: ray.ObjectRef, numbers: np.ndarray, batch: int, readers:
     lock, as long as readers are faster than the training step (2.60): small networks took three times as long a step.
     """
     # DEFAULT: not within the resources that were set aside for the train workers alone.
-    read = _read.options(num_cpus=READER_TASK_CPUS, scheduling_strategy="DEFAULT")
+    read = _read.options(num_cpus=0, scheduling_strategy="DEFAULT")
     each = batch * max(1, TASK_CROPS // batch)
     starts = iter(range(0, len(numbers), each))
     tasks = deque(read.remote(stream, numbers[first : first + each]) for first in islice(starts, readers + 1))
