@@ -127,7 +127,7 @@ def plan_workers(workers: Workers | None, resources: dict[str, float] | None = N
         raise ClusterError(f"--workers {least}: one GPU each expected, the cluster has {gpus}; use --workers {gpus}")
     each = 1.0 if most * (1 + READER_CPUS) <= cpus else 0.5
     if least < most and not use_gpu:
-        each = 1.0 - READER_CPUS  # on every machine that may be the last one left, a reader must find a place, too
+        each = 1.0 - READER_CPUS  # on every machine that may be the last one left, readers work, too
     smallest = min(each, 0.5) if least == most else each
     if least * (smallest + READER_CPUS) > cpus:
         fits = int(cpus / (smallest + READER_CPUS))
