@@ -309,6 +309,25 @@ def update_section(name: str, text: str, results: Path = RESULTS) -> None:
     results.write_text(after)
 
 
+Tables = dict[str, tuple[str, Callable[[], Iterator[str]]]]
+"""Name -> title, and what makes the rows."""
+
+
+def publish(section: str, origin: str, tables: Tables, only: str | None) -> None:
+    """Print the tables row by row, as they are measured; all of them together become their section of RESULTS.md."""
+    text = [origin]
+    print(origin, flush=True)
+    for name, (title, rows) in tables.items():
+        if only in (None, name):
+            text.append(f"\n### {title}\n")
+            print(text[-1], flush=True)
+            for row in rows():
+                text.append(row)
+                print(row, flush=True)
+    if only is None:
+        update_section(section, "\n".join(text))
+
+
 def main() -> None:
     """Measure, print as it goes, and update RESULTS.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -318,7 +337,7 @@ def main() -> None:
     )
     chosen = parser.parse_args()
     origin = provenance("python " + " ".join(["benchmarks/operators.py", *sys.argv[1:]]))
-    tables: dict[str, tuple[str, Callable[[], Iterator[str]]]] = {
+    tables: Tables = {
         "operator": (
             "Squared deformable convolution (f = forward, b = backward)",
             lambda: operator_rows(chosen.seconds),
@@ -328,17 +347,7 @@ def main() -> None:
         "module": ("The whole alignment module", lambda: module_rows(chosen.seconds)),
         "errors": ("Largest relative difference to torchvision, 1x64x64x64", error_rows),
     }
-    text = [origin]
-    print(origin, flush=True)
-    for name, (title, rows) in tables.items():
-        if chosen.only in (None, name):
-            text.append(f"\n### {title}\n")
-            print(f"\n### {title}\n", flush=True)
-            for row in rows():
-                text.append(row)
-                print(row, flush=True)
-    if chosen.only is None:
-        update_section("operators", "\n".join(text))
+    publish("operators", origin, tables, chosen.only)
 
 
 if __name__ == "__main__":

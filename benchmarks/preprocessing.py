@@ -306,11 +306,10 @@ def main() -> None:
 
 
 def report(work: Path, chosen: argparse.Namespace) -> None:
-    from operators import provenance, update_section
+    from operators import provenance, publish
 
     shown = [argument for argument in sys.argv[1:] if argument != "--work" and argument != str(chosen.work)]
-    text = [provenance(" ".join(["python benchmarks/preprocessing.py", *shown]), ("../preprocessing", "../pipelines"))]
-    print(text[0], flush=True)
+    origin = provenance(" ".join(["python benchmarks/preprocessing.py", *shown]), ("../preprocessing", "../pipelines"))
     prepare(work)
     counts = (10, 50, 200) if chosen.long else (5, 20)
     tables: dict[str, tuple[str, Callable[[], Iterator[str]]]] = {
@@ -321,17 +320,9 @@ def report(work: Path, chosen: argparse.Namespace) -> None:
         "tiny": ("Many small tasks", lambda: tiny_table(work, 20_000 if chosen.long else 2_000)),
         "tree": ("A large tree", lambda: tree_table(work)),
     }
-    for name, (title, rows) in tables.items():
-        if name == "tree" and not chosen.long and chosen.only != "tree":
-            continue
-        if chosen.only in (None, name):
-            text.append(f"\n### {title}\n")
-            print(text[-1], flush=True)
-            for row in rows():
-                text.append(row)
-                print(row, flush=True)
-    if chosen.only is None:
-        update_section("preprocessing", "\n".join(text))
+    if not chosen.long and chosen.only != "tree":
+        del tables["tree"]
+    publish("preprocessing", origin, tables, chosen.only)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
-from operators import authors_way, best_ms, provenance, update_section  # noqa: E402
+from operators import Tables, authors_way, best_ms, provenance, publish  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
@@ -295,23 +295,13 @@ def main() -> None:
     chosen = parser.parse_args()
     origin = provenance(" ".join(["python benchmarks/training.py", *sys.argv[1:]]), ("../sdan", "../pipelines"))
     with tempfile.TemporaryDirectory() as work:
-        tables: dict[str, tuple[str, Callable[[], Iterator[str]]]] = {
+        tables: Tables = {
             "step": ("A training step of paper_4x", lambda: step_rows(chosen.seconds, chosen.compiled)),
             "parts": ("Where its time goes", lambda: part_rows(chosen.seconds / 4)),
             "loader": ("The loader, 2 cores shared with the step", lambda: loader_rows(Path(work))),
             "roofline": ("What GPUs should make of it, on paper", roofline_rows),
         }
-        text = [origin]
-        print(origin, flush=True)
-        for name, (title, rows) in tables.items():
-            if chosen.only in (None, name):
-                text.append(f"\n### {title}\n")
-                print(f"\n### {title}\n", flush=True)
-                for row in rows():
-                    text.append(row)
-                    print(row, flush=True)
-    if chosen.only is None:
-        update_section("training", "\n".join(text))
+        publish("training", origin, tables, chosen.only)
 
 
 if __name__ == "__main__":

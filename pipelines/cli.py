@@ -40,7 +40,10 @@ MissingJpg = Annotated[
 Val = Annotated[str, typer.Option(metavar="SEQ,SEQ", help="Sequences for the val split, whatever their hash says.")]
 Workers = Annotated[int | None, typer.Option(metavar="N", help="Train workers; one per GPU, or one, by default.")]
 ConfigName = Annotated[
-    str, typer.Option("--config", metavar="NAME", help="paper_4x, paper_4x_rgb, srraw_4x, srraw_8x, smoke or demo.")
+    str,
+    typer.Option(
+        "--config", metavar="NAME", help="paper_4x, paper_4x_rgb, srraw_4x, srraw_8x, smoke, demo or starter."
+    ),
 ]
 Assignments = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value, e.g. model.packing_kernel=4.")
@@ -172,7 +175,10 @@ def train(
     shards: Shards,
     config: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="paper_4x, paper_4x_rgb, srraw_4x (default), srraw_8x, smoke or demo."),
+        typer.Option(
+            metavar="NAME",
+            help="paper_4x, paper_4x_rgb, srraw_4x (default), srraw_8x, smoke, demo, or starter (simulated shards).",
+        ),
     ] = None,
     assignments: Assignments = None,
     workers: ElasticWorkers = None,
