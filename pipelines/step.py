@@ -217,6 +217,12 @@ def _gradients(training: Training, parts: list[Inputs], config: RunConfig) -> di
     return means
 
 
+def bucket_options(config: TrainConfig) -> dict[str, bool]:
+    """For DistributedDataParallel: buckets that are laid out once and hold the gradients themselves, not copies."""
+    # no_sync and a static graph exclude each other.
+    return {"gradient_as_bucket_view": True, "static_graph": config.accumulate == 1}
+
+
 def _apart(wrapped: nn.Module) -> AbstractContextManager[Any]:
     """Gradients stay on their worker meanwhile; nothing to do where there is one."""
     no_sync: Callable[[], AbstractContextManager[Any]] = getattr(wrapped, "no_sync", nullcontext)  # DDP's

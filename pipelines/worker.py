@@ -58,9 +58,7 @@ class Worker:
             self.log.environment(self.world, self.device)
 
     def _distributed(self, model: nn.Module) -> nn.Module:
-        """DDP whose buckets are laid out once and hold the gradients themselves, not copies of them."""
-        once = self.config.train.accumulate == 1  # no_sync and a static graph exclude each other
-        return prepare_model(model, parallel_strategy_kwargs={"gradient_as_bucket_view": True, "static_graph": once})
+        return prepare_model(model, parallel_strategy_kwargs=step.bucket_options(self.config.train))
 
     @cached_property
     def validation(self) -> HeldOut:

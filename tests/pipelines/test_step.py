@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from pipelines import config as configs
 from pipelines import step
@@ -234,6 +235,28 @@ def test_a_run_goes_on_in_another_layout(smoke, tmp_path):
     for number in (1, 2):
         losses = [float(step.train_step(one, inputs(number), config, 1e-3)["loss"]) for one in (training, resumed)]
         assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_distributed_steps_are_the_same(smoke, alone, accumulate):
+    """With the buckets that workers use: a static graph, or none where only the last part is exchanged."""
+    config, inputs = smoke
+    changes = {"train.batch_per_worker": 2, "train.accumulate": accumulate}
+    config = configs.override(config, changes)
+    batches = [together([inputs(number), inputs(number + 1)]) for number in (0, 2, 4)]
+    losses = []
+    for wrap in (_same, lambda model: DistributedDataParallel(model, **step.bucket_options(config.train))):
+        training = step.start(config, None, torch.device("cpu"), wrap)
+        losses.append([float(step.train_step(training, batch, config, 1e-3)["loss"]) for batch in batches])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 @pytest.mark.slow
