@@ -27,8 +27,16 @@ PRESET = "tripod"
 EVALUATED_CROPS = 64
 REGISTERED = "sdan-demo"
 """The demo's model has a name of its own, so that it is never taken for one that was trained on your photographs."""
-FINE_TUNING = {"train.epochs": 8, "train.restart_epochs": 8, "train.learning_rate": 1e-4, "train.crop_px": 32}
-"""What differs from config demo, which starts from nothing."""
+FINE_TUNING = {
+    "train.epochs": 8,
+    "train.restart_epochs": 8,
+    "train.learning_rate": 5e-5,
+    "train.crop_px": 32,
+    "loss.align_weight": 0.2,
+    "loss.self_reference_weight": 0.0,
+}
+"""What differs from config demo, which starts from nothing. Self-reference samples, held to the camera's JPG of the
+input, would take back what the starter model can do (benchmarks/RESULTS.md); registered pairs do without them."""
 OPTIONS = PreprocessOptions(scale=4, align="ecc", tile_px=40, stride_px=32, val=HELD_OUT)
 
 
