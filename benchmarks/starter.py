@@ -1,7 +1,7 @@
 """How the starter model was made, to make it again: `python benchmarks/starter.py data|train|card --photographs DIR`.
 
-    data    zoom sequences of every preset, procedural and from photographs, and their shards (half an hour, 2 cores)
-    train   config `starter` on them (hours on a CPU; started again, it goes on)
+    data    zoom sequences of every preset, procedural and from photographs, and their shards (15 minutes, 2 cores)
+    train   config `starter` on them (under an hour on 2 idle cores; started again, it goes on)
     card    scores on the test sequences; the model and its card go into pipelines/models/starter
 
 DIR holds the folders train, val and test, no photograph in two of them; LICENCES.md beside them says whose they are and
