@@ -26,6 +26,8 @@ _MOSAIC_WEIGHTS = np.array([0.25, 0.5, 0.25], np.float32)
 _JPG_WEIGHTS = np.array([0.299, 0.587, 0.114], np.float32)
 _NEIGHBOURHOOD_PX = 1.5
 """Fine detail decides: tones and colours differ between the pictures in large structures, not in small ones."""
+DETAIL_REACH_PX = 3
+"""How far from an edge detail is not what it would be were there more to see."""
 _NOISE = 1.0
 """Of 255: contrast below this is not raised to the rank of detail."""
 _PIXELS_PER_SAMPLE = 4.0
@@ -101,10 +103,13 @@ class LongPicture:
         return cls(np.asarray(planes, np.float32), colours, to_pixels)
 
     def seen(self, mapping: LensMap, at_HW2: Points) -> tuple[Plane, Plane]:
-        """(detail and its slopes [H, W, 3], inside [H, W] as 0 or 1) at mapping(at)."""
+        """(detail and its slopes [H, W, 3], inside [H, W] as 0 or 1) at mapping(at).
+
+        Inside is what shows the long picture and is not next to its edge, or to that of `at`.
+        """
         height, width = self.size
         pixels = apply(self.to_pixels, mapping(at_HW2.reshape(-1, 2))).reshape(at_HW2.shape)
-        inside = ((pixels > 2) & (pixels < np.array([width, height]) - 2)).all(-1)
+        shown = np.asarray(((pixels > 2) & (pixels < np.array([width, height]) - 2)).all(-1), np.float32)
         x, y = np.moveaxis((pixels - 0.5).astype(np.float32), -1, 0)
         planes = cv2.remap(self.planes_HW3, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         if self.colours_HW3 is not None:
@@ -112,6 +117,8 @@ class LongPicture:
             colours = cv2.remap(self.colours_HW3, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
             mosaic = _as_mosaic(np.asarray(colours, np.float32), int(first[1]) % 2, int(first[0]) % 2)
             planes[..., 0] = encode(mean_over_neighbours(mosaic))
+        window = np.ones((2 * DETAIL_REACH_PX + 1,) * 2, np.uint8)
+        inside = cv2.erode(shown, window, borderType=cv2.BORDER_CONSTANT, borderValue=(0,))
         return fine_detail(np.asarray(planes, np.float32)), np.asarray(inside, np.float32)
 
 

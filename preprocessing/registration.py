@@ -211,8 +211,9 @@ def _refine(
     """(map, how well it is known, correlation of detail) at one level."""
     box = _covered(fixed.shape, picture, mapping, step)
     side = _BLOCK_PX if min(box[2] - box[0], box[3] - box[1]) >= 6 * _BLOCK_PX else _BLOCK_PX // 2
-    left, top = box[:2]
-    right, bottom = left + (box[2] - left) // side * side, top + (box[3] - top) // side * side
+    (columns, left_over), (rows, over) = divmod(box[2] - box[0], side), divmod(box[3] - box[1], side)
+    left, top = box[0] + left_over // 2, box[1] + over // 2
+    right, bottom = left + columns * side, top + rows * side
     if right - left < 4 * side or bottom - top < 4 * side:
         raise RegistrationError("the pictures hardly overlap")
     at, part = _centres((left, top, right, bottom), step), np.ascontiguousarray(fixed[top:bottom, left:right])

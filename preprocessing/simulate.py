@@ -28,7 +28,7 @@ from preprocessing.scenes import NUM_LEVELS, Scene, build_scene, level_of
 
 _LOG = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 MIN_WIDTH_PX = 384
 MAX_WIDTH_PX = 8192
 RAW_FORMATS = {"dng": ".dng", "arw": ".ARW"}

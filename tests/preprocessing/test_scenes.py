@@ -11,7 +11,7 @@ from PIL import Image
 from preprocessing.scenery import materials
 from preprocessing.scenery.photographs import find_photographs
 from preprocessing.scenery.subjects import SUBJECTS
-from preprocessing.scenes import Scene, build_scene, to_linear
+from preprocessing.scenes import Scene, build_scene, halved, to_linear
 
 WIDTH = 480
 BOXES = [(-m * WIDTH / 2, -m * WIDTH / 3, m * WIDTH / 2, m * WIDTH / 3) for m in (1.2, 2.7, 5.4, 10.8)]
@@ -26,7 +26,7 @@ def street() -> Scene:
     return build("street")
 
 
-def test_coarse_canvases_hold_the_average_light_of_the_finer(street: Scene) -> None:
+def test_coarse_canvases_hold_the_light_of_the_finer(street: Scene) -> None:
     for planes in (street.far, street.near):
         for finer, coarser in pairwise(planes):
             assert coarser.density == finer.density / 2
@@ -35,8 +35,28 @@ def test_coarse_canvases_hold_the_average_light_of_the_finer(street: Scene) -> N
             height, width = finer.pixels.shape[0] // 2, finer.pixels.shape[1] // 2
             centre = to_linear(coarser.pixels[row : row + height, column : column + width])
             light = to_linear(finer.pixels).reshape(height, 2, width, 2, -1).mean((1, 3))
-            # Half a step of 8-bit sRGB, at its steepest.
-            assert np.abs(centre - light).max() < 0.006
+            # The finest detail may differ; overshoot at edges that clips, and 8-bit sRGB, stay below a hundredth.
+            assert np.abs(cv2.GaussianBlur(centre - light, (0, 0), 5)).max() < 0.01
+            assert abs(float((centre - light).mean())) < 2e-4
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_halving_makes_no_moire_and_moves_nothing(axis: int) -> None:
+    at = np.arange(256) + 0.5
+
+    def halved_wave(period: float) -> np.ndarray:
+        wave = (0.5 + 0.4 * np.cos(2 * np.pi * at / period)).astype(np.float32)
+        picture = np.repeat(np.repeat(np.expand_dims(wave, 1 - axis), 256, 1 - axis)[..., None], 3, axis=2)
+        half = halved(picture)
+        assert half.shape == (128, 128, 3)
+        return np.moveaxis(half[..., 1], axis, 0)[8:-8, 64] - np.float32(0.5)
+
+    # 1.4 to 1.7 pixels of the half, which cannot hold them: an average of 2x2 keeps 43 to 60 %, at another period.
+    for period, least in ((2.8, 0.02), (3.2, 0.15), (3.4, 0.25)):
+        assert np.abs(halved_wave(period)).max() < 0.4 * least
+    for period in (8.0, 16.0):
+        kept = 0.4 * np.cos(2 * np.pi * (2 * np.arange(128) + 1)[8:-8] / period)
+        assert np.abs(halved_wave(period) - kept).max() < 0.02
 
 
 def test_canvases_cover_what_was_asked(street: Scene) -> None:
