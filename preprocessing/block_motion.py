@@ -5,7 +5,7 @@ how well it knows (Lucas and Kanade's normal equations). A robust fit joins them
 and is left out, as are highlights, noise and moire.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -34,6 +34,8 @@ _PIXELS_PER_SAMPLE = 4.0
 """Neighbouring residuals are alike: so many pixels count as one independent observation."""
 _MODEL_ERROR_PX = 0.05
 """What a block is trusted with at best: aliasing moves it by about this much."""
+_DARKEST = 10.0
+"""Of 255: what pushes edges is not thought greater in darker places than here."""
 _TUKEY = 3.0
 """Blocks farther off than so many standard deviations are another motion."""
 _RADIAL_SD = 0.03
@@ -103,9 +105,12 @@ class LongPicture:
         return cls(np.asarray(planes, np.float32), colours, to_pixels)
 
     def seen(self, mapping: LensMap, at_HW2: Points) -> tuple[Plane, Plane]:
-        """(detail and its slopes [H, W, 3], inside [H, W] as 0 or 1) at mapping(at).
+        """(detail, its slopes and its push [H, W, 4], inside [H, W] as 0 or 1) at mapping(at).
 
-        Inside is what shows the long picture and is not next to its edge, or to that of `at`.
+        The push: tones that are bent before a lens's blur, and sharpening, move edges towards their darker side, the
+        more so the higher their contrast (0.05 px between a tenth of white and white): to first order by |slope|^2 /
+        value, times a number that holds for all of the picture. Inside is what shows the long picture and is not next
+        to its edge, or to that of `at`.
         """
         height, width = self.size
         pixels = apply(self.to_pixels, mapping(at_HW2.reshape(-1, 2))).reshape(at_HW2.shape)
@@ -117,6 +122,8 @@ class LongPicture:
             colours = cv2.remap(self.colours_HW3, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
             mosaic = _as_mosaic(np.asarray(colours, np.float32), int(first[1]) % 2, int(first[0]) % 2)
             planes[..., 0] = encode(mean_over_neighbours(mosaic))
+        push = (planes[..., 1] ** 2 + planes[..., 2] ** 2) / (planes[..., 0] + _DARKEST)
+        planes = np.dstack([planes, push])
         window = np.ones((2 * DETAIL_REACH_PX + 1,) * 2, np.uint8)
         inside = cv2.erode(shown, window, borderType=cv2.BORDER_CONSTANT, borderValue=(0,))
         return fine_detail(np.asarray(planes, np.float32)), np.asarray(inside, np.float32)
@@ -182,12 +189,37 @@ class Blocks:
         gain = float(np.clip(gain, 0.2, 3.0))  # before the pictures meet, the fit is near 0 and would stop the steps
         residual = fixed * inside - gain * moving
         x, y = gain * planes[..., 1] * inside, gain * planes[..., 2] * inside
+        push = planes[..., 3] * inside
         normal = _block_means([x * x, x * y, y * y], side)
         rest = _block_means([x * residual, y * residual, residual * residual, inside], side)
+        pushed = _block_means([x * push, y * push, push * residual, push * push], side)
         centre = _block_means([at_HW2[..., 0], at_HW2[..., 1]], side)
         used = rest[:, 3] > least_cover
-        normal, rest, centre = normal[used], rest[used], centre[used]
-        return cls(normal, rest[:, :2], rest[:, 2], rest[:, 3], centre, side * side)
+        blocks = cls(normal[used], rest[used, :2], rest[used, 2], rest[used, 3], centre[used], side * side)
+        return blocks._without_push(pushed[used])
+
+    def _without_push(self, pushed_N4: NDArray[np.float64]) -> "Blocks":
+        """Less what one number times the push explains in all of them, each free to shift as it likes.
+
+        pushed_N4: the means of the push times the slopes, the residual and itself.
+        """
+        if not len(pushed_N4):
+            return self
+        along, with_residual, with_itself = pushed_N4[:, :2], pushed_N4[:, 2], pushed_N4[:, 3]
+        taken = np.einsum("nij,nj->ni", self.inverse_N22(), along)
+        weight = 1 / np.maximum(self.power_N, 1e-6)
+        weight = np.minimum(weight, 3 * np.median(weight))
+        about = weight @ (with_residual - (taken * self.right_N2).sum(1))
+        amount = about / (weight @ (with_itself - (taken * along).sum(1)) + 1e-12)
+        power = self.power_N - 2 * amount * with_residual + amount**2 * with_itself
+        return replace(self, right_N2=self.right_N2 - amount * along, power_N=power)
+
+    def inverse_N22(self) -> NDArray[np.float64]:
+        """The inverse of the normal equations' matrices, tame where a block has no detail."""
+        xx, xy, yy = self.normal_N3.T
+        normal = np.stack([np.stack([xx, xy], -1), np.stack([xy, yy], -1)], -1)
+        tame = (1e-4 * float(np.median(xx + yy)) + 1e-9) * np.eye(2)
+        return np.asarray(np.linalg.inv(normal + tame), np.float64)
 
 
 @dataclass(frozen=True)
@@ -229,9 +261,7 @@ def fit(blocks: Blocks, mapping: LensMap, *, px: float, lens: bool) -> Fit:
 
 def _block_shifts(blocks: Blocks, px: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """([N, 2] shifts, [N, 2, 2] inverse covariances)."""
-    xx, xy, yy = blocks.normal_N3.T
-    normal = np.stack([np.stack([xx, xy], -1), np.stack([xy, yy], -1)], -1)
-    inverse = np.linalg.inv(normal + (1e-4 * float(np.median(xx + yy)) + 1e-9) * np.eye(2))
+    inverse = blocks.inverse_N22()
     shift = np.einsum("nij,nj->ni", inverse, blocks.right_N2)
     explained = np.einsum("ni,ni->n", blocks.right_N2, shift)
     left = np.maximum(blocks.power_N - explained, 0.1 * blocks.power_N) + 1e-6
