@@ -41,6 +41,9 @@ _TUKEY = 3.0
 _RADIAL_SD = 0.03
 _TILT_SD = 0.0005
 """What lenses and hands make likely (LensMap's units); they hold where a picture has too little detail to say."""
+_EQUAL_PX = 0.25
+"""Blocks known better than this have an equal say at first: most of the area decides which motion is the map's, not a
+few sharp leaves before a soft background."""
 _ROUNDS = 6
 
 
@@ -242,7 +245,8 @@ def fit(blocks: Blocks, mapping: LensMap, *, px: float, lens: bool) -> Fit:
     prior = np.array([0.0] * 6 + [_RADIAL_SD**-2, _TILT_SD**-2, _TILT_SD**-2])[:count]
     present = np.array([0.0] * 6 + [mapping.radial, *mapping.tilt])[:count]
     weighted = np.einsum("nip,nij->npj", slopes, certain)
-    weight, spread = np.ones(len(shift)), 1.0
+    information = np.trace(certain, axis1=1, axis2=2) / 2
+    weight, spread = 1 / np.maximum(information * (_EQUAL_PX * px) ** 2, 1), 1.0
     step, normal = np.zeros(count), np.eye(count)
     for _ in range(_ROUNDS):
         kept = weighted * (weight / spread)[:, None, None]

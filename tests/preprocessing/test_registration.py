@@ -1,5 +1,6 @@
 """Known maps come back to a twentieth of a pixel; unrelated pictures are refused."""
 
+import cv2
 import numpy as np
 import pytest
 from known_scene import Scene, to_8_bit
@@ -90,6 +91,19 @@ def test_a_foreground_that_moves_on_its_own_does_not_pull(parallax_px):
     moving[500:, 600:] = nearer[500:, 600:]
     found = registration.register(short_picture(6), moving, NOMINAL)
     assert error_px(found, mapping) < 0.3
+
+
+def test_few_sharp_leaves_do_not_outweigh_a_soft_background():
+    mapping, leaves = MAPS["shift"], (slice(None), slice(80, 130))
+    near = compose(translation(0.5, 0.2), mapping)
+    short = [short_picture(seed, noise=0) for seed in (9, 10)]
+    long = [long_picture(9, mapping), long_picture(10, near)]
+    plane = cv2.GaussianBlur(short[0], (0, 0), 2.5)
+    plane[leaves] = short[1][leaves]
+    moving = cv2.GaussianBlur(long[0], (0, 0), 2.5 * ZOOM)
+    moving[:, 200:400] = long[1][:, 200:400]  # where the leaves stand, to a pixel of the short picture
+    plane += np.random.default_rng(9).normal(0, 1.5, plane.shape).astype(np.float32)
+    assert error_px(registration.register(plane, moving, NOMINAL), mapping) < 0.4
 
 
 @pytest.mark.parametrize("seed", range(4))
