@@ -93,6 +93,27 @@ def test_a_foreground_that_moves_on_its_own_does_not_pull(parallax_px):
     assert error_px(found, mapping) < 0.3
 
 
+def sawtooth(density):
+    """Light that rises slowly and falls sharply, right and down, 4 points a side per 1 / density of a short pixel."""
+    down, right = ((np.arange(side * density * 4) + 0.5) / (density * 4) for side in SIZE)
+    light = 0.01 + 0.45 * (down / 21.3 % 1)[:, None] + 0.45 * (right / 27.7 % 1)[None]
+    return light.astype(np.float32)
+
+
+@pytest.mark.parametrize(("blur_px", "limit_px"), [(0.75, 0.1), (0.85, 0.16)])
+def test_tones_and_sharpening_do_not_push_edges(blur_px, limit_px):
+    """All edges fall the same way; the short picture is light as it is, the long one a camera toned and sharpened."""
+    lens = cv2.GaussianBlur(sawtooth(4), (0, 0), 16 * blur_px)
+    short = 255 * cv2.resize(lens, SIZE[::-1], interpolation=cv2.INTER_AREA) ** (1 / 2.2)
+    short += np.random.default_rng(0).normal(0, 1, short.shape).astype(np.float32)
+    seen = sawtooth(4)[16 * 20 : 16 * (20 + SHOWN[0]), 16 * 30 : 16 * (30 + SHOWN[1])]
+    light = cv2.resize(cv2.GaussianBlur(seen, (0, 0), 4 * 0.6), None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)
+    toned = light ** (1 / 2.4) + 0.03 * np.sin(2 * np.pi * (light ** (1 / 2.4) - 0.5))
+    toned += 0.45 * (toned - cv2.GaussianBlur(toned, (0, 0), 1))
+    moving = np.repeat(np.rint(255 * np.clip(toned, 0, 1)).astype(np.uint8)[..., None], 3, axis=2)
+    assert error_px(registration.register(short, moving, NOMINAL), np.eye(2, 3)) < limit_px
+
+
 def test_few_sharp_leaves_do_not_outweigh_a_soft_background():
     mapping, leaves = MAPS["shift"], (slice(None), slice(80, 130))
     near = compose(translation(0.5, 0.2), mapping)
