@@ -204,7 +204,10 @@ def _frame(sizes: Any) -> tuple[int, int, int, int]:
 def _require_bayer(raw: Any, label: str) -> None:
     if raw.raw_type != rawpy.RawType.Flat or raw.raw_image is None:
         raise RawError(f"{label}: already demosaiced or layered (linear DNG, Foveon); {_NOT_BAYER}")
-    pattern = raw.raw_pattern
+    try:
+        pattern = raw.raw_pattern
+    except NotImplementedError as error:  # rawpy's, for a number of LibRaw's that stands for no pattern
+        raise RawError(f"{label}: colour pattern unknown ({error}); {_NOT_BAYER}") from error
     if pattern is None or raw.num_colors == 1:
         raise RawError(f"{label}: monochrome sensor; {_NOT_BAYER}")
     if pattern.shape != (2, 2):

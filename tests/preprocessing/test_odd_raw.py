@@ -76,6 +76,20 @@ def test_other_mosaics(good, repeat, pattern, reason):
     assert reason in refusal(retagged(retagged(good, 33421, 3, *repeat), 33422, 1, *pattern))
 
 
+def test_a_pattern_that_the_library_does_not_know():
+    """Seen in a fuzz run, once in many decodings of one file: LibRaw then reads what was never written."""
+
+    class Decoded:
+        raw_type, raw_image, num_colors = raw.rawpy.RawType.Flat, np.zeros((4, 4)), 3
+
+        @property
+        def raw_pattern(self) -> None:
+            raise NotImplementedError("filters: 148")
+
+    with pytest.raises(raw.RawError, match=r"a\.dng: colour pattern unknown \(filters: 148\); SDAN needs"):
+        raw._require_bayer(Decoded(), "a.dng")
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_floating_point_dng(good, mosaic, dtype):
     samples = (mosaic // 16 * 16).astype(dtype)  # what a half float holds exactly
