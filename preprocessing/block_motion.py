@@ -26,7 +26,7 @@ _MOSAIC_WEIGHTS = np.array([0.25, 0.5, 0.25], np.float32)
 _JPG_WEIGHTS = np.array([0.299, 0.587, 0.114], np.float32)
 _NEIGHBOURHOOD_PX = 1.5
 """Fine detail decides: tones and colours differ between the pictures in large structures, not in small ones."""
-DETAIL_REACH_PX = 3
+_DETAIL_REACH_PX = 3
 """How far from an edge detail is not what it would be were there more to see."""
 _NOISE = 1.0
 """Of 255: contrast below this is not raised to the rank of detail."""
@@ -111,9 +111,9 @@ class LongPicture:
         """(detail, its slopes and its push [H, W, 4], inside [H, W] as 0 or 1) at mapping(at).
 
         The push: tones that are bent before a lens's blur, and sharpening, move edges towards their darker side, the
-        more so the higher their contrast (0.05 px between a tenth of white and white): to first order by |slope|^2 /
-        value, times a number that holds for all of the picture. Inside is what shows the long picture and is not next
-        to its edge, or to that of `at`.
+        more so the higher their contrast (0.05 px from a tenth of white to four fifths of it): to first order by
+        |slope|^2 / value, times a number that holds for all of the picture. Inside is what shows the long picture and
+        is not next to its edge, or to that of `at`.
         """
         height, width = self.size
         pixels = apply(self.to_pixels, mapping(at_HW2.reshape(-1, 2))).reshape(at_HW2.shape)
@@ -127,7 +127,7 @@ class LongPicture:
             planes[..., 0] = encode(mean_over_neighbours(mosaic))
         push = (planes[..., 1] ** 2 + planes[..., 2] ** 2) / (planes[..., 0] + _DARKEST)
         planes = np.dstack([planes, push])
-        window = np.ones((2 * DETAIL_REACH_PX + 1,) * 2, np.uint8)
+        window = np.ones((2 * _DETAIL_REACH_PX + 1,) * 2, np.uint8)
         inside = cv2.erode(shown, window, borderType=cv2.BORDER_CONSTANT, borderValue=(0,))
         return fine_detail(np.asarray(planes, np.float32)), np.asarray(inside, np.float32)
 

@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from preprocessing.geometry import LANCZOS_LOBES
 from preprocessing.scenery import light, near, photographs, subjects
 from preprocessing.scenery.painter import Box, Canvas, Plan
 
@@ -22,9 +23,9 @@ FINEST_DENSITY = 1.5
 NUM_LEVELS = 4
 BAND_ROWS = 256
 
-_LOBES = 3
-_TAPS = (np.arange(4 * _LOBES) - 2 * _LOBES + 0.5) / 2
-_HALVING = np.asarray(np.sinc(_TAPS) * np.sinc(_TAPS / _LOBES), np.float32)
+_REACH = 2 * LANCZOS_LOBES
+_TAPS = (np.arange(-_REACH, _REACH) + 0.5) / 2
+_HALVING = np.asarray(np.sinc(_TAPS) * np.sinc(_TAPS / LANCZOS_LOBES), np.float32)
 _HALVING /= _HALVING.sum()
 """Lanczos' kernel at half density. An average of 2x2 would let detail through that the coarser canvas cannot hold, as
 moire of its own that no lens makes: at 35 mm it moved edges by up to 0.1 px of the frame."""
@@ -155,8 +156,8 @@ def _lay_in(finer: Canvas, canvas: Canvas) -> None:
     canvas.pixels[row : row + height, column : column + width] = 0
     for start in range(0, height, BAND_ROWS):
         stop = min(start + BAND_ROWS, height)
-        first = max(0, 2 * start - 2 * _LOBES)
-        fine = finer.pixels[first : min(2 * height, 2 * stop + 2 * _LOBES), : 2 * width]
+        first = max(0, 2 * start - _REACH)
+        fine = finer.pixels[first : min(2 * height, 2 * stop + _REACH), : 2 * width]
         if not fine.any():
             continue
         half = halved(to_linear(fine))[start - first // 2 :][: stop - start]
@@ -168,7 +169,7 @@ def _lay_in(finer: Canvas, canvas: Canvas) -> None:
 
 def halved(light_HWC: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Half as dense, within [0, 1], without moire; height and width are even."""
-    anchor = (2 * _LOBES - 1, 2 * _LOBES - 1)
+    anchor = (_REACH - 1, _REACH - 1)
     smooth = cv2.sepFilter2D(light_HWC, cv2.CV_32F, _HALVING, _HALVING, anchor=anchor, borderType=cv2.BORDER_REFLECT)
     return np.asarray(np.clip(smooth[::2, ::2], 0, 1), np.float32)
 
