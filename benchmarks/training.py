@@ -36,6 +36,7 @@ from preprocessing.simulate import simulate  # noqa: E402
 from sdan.losses import low_pass, sdan_loss  # noqa: E402
 from sdan.network import SDANOutput, with_flips  # noqa: E402
 from sdan.ops import offset_mask  # noqa: E402
+from sdan.ops.precision import autocast  # noqa: E402
 
 CPU = torch.device("cpu")
 CROP_PX = 128
@@ -119,7 +120,7 @@ def parts_of(config: RunConfig, batch: int) -> dict[str, Callable[[], object]]:
 
     def cast(run: Callable[..., Tensor | tuple[Tensor, ...]]) -> Callable[..., Tensor | tuple[Tensor, ...]]:
         def cast_run(*tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
-            with step.autocast(config.train, CPU):
+            with autocast(config.train.precision, CPU):
                 return run(*tensors)
 
         return cast_run
@@ -152,7 +153,7 @@ def parts_of(config: RunConfig, batch: int) -> dict[str, Callable[[], object]]:
     def own(*modules: nn.Module) -> tuple[nn.Parameter, ...]:
         return tuple(parameter for module in modules for parameter in module.parameters())
 
-    with torch.no_grad(), step.autocast(config.train, CPU):
+    with torch.no_grad(), autocast(config.train.precision, CPU):
         features, seen = head(inputs.x), reference(inputs.oracle_reference)
         both = torch.cat((features, seen), dim=1)
         hidden, offset = learner.conv1(both), learner(both)

@@ -46,7 +46,8 @@ class TrainConfig:
     """Steps in a row with a loss or gradient that is not finite: each is skipped, so many end the run."""
     ema_decay: float = 0.0
     """Decay of the exponential moving average of the weights; 0: none."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: what the processor of each worker computes natively (sdan.ops.precision)."""
     layout: Literal["channels_last", "contiguous"] = "channels_last"
     """How weights and feature maps lie in memory (which is faster: benchmarks/RESULTS.md, Training)."""
     compile: bool = False
@@ -94,8 +95,8 @@ class TrainConfig:
             )
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"train.ema_decay: 0 <= value < 1 expected, got {self.ema_decay}")
-        if self.precision not in ("fp32", "bf16", "fp16"):
-            raise ConfigError(f"train.precision: fp32, bf16 or fp16 expected, got {self.precision!r}")
+        if self.precision not in ("auto", "fp32", "bf16", "fp16"):
+            raise ConfigError(f"train.precision: expected auto, fp32, bf16 or fp16, got {self.precision!r}")
         if self.layout not in ("channels_last", "contiguous"):
             raise ConfigError(f"train.layout: channels_last or contiguous expected, got {self.layout!r}")
 
@@ -132,7 +133,7 @@ class RunConfig:
 
 def paper_4x() -> RunConfig:
     """The paper as printed and released: mosaic RAW, no skip, the reference is always Y' (batch 8 a GPU on 8 GPUs)."""
-    return RunConfig(name="paper_4x")
+    return RunConfig(name="paper_4x", train=TrainConfig(precision="fp32"))
 
 
 def paper_4x_rgb() -> RunConfig:
@@ -141,12 +142,12 @@ def paper_4x_rgb() -> RunConfig:
 
 
 def srraw_4x() -> RunConfig:
-    """Ours, for deployment: skip through the rendering, self-reference samples, bf16, EMA."""
+    """Ours, for deployment: skip through the rendering, self-reference samples, EMA."""
     return RunConfig(
         name="srraw_4x",
         model=SDANConfig(skip="rendering"),
         loss=LossConfig(kind="charbonnier", self_reference_weight=1.0),
-        train=TrainConfig(precision="bf16", ema_decay=0.999, grad_clip=1.0, learning_rate=4e-4, warmup_steps=100),
+        train=TrainConfig(ema_decay=0.999, grad_clip=1.0, learning_rate=4e-4, warmup_steps=100),
     )
 
 
@@ -187,7 +188,6 @@ def demo() -> RunConfig:
             batch_per_worker=4,
             learning_rate=1e-3,
             restart_epochs=20,
-            precision="bf16",
             ema_decay=0.98,
             validate_every=2,
             grad_clip=1.0,
@@ -228,7 +228,6 @@ def starter() -> RunConfig:
             learning_rate_floor=1e-5,
             restart_epochs=36,
             warmup_steps=200,
-            precision="bf16",
             ema_decay=0.998,
             grad_clip=1.0,
             validate_every=2,

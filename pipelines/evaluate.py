@@ -22,6 +22,7 @@ from pipelines.pictures import labelled_grid, to_uint8
 from pipelines.scores import BORDER_PX, PROTOCOLS, TARGETS, PerCrop, mean_scores, score_bicubic, score_model
 from sdan import checkpoint, metrics
 from sdan.baselines import Network, bicubic
+from sdan.ops.precision import autocast
 
 METRICS = ("psnr", "ssim", "lpips")
 EXAMPLES = 4
@@ -166,7 +167,7 @@ def examples(model: Network, held: HeldOut, count: int = EXAMPLES) -> np.ndarray
     for number in _by_detail(held.batch[target_name], count):
         part = held.select(range(number, number + 1))
         inputs = model_inputs(part.batch, model.config, device)
-        with torch.inference_mode():
+        with torch.inference_mode(), autocast("auto", device):
             zoomed = model(inputs.x, inputs.self_reference, inputs.rendering).zoomed
         truth = part.batch[target_name].float() / 255
         panels = (

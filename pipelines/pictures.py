@@ -13,6 +13,7 @@ from torchvision.utils import flow_to_image
 
 from pipelines.loader import HeldOut, model_inputs
 from sdan.baselines import Network
+from sdan.ops.precision import autocast
 
 PAPER, INK = (250, 250, 248), (32, 32, 32)
 CELL_PX, GAP_PX, LABEL_PX = 256, 8, 18
@@ -33,7 +34,7 @@ def training_sheet(model: Network, held: HeldOut, device: torch.device) -> np.nd
     model.eval()
     part = held.select(range(min(SHEET_ROWS, len(held))))
     inputs = model_inputs(part.batch, model.config, device)
-    with torch.inference_mode():
+    with torch.inference_mode(), autocast("auto", device):
         oracle = model(inputs.x, inputs.oracle_reference, inputs.rendering)
         deployed = model(inputs.x, inputs.self_reference, inputs.rendering)
     offset = oracle.offset.float().nan_to_num()  # a diverged network must not end the run here

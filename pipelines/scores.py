@@ -15,6 +15,7 @@ from pipelines.loader import HeldOut, Inputs, model_inputs
 from sdan import metrics
 from sdan.baselines import Network, bicubic
 from sdan.network import SDANOutput
+from sdan.ops.precision import autocast
 
 BORDER_PX = 8
 """Target pixels left out at each side of a crop when it is scored."""
@@ -27,7 +28,7 @@ PerCrop = dict[str, list[float]]
 
 
 def score_model(
-    model: Network, held: HeldOut, device: torch.device, protocols: Sequence[str] = PROTOCOLS, *, lpips: bool = False
+    model: Network, held: HeldOut, device: torch.device, protocols: Sequence[str] = PROTOCOLS, *, lpips: bool = False, precision: str = "auto"
 ) -> PerCrop:
     """Scores of a model's outputs; with simulated truth also the end-point error of its offsets, in mosaic pixels."""
     collected: PerCrop = {}
@@ -35,7 +36,7 @@ def score_model(
     for inputs, part in _batches(model, held, device):
         for protocol in protocols:
             reference = inputs.self_reference if protocol == "self" else inputs.oracle_reference
-            with torch.inference_mode():
+            with torch.inference_mode(), autocast(precision, device):
                 output = model(inputs.x, reference, inputs.rendering)
             scores = score_images(output.zoomed, part, lpips=lpips) | offset_statistics(output, inputs)
             if protocol == "oracle" and "true_flow" in part.batch:

@@ -17,6 +17,7 @@ from pipelines.loader import Inputs
 from sdan import checkpoint
 from sdan.losses import LossConfig, low_pass, sdan_loss, self_reference_loss, transfer_loss
 from sdan.network import SDAN, SDANOutput
+from sdan.ops.precision import autocast, resolve
 from sdan.perceptual import VGG19Features
 
 
@@ -161,16 +162,9 @@ def start(
     wrapped = wrap(model)
     if config.train.compile:
         wrapped = cast(nn.Module, torch.compile(wrapped))
-    scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16" and device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=resolve(config.train.precision, device) == "fp16")
     features = VGG19Features(vgg).to(device) if vgg is not None else None
     return Training(model, wrapped, averaged.eval().requires_grad_(False), optimizer, scaler, features)
-
-
-def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:
-    """The precision asked for: bf16 anywhere, fp16 on CUDA (on a CPU it would only lose)."""
-    if config.precision == "bf16" or (config.precision == "fp16" and device.type == "cuda"):
-        return torch.autocast(device.type, torch.bfloat16 if config.precision == "bf16" else torch.float16)
-    return nullcontext()
 
 
 def train_step(training: Training, inputs: Inputs, config: RunConfig, rate: float) -> dict[str, Tensor]:
@@ -207,7 +201,7 @@ def _gradients(training: Training, parts: list[Inputs], config: RunConfig) -> di
     means: dict[str, Tensor] = {}
     for number, part in enumerate(parts, 1):
         with nullcontext() if number == len(parts) else _apart(training.wrapped):
-            with autocast(config.train, part.x.device):
+            with autocast(config.train.precision, part.x.device):
                 terms = training_loss(training.wrapped, part, config.loss, training.vgg)
             # DDP sums gradients, not losses: a NaN gradient is how the other ranks learn of an infinite loss.
             poison = torch.where(terms["loss"].detach().isfinite(), 1.0, math.nan)

@@ -56,9 +56,9 @@ class RunLog:
         except Exception as error:
             logging.getLogger(__name__).warning("MLflow did not take epoch %d's picture: %s", epoch, error)
 
-    def environment(self, workers: int, device: torch.device) -> None:
-        """Where the run is now: tags, since a resumed run may be elsewhere."""
-        for name, value in environment(workers, device).items():
+    def environment(self, workers: int, device: torch.device, precision: str) -> None:
+        """Tag the run with where it is running now (a resumed run may be on another machine)."""
+        for name, value in (environment(workers, device) | {"precision": precision}).items():
             self.client.set_tag(self.run_id, f"env.{name}", value)
 
 

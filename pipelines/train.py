@@ -8,6 +8,7 @@ as many workers as there are now: progress is counted in crops, not in steps.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
+import torch
 from mlflow.tracking import MlflowClient
 from ray.train import UserCallback
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, ScalingConfig
@@ -35,6 +37,7 @@ from pipelines.tracking import log_data
 from pipelines.worker import SELECT_BY, train_worker
 from sdan import checkpoint
 from sdan.network import SDAN
+from sdan.ops.precision import emulation_warning
 from sdan.perceptual import load_vgg19
 from tuning.trial import reason_of
 
@@ -184,6 +187,9 @@ def train(
     vgg = load_vgg19(vgg_weights) if config.loss.needs_vgg else None
     cluster.start_ray()
     plan = cluster.plan_workers(workers)
+    slow = None if plan.use_gpu else emulation_warning(config.train.precision, torch.device("cpu"))
+    if slow:
+        logging.getLogger(__name__).warning(slow)
     tracking_uri = registry.default_tracking_uri(data)
     run = _record(folder, stored, config, shards, run_id, init_from, plan, storage, tracking_uri)
     if stored is None:

@@ -30,6 +30,7 @@ from pipelines.scores import mean_scores, score_model
 from pipelines.tracking import RunLog, machine_metrics
 from preprocessing.schema import SCHEMA_VERSION
 from sdan import checkpoint
+from sdan.ops.precision import resolve
 
 SELECT_BY = SCORE
 """The best checkpoint has the highest of these: self protocol (what a user gets) against the aligned target (what real
@@ -55,7 +56,7 @@ class Worker:
         self.training = step.start(self.config, job["init_from"], self.device, wrap, job["vgg"])
         self.log = RunLog(job["tracking_uri"], job["run_id"]) if self.rank == 0 else None
         if self.log:
-            self.log.environment(self.world, self.device)
+            self.log.environment(self.world, self.device, resolve(self.config.train.precision, self.device))
 
     def _distributed(self, model: nn.Module) -> nn.Module:
         return prepare_model(model, parallel_strategy_kwargs=step.bucket_options(self.config.train))
@@ -151,7 +152,9 @@ class Worker:
 
     def _validate(self) -> dict[str, float]:
         """Scores of the averaged weights by both protocols, over all ranks' crops."""
-        per_crop = score_model(self.training.averaged, self.validation, self.device)
+        per_crop = score_model(
+            self.training.averaged, self.validation, self.device, precision=self.config.train.precision
+        )
         if self.world > 1:
             parts: list[dict[str, list[float]]] = [{} for _ in range(self.world)]
             dist.all_gather_object(parts, per_crop)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sdan.network import CHANNELS, SDANConfig
+from sdan.ops.precision import autocast
 from sdan.raw_input import mosaic_to_packed, packed_to_mosaic
 from sdan.resample import low_pass
 
@@ -24,6 +25,7 @@ def zoom(
     tile_px: int,
     overlap_px: int | None = None,
     batch: int = 4,
+    precision: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """The photo, `scale` times larger, as a user gets it: the reference is the rendering ({X, X}); there is no target.
@@ -39,6 +41,7 @@ def zoom(
         overlap_px: shared by neighbouring tiles, pixels of x; default a quarter of the tile, but 8 mosaic
             pixels at least.
         batch: tiles at a time.
+        precision: auto, fp32, bf16 or fp16 (ops.precision.resolve).
         progress: called with (tiles done, tiles in all).
 
     Returns:
@@ -64,7 +67,8 @@ def zoom(
     for done in range(0, len(places), batch):
         chosen = places[done : done + batch]
         corners = [(rows[i], cols[j]) for i, j in chosen]
-        zoomed = _zoom_tiles(model, config, x, reference, rendering, corners, tile_px, device)
+        with autocast(precision, device):
+            zoomed = _zoom_tiles(model, config, x, reference, rendering, corners, tile_px, device)
         for (i, j), (row, col), tile in zip(chosen, corners, zoomed, strict=True):
             top, left, side = row * config.upscale, col * config.upscale, tile_px * config.upscale
             tile *= row_weights[i][:, None] * col_weights[j]

@@ -20,6 +20,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdan.ops import portable
+from sdan.ops.precision import cpu_has_bf16
 
 _BLOCK_VALUES = 2**20
 """values of the matrix held at once (4 MB in float32: half or twice as many were slower)"""
@@ -211,5 +212,5 @@ def _use_onednn(matrix: Tensor) -> bool:
     if matrix.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if matrix.dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return cpu_has_bf16()
     return matrix.dtype == torch.float32

@@ -1,0 +1,67 @@
+"""The arithmetic that a processor computes natively: bf16, fp16 or float32.
+
+A CPU without bf16 instructions emulates bf16 about ten times slower than it computes float32, so `auto` never picks it
+there. Training, validation, evaluation and zooming all choose through `resolve`.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+_BF16_CAPABILITY = (8, 0)
+"""The first CUDA compute capability with bf16 tensor cores."""
+
+
+def native_precision(device: torch.device) -> Precision:
+    """The fastest precision that `device` has instructions for.
+
+    Returns:
+        CUDA: bf16 from sm_80 on, else fp16. CPU: bf16 with AVX512_BF16 or AMX, else fp32. Other devices: fp32.
+    """
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= _BF16_CAPABILITY else "fp16"
+    return "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether oneDNN computes bf16 with this CPU's own instructions."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def resolve(precision: str, device: torch.device) -> Precision:
+    """The precision to compute in on `device`.
+
+    Args:
+        precision: auto, fp32, bf16 or fp16; auto becomes `native_precision`, and fp16 becomes fp32 on a CPU, where it
+            has no advantage.
+
+    Raises:
+        ValueError: any other name.
+    """
+    if precision == "auto":
+        return native_precision(device)
+    if precision == "fp16" and device.type == "cpu":
+        return "fp32"
+    if precision == "fp32" or precision == "bf16" or precision == "fp16":
+        return precision
+    raise ValueError(f"precision: expected auto, fp32, bf16 or fp16, got {precision!r}")
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """torch.autocast for `resolve(precision, device)`; a context that does nothing for fp32."""
+    chosen = resolve(precision, device)
+    if chosen == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if chosen == "bf16" else torch.float16)
+
+
+def emulation_warning(precision: str, device: torch.device) -> str | None:
+    """One line for an explicit bf16 that this CPU would emulate; None where there is nothing to warn about."""
+    if precision == "bf16" and device.type == "cpu" and not cpu_has_bf16():
+        return "train.precision: bf16 on a CPU without bf16 instructions, about 10 times slower here; use auto or fp32"
+    return None

@@ -1,0 +1,48 @@
+"""Precision by processor: both kinds of CPU and both kinds of GPU, whatever this machine is."""
+
+import pytest
+import torch
+
+from sdan.ops import precision
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def cpu_bf16(monkeypatch, request):
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize(("cpu_bf16", "expected"), [(True, "bf16"), (False, "fp32")], indirect=["cpu_bf16"])
+def test_auto_on_a_cpu(cpu_bf16, expected):
+    assert precision.resolve("auto", CPU) == expected
+    with precision.autocast("auto", CPU):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == (torch.bfloat16 if cpu_bf16 else torch.float32)
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")])
+def test_auto_on_a_gpu(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert precision.resolve("auto", CUDA) == expected
+
+
+@pytest.mark.parametrize("cpu_bf16", [True, False], indirect=True)
+def test_an_explicit_precision_is_obeyed(cpu_bf16):
+    assert precision.resolve("bf16", CPU) == "bf16"
+    assert precision.resolve("fp32", CPU) == "fp32"
+    assert precision.resolve("fp16", CPU) == "fp32"
+    assert precision.resolve("fp16", CUDA) == "fp16"
+    assert (precision.emulation_warning("bf16", CPU) is None) == cpu_bf16
+    assert precision.emulation_warning("auto", CPU) is None
+    assert precision.emulation_warning("bf16", CUDA) is None
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match="expected auto, fp32, bf16 or fp16, got 'int8'"):
+        precision.resolve("int8", CPU)
+
+
+def test_this_machine_answers():
+    assert precision.cpu_has_bf16() in (True, False)
