@@ -1,4 +1,4 @@
-"""How exact the maps of a pair are, and what sampling once keeps: `python benchmarks/geometry.py` (minutes on 2 cores).
+"""How exact the maps of a pair are, and what sampling once keeps: `python benchmarks/affine.py` (minutes on 2 cores).
 
 Simulated sequences carry the truth: where each point of the background of the short frame lies in the long JPG. Errors
 are distances in pixels of the long frame, at points 3 pixels apart where the background shows; "tiles" are the affines
@@ -23,11 +23,13 @@ import numpy as np  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 from operators import provenance, update_section  # noqa: E402
 
-from preprocessing import geometry, raw, tiles  # noqa: E402
+from preprocessing import tiles  # noqa: E402
 from preprocessing.plan import PairJob, PreprocessOptions, make_plan  # noqa: E402
-from preprocessing.simulate import simulate  # noqa: E402
+from preprocessing.raw import decode  # noqa: E402
+from preprocessing.registration import affine  # noqa: E402
+from preprocessing.simulator.sequences import simulate  # noqa: E402
 from preprocessing.storage import open_folder  # noqa: E402
-from preprocessing.truth import Truth, load_truth  # noqa: E402
+from preprocessing.truth.reader import Truth, load_truth  # noqa: E402
 
 Points = NDArray[np.float64]
 Errors = NDArray[np.float64]
@@ -65,7 +67,7 @@ def measure_pair(folder: Path, job: PairJob, truth: Truth) -> Measured:
     """Everything about one pair."""
     source = open_folder(str(folder))
     assert job.lr_jpg and job.hr_jpg
-    image = raw.load(source.read(job.lr_raw), name=job.lr_raw)
+    image = decode.load(source.read(job.lr_raw), name=job.lr_raw)
     lr, hr = (tiles.decode_jpg(source.read(path), path) for path in (job.lr_jpg, job.hr_jpg))
     found = Measured()
     by_scale = tiles.align(image, lr, hr, job.zoom, ecc=False)
@@ -76,10 +78,10 @@ def measure_pair(folder: Path, job: PairJob, truth: Truth) -> Measured:
     lr_centre = np.array([lr_frame.raw_width, lr_frame.raw_height]) / 2
     hr_centre = np.array([hr_frame.jpg_width, hr_frame.jpg_height]) / 2
     nominal = hr_centre + (points - lr_centre) * (hr_frame.focal_mm / lr_frame.focal_mm)
-    placed = geometry.apply(by_scale.lr_to_hr, points)
+    placed = affine.apply(by_scale.lr_to_hr, points)
     found.nominal.append(distance(placed, nominal))
     found.left.append(distance(placed, true)[shows])
-    found.whole.append(distance(geometry.apply(nearest_affine(points[shows], true[shows]), points), true)[shows])
+    found.whole.append(distance(affine.apply(nearest_affine(points[shows], true[shows]), points), true)[shows])
     start = time.process_time()
     aligned = tiles.align(image, lr, hr, job.zoom, ecc=True)
     found.seconds.append(time.process_time() - start)
@@ -95,21 +97,21 @@ def measure_pair(folder: Path, job: PairJob, truth: Truth) -> Measured:
         if shows.sum() < 10:
             continue
         inside, true = inside[shows], true[shows]
-        of_tiles.append(distance(geometry.apply(aligned.over(left, top, right, bottom), inside), true))
-        of_floor.append(distance(geometry.apply(nearest_affine(inside, true), inside), true))
+        of_tiles.append(distance(affine.apply(aligned.over(left, top, right, bottom), inside), true))
+        of_floor.append(distance(affine.apply(nearest_affine(inside, true), inside), true))
     found.tiles.append(np.concatenate(of_tiles))
     found.floor.append(np.concatenate(of_floor))
     return found
 
 
-def box_of(image: raw.RawImage, area: tiles.Area) -> tuple[float, float, float, float]:
+def box_of(image: decode.RawImage, area: tiles.Area) -> tuple[float, float, float, float]:
     """(left, top, right, bottom) of a packed area, mosaic pixels of the visible area."""
     left, top = tiles.mosaic_origin(image, area)[:, 2].tolist()
     return left, top, left + 2 * area[3], top + 2 * area[2]
 
 
 def tile_boxes(
-    image: raw.RawImage, area: tiles.Area, tile_px: int, stride_px: int
+    image: decode.RawImage, area: tiles.Area, tile_px: int, stride_px: int
 ) -> Iterator[tuple[float, float, float, float]]:
     """The tiles that `cut` makes; one as large as the area where that is smaller than a tile."""
     tile_px = min(tile_px, area[2], area[3])
@@ -128,7 +130,7 @@ def distance(a: Points, b: Points) -> Errors:
     return np.asarray(np.hypot(*(a - b).T), np.float64)
 
 
-def nearest_affine(points: Points, true: Points) -> geometry.Map:
+def nearest_affine(points: Points, true: Points) -> affine.Map:
     matrix = np.concatenate([points, np.ones((len(points), 1))], axis=1)
     return np.asarray(np.linalg.lstsq(matrix, true, rcond=None)[0].T, np.float64)
 
@@ -192,7 +194,7 @@ def floor_rows(sequences: dict[str, Path]) -> Iterator[str]:
                     for y in np.linspace(top, max(top, bottom - side), 4):
                         inside = points_in((x, y, min(x + side, right), min(y + side, bottom)))
                         true, _ = truth.true_lr_to_hr(job.lr, job.hr, inside)
-                        errors.append(distance(geometry.apply(nearest_affine(inside, true), inside), true))
+                        errors.append(distance(affine.apply(nearest_affine(inside, true), inside), true))
                 cells.append(f"{percentile(errors, 95):.2f}")
             pair = f"{job.hr_exif.focal_mm:g}/{job.lr_exif.focal_mm:g} mm"
             yield f"| {name}, {pair} | {' | '.join(cells)} |"
@@ -211,14 +213,14 @@ def chain_rows(pictures: list[Path]) -> Iterator[str]:
             long = np.asarray(cv2.resize(fine, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
             size = (round(height * 4 / zoom), round(width * 4 / zoom))
             steps = np.array([[width / size[1], 0, 0], [0, height / size[0], 0]])
-            grown = geometry.scaling(to_longest)
-            to_long = geometry.compose(
-                geometry.scaling(1 / to_longest), geometry.compose(MOTION, geometry.compose(grown, steps))
+            grown = affine.scaling(to_longest)
+            to_long = affine.compose(
+                affine.scaling(1 / to_longest), affine.compose(MOTION, affine.compose(grown, steps))
             )
             inner = (slice(24, size[0] - 24), slice(24, size[1] - 24))
-            ideal = area_average(fine, geometry.compose(geometry.scaling(2), to_long), size)[inner]
-            corner = geometry.compose(to_long, geometry.translation(24, 24))
-            once = geometry.sample(long, corner, (size[0] - 48, size[1] - 48))
+            ideal = area_average(fine, affine.compose(affine.scaling(2), to_long), size)[inner]
+            corner = affine.compose(to_long, affine.translation(24, 24))
+            once = affine.sample(long, corner, (size[0] - 48, size[1] - 48))
             chains = (
                 authors_chain(long, to_longest, size, kind)[inner] for kind in (cv2.INTER_CUBIC, cv2.INTER_LINEAR)
             )
@@ -227,7 +229,7 @@ def chain_rows(pictures: list[Path]) -> Iterator[str]:
         yield f"| {pair} | **{once_db:.1f}** | {cubic_db:.1f} | {linear_db:.1f} |"
 
 
-def area_average(fine: NDArray[np.uint8], to_fine: geometry.Map, size: geometry.Size) -> NDArray[np.float64]:
+def area_average(fine: NDArray[np.uint8], to_fine: affine.Map, size: affine.Size) -> NDArray[np.float64]:
     """What pixels of `size` see of `fine` through a map: 6 x 6 points each."""
     parts = 6
     total = np.zeros((*size, 3))
@@ -235,17 +237,17 @@ def area_average(fine: NDArray[np.uint8], to_fine: geometry.Map, size: geometry.
     for row in range(parts):
         for col in range(parts):
             at = np.stack([x.ravel() + (col + 0.5) / parts, y.ravel() + (row + 0.5) / parts], axis=1)
-            place = (geometry.apply(to_fine, at) - 0.5).astype(np.float32).reshape(*size, 2)
+            place = (affine.apply(to_fine, at) - 0.5).astype(np.float32).reshape(*size, 2)
             total += cv2.remap(fine, place[..., 0], place[..., 1], cv2.INTER_LANCZOS4, borderMode=cv2.BORDER_REPLICATE)
     return total / parts**2
 
 
-def authors_chain(long: NDArray[np.uint8], to_longest: float, size: geometry.Size, resize: int) -> NDArray[np.float64]:
+def authors_chain(long: NDArray[np.uint8], to_longest: float, size: affine.Size, resize: int) -> NDArray[np.float64]:
     """Up to the longest focal length's grid, warp, back, to the exact scale: as in the released SRRawDataset."""
     picture = long.astype(np.float32) / 255
     height, width = picture.shape[:2]
     picture = cv2.resize(picture, (round(width * to_longest), round(height * to_longest)), interpolation=resize)
-    index = geometry.compose(geometry.translation(-0.5, -0.5), geometry.compose(MOTION, geometry.translation(0.5, 0.5)))
+    index = affine.compose(affine.translation(-0.5, -0.5), affine.compose(MOTION, affine.translation(0.5, 0.5)))
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     picture = cv2.warpAffine(picture, index, picture.shape[1::-1], flags=flags)
     picture = cv2.resize(picture, (width, height), interpolation=resize)
@@ -268,7 +270,7 @@ def main() -> None:
     chosen = parser.parse_args()
     cv2.setNumThreads(1)
     arguments = ["--scenes DIR" if chosen.scenes else "", f"--sequences {chosen.sequences}", f"--wide {chosen.wide}"]
-    text = [provenance("python benchmarks/geometry.py " + " ".join(filter(None, arguments)), ("../preprocessing",))]
+    text = [provenance("python benchmarks/affine.py " + " ".join(filter(None, arguments)), ("../preprocessing",))]
     with tempfile.TemporaryDirectory() as temporary:
         for line in tables(chosen, chosen.work or Path(temporary)):
             text.append(line)

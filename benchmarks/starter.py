@@ -31,7 +31,7 @@ from pipelines.evaluate import Evaluation, evaluate_model, examples  # noqa: E40
 from pipelines.loader import HeldOut, held_out, index_split  # noqa: E402
 from pipelines.train import train  # noqa: E402
 from preprocessing.shards import PreprocessOptions, preprocess  # noqa: E402
-from preprocessing.simulate import simulate  # noqa: E402
+from preprocessing.simulator.sequences import simulate  # noqa: E402
 from sdan import checkpoint  # noqa: E402
 
 PRESETS = ("perfect", "tripod", "default", "handheld")

@@ -1,8 +1,8 @@
 """A training step beside the authors' way, where its time goes, and the loader: `python benchmarks/training.py` (CPU).
 
-"Step" is `pipelines.step.train_step` of config `paper_4x` (64 features, 16 blocks, 128 x 128 mosaic crops, 512 x 512
-targets): forward, eq. 6, backward, Adam. "Authors' way" is the same network with torchvision's operator on the repeated
-offset and explicit attention, in float32, contiguous; ours is channels-last unless it says otherwise. Contestants of a
+"Step" is `pipelines.training.step.train_step` of config `paper_4x` (64 features, 16 blocks, 128 x 128 mosaic
+crops, 512 x 512 targets): forward, eq. 6, backward, Adam. "Authors' way" is the same network with torchvision's operator
+on the repeated offset and explicit attention, in float32, contiguous; ours is channels-last unless it says otherwise. Contestants of a
 row take turns; the best time of each counts.
 The parts are timed one by one with their inputs cut off, forward and backward, in milliseconds a step. The loader runs
 on simulated 1536 px wide shards. The roofline multiplies counted work with GPUs' published rates: nothing in it was
@@ -25,14 +25,15 @@ from operators import Tables, authors_way, best_ms, provenance, publish  # noqa:
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from pipelines import cluster, step  # noqa: E402
+from pipelines import cluster  # noqa: E402
 from pipelines import config as configs  # noqa: E402
 from pipelines.config import RunConfig  # noqa: E402
 from pipelines.loader import CropStream, Inputs, index_split, model_inputs, training_batches  # noqa: E402
-from pipelines.progress import last_report  # noqa: E402
 from pipelines.train import train  # noqa: E402
+from pipelines.training import step  # noqa: E402
+from pipelines.training.progress import last_report  # noqa: E402
 from preprocessing.shards import PreprocessOptions, preprocess  # noqa: E402
-from preprocessing.simulate import simulate  # noqa: E402
+from preprocessing.simulator.sequences import simulate  # noqa: E402
 from sdan.losses import low_pass, sdan_loss  # noqa: E402
 from sdan.network import SDANOutput, with_flips  # noqa: E402
 from sdan.ops import offset_mask  # noqa: E402

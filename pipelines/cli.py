@@ -116,7 +116,7 @@ def simulate(
     seed: Annotated[int, typer.Option(help="Same seed, same files.")] = 0,
 ) -> None:
     """Zoom sequences with known true geometry: RAW + camera JPG in SR-RAW's layout."""
-    from preprocessing import simulate as simulator
+    from preprocessing.simulator import sequences as simulator
 
     with _bar("simulate", "sequence", sequences) as step:
         folders = simulator.simulate(
@@ -160,7 +160,7 @@ def inspect(
     out: Annotated[Path, typer.Option("-o", metavar="REPORT.html", help="Where to write the page.")],
 ) -> None:
     """What SHARDS holds, as one page: counts, misalignment, the worst-aligned pairs to look at, the quarantine."""
-    from preprocessing import inspect as reports
+    from preprocessing.report import inspect as reports
 
     if out.is_dir() or not out.parent.is_dir():
         raise reports.InspectError(f"-o {out}: a file in a folder that exists expected, e.g. -o report.html")
@@ -249,7 +249,7 @@ def evaluate(
     """The table: bicubic beside the model, by protocol and target."""
     from pipelines import evaluate as evaluation
     from pipelines import registry
-    from pipelines.scores import PROTOCOLS
+    from pipelines.scoring.scores import PROTOCOLS
 
     if protocol not in PROTOCOLS:
         raise evaluation.EvaluateError(f"--protocol: self or oracle expected, got {protocol!r}")

@@ -14,11 +14,11 @@ from tqdm import tqdm
 from pipelines import cluster, registry
 from pipelines import config as configs
 from pipelines.evaluate import Evaluation, evaluate
-from pipelines.pictures import labelled_grid
+from pipelines.scoring.pictures import labelled_grid
 from pipelines.train import TrainResult, train, with_network_of
 from pipelines.zoom import Zoomer, read_photo, write_png
 from preprocessing.shards import PreprocessOptions, preprocess
-from preprocessing.simulate import simulate
+from preprocessing.simulator.sequences import simulate
 from sdan.baselines import bicubic
 
 SEQUENCES = 10

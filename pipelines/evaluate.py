@@ -18,8 +18,8 @@ from PIL import Image
 
 from pipelines import config as configs
 from pipelines.loader import HeldOut, held_out, model_inputs
-from pipelines.pictures import labelled_grid, to_uint8
-from pipelines.scores import BORDER_PX, PROTOCOLS, TARGETS, PerCrop, mean_scores, score_bicubic, score_model
+from pipelines.scoring.pictures import labelled_grid, to_uint8
+from pipelines.scoring.scores import BORDER_PX, PROTOCOLS, TARGETS, PerCrop, mean_scores, score_bicubic, score_model
 from sdan import checkpoint, metrics
 from sdan.baselines import Network, bicubic
 from sdan.ops.precision import autocast

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from pipelines.config import RunConfig
 from preprocessing import schema
-from preprocessing.aligned import align_to
+from preprocessing.registration.aligned_target import align_to
 from preprocessing.storage import one_line
 from sdan import augment, raw_input
 from sdan.losses import low_pass

@@ -11,7 +11,8 @@ from typing import Any, Literal
 from mlflow.tracking import MlflowClient
 from tqdm import tqdm
 
-from pipelines import progress, registry
+from pipelines import registry
+from pipelines.training import progress
 
 MOST_RUNS = 8
 SILENT_S = 120.0

@@ -30,11 +30,11 @@ from torch import Tensor
 from pipelines import cluster, registry
 from pipelines import config as configs
 from pipelines.config import ConfigError, RunConfig
-from pipelines.failures import StopWhereRetryingIsVain
 from pipelines.loader import ShardIndex, check_fit, index_split
-from pipelines.progress import PROGRESS, ProgressFile, ProgressLine
-from pipelines.tracking import log_data
-from pipelines.worker import SELECT_BY, train_worker
+from pipelines.training.failures import StopWhereRetryingIsVain
+from pipelines.training.progress import PROGRESS, ProgressFile, ProgressLine
+from pipelines.training.run_log import log_data
+from pipelines.training.worker import SELECT_BY, train_worker
 from sdan import checkpoint
 from sdan.network import SDAN
 from sdan.ops.precision import emulation_warning

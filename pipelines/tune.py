@@ -13,7 +13,7 @@ from pipelines import cluster, registry
 from pipelines import config as configs
 from pipelines.config import RunConfig
 from pipelines.loader import check_fit, index_split
-from pipelines.worker import SELECT_BY
+from pipelines.training.worker import SELECT_BY
 from sdan.perceptual import load_vgg19
 from tuning.search import SLOT
 from tuning.space import check_space, default_space, load_space

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pipelines import config as configs
-from preprocessing import raw
+from preprocessing.raw import decode
 from sdan import checkpoint, inference, raw_input
 from sdan.baselines import Network
 
@@ -53,7 +53,7 @@ def read_photo(path: Path, model_input: str) -> Photo:
         return _from_picture(path, model_input)
     if model_input == "rgb":
         raise ZoomError(f"{path}: the camera's JPG expected by a model with RGB input, got RAW; give the JPG beside it")
-    image = raw.load(path)
+    image = decode.load(path)
     rendering = _to_tensor(image.rendering)
     packed = raw_input.normalise(
         torch.from_numpy(image.packed.astype(np.float32))[None],
@@ -104,7 +104,7 @@ class Zoomer:
             zoomed = inference.zoom(self.model, photo.x, photo.rendering, tile_px=self.tile_px, progress=progress)
         except ValueError as error:
             raise ZoomError(str(error)) from error
-        return raw.upright(zoomed.permute(1, 2, 0).cpu().numpy(), photo.flip)
+        return decode.upright(zoomed.permute(1, 2, 0).cpu().numpy(), photo.flip)
 
 
 def check_output(path: Path, bits: int) -> None:

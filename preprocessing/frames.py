@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from preprocessing.exif import Exif
+from preprocessing.raw.exif import Exif
 from preprocessing.schema import SPLITS
 from preprocessing.storage import Folder
 
@@ -21,7 +21,7 @@ RAW_SUFFIXES = frozenset(_RAW_NAMES.split())
 JPG_SUFFIXES = frozenset({"jpg", "jpeg"})
 TRUTH_FOLDER = "truth"
 
-MAX_EXCESS = 1.3
+MAX_ZOOM_EXCESS = 1.3
 """The largest focal ratio that still makes a pair, as a multiple of the scale (SR-RAW's 240/50 is 1.2 times 4)."""
 
 KNOWN_BAD = ("00350/00001", "00350/00002", "00350/00003", "00560/00003", "00267/00003")
@@ -181,4 +181,4 @@ def _suffix(name: str) -> str:
 
 def _fits(value: float, scale: int) -> bool:
     # EXIF focal lengths are rationals: 4.0 may arrive as 3.9999999.
-    return scale * (1 - 1e-6) <= value <= scale * MAX_EXCESS * (1 + 1e-6)
+    return scale * (1 - 1e-6) <= value <= scale * MAX_ZOOM_EXCESS * (1 + 1e-6)

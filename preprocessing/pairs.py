@@ -11,14 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from preprocessing import raw as raw_files
 from preprocessing.frames import TRUTH_FOLDER
-from preprocessing.lens import LensMap
 from preprocessing.plan import PairJob, PreprocessOptions
+from preprocessing.raw import decode as raw_files
+from preprocessing.registration.lens import LensMap
 from preprocessing.schema import ShardInfo, encode
 from preprocessing.storage import Folder, one_line
 from preprocessing.tiles import Jpg, TileError, cut, decode_jpg
-from preprocessing.truth import Truth, load_truth
+from preprocessing.truth.reader import Truth, load_truth
 
 
 class _Unreadable(Exception):

@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from preprocessing.exif import Exif, read_exif
 from preprocessing.frames import (
     KNOWN_BAD,
+    MAX_ZOOM_EXCESS,
     File,
     Frame,
     Sequence,
@@ -21,6 +21,7 @@ from preprocessing.frames import (
     pair,
     ratio,
 )
+from preprocessing.raw.exif import Exif, read_exif
 from preprocessing.schema import SCHEMA_VERSION
 from preprocessing.storage import Folder
 
@@ -250,7 +251,8 @@ def _why_no_pair(shots: list[Shot], scale: int) -> str:
         return f"{len(known)} of {len(shots)} frames have a focal length, expected at least two"
     focals = ", ".join(f"{value:g}" for value in sorted({shot.exif.focal_mm or 0.0 for shot in known}))
     return (
-        f"no two usable frames {scale} to {1.3 * scale:g} times apart (focal lengths: {focals} mm); use another --scale"
+        f"no two usable frames {scale} to {MAX_ZOOM_EXCESS * scale:g} times apart (focal lengths: {focals} mm); "
+        "use another --scale"
     )
 
 

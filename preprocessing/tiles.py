@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from preprocessing import corrections, geometry, lens_sampling, registration
-from preprocessing.alignment import register_raw
-from preprocessing.exif import read_exif
-from preprocessing.geometry import Map, Size
-from preprocessing.lens import LensMap
-from preprocessing.raw import RawImage
+from preprocessing import corrections
+from preprocessing.raw.decode import RawImage
+from preprocessing.raw.exif import read_exif
+from preprocessing.registration import affine, register
+from preprocessing.registration.affine import Map, Size
+from preprocessing.registration.lens import LensMap, sample_through
+from preprocessing.registration.raw_to_jpg import register_raw
 
 Area = tuple[int, int, int, int]
 
@@ -101,15 +102,15 @@ def align(raw: RawImage, lr: Jpg, hr: Jpg, zoom: float, *, ecc: bool) -> Alignme
         return Alignment(to_lr, to_hr, "scale")
     try:
         lens = register_raw(raw, hr.pixels_HWC, to_hr)
-    except registration.RegistrationError:
+    except register.RegistrationError:
         return Alignment(to_lr, to_hr, "scale_fallback")
-    return Alignment(to_lr, lens.affine_over(*geometry.footprint(lens.affine, hr.size)), "ecc", lens)
+    return Alignment(to_lr, lens.affine_over(*affine.footprint(lens.affine, hr.size)), "ecc", lens)
 
 
 def shared_area(raw: RawImage, alignment: Alignment, lr_size: Size, hr_size: Size) -> Area:
     """The packed area that all three pictures cover; height or width can be 0 or less."""
     rows, cols = raw.size
-    boxes = [geometry.footprint(alignment.lr_to_lr_jpg, lr_size), _hr_footprint(alignment, hr_size)]
+    boxes = [affine.footprint(alignment.lr_to_lr_jpg, lr_size), _hr_footprint(alignment, hr_size)]
     top, left = raw.origin
     first_col = max(0.0, *((box[0] - left) / 2 for box in boxes))
     first_row = max(0.0, *((box[1] - top) / 2 for box in boxes))
@@ -121,7 +122,7 @@ def shared_area(raw: RawImage, alignment: Alignment, lr_size: Size, hr_size: Siz
 
 def _hr_footprint(alignment: Alignment, hr_size: Size) -> tuple[float, float, float, float]:
     """(left, top, right, bottom) of what HR shows, less what the lens's map may reach farther than the affine."""
-    left, top, right, bottom = geometry.footprint(alignment.lr_to_hr, hr_size)
+    left, top, right, bottom = affine.footprint(alignment.lr_to_hr, hr_size)
     if alignment.found is None:
         return left, top, right, bottom
     reach_px = 2 * alignment.found.departure(alignment.lr_to_hr, left, top, right, bottom)
@@ -131,7 +132,7 @@ def _hr_footprint(alignment: Alignment, hr_size: Size) -> tuple[float, float, fl
 
 def mosaic_origin(raw: RawImage, area: Area) -> Map:
     """Mosaic pixels counted from the area's corner -> LibRaw's visible area."""
-    return geometry.translation(raw.origin[1] + 2 * area[1], raw.origin[0] + 2 * area[0])
+    return affine.translation(raw.origin[1] + 2 * area[1], raw.origin[0] + 2 * area[0])
 
 
 def spread(length: int, tile: int, stride: int) -> list[int]:
@@ -156,10 +157,8 @@ def cut(
         )
     place = mosaic_origin(raw, area)
     size = (2 * area[2], 2 * area[3])
-    lr_HWC = geometry.sample(lr.stored, geometry.compose(alignment.lr_to_lr_jpg, place), size)
-    hr_HWC = _fine(
-        alignment, hr, geometry.compose(place, geometry.scaling(1 / scale)), (scale * size[0], scale * size[1])
-    )
+    lr_HWC = affine.sample(lr.stored, affine.compose(alignment.lr_to_lr_jpg, place), size)
+    hr_HWC = _fine(alignment, hr, affine.compose(place, affine.scaling(1 / scale)), (scale * size[0], scale * size[1]))
     low_HWC = np.asarray(cv2.resize(hr_HWC, size[::-1], interpolation=cv2.INTER_AREA), np.uint8)
     counts_4HW, render_HWC = raw.counts(*area), raw.render(*area)
     quality = _Quality(lr_HWC, low_HWC, scale, tile_px)
@@ -202,24 +201,24 @@ def cut(
 def _fine(alignment: Alignment, hr: Jpg, to_mosaic: Map, size: Size) -> NDArray[np.uint8]:
     """HR on a grid that `to_mosaic` takes to the LR mosaic: each pixel of the JPG is resampled once."""
     if alignment.found is None:
-        return geometry.sample(hr.stored, geometry.compose(alignment.lr_to_hr, to_mosaic), size)
-    return lens_sampling.sample(hr.pixels_HWC, alignment.found.after(to_mosaic), size)
+        return affine.sample(hr.stored, affine.compose(alignment.lr_to_hr, to_mosaic), size)
+    return sample_through(hr.pixels_HWC, alignment.found.after(to_mosaic), size)
 
 
 class _Quality:
     """Per tile: correlation and residual shift of the long-focal picture against the camera's short-focal one."""
 
     def __init__(self, lr_HWC: NDArray[np.uint8], low_HWC: NDArray[np.uint8], scale: int, tile_px: int) -> None:
-        self._lr, self._hr = registration.luminance(lr_HWC), registration.luminance(low_HWC)
-        self._lr_detail, self._hr_detail = map(registration.local_detail, (self._lr, self._hr))
+        self._lr, self._hr = register.luminance(lr_HWC), register.luminance(low_HWC)
+        self._lr_detail, self._hr_detail = map(register.local_detail, (self._lr, self._hr))
         self._scale, self._side = scale, 2 * tile_px
 
     def of(self, row: int, col: int) -> tuple[float, float]:
         """(correlation, residual shift in HR pixels) of the tile at packed (row, col) of the area."""
         at = (slice(2 * row, 2 * row + self._side), slice(2 * col, 2 * col + self._side))
         wide = tuple(self._widened(span, length) for span, length in zip(at, self._lr.shape, strict=True))
-        shift = registration.measure_shift(self._lr_detail[wide], self._hr_detail[wide])
-        return registration.correlation(self._lr[at], self._hr[at]), float(np.hypot(*shift)) * self._scale
+        shift = register.measure_shift(self._lr_detail[wide], self._hr_detail[wide])
+        return register.correlation(self._lr[at], self._hr[at]), float(np.hypot(*shift)) * self._scale
 
     @staticmethod
     def _widened(span: slice, length: int) -> slice:
@@ -241,11 +240,11 @@ def _corrections(
     area."""
     place = mosaic_origin(raw, area)
     # LR's frame in the sensor's orientation, HR's as stored: only its radius is asked for.
-    hr_frame = geometry.about_centres(geometry.units_per_px(hr.size), hr.size, (0, 0))
+    hr_frame = affine.about_centres(affine.units_per_px(hr.size), hr.size, (0, 0))
     lr_scale = float(np.abs(alignment.lr_to_lr_jpg[0, :2]).sum())
     top, left, height, width = raw.frame
-    lr_frame = geometry.about_centres(lr_scale * geometry.units_per_px(lr.size), (height, width), (0, 0))
-    to_frame = geometry.translation(-left, -top)
+    lr_frame = affine.about_centres(lr_scale * affine.units_per_px(lr.size), (height, width), (0, 0))
+    to_frame = affine.translation(-left, -top)
     return corrections.measure(
         corrections.Pictures(
             rendering=render_HWC,
@@ -253,8 +252,8 @@ def _corrections(
             hr=low_HWC,
             lr_is_jpg=lr.source == "camera",
             hr_is_jpg=hr.source == "camera",
-            to_lr_units=geometry.compose(lr_frame, geometry.compose(to_frame, place)),
-            to_hr_units=geometry.compose(hr_frame, geometry.compose(alignment.lr_to_hr, place)),
+            to_lr_units=affine.compose(lr_frame, affine.compose(to_frame, place)),
+            to_hr_units=affine.compose(hr_frame, affine.compose(alignment.lr_to_hr, place)),
         )
     )
 
@@ -262,8 +261,8 @@ def _corrections(
 def _nominal(raw: RawImage, jpg: Jpg, zoom: float) -> Map:
     top, left, *size = raw.frame
     frame_size = (size[0], size[1])
-    flip = geometry.stored_flip(jpg.orientation, raw.flip, jpg.size, frame_size)
-    return geometry.compose(geometry.frame_to_jpg(zoom, frame_size, jpg.size, flip), geometry.translation(-left, -top))
+    flip = affine.stored_flip(jpg.orientation, raw.flip, jpg.size, frame_size)
+    return affine.compose(affine.frame_to_jpg(zoom, frame_size, jpg.size, flip), affine.translation(-left, -top))
 
 
 def _window(image_HWC: NDArray[np.uint8], row: int, col: int, factor: int, tile_px: int) -> NDArray[np.uint8]:

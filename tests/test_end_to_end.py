@@ -22,7 +22,7 @@ from pipelines.retrain import retrain
 from pipelines.train import train
 from pipelines.zoom import Zoomer, read_photo, write_png
 from preprocessing.shards import PreprocessOptions, preprocess
-from preprocessing.simulate import simulate
+from preprocessing.simulator.sequences import simulate
 from sdan.baselines import bicubic
 
 SDAN = str(Path(sys.executable).with_name("sdan"))

@@ -22,10 +22,11 @@ from mlflow.tracking import MlflowClient
 from ray.cluster_utils import Cluster
 from ray.train import UserCallback
 
-from pipelines import cluster, progress, registry
+from pipelines import cluster, registry
 from pipelines import config as configs
 from pipelines import train as training
 from pipelines.train import TrainError, train
+from pipelines.training import progress
 from sdan import checkpoint
 
 pytestmark = pytest.mark.slow

@@ -7,7 +7,7 @@ there. Training, validation, evaluation and zooming all choose through `resolve`
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import torch
 
@@ -47,8 +47,8 @@ def resolve(precision: str, device: torch.device) -> Precision:
         return native_precision(device)
     if precision == "fp16" and device.type == "cpu":
         return "fp32"
-    if precision == "fp32" or precision == "bf16" or precision == "fp16":
-        return precision
+    if precision in get_args(Precision):
+        return cast(Precision, precision)
     raise ValueError(f"precision: expected auto, fp32, bf16 or fp16, got {precision!r}")
 
 

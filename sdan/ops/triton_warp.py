@@ -17,7 +17,7 @@ from sdan.ops import rows
 from sdan.ops.triton_kernels import warp_backward_kernel, warp_forward_kernel
 
 _FORWARD_VALUES = 1024
-"""values per program and corner: 8 per thread at 4 warps, 128-bit loads (`python -m sdan.ops.compile_report`)"""
+"""values per program and corner: 8 per thread at 4 warps, 128-bit loads (`python benchmarks/compile_report.py`)"""
 _BACKWARD_VALUES = {8: 256, 4: 512, 2: 256}
 """the same for the backward pass, by bytes per value: the largest that do not spill on sm_80"""
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from preprocessing import raw
-from preprocessing.dng import write_dng
+from preprocessing.raw import decode
+from preprocessing.raw.dng import write_dng
 from sdan import augment
 
 SIDE, CROP_PX, EDGE = 160, 64, 8
@@ -31,7 +31,7 @@ def developed(tmp_path_factory):
         mosaic[row::2, col::2] = linear[row::2, col::2, colour] / WB[colour]
     path = tmp_path_factory.mktemp("dng") / "x.dng"
     write_dng(path, np.rint(512 + mosaic * (16383 - 512)).astype(np.uint16), wb=WB)
-    image = raw.load(path)
+    image = decode.load(path)
     return {
         "lr_raw": torch.from_numpy(image.packed.astype(np.uint16).copy()),
         "lr_render": torch.from_numpy(np.ascontiguousarray(image.rendering.transpose(2, 0, 1))),
@@ -44,7 +44,7 @@ def develop(packed: np.ndarray, path) -> np.ndarray:
     for plane, (row, col) in zip(packed, ((0, 0), (0, 1), (1, 0), (1, 1)), strict=True):
         mosaic[row::2, col::2] = plane
     write_dng(path, mosaic, wb=WB)
-    return raw.load(path).rendering
+    return decode.load(path).rendering
 
 
 @pytest.mark.parametrize("turns", itertools.product((False, True), repeat=3))

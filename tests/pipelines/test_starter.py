@@ -8,7 +8,7 @@ from pipelines import config as configs
 from pipelines import registry
 from pipelines.evaluate import evaluate
 from preprocessing.shards import PreprocessOptions, preprocess
-from preprocessing.simulate import simulate
+from preprocessing.simulator.sequences import simulate
 from sdan import checkpoint
 
 MOST_BYTES = 3_000_000

@@ -8,9 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 from pipelines import config as configs
-from pipelines import progress, registry, status
+from pipelines import registry, status
 from pipelines import train as training
 from pipelines.cli import app
+from pipelines.training import progress
 
 
 @pytest.fixture

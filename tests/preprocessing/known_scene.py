@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from preprocessing.dng import write_arw, write_dng
-from preprocessing.geometry import about_centres, compose, translation
+from preprocessing.raw.dng import write_arw, write_dng
+from preprocessing.registration.affine import about_centres, compose, translation
 
 BLACK, WHITE = 512, 16383
 WB = (2.0, 1.0, 1.5)

@@ -5,11 +5,13 @@ import numpy as np
 import pytest
 from known_scene import Scene
 
-from preprocessing import raw, simulate, tiles
+from preprocessing import tiles
 from preprocessing.corrections import COLUMNS, Pictures, measure
-from preprocessing.geometry import about_centres, compose, translation, units_per_px
-from preprocessing.sensor import tone_curve
-from preprocessing.truth import load_truth
+from preprocessing.raw import decode
+from preprocessing.registration.affine import about_centres, compose, translation, units_per_px
+from preprocessing.simulator import sequences
+from preprocessing.simulator.sensor import tone_curve
+from preprocessing.truth.reader import load_truth
 
 FRAME = (944, 1416)
 """The LR frame; the pair's area is its central half, as at 2x."""
@@ -117,12 +119,12 @@ def _linear(coded):
 
 def test_simulated_exposures_are_measured(tmp_path):
     """Gain and vignetting that the simulator gave each frame, through RAW, JPG and real misalignment."""
-    folder = simulate.simulate(tmp_path, sequences=1, width_px=768, preset="default", seed=3)[0]
+    folder = sequences.simulate(tmp_path, sequences=1, width_px=768, preset="default", seed=3)[0]
     truth = load_truth(folder)
     for lr, hr in (("00005", "00001"), ("00006", "00002"), ("00007", "00003")):
         jpgs = [tiles.decode_jpg((folder / f"{stem}.JPG").read_bytes(), stem) for stem in (lr, hr)]
         zoom = truth.frames[hr].focal_mm / truth.frames[lr].focal_mm
-        row = tiles.cut(raw.load(folder / f"{lr}.dng"), *jpgs, zoom, scale=4, tile_px=40, stride_px=40, ecc=False)[0]
+        row = tiles.cut(decode.load(folder / f"{lr}.dng"), *jpgs, zoom, scale=4, tile_px=40, stride_px=40, ecc=False)[0]
         exposures = truth.exposures
         assert row["exposure_ratio"] == pytest.approx(exposures[hr].gain / exposures[lr].gain, rel=0.04)
         assert row["exposure_falloff"] == pytest.approx(exposures[hr].vignetting, abs=0.08)

@@ -11,10 +11,10 @@ from known_scene import jpg_bytes, write_sequence
 from preprocessing import estimate as estimates
 from preprocessing import shards
 from preprocessing.estimate import Rate, estimate, memory_bytes, num_tiles, tile_bytes
-from preprocessing.exif import read_exif
 from preprocessing.frames import discover
 from preprocessing.pairs import process
 from preprocessing.plan import PreprocessOptions, make_plan
+from preprocessing.raw.exif import read_exif
 from preprocessing.storage import Folder, open_folder
 
 OPTIONS = PreprocessOptions(tile_px=12, stride_px=5)

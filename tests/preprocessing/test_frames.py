@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from known_scene import jpg_bytes
 
-from preprocessing.exif import Exif, camera_name, read_exif
 from preprocessing.frames import KNOWN_BAD, File, Frame, Shot, discover, is_excluded, pair, read_exclusions
+from preprocessing.raw.exif import Exif, camera_name, read_exif
 from preprocessing.storage import open_folder
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from preprocessing.exif import Exif
 from preprocessing.ledger import Ledger, _sequence_of
 from preprocessing.plan import Plan, PreprocessOptions
+from preprocessing.raw.exif import Exif
 from preprocessing.storage import open_folder
 
 SHARDS = ("scene_5-1", "scene_6-2", "scene_2_5-1", "scene_2_6-2", "DSC_0_a_DSC_5-DSC_1")

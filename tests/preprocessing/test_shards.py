@@ -261,7 +261,7 @@ def test_the_layouts_own_split_is_honoured(folders):
 
 
 def test_the_simulators_truth_reaches_the_rows(tmp_path):
-    from preprocessing.simulate import simulate
+    from preprocessing.simulator.sequences import simulate
 
     simulate(tmp_path / "raw", sequences=1, width_px=480, preset="perfect", seed=3)
     assert run((tmp_path / "raw", tmp_path / "shards")).written == 3

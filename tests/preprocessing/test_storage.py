@@ -97,7 +97,7 @@ import sys
 from pathlib import Path
 import boto3
 from preprocessing.schema import list_shards, read_info
-from preprocessing.inspect import inspect
+from preprocessing.report.inspect import inspect
 from preprocessing.shards import PreprocessOptions, preprocess
 client, raw = boto3.client("s3"), Path(sys.argv[1])
 client.create_bucket(Bucket="zoom")

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from known_scene import WB, Scene, frame_to_scene, jpg_bytes, to_8_bit, to_mosaic
 
-from preprocessing import geometry, lens_sampling, raw, tiles
-from preprocessing.dng import write_dng
-from preprocessing.lens import LensMap
+from preprocessing import tiles
+from preprocessing.raw import decode
+from preprocessing.raw.dng import write_dng
+from preprocessing.registration import affine
+from preprocessing.registration.lens import LensMap, sample_through
 
 SIZE = (256, 384)
 SCALE, TILE_PX = 4, 24
@@ -24,7 +26,7 @@ def frames(tmp_path_factory):
     raws = {}
     for cfa in ("RGGB", "GRBG", "GBRG", "BGGR"):
         write_dng(folder / f"{cfa}.dng", to_mosaic(picture(ZOOM), cfa), cfa=cfa, wb=WB)
-        raws[cfa] = raw.load(folder / f"{cfa}.dng")
+        raws[cfa] = decode.load(folder / f"{cfa}.dng")
     return raws, tiles.Jpg(to_8_bit(picture(ZOOM)), None), tiles.Jpg(to_8_bit(picture(1)), None)
 
 
@@ -35,8 +37,8 @@ def cut(image, lr, hr, **options):
 
 def seen(row, factor, reduction=ZOOM):
     """The scene as the tile must show it, [C, side, side] in [0, 255], `factor` pixels per packed pixel."""
-    place = geometry.translation(row["origin_col"] + 2 * row["col"], row["origin_row"] + 2 * row["row"])
-    to_scene = geometry.compose(frame_to_scene(reduction, SIZE), geometry.compose(place, geometry.scaling(2 / factor)))
+    place = affine.translation(row["origin_col"] + 2 * row["col"], row["origin_row"] + 2 * row["row"])
+    to_scene = affine.compose(frame_to_scene(reduction, SIZE), affine.compose(place, affine.scaling(2 / factor)))
     side = factor * TILE_PX
     return Scene(8).view(to_scene, (side, side)).transpose(2, 0, 1) * 255
 
@@ -65,16 +67,14 @@ def test_row_col_and_map_reproduce_the_target_from_the_jpg(frames, ecc):
     rows = cut(raws["GBRG"], lr, hr, ecc=ecc)
     assert {row["aligned_by"] for row in rows} == {"ecc" if ecc else "scale"}
     for row in rows[::3]:
-        corner = geometry.translation(row["origin_col"] + 2 * row["col"], row["origin_row"] + 2 * row["row"])
-        to_mosaic = geometry.compose(corner, geometry.scaling(1 / SCALE))
+        corner = affine.translation(row["origin_col"] + 2 * row["col"], row["origin_row"] + 2 * row["row"])
+        to_mosaic = affine.compose(corner, affine.scaling(1 / SCALE))
         size = (2 * SCALE * TILE_PX, 2 * SCALE * TILE_PX)
         if ecc:
-            again = lens_sampling.sample(
-                hr.pixels_HWC, LensMap.from_numbers(row["lr_to_hr_lens"]).after(to_mosaic), size
-            )
+            again = sample_through(hr.pixels_HWC, LensMap.from_numbers(row["lr_to_hr_lens"]).after(to_mosaic), size)
         else:
-            to_hr = geometry.compose(row["lr_to_hr"].reshape(2, 3), to_mosaic)
-            again = geometry.sample(hr.pixels_HWC, to_hr, size)
+            to_hr = affine.compose(row["lr_to_hr"].reshape(2, 3), to_mosaic)
+            again = affine.sample(hr.pixels_HWC, to_hr, size)
         assert np.abs(again.transpose(2, 0, 1).astype(int) - row["hr_rgb"]).max() <= 1
 
 
@@ -93,7 +93,7 @@ def test_a_jpg_whose_pixels_were_turned_is_turned_back(frames, flip):
     raws, lr, hr = frames
     straight = cut(raws["RGGB"], lr, hr)
     image = replace(raws["RGGB"], flip=flip)
-    turned = [tiles.Jpg(raw.upright(jpg.pixels_HWC, flip), 1) for jpg in (lr, hr)]
+    turned = [tiles.Jpg(decode.upright(jpg.pixels_HWC, flip), 1) for jpg in (lr, hr)]
     for ours, theirs in zip(cut(image, *turned), straight, strict=True):
         assert np.array_equal(ours["lr_rgb"], theirs["lr_rgb"])
         assert np.abs(ours["hr_rgb"].astype(int) - theirs["hr_rgb"]).max() <= 1
@@ -111,12 +111,12 @@ def test_ecc_finds_what_the_focal_lengths_do_not_say(frames):
     assert {row["aligned_by"] for row in by_scale} == {"scale"} and {row["aligned_by"] for row in by_ecc} == {"ecc"}
     assert min(row["residual_px"] for row in by_scale) > 25
     assert max(row["residual_px"] for row in by_ecc) < 0.5
-    true = geometry.compose(
-        geometry.invert(frame_to_scene(1 / 1.01, SIZE, (30, -18))), frame_to_scene(ZOOM, SIZE)
+    true = affine.compose(
+        affine.invert(frame_to_scene(1 / 1.01, SIZE, (30, -18))), frame_to_scene(ZOOM, SIZE)
     )  # LR mosaic -> scene -> long frame
     corners = np.array([[150.0, 90.0], [230.0, 90.0], [150.0, 165.0], [230.0, 165.0]])
-    found = geometry.apply(by_ecc[0]["lr_to_hr"].reshape(2, 3), corners)
-    assert np.abs(found - geometry.apply(true, corners)).max() < 0.5
+    found = affine.apply(by_ecc[0]["lr_to_hr"].reshape(2, 3), corners)
+    assert np.abs(found - affine.apply(true, corners)).max() < 0.5
     assert np.abs(by_ecc[0]["hr_rgb"] - seen(by_ecc[0], 2 * SCALE)).mean() < 2
 
 

@@ -1,0 +1,95 @@
+"""What an epoch adds up to, and how far the run is at this moment."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipelines.training.step import NotFiniteError, not_finite
+
+LIVE = "live.json"
+LIVE_EVERY_S = 2.0
+
+
+class EpochMeter:
+    """Means of the loss terms over an epoch's steps, crops per second, and the share of time spent waiting for data.
+
+    Skipped steps are counted; their terms are left out.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.skipped: Tensor | float = 0.0
+        self.steps = 0
+        self.waited_s = 0.0
+        self.started = time.perf_counter()
+
+    def add(self, terms: dict[str, Tensor], waited_s: float) -> None:
+        """One step's terms (step.train_step), left on the device."""
+        skipped = terms["skipped"]
+        for name, term in terms.items():
+            if name == "skipped":
+                continue
+            # A gradient norm is infinite, too, where fp16's scaler tries a larger scale.
+            kept = torch.where((skipped > 0) | ~term.isfinite(), 0.0, term)
+            self.sums[name] = self.sums[name] + kept if name in self.sums else kept
+        self.skipped = self.skipped + skipped
+        self.steps += 1
+        self.waited_s += waited_s
+
+    @property
+    def loss(self) -> float | None:
+        """The mean so far; waits for the device."""
+        used = self.steps - float(self.skipped)
+        return float(self.sums["loss"]) / used if used else None
+
+    def crops_per_s(self, crops_per_step: int) -> float:
+        return self.steps * crops_per_step / (time.perf_counter() - self.started)
+
+    def means(self, crops_per_step: int) -> dict[str, float]:
+        """The epoch's metrics.
+
+        Raises:
+            NotFiniteError: every step was skipped.
+        """
+        skipped = float(self.skipped)
+        if skipped == self.steps:
+            raise NotFiniteError(not_finite(f"all {self.steps} steps of an epoch"))
+        elapsed = time.perf_counter() - self.started
+        means = {f"train_{name}": float(value) / (self.steps - skipped) for name, value in self.sums.items()}
+        return means | {
+            "skipped_steps": skipped,
+            "crops_per_s": self.crops_per_s(crops_per_step),
+            "data_wait": self.waited_s / elapsed,
+        }
+
+
+class LiveFile:
+    """`live.json` in the run's folder, where this machine sees it: epoch, loss, crops/s, seconds left, the time."""
+
+    def __init__(self, folder: Path, epochs: int, crops_per_epoch: int) -> None:
+        self.path = folder / LIVE if folder.is_dir() else None
+        self.epochs, self.crops_per_epoch = epochs, crops_per_epoch
+        self.written = 0.0
+
+    def update(self, crops: int, meter: EpochMeter, crops_per_step: int) -> None:
+        """Written every few seconds, in one piece; `crops` is the position in the stream."""
+        if self.path is None or time.monotonic() < self.written + LIVE_EVERY_S:
+            return
+        self.written = time.monotonic()
+        rate = meter.crops_per_s(crops_per_step)
+        now = {
+            "time": time.time(),
+            "epoch": min(self.epochs, crops / self.crops_per_epoch),
+            "epochs": self.epochs,
+            "loss": meter.loss,
+            "crops_per_s": rate,
+            "left_s": max(0.0, self.epochs * self.crops_per_epoch - crops) / rate,
+        }
+        aside = self.path.with_suffix(".partial")
+        aside.write_text(json.dumps(now))
+        aside.replace(self.path)

@@ -1,0 +1,59 @@
+"""Register a long-focal picture to the short-focal RAW itself, and show it on the RAW's grid at low resolution.
+
+The camera's JPG of the short frame is left aside: it may be corrected for distortion where the RAW is not, its
+demosaicing and sharpening move edges a little, and the map wanted is the mosaic's.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from preprocessing.raw.decode import RawImage
+from preprocessing.registration.affine import Map, compose, footprint, translation
+from preprocessing.registration.block_motion import encode, mean_over_neighbours
+from preprocessing.registration.lens import LensMap
+from preprocessing.registration.register import MAX_SHIFT, Plane, RegistrationError, register
+
+_SRGB_TO_XYZ = np.array(
+    [[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]]
+)
+
+
+def register_raw(raw: RawImage, long_HWC: NDArray[np.uint8], nominal: Map) -> LensMap:
+    """LR mosaic (LibRaw's visible area) -> the long picture's stored pixels; `nominal` is the map by focal lengths.
+
+    Raises RegistrationError.
+    """
+    height, width = long_HWC.shape[:2]
+    left, top, right, bottom = footprint(nominal, (height, width))
+    reach = MAX_SHIFT * max(right - left, bottom - top)
+    (row0, col0), (rows, cols) = raw.origin, raw.size
+    first_col, first_row = max(0, int((left - reach - col0) // 2)), max(0, int((top - reach - row0) // 2))
+    end_col, end_row = min(cols, int((right + reach - col0) // 2)), min(rows, int((bottom + reach - row0) // 2))
+    if end_col <= first_col or end_row <= first_row:
+        raise RegistrationError("the pictures do not overlap")
+    counts = raw.counts(first_row, first_col, end_row - first_row, end_col - first_col)
+    place = translation(col0 + 2 * first_col, row0 + 2 * first_row)
+    found = register(
+        mosaic_luminance(counts, raw),
+        long_HWC,
+        compose(nominal, place),
+        sensor=_srgb_to_sensor(raw.negative.xyz_to_camera),
+    )
+    return found.after(translation(-place[0, 2], -place[1, 2]))
+
+
+def mosaic_luminance(counts_4HW: NDArray[np.uint16], raw: RawImage) -> Plane:
+    """[2H, 2W] in [0, 255] of packed counts: (R + 2 G + B) / 4 about every pixel, whatever its own colour."""
+    _, height, width = counts_4HW.shape
+    span = raw.white_level - raw.black_level
+    light = (counts_4HW - raw.black_level[:, None, None]) * (raw.wb / span)[:, None, None]
+    mosaic = light.reshape(2, 2, height, width).transpose(2, 0, 3, 1).reshape(2 * height, 2 * width)
+    return encode(np.clip(mean_over_neighbours(mosaic.astype(np.float32)), 0, 1))
+
+
+def _srgb_to_sensor(xyz_to_camera: NDArray[np.float64] | None) -> NDArray[np.float64]:
+    """[3, 3] linear sRGB -> white-balanced sensor colours: white stays white. The identity for an unknown camera."""
+    if xyz_to_camera is None:
+        return np.eye(3)
+    matrix = np.asarray(xyz_to_camera, np.float64) @ _SRGB_TO_XYZ
+    return np.asarray(matrix / matrix.sum(axis=1, keepdims=True), np.float64)

@@ -1,0 +1,186 @@
+"""The scenes that the simulated camera looks at: two planes of nested canvases, finest in the centre.
+
+At 24 mm a frame takes in ten times what it does at 240 mm, so one canvas at native density would need a hundred frames'
+pixels. Four canvases do instead, each about two frames wide, half as dense as the one inside it: what the 240 mm frame
+sees at 1.5 canvas pixels per frame pixel, then 150-100 mm, 70-50 mm, 35-24 mm. The centre of each is the finer one at
+half its density (in linear light, alias-free), so that all of them show one and the same scene.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from preprocessing.registration.affine import LANCZOS_LOBES
+from preprocessing.simulator.scenery import light, near, photographs, subjects
+from preprocessing.simulator.scenery.painter import Box, Canvas, Plan
+
+FINEST_DENSITY = 1.5
+NUM_LEVELS = 4
+BAND_ROWS = 256
+
+_REACH = 2 * LANCZOS_LOBES
+_TAPS = (np.arange(-_REACH, _REACH) + 0.5) / 2
+_HALVING = np.asarray(np.sinc(_TAPS) * np.sinc(_TAPS / LANCZOS_LOBES), np.float32)
+_HALVING /= _HALVING.sum()
+"""Lanczos' kernel at half density. An average of 2x2 would let detail through that the coarser canvas cannot hold, as
+moire of its own that no lens makes: at 35 mm it moved edges by up to 0.1 px of the frame."""
+
+_VALUES = np.arange(256) / 255.0
+SRGB_TO_LINEAR = np.where(_VALUES <= 0.04045, _VALUES / 12.92, ((_VALUES + 0.055) / 1.055) ** 2.4).astype(np.float32)
+_TABLE_RGBA = np.stack([SRGB_TO_LINEAR] * 3 + [_VALUES.astype(np.float32)], axis=-1)[None]
+_STEPS = np.arange(4096) / 4095.0
+_LINEAR_TO_SRGB = np.rint(
+    255 * np.where(_STEPS <= 0.0031308, 12.92 * _STEPS, 1.055 * np.maximum(_STEPS, 1e-9) ** (1 / 2.4) - 0.055)
+).astype(np.uint8)
+
+
+@dataclass
+class Scene:
+    """What stands before the camera: canvases finest first; near ones have alpha and may be absent."""
+
+    far: list[Canvas]
+    near: list[Canvas]
+    subject: str
+
+
+def level_of(focal_mm: float) -> int:
+    """The canvas that serves a focal length: 240 | 150, 100 | 70, 50 | 35, 24 mm."""
+    return sum(focal_mm < limit for limit in (200, 85, 42))
+
+
+def build_scene(
+    rng: np.random.Generator,
+    boxes: Sequence[Box],
+    *,
+    frame_width: int,
+    subject: str | None = None,
+    photos: Sequence[Path] = (),
+    first_photo: int = 0,
+) -> Scene:
+    """Draw a scene.
+
+    boxes        what each of the NUM_LEVELS canvases must cover, scene units, finest first
+    frame_width  width of a 240 mm frame in scene units: the size of things follows it
+    subject      one of `subjects.SUBJECTS`; None lets the random generator choose
+    photos       photographs to hang instead of a procedural subject, starting with number `first_photo`
+    """
+    unit = frame_width / 1536
+    nested = _nest(boxes)
+    names = list(subjects.SUBJECTS)
+    chosen = names[int(rng.integers(len(names)))] if subject is None else subject
+    plan = Plan()
+    if photos:
+        chosen = "photographs"
+        photographs.plan_gallery(plan, nested, photos, first_photo, unit)
+    else:
+        subjects.SUBJECTS[chosen](plan, rng, nested[-1], unit)
+    light.plan_light(plan, rng, nested[-1])
+    colour_plan, mask_plan = near.plan_near(rng, nested[-1], unit)
+    far_canvases = _draw(plan, nested, grey=128)
+    return Scene(far_canvases, _draw_near(colour_plan, mask_plan, nested), chosen)
+
+
+def _nest(boxes: Sequence[Box]) -> list[Box]:
+    """Snap each box outward to the coarsest canvas's pixel grid, and let it hold the finer ones and a pixel more."""
+    step = 2 ** (NUM_LEVELS - 1) / FINEST_DENSITY
+    nested: list[Box] = []
+    for left, top, right, bottom in boxes:
+        if nested:
+            inner = nested[-1]
+            left, top = min(left, inner[0] - step), min(top, inner[1] - step)
+            right, bottom = max(right, inner[2] + step), max(bottom, inner[3] + step)
+        low = [float(np.floor(value / step) * step) for value in (left, top)]
+        high = [float(np.ceil(value / step) * step) for value in (right, bottom)]
+        nested.append((low[0], low[1], high[0], high[1]))
+    return nested
+
+
+def _blank(box: Box, level: int, grey: int) -> Canvas:
+    density = FINEST_DENSITY / 2**level
+    left, top, right, bottom = box
+    shape = (round((bottom - top) * density), round((right - left) * density), 3)
+    # A black canvas costs nothing until it is drawn on.
+    pixels = np.full(shape, grey, np.uint8) if grey else np.zeros(shape, np.uint8)
+    return Canvas(pixels, left, top, density, level)
+
+
+def _draw(plan: Plan, boxes: Sequence[Box], grey: int) -> list[Canvas]:
+    canvases: list[Canvas] = []
+    for level, box in enumerate(boxes):
+        canvas = _blank(box, level, grey)
+        finer = canvases[-1] if canvases else None
+        plan.play(canvas, finer.box if finer else None)
+        if finer:
+            _lay_in(finer, canvas)
+        canvases.append(canvas)
+    return canvases
+
+
+def _draw_near(colour_plan: Plan, mask_plan: Plan, boxes: Sequence[Box]) -> list[Canvas]:
+    """Colour and coverage are drawn apart (coverage as white on black) and stored premultiplied, in linear light."""
+    if not mask_plan.orders:
+        return []
+    near: list[Canvas] = []
+    for level, box in enumerate(boxes):
+        inner = near[-1].box if near else None
+        # The colour's ground is a middle grey, so that antialiased edges do not get a dark rim.
+        colour, mask = _blank(box, level, grey=70), _blank(box, level, grey=0)
+        colour_plan.play(colour, inner)
+        mask_plan.play(mask, inner)
+        pixels = np.zeros((*mask.pixels.shape[:2], 4), np.uint8)
+        for start in range(0, len(pixels), BAND_ROWS):
+            rows = slice(start, start + BAND_ROWS)
+            columns = np.flatnonzero(mask.pixels[rows, :, 0].any(axis=0))
+            if len(columns):
+                part = (rows, slice(columns[0], columns[-1] + 1))
+                alpha = mask.pixels[part][..., :1]
+                pixels[part][..., :3] = encode(cv2.LUT(colour.pixels[part], SRGB_TO_LINEAR) * (alpha / np.float32(255)))
+                pixels[part][..., 3:] = alpha
+        canvas = Canvas(pixels, colour.x0, colour.y0, colour.density, level)
+        if near:
+            _lay_in(near[-1], canvas)
+        near.append(canvas)
+    return near
+
+
+def _lay_in(finer: Canvas, canvas: Canvas) -> None:
+    """Replace a canvas's centre by the finer canvas, halved, of light and of coverage."""
+    row = round((finer.y0 - canvas.y0) * canvas.density)
+    column = round((finer.x0 - canvas.x0) * canvas.density)
+    height, width = finer.pixels.shape[0] // 2, finer.pixels.shape[1] // 2
+    canvas.pixels[row : row + height, column : column + width] = 0
+    for start in range(0, height, BAND_ROWS):
+        stop = min(start + BAND_ROWS, height)
+        first = max(0, 2 * start - _REACH)
+        fine = finer.pixels[first : min(2 * height, 2 * stop + _REACH), : 2 * width]
+        if not fine.any():
+            continue
+        half = halved(to_linear(fine))[start - first // 2 :][: stop - start]
+        part = canvas.pixels[row + start : row + stop, column : column + width]
+        part[..., :3] = encode(half[..., :3])
+        if half.shape[2] == 4:
+            part[..., 3] = np.rint(255 * half[..., 3])
+
+
+def halved(light_HWC: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Half as dense, within [0, 1], without moire; height and width are even."""
+    anchor = (_REACH - 1, _REACH - 1)
+    smooth = cv2.sepFilter2D(light_HWC, cv2.CV_32F, _HALVING, _HALVING, anchor=anchor, borderType=cv2.BORDER_REFLECT)
+    return np.asarray(np.clip(smooth[::2, ::2], 0, 1), np.float32)
+
+
+def to_linear(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """sRGB bytes [H, W, 3 or 4] -> linear light [0, 1]; a fourth channel is coverage and keeps its proportion."""
+    if pixels.shape[2] == 3:
+        return np.asarray(cv2.LUT(pixels, SRGB_TO_LINEAR), np.float32)
+    return np.asarray(cv2.LUT(pixels, _TABLE_RGBA), np.float32)
+
+
+def encode(linear: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint8]:
+    """Linear light [0, 1] -> sRGB bytes."""
+    return _LINEAR_TO_SRGB[np.minimum(linear * np.float32(4095) + np.float32(0.5), 4095).astype(np.uint16)]

@@ -1,0 +1,269 @@
+"""One training step: the schedule, the average, and that a step resumed is the step continued."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from pipelines import config as configs
+from pipelines.loader import CropStream, Inputs, index_split, model_inputs
+from pipelines.training import step
+from sdan import checkpoint
+
+
+def test_warm_restarts():
+    config = configs.TrainConfig(learning_rate=1.0, learning_rate_floor=0.1, restart_epochs=2, warmup_steps=4)
+    rates = [step.learning_rate(number, number / 10, config) for number in range(62)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[20] == pytest.approx(1.0)  # first restart, after 2 epochs
+    assert rates[19] < 0.12
+    assert rates[40] == pytest.approx(0.55)  # the middle of the second period, 4 epochs long
+    assert rates[60] == pytest.approx(1.0)
+
+
+def test_the_rate_follows_the_crops_whoever_saw_them():
+    """Two workers' steps are twice as large: at the same crop the rate is the same after half the steps."""
+    config = configs.TrainConfig(restart_epochs=3)
+    alone = [step.learning_rate(crops // 4, crops / 40, config) for crops in range(0, 200, 8)]
+    together = [step.learning_rate(crops // 8, crops / 40, config) for crops in range(0, 200, 8)]
+    assert alone == together
+
+
+@pytest.fixture
+def smoke(tiny_shards):
+    config = configs.override(configs.smoke(), {"train.ema_decay": 0.9})
+    stream = CropStream(index_split(str(tiny_shards), "train"), seed=0, crop_px=16, augment=True)
+
+    def inputs(number):
+        batch = {name: torch.from_numpy(value)[None] for name, value in stream.crop(number).items()}
+        return model_inputs(batch, config.model, torch.device("cpu"))
+
+    return config, inputs
+
+
+def test_the_loss_falls(smoke):
+    config, inputs = smoke
+    training = step.start(config, None, torch.device("cpu"), lambda model: model)
+    losses = [float(step.train_step(training, inputs(0), config, 1e-3)["loss"]) for _ in range(40)]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_restored_step_is_the_step_continued(smoke, tmp_path):
+    config, inputs = smoke
+    training = step.start(config, None, torch.device("cpu"), lambda model: model)
+    for number in range(3):
+        step.train_step(training, inputs(number), config, 1e-3)
+    checkpoint.save(
+        tmp_path / "c", training.averaged, config=configs.to_dict(config), scores={}, trainer_state=training.state()
+    )
+    step.train_step(training, inputs(3), config, 1e-3)
+    resumed = step.start(config, None, torch.device("cpu"), lambda model: model)
+    resumed.restore(tmp_path / "c")
+    step.train_step(resumed, inputs(3), config, 1e-3)
+    assert resumed.step == training.step == 4
+    for name, value in training.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    for name, value in training.averaged.state_dict().items():
+        assert torch.equal(value, resumed.averaged.state_dict()[name]), name
+
+
+def test_the_average_lags_behind(smoke):
+    config, inputs = smoke
+    training = step.start(config, None, torch.device("cpu"), lambda model: model)
+    before = copy.deepcopy(training.averaged.state_dict())
+    for number in range(4):
+        step.train_step(training, inputs(number), config, 1e-3)
+    name = "head.weight"
+    moved = (training.averaged.state_dict()[name] - before[name]).norm()
+    ahead = (training.model.state_dict()[name] - before[name]).norm()
+    assert 0 < moved < ahead
+
+
+def test_simulated_truth_trains_the_deployed_output_alone(tiny_shards):
+    """With no other samples the loss is eq. 6 on {X, X} against the ideal picture, and it falls."""
+    overrides = {"loss.self_target": "truth", "loss.reference_weight": 0.0}
+    config = configs.override(configs.smoke(), overrides)
+    index = index_split(str(tiny_shards), "train")
+    crop = CropStream(index, seed=0, crop_px=16, augment=True, truth=True).crop(0)
+    batch = {name: torch.from_numpy(value)[None] for name, value in crop.items()}
+    inputs = model_inputs(batch, config.model, torch.device("cpu"))
+    training = step.start(config, None, torch.device("cpu"), lambda model: model)
+    terms = [step.train_step(training, inputs, config, 1e-3) for _ in range(40)]
+    assert terms[0].keys() == {"loss", "self", "grad_norm", "skipped"}
+    assert float(terms[-1]["loss"]) < 0.9 * float(terms[0]["loss"])
+
+
+def test_all_samples_together_report_their_terms(smoke, tiny_shards):
+    config, inputs = smoke
+    terms = step.training_loss(step.start(config, None, torch.device("cpu"), _same).model, inputs(0), config.loss)
+    assert terms.keys() == {"loss", "align", "zoom", "self", "transfer"}
+    paper = configs.override(config, {"loss.self_reference_weight": 0.0})
+    terms = step.training_loss(step.start(paper, None, torch.device("cpu"), _same).model, inputs(0), paper.loss)
+    assert terms.keys() == {"loss", "align", "zoom"}
+
+
+def test_table_1s_losses_train_and_are_logged_by_name(smoke, vgg_weights):
+    config, inputs = smoke
+    overrides = {"loss.pixel_weight": 0.0, "loss.cobi_rgb_weight": 1.0, "loss.perceptual_weight": 0.1}
+    config = configs.override(config, overrides | {"loss.border_px": 52})  # 24 px are left: seconds
+    training = step.start(config, None, torch.device("cpu"), _same, vgg_weights)
+    terms = [step.train_step(training, inputs(0), config, 1e-3) for _ in range(6)]
+    assert {"align", "zoom", "cobi_rgb", "perceptual", "self", "transfer"} <= terms[0].keys()
+    assert "pixel" not in terms[0]
+    assert float(terms[-1]["loss"]) < float(terms[0]["loss"])
+    assert not any("vgg" in name or "features.0" in name for name in training.state()["model"])
+
+
+def _same(model):
+    return model
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(smoke, where, monkeypatch):
+    config, inputs = smoke
+    training = step.start(config, None, torch.device("cpu"), _same)
+    step.train_step(training, inputs(0), config, 1e-3)
+    kept = (training.model, training.averaged, training.optimizer)
+    before = copy.deepcopy([part.state_dict() for part in kept])
+    with monkeypatch.context() as broken:
+        if where == "loss":  # infinite, but with a finite gradient
+            sound = step.training_loss
+            broken.setattr(step, "training_loss", lambda *a: {k: v + math.inf for k, v in sound(*a).items()})
+        else:
+            training.model.head.weight.register_hook(lambda gradient: gradient * math.nan)
+        terms = step.train_step(training, inputs(1), config, 1e-3)
+        training.model.head.weight._backward_hooks = None
+    _assert_equal(before, [part.state_dict() for part in kept])
+    assert float(terms["skipped"]) == 1 == int(training.skipped_in_a_row)
+    assert float(step.train_step(training, inputs(2), config, 1e-3)["skipped"]) == 0 == int(training.skipped_in_a_row)
+    assert not torch.equal(training.model.head.weight, before[0]["head.weight"])
+    assert training.step == 3
+
+
+def test_so_many_skipped_steps_in_a_row_end_the_run(smoke):
+    config, inputs = smoke
+    config = configs.override(config, {"train.max_skipped": 3})
+    training = step.start(config, None, torch.device("cpu"), _same)
+    nothing = inputs(0)._replace(x=inputs(0).x * math.nan)
+    for number in range(6):
+        step.train_step(training, inputs(number) if number == 0 else nothing, config, 1e-3)
+        if number < 5:
+            training.check_finite(config.train)
+    with pytest.raises(step.NotFiniteError, match=r"3 steps in a row had none; lower train\.learning_rate"):
+        training.check_finite(config.train)
+
+
+def _assert_equal(a, b):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        _assert_equal(list(a.values()), list(b.values()))
+    elif isinstance(a, (list, tuple)):
+        for left, right in zip(a, b, strict=True):
+            _assert_equal(left, right)
+    else:
+        assert a == b
+
+
+def after_a_step(config, inputs, **changes):
+    """Weights and loss terms after one step of a fresh training."""
+    config = configs.override(config, {f"train.{name}": value for name, value in changes.items()})
+    training = step.start(config, None, torch.device("cpu"), _same)
+    terms = step.train_step(training, inputs, config, 1e-3)
+    return training, terms
+
+
+def together(crops):
+    """One batch of several."""
+    return Inputs(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*crops, strict=True)))
+
+
+def assert_alike(one, other, tolerance):
+    for name, value in one.model.state_dict().items():
+        assert (value - other.model.state_dict()[name]).abs().max() <= tolerance, name
+
+
+def test_parts_of_a_batch_add_up_to_the_batch(smoke):
+    config, inputs = smoke
+    batch = together([inputs(number) for number in range(4)])
+    config = configs.override(config, {"train.batch_per_worker": 4, "train.grad_clip": 1.0})
+    whole, terms = after_a_step(config, batch)
+    for count in (2, 4):
+        split, split_terms = after_a_step(config, batch, accumulate=count)
+        assert_alike(whole, split, 2e-5)  # Adam's first step is the gradient's sign: 1e-3 each way
+        for name, term in terms.items():
+            assert float(split_terms[name]) == pytest.approx(float(term), rel=1e-4), name
+
+
+def test_parts_must_be_equal():
+    with pytest.raises(configs.ConfigError, match=r"accumulate: a number that divides .* = 8 expected, got 3"):
+        configs.TrainConfig(batch_per_worker=8, accumulate=3)
+
+
+def test_a_part_that_is_not_finite_skips_the_whole_step(smoke):
+    config, inputs = smoke
+    batch = inputs(0)
+    broken = batch._replace(target=torch.full_like(batch.target, math.nan))
+    both = together([batch, broken])
+    config = configs.override(config, {"train.batch_per_worker": 2, "train.accumulate": 2})
+    training = step.start(config, None, torch.device("cpu"), _same)
+    before = copy.deepcopy(training.model.state_dict())
+    assert float(step.train_step(training, both, config, 1e-3)["skipped"]) == 1
+    assert all(torch.equal(value, before[name]) for name, value in training.model.state_dict().items())
+
+
+def test_the_layout_changes_no_step(smoke):
+    config, inputs = smoke
+    plain, _ = after_a_step(config, inputs(0), layout="contiguous")
+    training, _ = after_a_step(config, inputs(0), layout="channels_last")
+    assert_alike(plain, training, 2e-5)
+    assert training.model.super_resolution.join.weight.is_contiguous(memory_format=torch.channels_last)
+    assert plain.model.super_resolution.join.weight.is_contiguous()
+
+
+def test_a_run_goes_on_in_another_layout(smoke, tmp_path):
+    config, inputs = smoke
+    training, _ = after_a_step(config, inputs(0), layout="contiguous")
+    stored = {"config": configs.to_dict(config), "scores": {}, "trainer_state": training.state()}
+    checkpoint.save(tmp_path / "c", training.averaged, **stored)
+    resumed = step.start(config, None, torch.device("cpu"), _same)
+    resumed.restore(tmp_path / "c")
+    assert resumed.model.super_resolution.join.weight.is_contiguous(memory_format=torch.channels_last)
+    for number in (1, 2):
+        losses = [float(step.train_step(one, inputs(number), config, 1e-3)["loss"]) for one in (training, resumed)]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_distributed_steps_are_the_same(smoke, alone, accumulate):
+    """With the buckets that workers use: a static graph, or none where only the last part is exchanged."""
+    config, inputs = smoke
+    changes = {"train.batch_per_worker": 2, "train.accumulate": accumulate}
+    config = configs.override(config, changes)
+    batches = [together([inputs(number), inputs(number + 1)]) for number in (0, 2, 4)]
+    losses = []
+    for wrap in (_same, lambda model: DistributedDataParallel(model, **step.bucket_options(config.train))):
+        training = step.start(config, None, torch.device("cpu"), wrap)
+        losses.append([float(step.train_step(training, batch, config, 1e-3)["loss"]) for batch in batches])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_the_step(smoke):
+    config, inputs = smoke
+    plain, terms = after_a_step(config, inputs(0))
+    compiled, compiled_terms = after_a_step(config, inputs(0), compile=True)
+    assert_alike(plain, compiled, 2e-5)
+    assert float(compiled_terms["loss"]) == pytest.approx(float(terms["loss"]), rel=1e-4)
+    assert compiled.state()["model"].keys() == plain.state()["model"].keys()

@@ -1,0 +1,129 @@
+"""RAW files of other kinds than 16-bit Bayer, real DNGs all of them: each is decoded exactly or refused in words."""
+
+import struct
+
+import numpy as np
+import pytest
+from known_scene import WB, Scene, frame_to_scene, to_mosaic
+from mutants import entries, with_field
+
+from preprocessing.raw import decode
+from preprocessing.raw.dng import write_dng
+
+SIZE = (96, 144)
+XTRANS = bytes.fromhex("010100010102 010102010100 020001000201 010102010100 010100010102 000201020001")
+KINDS = {1: "B", 3: "H", 4: "I"}
+
+
+@pytest.fixture
+def mosaic():
+    return to_mosaic(Scene(3).view(frame_to_scene(2.0, SIZE), SIZE))
+
+
+@pytest.fixture
+def good(tmp_path, mosaic):
+    write_dng(tmp_path / "good.dng", mosaic, wb=WB)
+    return (tmp_path / "good.dng").read_bytes()
+
+
+def retagged(data: bytes, tag: int, kind: int, *values: int, instead_of: int | None = None) -> bytes:
+    """The file with another value in the mosaic's own tag, or with another tag `instead_of` one."""
+    entry = [entry for entry in entries(data) if entry.tag == (instead_of or tag)][-1]
+    packed = struct.pack(f"<{len(values)}{KINDS[kind]}", *values)
+    if len(packed) > 4:
+        data, packed = data + packed + bytes(-len(packed) % 4), struct.pack("<I", len(data))
+    head = struct.pack("<HHI", tag, kind, len(values))
+    return data[: entry.at] + head + packed.ljust(4, b"\0") + data[entry.at + 12 :]
+
+
+def with_samples(data: bytes, samples: np.ndarray, *, photometric: int) -> bytes:
+    """The file with other picture data, [H, W] or [H, W, channels]."""
+    channels = samples.shape[2] if samples.ndim == 3 else 1
+    strip = [entry for entry in entries(data) if entry.tag == 273][-1]
+    data = with_field(data, strip.at + 8, "<I", len(data)) + samples.tobytes()
+    data = retagged(data, 279, 4, samples.nbytes)
+    data = retagged(retagged(data, 262, 3, photometric), 277, 3, channels)
+    return retagged(data, 258, 3, *[8 * samples.itemsize] * channels)
+
+
+def refusal(data: bytes) -> str:
+    with pytest.raises(decode.RawError) as caught:
+        decode.load(data, name="x.dng")
+    message = str(caught.value)
+    assert message.startswith("x.dng: ") and "\n" not in message
+    return message
+
+
+def test_linear_dng(good, mosaic):
+    picture = np.repeat(mosaic[:, :, None], 3, axis=2)
+    assert "already demosaiced" in refusal(with_samples(good, picture, photometric=34892))
+
+
+def test_monochrome_dng(good, mosaic):
+    assert "monochrome sensor" in refusal(with_samples(good, mosaic, photometric=34892))
+
+
+@pytest.mark.parametrize(
+    ("repeat", "pattern", "reason"),
+    [
+        ((6, 6), XTRANS, "X-Trans colour pattern"),
+        ((4, 4), bytes([0, 0, 1, 1] * 2 + [1, 1, 2, 2] * 2), "colour pattern RRGG"),  # quad Bayer
+        ((2, 4), bytes([0, 1, 0, 1, 1, 2, 1, 2]), "4x4 colour pattern"),
+        ((2, 2), bytes([1, 1, 1, 1]), "colour pattern GGGG"),
+    ],
+)
+def test_other_mosaics(good, repeat, pattern, reason):
+    assert reason in refusal(retagged(retagged(good, 33421, 3, *repeat), 33422, 1, *pattern))
+
+
+def test_a_pattern_that_the_library_does_not_know():
+    """Seen in a fuzz run, once in many decodings of one file: LibRaw then reads what was never written."""
+
+    class Decoded:
+        raw_type, raw_image, num_colors = decode.rawpy.RawType.Flat, np.zeros((4, 4)), 3
+
+        @property
+        def raw_pattern(self) -> None:
+            raise NotImplementedError("filters: 148")
+
+    with pytest.raises(decode.RawError, match=r"a\.dng: colour pattern unknown \(filters: 148\); SDAN needs"):
+        decode._require_bayer(Decoded(), "a.dng")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_floating_point_dng(good, mosaic, dtype):
+    samples = (mosaic // 16 * 16).astype(dtype)  # what a half float holds exactly
+    data = retagged(with_samples(good, samples, photometric=32803), 339, 3, 3, instead_of=284)
+    image = decode.load(data, name="x.dng")
+    assert np.array_equal(image.packed[0], samples[::2, ::2]) and image.white_level == 16383
+
+
+def test_8_bit_counts(good, mosaic):
+    samples = (mosaic >> 6).astype(np.uint8)
+    data = retagged(with_samples(good, samples, photometric=32803), 50717, 4, 255)
+    data = retagged(data, 50714, 4, 8, 8, 8, 8)
+    image = decode.load(data, name="x.dng")
+    assert np.array_equal(image.packed[3], samples[1::2, 1::2]) and image.white_level == 255
+
+
+def test_white_levels(good):
+    assert decode.load(retagged(good, 50717, 4, 65535)).white_level == 65535
+    assert decode.load(retagged(good, 50717, 4, 0)).white_level == 65535  # not said: all that 16 bits hold
+    assert "white level 1, expected above the black level 512" in refusal(retagged(good, 50717, 4, 1))
+
+
+def test_a_black_level_of_zero_is_one(tmp_path, mosaic):
+    write_dng(tmp_path / "x.dng", mosaic, wb=WB, black_level=(0, 0, 0, 0))
+    assert decode.load(tmp_path / "x.dng").black_level.tolist() == [0, 0, 0, 0]
+
+
+def test_the_smallest_and_odd_windows(good):
+    height, width = (next(entry for entry in entries(good)[::-1] if entry.tag == tag) for tag in (257, 256))
+    data = with_field(with_field(good, height.at + 8, "<I", 95), width.at + 8, "<I", 143)
+    assert decode.load(data).size == (47, 71)
+
+
+@pytest.mark.parametrize("side", [8_000, 30_000])
+def test_declared_size_is_checked_against_the_file_before_decoding(good, side):
+    message = refusal(retagged(retagged(good, 256, 4, side), 257, 4, side))
+    assert f"declares {side}x{side} pixels in {len(good)} bytes" in message
