@@ -1,9 +1,9 @@
 """A training step beside the authors' way, where its time goes, and the loader: `python benchmarks/training.py` (CPU).
 
 "Step" is `pipelines.training.step.train_step` of config `paper_4x` (64 features, 16 blocks, 128 x 128 mosaic
-crops, 512 x 512 targets): forward, eq. 6, backward, Adam. "Authors' way" is the same network with torchvision's operator
-on the repeated offset and explicit attention, in float32, contiguous; ours is channels-last unless it says otherwise. Contestants of a
-row take turns; the best time of each counts.
+crops, 512 x 512 targets): forward, eq. 6, backward, Adam. "Authors' way" is the same network with torchvision's
+operator on the repeated offset and explicit attention, in float32, contiguous; ours is channels-last unless it says
+otherwise. Contestants of a row take turns; the best time of each counts.
 The parts are timed one by one with their inputs cut off, forward and backward, in milliseconds a step. The loader runs
 on simulated 1536 px wide shards. The roofline multiplies counted work with GPUs' published rates: nothing in it was
 measured on a GPU. The tables replace their section of benchmarks/RESULTS.md.

@@ -38,7 +38,8 @@ class Preset:
 
 
 # Misalignment of 4x pairs in HR pixels at 768 px wide, 5/50/95 %: tripod 0.8/2.8/6.5, default 2.4/9.6/24,
-# handheld 4.3/18/46 (tests/preprocessing/simulator/test_sequences.py). The motion is an angle: twice the width, twice the pixels.
+# handheld 4.3/18/46 (tests/preprocessing/simulator/test_sequences.py). The motion is an angle: a frame twice as wide
+# moves by twice the pixels.
 PRESETS = {
     # The lens is ideal and nothing moves; photon and read noise, Bayer sampling and JPEG stay as in every preset.
     "perfect": Preset(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),

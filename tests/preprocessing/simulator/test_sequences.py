@@ -17,6 +17,7 @@ from preprocessing.simulator.optics import FOCALS_MM, PRESETS, draw_geometries
 from preprocessing.simulator.scenery.painter import Canvas
 from preprocessing.simulator.scenes import Scene, encode
 from preprocessing.simulator.sequences import SimulateError, frame_size, simulate
+from preprocessing.truth.frame import Exposure
 
 WIDTH = 384
 
@@ -208,7 +209,7 @@ def test_noise_is_photon_and_read_noise() -> None:
     """A grey wall: the variance of the counts is what the full well, ISO and read noise say."""
     frame = draw_geometries(np.random.default_rng(0), PRESETS["perfect"], jpg_size=(384, 256), raw_size=(384, 256))[0]
     wall = Canvas(encode(np.full((600, 900, 3), 0.3, np.float32)), -300.0, -200.0, 1.5)
-    exposure = sensor.Exposure(400, 0.01, 8.0, 0.8, (2.0, 1.0, 1.5), 0.6, vignetting=0.0)
+    exposure = Exposure(400, 0.01, 8.0, 0.8, (2.0, 1.0, 1.5), 0.6, vignetting=0.0)
     mosaic = sensor.expose(Scene([wall], [], "wall"), frame, exposure, np.random.default_rng(1)).astype(np.float64)
     electrons_per_count = sensor.FULL_WELL_E / 4 / (sensor.WHITE_LEVEL - sensor.BLACK_LEVEL)
     for plane, gain in ((mosaic[0::2, 0::2], 2.0), (mosaic[0::2, 1::2], 1.0), (mosaic[1::2, 1::2], 1.5)):

@@ -11,10 +11,11 @@ from PIL import Image
 
 from preprocessing.registration.affine import apply
 from preprocessing.simulator import sensor
-from preprocessing.simulator.optics import FAR, NEAR, PRESETS, FrameGeometry, draw_geometries, nominal_lr_to_hr
+from preprocessing.simulator.optics import PRESETS, draw_geometries
 from preprocessing.simulator.scenery.painter import Canvas
 from preprocessing.simulator.scenes import Scene, encode
 from preprocessing.simulator.sequences import simulate
+from preprocessing.truth.frame import FAR, NEAR, FrameGeometry, nominal_lr_to_hr
 from preprocessing.truth.reader import Truth, load_truth
 
 SIZE = (480, 320)
