@@ -21,6 +21,8 @@ from preprocessing import s3
 
 ENDS_BYTES = 64 * 1024
 _STALE_S = 24 * 3600
+_TEMPORARY_NAME_CHARS = 32
+"""Part of the target's name in a temporary file's name, which may have 255 bytes in all."""
 
 
 @dataclass(frozen=True)
@@ -68,22 +70,14 @@ class Folder:
     def put(self, relative: str, data: bytes | pa.Buffer) -> None:
         """Write a file so that readers see either none (or the old one) or all of it, even if we are killed.
 
-        Locally written aside and renamed; on S3 one request. Raises OSError.
+        Local files go through `write_atomically`; on S3 it is a single request. Raises OSError.
         """
         target = self.path(relative)
         if not self.is_local:
             s3.put(self.uri, target, data)
             return
-        parent, name = target.rsplit("/", 1)
-        self.filesystem.create_dir(parent, recursive=True)
-        aside = f"{parent}/.{name}~{_writer()}"
-        try:
-            with self.filesystem.open_output_stream(aside) as stream:
-                stream.write(data)
-            self.filesystem.move(aside, target)
-        except BaseException:
-            self._delete_path(aside)
-            raise
+        self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
+        write_atomically(Path(target), data)
 
     def update(self, relative: str, change: Callable[[bytes | None], bytes]) -> None:
         """Put change(content, None for no file) in the file's place; no other `update` comes in between."""
@@ -166,6 +160,21 @@ def open_folder(uri: str) -> Folder:
     return Folder(filesystem, root.rstrip("/"), uri)
 
 
+def write_atomically(path: Path, data: bytes | str | pa.Buffer) -> None:
+    """Write a local file so that readers see either the old file or the complete new one, even if the writer is killed.
+
+    The data goes to a temporary file in the same folder, which is then renamed. The folder must exist. Text is encoded
+    as UTF-8. When several processes write the same path, the last one wins. Raises OSError.
+    """
+    temporary = path.with_name(f".{path.name[:_TEMPORARY_NAME_CHARS]}~{_writer()}")
+    try:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def one_line(error: BaseException) -> str:
     """An error's message for one of ours: without line breaks, never empty."""
     return " ".join(str(error).split()) or type(error).__name__
@@ -177,8 +186,9 @@ def _writer() -> str:
 
 @lru_cache
 def _machine() -> str:
-    """Where process ids mean what they mean here: containers may share a host name."""
-    return f"{socket.gethostname()}-{Path('/proc/self/ns/pid').stat().st_ino}"
+    """Host name and process id namespace: containers may share a host name. Without /proc (macOS), the host name."""
+    namespace = Path("/proc/self/ns/pid")
+    return f"{socket.gethostname()}-{namespace.stat().st_ino if namespace.exists() else 0}"
 
 
 def _process(pid: str) -> str:

@@ -1,19 +1,23 @@
 """Files appear whole or not at all; what killed writers left goes, what live ones write stays."""
 
+import errno
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from known_scene import write_sequence
 
-from preprocessing.storage import _writer, open_folder
+from preprocessing.storage import _writer, open_folder, write_atomically
 
 
 def test_put_replaces_and_leaves_nothing_aside(tmp_path):
@@ -34,6 +38,65 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         folder.put("a", 7)
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and folder.read("a") == b"old"
+
+
+def test_write_atomically_replaces_the_file(tmp_path):
+    path = tmp_path / ("x" * 240 + ".json")  # a name that leaves little room for a temporary one
+    write_atomically(path, b"one")
+    write_atomically(path, "zwei ü")
+    assert path.read_text(encoding="utf-8") == "zwei ü" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(FileNotFoundError):
+        write_atomically(tmp_path / "absent" / "a", b"")
+
+
+@pytest.mark.parametrize("call", ["write_bytes", "replace"])
+def test_failed_atomic_write_keeps_the_old_file(tmp_path, monkeypatch, call):
+    path = tmp_path / "a"
+    write_atomically(path, b"old")
+    real = getattr(Path, call)
+
+    def fail(self, *arguments):
+        real(self, arguments[0][:3]) if call == "write_bytes" else None
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, call, fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, b"new, longer")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+KILLED_WRITER = """
+import os, signal, sys
+from pathlib import Path
+from preprocessing.storage import write_atomically
+real = Path.write_bytes
+def write_half(self, data):
+    real(self, data[: len(data) // 2])
+    os.kill(os.getpid(), signal.SIGKILL)
+Path.write_bytes = write_half
+write_atomically(Path(sys.argv[1]), b"new" * 100_000)
+"""
+
+
+def test_killed_writer_keeps_the_old_file(tmp_path):
+    path = tmp_path / "a"
+    write_atomically(path, b"old")
+    done = subprocess.run([sys.executable, "-c", KILLED_WRITER, str(path)], check=False)
+    assert done.returncode == -signal.SIGKILL and path.read_bytes() == b"old"
+    assert len(list(tmp_path.iterdir())) == 2
+    open_folder(str(tmp_path)).sweep("")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_readers_see_one_of_two_writers_whole(tmp_path):
+    path, contents = tmp_path / "a", {letter * 1_000_000 for letter in (b"a", b"b")}
+    write_atomically(path, min(contents))
+    with ThreadPoolExecutor(2) as pool:
+        writers = [pool.submit(lambda data: [write_atomically(path, data) for _ in range(50)], c) for c in contents]
+        while not all(writer.done() for writer in writers):
+            assert path.read_bytes() in contents
+        [writer.result() for writer in writers]
+    assert path.read_bytes() in contents and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("size", [0, 10, 64 * 1024, 64 * 1024 + 1, 100_000, 300_000])
