@@ -38,10 +38,11 @@ test-slow: setup  ## kills, restarts, sweeps over the real trainer (under 40 min
 fuzz: setup  ## damaged RAW and JPG files through the decoders, by SEED= and COUNT= (2,000 files: about a minute)
 	@$(BIN)/python tests/preprocessing/fuzz.py --seed $(SEED) --count $(COUNT)
 
-check: setup  ## lint, formatting, types
+check: setup  ## lint, formatting, types, spelling
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/codespell
 
 ui: setup  ## the MLflow UI on http://127.0.0.1:$(PORT)
 	@$(BIN)/sdan --data $(DATA) ui --port $(PORT)

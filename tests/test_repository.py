@@ -30,7 +30,7 @@ TOP_LEVEL = {
     "tuning",
 }
 # Written so that this file does not find itself.
-MACHINE_PATH = re.compile("(?<![\\w.~$}-])/(home/(?!ubuntu)" + "|Users/|ro" + "ot/|wo" + "rk/|mnt/|media/)\\w+")
+MACHINE_PATH = re.compile("(?<![\\w.~$}-])/(home/(?!ubuntu)" + "|Users/|r" + "oot/|w" + "ork/|mnt/|media/)\\w+")
 PACKAGE_INDEX = re.compile(
     "(index"
     + "-url|trusted"
