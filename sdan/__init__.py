@@ -1,0 +1,90 @@
+"""The network that zooms photographs: tensors in, tensors out.
+
+    import sdan
+    from preprocessing.raw import decode
+
+    raw, rendering = sdan.raw_input.from_photo(decode.load("PHOTO.ARW"))
+    model = sdan.load("starter")
+    zoomed = sdan.zoom(model, raw, rendering)  # [3, 4H, 4W], float32 in [0, 1]
+
+Importing this package needs torch and safetensors only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sdan import checkpoint, inference, raw_input
+from sdan.baselines import Network
+from sdan.network import SDAN, SDANConfig
+from sdan.ops import squared_deform_conv2d
+
+__all__ = ["SDAN", "SDANConfig", "load", "raw_input", "squared_deform_conv2d", "zoom"]
+
+STARTER = "starter"
+"""The name under which `load` finds the model that is installed with the package."""
+
+
+def load(model: str | Path) -> Network:
+    """Load a trained model, ready for `zoom`.
+
+    Args:
+        model: "starter" (the model that comes with the package), or a checkpoint folder.
+
+    Returns:
+        the network in eval mode, on the GPU if there is one. `model.config` is its SDANConfig and `model.tile_px` the
+        tile size that `zoom` uses.
+
+    Raises:
+        CheckpointError: the folder is missing or holds no usable checkpoint; one line that says what to do.
+    """
+    folder = _starter_folder() if model == STARTER else Path(model)
+    return checkpoint.load(folder).model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def zoom(
+    model: Network,
+    raw: Tensor,
+    rendering: Tensor,
+    *,
+    precision: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Zoom one photo by `model.config.scale`. Its own rendering is the reference; no target is needed.
+
+    Args:
+        model: from `load`.
+        raw: [4,h,w] packed RAW in [0, 1], as `raw_input.from_photo` returns it; for a model with input="rgb" the
+            rendering itself.
+        rendering: [3,2h,2w] sRGB in [0, 1], rendered from the same RAW.
+        precision: auto, fp32, bf16 or fp16.
+        progress: called with (tiles done, total tiles).
+
+    Returns:
+        float32 [3, scale 2h, scale 2w] in [0, 1], on the CPU, in the orientation of `raw`.
+
+    Raises:
+        ValueError: shapes that do not fit each other or the model, or a model without a tile size.
+    """
+    if model.tile_px is None:
+        raise ValueError("model: expected one from sdan.load, got one without tile_px; set model.tile_px")
+    x = raw_input.packed_to_mosaic(raw[None])[0] if model.config.input == "mosaic" else raw
+    return inference.zoom(model, x, rendering, tile_px=model.tile_px, precision=precision, progress=progress)
+
+
+def _starter_folder() -> Path:
+    """The starter model is package data of `pipelines`, which is found here without importing it."""
+    found = find_spec("pipelines")
+    folders = [Path(place) / "models" / STARTER for place in (found and found.submodule_search_locations) or ()]
+    for folder in folders:
+        if folder.is_dir():
+            return folder
+    raise checkpoint.CheckpointError(
+        "starter: expected the model in the installed package `pipelines`, got none; "
+        "install sdan again or name a checkpoint folder"
+    )

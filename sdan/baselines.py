@@ -18,6 +18,9 @@ class SRResNet(nn.Module):
     The config's packing_kernel, offset, attention and flips are unused.
     """
 
+    tile_px: int | None = None
+    """As SDAN.tile_px."""
+
     def __init__(self, config: SDANConfig) -> None:
         super().__init__()
         self.config = config

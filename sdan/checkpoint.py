@@ -136,6 +136,7 @@ def load(folder: str | Path) -> Checkpoint:
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / DESCRIPTION}: a description of a network expected, got {error!r}") from error
     _load_weights(model, folder / WEIGHTS)
+    model.tile_px = _tile_px(model.config, config)
     return Checkpoint(model.eval(), config, scores, described.get("commit"), dict(described.get("versions", {})))
 
 
@@ -156,6 +157,13 @@ def load_trainer_state(folder: str | Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: a dictionary expected, got {type(state).__name__}")
     return state
+
+
+def _tile_px(network: SDANConfig, run: Mapping[str, Any]) -> int | None:
+    """Side of the run's training crops, pixels of the network's input; None if the run's config does not say."""
+    train = run.get("train")
+    crop_px = train.get("crop_px") if isinstance(train, Mapping) else None
+    return network.input_px(crop_px) if isinstance(crop_px, int) else None
 
 
 def _described(folder: Path) -> dict[str, Any]:

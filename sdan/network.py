@@ -92,6 +92,10 @@ class SDANConfig:
         """Side of the mosaic (and of the rendering) over side of the input x."""
         return 2 if self.input == "packed" else 1
 
+    def input_px(self, packed_px: int) -> int:
+        """Convert a side in packed pixels (2x2 RGGB cells) to pixels of the input x."""
+        return packed_px if self.input == "packed" else 2 * packed_px
+
     def check_crop(self, crop_px: int) -> None:
         """Raise ValueError, with the remedy, unless crops of crop_px x crop_px input pixels suit the network."""
         if self.input == "mosaic" and crop_px % 2:
@@ -207,7 +211,10 @@ class SuperResolution(nn.Module):
 
 
 class SDAN(nn.Module):
-    """The whole network, figure 1. `.config` says what it is made of."""
+    """The whole network, figure 1."""
+
+    tile_px: int | None = None
+    """Side of the training crops, pixels of x: the tile size for zooming. Set by checkpoint.load."""
 
     def __init__(self, config: SDANConfig) -> None:
         super().__init__()

@@ -6,9 +6,50 @@ packed: [N, 4, h, w], channels R, G1, G2, B of one RGGB cell: R G1 / G2 B.
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+class Photo(Protocol):
+    """A decoded RAW file, as `preprocessing.raw.decode.load` returns it; channels in the order R, G1, G2, B."""
+
+    @property
+    def packed(self) -> Any:
+        """numpy uint16 [4, h, w], sensor counts."""
+
+    @property
+    def black_level(self) -> Any:
+        """numpy float32 [4], counts."""
+
+    @property
+    def white_level(self) -> float:
+        """Counts."""
+
+    @property
+    def wb(self) -> Any:
+        """numpy float32 [4], white-balance gains, green = 1."""
+
+    @property
+    def rendering(self) -> Any:
+        """numpy uint8 [2h, 2w, 3], sRGB."""
+
+
+def from_photo(photo: Photo) -> tuple[Tensor, Tensor]:
+    """The two tensors that `sdan.zoom` takes.
+
+    Returns:
+        packed RAW, float32 [4, h, w] in [0, 1], and the rendering, float32 [3, 2h, 2w] in [0, 1].
+    """
+    raw = normalise(
+        torch.from_numpy(photo.packed)[None],
+        torch.from_numpy(photo.black_level)[None],
+        torch.tensor([photo.white_level]),
+        torch.from_numpy(photo.wb)[None],
+    )[0]
+    return raw, torch.from_numpy(photo.rendering).permute(2, 0, 1).float() / 255
 
 
 def normalise(packed_N4HW: Tensor, black_N4: Tensor, white_N: Tensor, wb_N4: Tensor) -> Tensor:

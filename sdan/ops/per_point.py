@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torchvision.ops import deform_conv2d
 
 
 def per_point_deform_conv2d(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -22,6 +21,8 @@ def per_point_deform_conv2d(input: Tensor, offset: Tensor, weight: Tensor, bias:
     Returns:
         [N, Cout, H, W] in the type of input.
     """
+    from torchvision.ops import deform_conv2d  # only Table 2's DCN row needs torchvision
+
     kernel = weight.shape[-1]
     wide = torch.promote_types(input.dtype, torch.float32)
     with torch.autocast(input.device.type, enabled=False):

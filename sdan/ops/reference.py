@@ -4,7 +4,6 @@ import math
 
 import torch
 from torch import Tensor
-from torchvision.ops import deform_conv2d
 
 
 def squared_deform_loops(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -42,6 +41,8 @@ def _bilinear(plane: list[list[float]], y: float, x: float) -> float:
 
 def squared_deform_repeated(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The authors' way: the offset repeated for each of the K*K taps of torchvision's per-point operator."""
+    from torchvision.ops import deform_conv2d  # `import sdan` must not need torchvision
+
     kernel = weight.shape[-1]
     return deform_conv2d(input, offset.repeat(1, kernel * kernel, 1, 1), weight, bias, padding=kernel // 2)
 
