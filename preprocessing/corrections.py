@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from preprocessing.colour import BT709_BYTE_TO_LINEAR, SRGB_BYTE_TO_LINEAR
 from preprocessing.registration import register
 from preprocessing.registration.affine import Map, apply, compose, translation
 
@@ -143,9 +144,13 @@ class _Cells:
         height, width = pictures.lr.shape[:2]
         side = max(_CELL_PX, -(-max(height, width) // _MAX_SIDE_CELLS))
         self.shape = (max(1, height // side), max(1, width // side))
-        self.rendering, well = self._light(pictures.rendering, side, _from_bt709)
-        self.lr, lr_well = self._light(pictures.lr, side, _from_srgb if pictures.lr_is_jpg else _from_bt709)
-        self.hr, hr_well = self._light(pictures.hr, side, _from_srgb if pictures.hr_is_jpg else _from_bt709)
+        self.rendering, well = self._light(pictures.rendering, side, BT709_BYTE_TO_LINEAR)
+        self.lr, lr_well = self._light(
+            pictures.lr, side, SRGB_BYTE_TO_LINEAR if pictures.lr_is_jpg else BT709_BYTE_TO_LINEAR
+        )
+        self.hr, hr_well = self._light(
+            pictures.hr, side, SRGB_BYTE_TO_LINEAR if pictures.hr_is_jpg else BT709_BYTE_TO_LINEAR
+        )
         self.lr_good, self.hr_good = well & lr_well, well & hr_well
         y, x = (np.mgrid[: self.shape[0], : self.shape[1]] + 0.5) * side
         places = np.stack([x.ravel(), y.ravel()], 1)
@@ -275,10 +280,6 @@ def _starts(length: int, side: int) -> list[int]:
     return [round(start) for start in np.linspace(0, length - side, count).tolist()]
 
 
-def _table(decode: NDArray[np.float64]) -> NDArray[np.float32]:
-    return decode.astype(np.float32)
-
-
-_CODES = np.arange(256) / 255
-_from_srgb = _table(np.where(_CODES <= 0.04045, _CODES / 12.92, ((_CODES + 0.055) / 1.055) ** 2.4))
-_from_bt709 = _table(np.where(_CODES < 0.081, _CODES / 4.5, ((_CODES + 0.099) / 1.099) ** (1 / 0.45)))
+def _linear_table(is_jpg: bool) -> NDArray[np.float32]:
+    """Cameras' JPGs are close to sRGB's curve; LibRaw's renderings have BT.709's."""
+    return SRGB_BYTE_TO_LINEAR if is_jpg else BT709_BYTE_TO_LINEAR

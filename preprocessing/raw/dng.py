@@ -21,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from preprocessing.colour import ILCE_7SM2_XYZ_TO_CAMERA
+
 Mosaic = npt.NDArray[np.uint16]
 
 BYTE, ASCII, SHORT, LONG, RATIONAL, UNDEFINED, SSHORT, SRATIONAL = 1, 2, 3, 4, 5, 7, 8, 10
@@ -31,10 +33,6 @@ CFA_CODES = {"RGGB": (0, 1, 1, 2), "GRBG": (1, 0, 2, 1), "GBRG": (1, 2, 0, 1), "
 # LibRaw knows Sony's sensors by the stored width and drops unused columns on the right of these: stored -> visible.
 SONY_CROPPED_WIDTHS = {3984: 3925, 4288: 4256, 4928: 4920, 5504: 5472, 6048: 6024, 7392: 7362, 8000: 7968, 9600: 9568}
 SONY_WHITE = 16383
-
-# XYZ -> camera RGB of the ILCE-7SM2, as LibRaw's own table has it (times 10000): an ARW is decoded with these figures
-# whatever the file says, so the DNG states the same ones.
-XYZ_TO_CAMERA = (0.5838, -0.1430, -0.0246, -0.3497, 1.1477, 0.2297, -0.0748, 0.1885, 0.5778)
 
 
 @dataclass
@@ -101,7 +99,7 @@ def write_dng(
     root.set(50706, BYTE, 1, 4, 0, 0)
     root.set(50707, BYTE, 1, 1, 0, 0)
     root.text(50708, f"{make} {model}")
-    root.rational(50721, *XYZ_TO_CAMERA, signed=True)
+    root.rational(50721, *ILCE_7SM2_XYZ_TO_CAMERA.ravel().tolist(), signed=True)
     root.rational(50728, *(1.0 / gain for gain in wb))
     root.set(50778, SHORT, 21)  # CalibrationIlluminant1: D65
     root.children[330] = raw

@@ -15,6 +15,7 @@ import numpy as np
 import rawpy
 from numpy.typing import NDArray
 
+from preprocessing.colour import LIBRAW_SRGB_TO_XYZ
 from preprocessing.raw.dng import bare_dng
 
 RENDER_OPTIONS: Mapping[str, Any] = MappingProxyType(
@@ -39,9 +40,7 @@ _MARGIN_PX = 16
 _LEAST_PX = 64
 """LibRaw does not take files of a few pixels for RAW."""
 
-_XYZ_TO_SRGB = np.linalg.inv(
-    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
-)
+_XYZ_TO_SRGB = np.linalg.inv(LIBRAW_SRGB_TO_XYZ)
 
 
 @dataclass(frozen=True)

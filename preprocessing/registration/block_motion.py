@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from preprocessing.colour import GAMMA_BYTE_TO_LINEAR, linear_to_gamma
 from preprocessing.registration.affine import Map, Size, apply, compose
 from preprocessing.registration.lens import LensMap, Points
 
@@ -21,7 +22,6 @@ OVERSAMPLING = 2.0
 kernel is up to 0.05 px off)."""
 _LENS_PX = 0.55
 """Point spread of a lens; the pixel's own area comes to it."""
-_LIGHT = ((np.arange(256) / 255) ** 2.2).astype(np.float32)
 _MOSAIC_WEIGHTS = np.array([0.25, 0.5, 0.25], np.float32)
 _JPG_WEIGHTS = np.array([0.299, 0.587, 0.114], np.float32)
 _NEIGHBOURHOOD_PX = 1.5
@@ -63,7 +63,7 @@ class LongLight:
         height, width = long_HWC.shape[:2]
         zoom = float(np.sqrt(abs(np.linalg.det(nominal[:, :2]))))
         size = (max(8, round(width * OVERSAMPLING / zoom)), max(8, round(height * OVERSAMPLING / zoom)))
-        channels = [cv2.LUT(np.ascontiguousarray(long_HWC[..., channel]), _LIGHT) for channel in range(3)]
+        channels = [cv2.LUT(np.ascontiguousarray(long_HWC[..., channel]), GAMMA_BYTE_TO_LINEAR) for channel in range(3)]
         small = np.dstack([cv2.resize(light, size, interpolation=cv2.INTER_AREA) for light in channels])
         if sensor is not None:
             small = np.maximum(cv2.transform(small, sensor.astype(np.float32)), 0)
@@ -98,7 +98,7 @@ class LongPicture:
         light = cv2.transform(small, (_MOSAIC_WEIGHTS if long.is_mosaic else _JPG_WEIGHTS)[None])
         if long.is_mosaic:
             light = cv2.GaussianBlur(light, (0, 0), density * 0.5**0.5)
-        values = encode(np.asarray(light, np.float32))
+        values = linear_to_gamma(np.asarray(light, np.float32))
         slope_x = cv2.Sobel(values, cv2.CV_32F, 1, 0, ksize=1, scale=0.5)
         slope_y = cv2.Sobel(values, cv2.CV_32F, 0, 1, ksize=1, scale=0.5)
         to_pixels = compose(np.array([[size[0] / width, 0, 0], [0, size[1] / height, 0]]), long.to_pixels)
@@ -124,7 +124,7 @@ class LongPicture:
             first = np.floor(at_HW2[0, 0]).astype(int)
             colours = cv2.remap(self.colours_HW3, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
             mosaic = _as_mosaic(np.asarray(colours, np.float32), int(first[1]) % 2, int(first[0]) % 2)
-            planes[..., 0] = encode(mean_over_neighbours(mosaic))
+            planes[..., 0] = linear_to_gamma(mean_over_neighbours(mosaic))
         push = (planes[..., 1] ** 2 + planes[..., 2] ** 2) / (planes[..., 0] + _DARKEST)
         planes = np.dstack([planes, push])
         window = np.ones((2 * _DETAIL_REACH_PX + 1,) * 2, np.uint8)
@@ -162,11 +162,6 @@ def fine_detail(planes: Plane) -> Plane:
 
 def _near_mean(values: Plane) -> Plane:
     return np.asarray(cv2.GaussianBlur(values, (0, 0), _NEIGHBOURHOOD_PX), np.float32)
-
-
-def encode(light: Plane) -> Plane:
-    """Linear light in [0, 1] -> about what a JPG holds, [0, 255]."""
-    return np.asarray(255 * np.power(np.maximum(light, 0), np.float32(1 / 2.2)), np.float32)
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,12 @@ demosaicing and sharpening move edges a little, and the map wanted is the mosaic
 import numpy as np
 from numpy.typing import NDArray
 
+from preprocessing.colour import linear_to_gamma, srgb_to_camera
 from preprocessing.raw.decode import RawImage
 from preprocessing.registration.affine import Map, compose, footprint, translation
-from preprocessing.registration.block_motion import encode, mean_over_neighbours
+from preprocessing.registration.block_motion import mean_over_neighbours
 from preprocessing.registration.lens import LensMap
 from preprocessing.registration.register import MAX_SHIFT, Plane, RegistrationError, register
-
-_SRGB_TO_XYZ = np.array(
-    [[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]]
-)
 
 
 def register_raw(raw: RawImage, long_HWC: NDArray[np.uint8], nominal: Map) -> LensMap:
@@ -37,7 +34,7 @@ def register_raw(raw: RawImage, long_HWC: NDArray[np.uint8], nominal: Map) -> Le
         mosaic_luminance(counts, raw),
         long_HWC,
         compose(nominal, place),
-        sensor=_srgb_to_sensor(raw.negative.xyz_to_camera),
+        sensor=srgb_to_camera(raw.negative.xyz_to_camera),
     )
     return found.after(translation(-place[0, 2], -place[1, 2]))
 
@@ -48,12 +45,4 @@ def mosaic_luminance(counts_4HW: NDArray[np.uint16], raw: RawImage) -> Plane:
     span = raw.white_level - raw.black_level
     light = (counts_4HW - raw.black_level[:, None, None]) * (raw.wb / span)[:, None, None]
     mosaic = light.reshape(2, 2, height, width).transpose(2, 0, 3, 1).reshape(2 * height, 2 * width)
-    return encode(np.clip(mean_over_neighbours(mosaic.astype(np.float32)), 0, 1))
-
-
-def _srgb_to_sensor(xyz_to_camera: NDArray[np.float64] | None) -> NDArray[np.float64]:
-    """[3, 3] linear sRGB -> white-balanced sensor colours: white stays white. The identity for an unknown camera."""
-    if xyz_to_camera is None:
-        return np.eye(3)
-    matrix = np.asarray(xyz_to_camera, np.float64) @ _SRGB_TO_XYZ
-    return np.asarray(matrix / matrix.sum(axis=1, keepdims=True), np.float64)
+    return linear_to_gamma(np.clip(mean_over_neighbours(mosaic.astype(np.float32)), 0, 1))

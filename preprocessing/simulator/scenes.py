@@ -9,12 +9,12 @@ half its density (in linear light, alias-free), so that all of them show one and
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
+from preprocessing.colour import SRGB_BYTE_TO_LINEAR, linear_to_srgb_bytes
 from preprocessing.registration.affine import LANCZOS_LOBES
 from preprocessing.simulator.scenery import light, near, photographs, subjects
 from preprocessing.simulator.scenery.painter import Box, Canvas, Plan
@@ -30,13 +30,7 @@ _HALVING /= _HALVING.sum()
 """Lanczos' kernel at half density. An average of 2x2 would let detail through that the coarser canvas cannot hold, as
 moire of its own that no lens makes: at 35 mm it moved edges by up to 0.1 px of the frame."""
 
-_VALUES = np.arange(256) / 255.0
-SRGB_TO_LINEAR = np.where(_VALUES <= 0.04045, _VALUES / 12.92, ((_VALUES + 0.055) / 1.055) ** 2.4).astype(np.float32)
-_TABLE_RGBA = np.stack([SRGB_TO_LINEAR] * 3 + [_VALUES.astype(np.float32)], axis=-1)[None]
-_STEPS = np.arange(4096) / 4095.0
-_LINEAR_TO_SRGB = np.rint(
-    255 * np.where(_STEPS <= 0.0031308, 12.92 * _STEPS, 1.055 * np.maximum(_STEPS, 1e-9) ** (1 / 2.4) - 0.055)
-).astype(np.uint8)
+_RGBA_TO_LINEAR = np.stack([SRGB_BYTE_TO_LINEAR] * 3 + [(np.arange(256) / 255).astype(np.float32)], axis=-1)[None]
 
 
 @dataclass
@@ -139,7 +133,8 @@ def _draw_near(colour_plan: Plan, mask_plan: Plan, boxes: Sequence[Box]) -> list
             if len(columns):
                 part = (rows, slice(columns[0], columns[-1] + 1))
                 alpha = mask.pixels[part][..., :1]
-                pixels[part][..., :3] = encode(cv2.LUT(colour.pixels[part], SRGB_TO_LINEAR) * (alpha / np.float32(255)))
+                premultiplied = cv2.LUT(colour.pixels[part], SRGB_BYTE_TO_LINEAR) * (alpha / np.float32(255))
+                pixels[part][..., :3] = linear_to_srgb_bytes(premultiplied)
                 pixels[part][..., 3:] = alpha
         canvas = Canvas(pixels, colour.x0, colour.y0, colour.density, level)
         if near:
@@ -162,7 +157,7 @@ def _lay_in(finer: Canvas, canvas: Canvas) -> None:
             continue
         half = halved(to_linear(fine))[start - first // 2 :][: stop - start]
         part = canvas.pixels[row + start : row + stop, column : column + width]
-        part[..., :3] = encode(half[..., :3])
+        part[..., :3] = linear_to_srgb_bytes(half[..., :3])
         if half.shape[2] == 4:
             part[..., 3] = np.rint(255 * half[..., 3])
 
@@ -177,10 +172,5 @@ def halved(light_HWC: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 def to_linear(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """sRGB bytes [H, W, 3 or 4] -> linear light [0, 1]; a fourth channel is coverage and keeps its proportion."""
     if pixels.shape[2] == 3:
-        return np.asarray(cv2.LUT(pixels, SRGB_TO_LINEAR), np.float32)
-    return np.asarray(cv2.LUT(pixels, _TABLE_RGBA), np.float32)
-
-
-def encode(linear: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint8]:
-    """Linear light [0, 1] -> sRGB bytes."""
-    return _LINEAR_TO_SRGB[np.minimum(linear * np.float32(4095) + np.float32(0.5), 4095).astype(np.uint16)]
+        return np.asarray(cv2.LUT(pixels, SRGB_BYTE_TO_LINEAR), np.float32)
+    return np.asarray(cv2.LUT(pixels, _RGBA_TO_LINEAR), np.float32)

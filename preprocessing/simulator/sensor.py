@@ -16,19 +16,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, TiffImagePlugin
 
-from preprocessing.raw.dng import XYZ_TO_CAMERA, Mosaic
+from preprocessing.colour import ILCE_7SM2_XYZ_TO_CAMERA, linear_to_srgb, srgb_to_camera
+from preprocessing.raw.dng import Mosaic
 from preprocessing.simulator.scenery.painter import Canvas
 from preprocessing.simulator.scenes import Scene, to_linear
 from preprocessing.truth.frame import FAR, NEAR, Exposure, FrameGeometry
 
 Picture = npt.NDArray[np.float32]
 
-_SRGB_TO_XYZ = np.array(
-    [[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]]
-)
-_RGB_TO_CAMERA = np.array(XYZ_TO_CAMERA).reshape(3, 3) @ _SRGB_TO_XYZ
-# White stays white: LibRaw normalises the rows of its matrix in the same way.
-RGB_TO_CAMERA = (_RGB_TO_CAMERA / _RGB_TO_CAMERA.sum(axis=1, keepdims=True)).astype(np.float32)
+RGB_TO_CAMERA = srgb_to_camera(ILCE_7SM2_XYZ_TO_CAMERA).astype(np.float32)
 CAMERA_TO_RGB = np.linalg.inv(RGB_TO_CAMERA.astype(np.float64)).astype(np.float32)
 
 # A pixel integrates over its area; a Gaussian of the same variance (1/12) joins the lens's, so that one blur does both.
@@ -154,7 +150,7 @@ def expose(scene: Scene, geometry: FrameGeometry, exposure: Exposure, rng: np.ra
 def tone_curve(linear: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The camera's curve from linear [0, 1] to encoded [0, 1]: sRGB's gamma and a mild S for contrast."""
     linear = np.clip(linear, 0.0, 1.0)
-    encoded = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * np.maximum(linear, 1e-9) ** (1 / 2.4) - 0.055)
+    encoded = linear_to_srgb(linear)
     return encoded + 0.02 * np.sin(2 * np.pi * (encoded - 0.5))
 
 

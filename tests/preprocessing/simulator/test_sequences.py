@@ -10,12 +10,13 @@ import pytest
 import rawpy
 from PIL import Image
 
+from preprocessing.colour import linear_to_srgb_bytes
 from preprocessing.raw import dng
 from preprocessing.simulator import sensor
 from preprocessing.simulator import sequences as simulator
 from preprocessing.simulator.optics import FOCALS_MM, PRESETS, draw_geometries
 from preprocessing.simulator.scenery.painter import Canvas
-from preprocessing.simulator.scenes import Scene, encode
+from preprocessing.simulator.scenes import Scene
 from preprocessing.simulator.sequences import SimulateError, frame_size, simulate
 from preprocessing.truth.frame import Exposure
 
@@ -208,7 +209,7 @@ def test_arw_and_its_jpg_lie_centre_to_centre(tmp_path: Path) -> None:
 def test_noise_is_photon_and_read_noise() -> None:
     """A grey wall: the variance of the counts is what the full well, ISO and read noise say."""
     frame = draw_geometries(np.random.default_rng(0), PRESETS["perfect"], jpg_size=(384, 256), raw_size=(384, 256))[0]
-    wall = Canvas(encode(np.full((600, 900, 3), 0.3, np.float32)), -300.0, -200.0, 1.5)
+    wall = Canvas(linear_to_srgb_bytes(np.full((600, 900, 3), 0.3, np.float32)), -300.0, -200.0, 1.5)
     exposure = Exposure(400, 0.01, 8.0, 0.8, (2.0, 1.0, 1.5), 0.6, vignetting=0.0)
     mosaic = sensor.expose(Scene([wall], [], "wall"), frame, exposure, np.random.default_rng(1)).astype(np.float64)
     electrons_per_count = sensor.FULL_WELL_E / 4 / (sensor.WHITE_LEVEL - sensor.BLACK_LEVEL)

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from preprocessing.colour import linear_to_srgb_bytes
 from preprocessing.registration.affine import apply
 from preprocessing.simulator import sensor
 from preprocessing.simulator.optics import PRESETS, draw_geometries
 from preprocessing.simulator.scenery.painter import Canvas
-from preprocessing.simulator.scenes import Scene, encode
+from preprocessing.simulator.scenes import Scene
 from preprocessing.simulator.sequences import simulate
 from preprocessing.truth.frame import FAR, NEAR, FrameGeometry, nominal_lr_to_hr
 from preprocessing.truth.reader import Truth, load_truth
@@ -51,7 +52,7 @@ def dots(points: np.ndarray, sigma: float, density: float) -> Canvas:
         down = np.exp(-0.5 * ((np.arange(rows.start, rows.stop) + 0.5 - y) / (sigma * density)) ** 2)
         across = np.exp(-0.5 * ((np.arange(columns.start, columns.stop) + 0.5 - x) / (sigma * density)) ** 2)
         light[rows, columns, 0] += 0.9 * np.outer(down, across)
-    return Canvas(encode(light).repeat(3, axis=2), float(low[0]), float(low[1]), density)
+    return Canvas(linear_to_srgb_bytes(light).repeat(3, axis=2), float(low[0]), float(low[1]), density)
 
 
 @pytest.mark.parametrize("number", range(7))
