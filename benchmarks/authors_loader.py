@@ -1,9 +1,9 @@
-"""The way to a training crop that SDAN's released code takes, written anew: the peer of benchmarks/preprocessing.py.
+"""How SDAN's released code makes a training crop, reimplemented for comparison by benchmarks/preprocess.py.
 
-As in its `SRRawDataset`: for each crop the RAW is decoded whole and packed in float; both JPGs are decoded whole;
-everything is cropped to the field of view of the longest focal length; the target, in float, is resized up to that
-frame's resolution, warped by the sequence's registration, resized back, resized to the exact scale; the input JPG is
-resized too (it is loaded also where RAW is the input); white balance is divided out; then one crop is cut. Axes H W C.
+As its `SRRawDataset` does for each crop: decode the whole RAW and pack it as float; decode both JPGs; crop all three to
+the field of view of the longest focal length; resize the float target up to that frame's resolution, warp it by the
+sequence's registration, resize it back and then to the exact scale; resize the input JPG, too (it is loaded even if the
+input is RAW); divide by the white balance; cut one crop. Axes are H W C.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ TOLERANCE_PX = 32
 
 @dataclass(frozen=True)
 class Pair:
-    """Files and focal lengths of one pair; `to_reference` [2, 3] is what tform.txt holds."""
+    """Files and focal lengths of one pair; `to_reference` [2, 3] is the content of SR-RAW's tform.txt."""
 
     lr_raw: Path
     lr_jpg: Path
@@ -35,7 +35,7 @@ class Pair:
 
 
 def crop(pair: Pair, random: np.random.Generator, *, scale: int = 4, crop_px: int = 512) -> tuple[Any, Any]:
-    """(mosaic [1, h, w], target [3, H, W]) tensors with a target of crop_px and the tolerance on each side."""
+    """(mosaic [1, h, w], target [3, H, W]) tensors; the target is crop_px plus the tolerance on each side."""
     longest_lr, longest_hr = pair.focal_longest_mm / pair.focal_lr_mm, pair.focal_longest_mm / pair.focal_hr_mm
     packed = _centre(_packed(pair.lr_raw), 1 / longest_lr)
     target = _float(_centre(np.array(Image.open(pair.hr_jpg)), 1 / longest_hr))

@@ -1,8 +1,7 @@
-"""Compiles the Triton kernels for several GPUs, none needed, and prints what the assembler says:
-`python benchmarks/compile_report.py`.
+"""Compile the Triton kernels for several GPUs and print their resource use: `python benchmarks/compile_report.py`.
 
-Registers, stack and spilled (local) bytes are read from the cubin by `cuobjdump`, which comes with Triton. A spill
-would move values through memory in the middle of the kernel; the command ends with code 1 if there is one.
+No GPU is needed. `cuobjdump`, which comes with Triton, reads registers, stack and spilled (local) bytes from the cubin.
+A spill moves values through memory in the middle of the kernel; the command exits with code 1 if there is one.
 """
 
 import argparse
@@ -30,7 +29,7 @@ _NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel for one type, width and GPU."""
+    """One kernel compiled for one dtype, number of channels and GPU."""
 
     kernel: str
     dtype: str
@@ -41,11 +40,11 @@ class Compiled:
     spilled_bytes: int
     shared_bytes: int
     vector_loads: int
-    """128-bit loads from global memory in the PTX"""
+    """128-bit loads from global memory in the PTX."""
 
 
 def compile_all(architectures: Sequence[int] = ARCHITECTURES, channels: Sequence[int] = CHANNELS) -> Iterator[Compiled]:
-    """Every kernel that `triton_warp` launches, in turn."""
+    """Compile every kernel that `triton_warp` launches."""
     for architecture in architectures:
         for name in ("warp_forward_kernel", "warp_backward_kernel"):
             for dtype in _NAMES:
@@ -54,11 +53,11 @@ def compile_all(architectures: Sequence[int] = ARCHITECTURES, channels: Sequence
 
 
 def compile_one(name: str, dtype: torch.dtype, channels: int, architecture: int) -> Compiled:
-    """Compile one kernel as a launch on tensors of this type and width would."""
+    """Compile one kernel as a launch on tensors of this dtype and number of channels would."""
     kernel = getattr(triton_kernels, name)
     meta = launch_meta(channels, dtype, backward="backward" in name)
     options = {"num_warps": meta.pop("num_warps")}
-    flags = {"HAS_BIAS": True, "RELU": True, "WITH_MASK": True, "NEED_INPUT": True, "NEED_OFFSET": True}
+    flags = {"HAS_BIAS": True, "NEED_INPUT": True, "NEED_OFFSET": True}
     constants = {key: value for key, value in (flags | meta).items() if key in kernel.arg_names}
     if channels == 1:
         constants["channels"] = 1
@@ -85,8 +84,6 @@ def _type(arg: str, dtype: torch.dtype) -> str:
     wide = "fp64" if dtype == torch.float64 else "fp32"
     if arg in ("offset_ptr", "grad_offset_ptr", "grad_input_ptr"):
         return f"*{wide}"
-    if arg == "mask_ptr":
-        return "*fp32"
     return f"*{_NAMES[dtype]}" if arg.endswith("_ptr") else "i32"
 
 
@@ -101,7 +98,7 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; 1 if anything spills."""
+    """Print the table; return 1 if anything spills, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--arch", type=int, nargs="+", default=list(ARCHITECTURES), help="compute capabilities, e.g. 80 90"
@@ -119,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"| {row.kernel} | {row.dtype} | {row.channels} | sm_{row.architecture} | {row.registers} "
             f"| {row.stack_bytes} | {row.spilled_bytes} | {row.shared_bytes} | {row.vector_loads} |\n"
         )
-    write("no spills\n" if not spilled else "SPILLS: fewer values per program in triton_warp.py\n")
+    write("no spills\n" if not spilled else "SPILLS: reduce the values per program in triton_warp.py\n")
     return 1 if spilled else 0
 
 

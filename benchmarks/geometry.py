@@ -1,10 +1,11 @@
-"""How exact the maps of a pair are, and what sampling once keeps: `python benchmarks/affine.py` (minutes on 2 cores).
+"""Accuracy of a pair's maps, and what sampling once preserves: `python benchmarks/geometry.py` (minutes on 2 cores).
 
-Simulated sequences carry the truth: where each point of the background of the short frame lies in the long JPG. Errors
-are distances in pixels of the long frame, at points 3 pixels apart where the background shows; "tiles" are the affines
-that the rows hold (`lr_to_hr`), each over its own tile; "lens map" is what registration found and what the pictures
-are sampled through (`lr_to_hr_lens`). The floors are the true map's nearest affines: no six numbers can do better. With
-`--scenes DIR` photographs join the procedural scenes. The tables replace their section of benchmarks/RESULTS.md.
+Simulated sequences come with the truth: the position in the long JPG of each background point of the short frame.
+Errors are distances in pixels of the long frame, at points 3 pixels apart where the background is visible. "Tiles" are
+the affines stored in the rows (`lr_to_hr`), each over its own tile. "Lens map" is the registered map that the pictures
+are sampled through (`lr_to_hr_lens`). The floors are the affines nearest to the true map, so no affine can have a
+smaller error. `--scenes DIR` adds scenes made from photographs. The tables replace their section of
+benchmarks/RESULTS.md.
 """
 
 import argparse
@@ -21,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
-from operators import provenance, update_section  # noqa: E402
+from results import provenance, update_section  # noqa: E402
 
 from preprocessing import tiles  # noqa: E402
 from preprocessing.plan import PairJob, PreprocessOptions, make_plan  # noqa: E402
@@ -36,25 +37,25 @@ Errors = NDArray[np.float64]
 TILE_PX, STRIDE_PX = PreprocessOptions.tile_px, PreprocessOptions.stride_px
 SPACING_PX = 3
 FLOOR_TILES = (96, 64, 48, 32)
-# Ratio of focal lengths, and the longest one's to the pair's long one, of SR-RAW's pairs at 4x.
+# SR-RAW's pairs at 4x: (ratio of the pair's focal lengths, ratio of the longest focal length to the pair's long one).
 PAIRS = {"240/50": (4.8, 1.0), "150/35": (150 / 35, 1.6), "100/24": (100 / 24, 2.4)}
 MOTION = np.array([[1.0, 0.004, 3.37], [-0.004, 1.0, -2.61]])
 
 
 @dataclass
 class Measured:
-    """Errors of one pair, or of several put together: one array a pair."""
+    """Errors of one or more pairs: one array per pair."""
 
     nominal: list[Errors] = field(default_factory=list)
     """Scale mode's map against the nominal one."""
-    left: list[Errors] = field(default_factory=list)
-    """Scale mode's map against the truth: what is there to register."""
+    unregistered: list[Errors] = field(default_factory=list)
+    """Scale mode's map against the truth: the misalignment before registration."""
     lens: list[Errors] = field(default_factory=list)
     tiles: list[Errors] = field(default_factory=list)
     floor: list[Errors] = field(default_factory=list)
-    """Of each tile's nearest affine."""
+    """Errors of each tile's nearest affine."""
     whole: list[Errors] = field(default_factory=list)
-    """Of the whole area's nearest affine."""
+    """Errors of the whole area's nearest affine."""
     fallbacks: int = 0
     seconds: list[float] = field(default_factory=list)
 
@@ -64,7 +65,7 @@ class Measured:
 
 
 def measure_pair(folder: Path, job: PairJob, truth: Truth) -> Measured:
-    """Everything about one pair."""
+    """All errors of one pair."""
     source = open_folder(str(folder))
     assert job.lr_jpg and job.hr_jpg
     image = decode.load(source.read(job.lr_raw), name=job.lr_raw)
@@ -80,7 +81,7 @@ def measure_pair(folder: Path, job: PairJob, truth: Truth) -> Measured:
     nominal = hr_centre + (points - lr_centre) * (hr_frame.focal_mm / lr_frame.focal_mm)
     placed = affine.apply(by_scale.lr_to_hr, points)
     found.nominal.append(distance(placed, nominal))
-    found.left.append(distance(placed, true)[shows])
+    found.unregistered.append(distance(placed, true)[shows])
     found.whole.append(distance(affine.apply(nearest_affine(points[shows], true[shows]), points), true)[shows])
     start = time.process_time()
     aligned = tiles.align(image, lr, hr, job.zoom, ecc=True)
@@ -147,7 +148,7 @@ def accuracy_rows(groups: dict[str, Measured]) -> Iterator[str]:
             name,
             f"{len(found.nominal)}",
             f"{percentile(found.nominal, 95):.3f}",
-            both(found.left),
+            both(found.unregistered),
             both(found.lens),
             worst(found.lens),
             f"**{both(found.tiles)}**",
@@ -173,7 +174,7 @@ def worst(errors: list[Errors]) -> str:
 
 
 def floor_rows(sequences: dict[str, Path]) -> Iterator[str]:
-    """How near affines come to the true map, by the size of the tile."""
+    """Errors of the affines nearest to the true map, by tile size."""
     yield "| width, pair | " + " | ".join(f"tile {size}" for size in FLOOR_TILES) + " | whole area |"
     yield "|---|" + "---|" * (len(FLOOR_TILES) + 1)
     for name, folder in sequences.items():
@@ -201,7 +202,7 @@ def floor_rows(sequences: dict[str, Path]) -> Iterator[str]:
 
 
 def chain_rows(pictures: list[Path]) -> Iterator[str]:
-    """One affine, sampled once, against the authors' chain of resizes; the picture is known at twice the density."""
+    """One affine sampled once, against the authors' chain of resizes; the reference picture has twice the density."""
     yield "| pair | once, dB | authors' chain, dB | the same, bilinear, dB |"
     yield "|---|---|---|---|"
     for pair, (zoom, to_longest) in PAIRS.items():
@@ -230,7 +231,7 @@ def chain_rows(pictures: list[Path]) -> Iterator[str]:
 
 
 def area_average(fine: NDArray[np.uint8], to_fine: affine.Map, size: affine.Size) -> NDArray[np.float64]:
-    """What pixels of `size` see of `fine` through a map: 6 x 6 points each."""
+    """`fine` seen through a map at `size`: each pixel averages 6 x 6 points, [H, W, 3] in [0, 255]."""
     parts = 6
     total = np.zeros((*size, 3))
     x, y = np.meshgrid(np.arange(size[1]), np.arange(size[0]))
@@ -243,7 +244,7 @@ def area_average(fine: NDArray[np.uint8], to_fine: affine.Map, size: affine.Size
 
 
 def authors_chain(long: NDArray[np.uint8], to_longest: float, size: affine.Size, resize: int) -> NDArray[np.float64]:
-    """Up to the longest focal length's grid, warp, back, to the exact scale: as in the released SRRawDataset."""
+    """Enlarge to the longest focal length's grid, warp, reduce, resize to the exact scale, as in SRRawDataset."""
     picture = long.astype(np.float32) / 255
     height, width = picture.shape[:2]
     picture = cv2.resize(picture, (round(width * to_longest), round(height * to_longest)), interpolation=resize)
@@ -260,17 +261,17 @@ def psnr(shown: NDArray[np.generic], ideal: NDArray[np.float64]) -> float:
 
 
 def main() -> None:
-    """Simulate, measure, print as it goes, and update RESULTS.md."""
+    """Simulate, measure, print each row when it is ready, and update RESULTS.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", type=Path, help="a folder of photographs to build scenes from, too")
+    parser.add_argument("--scenes", type=Path, help="also build scenes from this folder of photographs")
     parser.add_argument("--sequences", type=int, default=4, help="sequences of each kind")
     parser.add_argument("--wide", type=int, default=1, help="sequences of preset default at 4240 px; 0: none")
     parser.add_argument("--work", type=Path, help="keep the sequences here (default: a temporary folder)")
-    parser.add_argument("--print", action="store_true", help="leave RESULTS.md alone")
+    parser.add_argument("--print", action="store_true", help="do not change RESULTS.md")
     chosen = parser.parse_args()
     cv2.setNumThreads(1)
     arguments = ["--scenes DIR" if chosen.scenes else "", f"--sequences {chosen.sequences}", f"--wide {chosen.wide}"]
-    text = [provenance("python benchmarks/affine.py " + " ".join(filter(None, arguments)), ("../preprocessing",))]
+    text = [provenance("python benchmarks/geometry.py " + " ".join(filter(None, arguments)), ("../preprocessing",))]
     with tempfile.TemporaryDirectory() as temporary:
         for line in tables(chosen, chosen.work or Path(temporary)):
             text.append(line)

@@ -1,95 +1,32 @@
-"""The operators beside torchvision's and the authors' way: `python benchmarks/operators.py` (CPU, minutes on 2 cores).
+"""Our operators against torchvision's and the authors': `python benchmarks/operators.py` (CPU, minutes on 2 cores).
 
-Every ratio compares best times from one run in which the contestants take turns, so that a busy machine hits all of
-them. The tables replace their section of benchmarks/RESULTS.md; notes outside the section's markers stay.
+Each ratio compares best times from one run in which the implementations take turns, so that background load affects
+all of them. The tables replace their section of benchmarks/RESULTS.md; text outside the section's markers is kept.
 
-Shapes are N x C x H x W, K = 3. "conv" is `conv2d` of the same shape, layout and type: the floor. "repeated" is
-torchvision's `deform_conv2d` with the offset repeated K*K times, in float32 also where the row says bf16 (the CPU
-operator has no bf16).
+Shapes are N x C x H x W, K = 3. "conv" is `conv2d` of the same shape, layout and type: the lower bound. "repeated" is
+torchvision's `deform_conv2d` with the offset repeated K*K times. It runs in float32 even in bf16 rows, because the CPU
+operator has no bf16.
 """
 
 import argparse
-import ctypes
-import datetime
-import os
-import platform
-import re
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from unittest import mock
 
 import torch
+from authors_operators import authors_way, repeated
+from measure import Step, best_ms, peak_extra_mb
+from results import Tables, provenance, publish
 from torch import Tensor
 from torch.nn import functional
 
-import sdan.attention
 import sdan.network
 from sdan.ops import packed_attention, squared_deform_conv2d
 from sdan.ops.reference import explicit_attention, squared_deform_repeated
 
-RESULTS = Path(__file__).parent / "RESULTS.md"
 SHAPES = ((1, 64, 64, 64), (4, 64, 64, 64), (4, 64, 128, 128), (1, 64, 256, 256))
 TOKENS = ((4, 4096, 64), (1, 4096, 256), (1, 1024, 1024))
 MODULES = ((4, 64, 64, 64), (1, 64, 128, 128))
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-Step = Callable[[], object]
-
-
-def best_ms(steps: dict[str, Step], seconds: float, least: int = 2) -> dict[str, float]:
-    """Best time of each, in turns, for about `seconds`; a quick one runs several times a turn."""
-    for step in steps.values():
-        step()
-    best = dict.fromkeys(steps, float("inf"))
-    turns, end = 0, time.perf_counter() + seconds
-    while turns < least or time.perf_counter() < end:
-        for name, step in steps.items():
-            spent = 0.0
-            for _ in range(8):
-                start = time.perf_counter()
-                step()
-                took = time.perf_counter() - start
-                best[name] = min(best[name], took)
-                spent += took
-                if spent > 0.15:
-                    break
-        turns += 1
-    return {name: 1e3 * value for name, value in best.items()}
-
-
-M_MMAP_THRESHOLD, LARGE_BYTES = -3, 2**16  # of mallopt(3)
-
-
-def peak_extra_mb(step: Step) -> float:
-    """Memory that the step adds at its highest, in MB: resident pages, so that every library's scratch counts.
-
-    Large blocks get pages of their own, which go back when they are freed. In glibc's heap, where they otherwise end up
-    after a while, holes between them count or not as it happens: the same step showed 24 to 34 MB.
-    """
-    libc = ctypes.CDLL("libc.so.6")
-    libc.mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
-    step()  # compiled kernels and caches are not the step's
-    libc.malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before = _status_kb("VmRSS")
-    step()
-    return (_status_kb("VmHWM") - before) / 1024
-
-
-def _status_kb(field: str) -> int:
-    found = re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found.group(1))
-
-
-def repeated(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """torchvision's operator; half types through float32."""
-    wide = (tensor.float() for tensor in (input, offset, weight, bias))
-    with torch.autocast(input.device.type, enabled=False):
-        return squared_deform_repeated(*wide).to(input.dtype)
 
 
 def backward_of(operator: Callable[..., Tensor], tensors: list[Tensor], upstream: Tensor) -> Step:
@@ -171,7 +108,7 @@ def operator_row(shape: tuple[int, int, int, int], dtype: torch.dtype, threads: 
 
 
 def memory_rows() -> Iterator[str]:
-    """Peaks hold the output and the gradients, as the convolution's does; what an operator adds to that is its own."""
+    """Every peak includes the output and the gradients, so the convolution's is subtracted in the last columns."""
     yield (
         "| shape | type | conv MB | ours MB | ours channels-last MB | repeated MB "
         "| beyond conv: ours / repeated | channels-last / repeated |"
@@ -219,16 +156,6 @@ def attention_rows(seconds: float) -> Iterator[str]:
                 )
 
 
-@contextmanager
-def authors_way() -> Iterator[None]:
-    """The same module with the authors' two operators in place of ours."""
-    with (
-        mock.patch.object(sdan.network, "squared_deform_conv2d", repeated),
-        mock.patch.object(sdan.attention, "packed_attention", explicit_attention),
-    ):
-        yield
-
-
 def module_rows(seconds: float) -> Iterator[str]:
     yield "| features | type | threads | ours ms, f+b | authors' way ms, f+b | authors' / ours |"
     yield "|---|---|---|---|---|---|"
@@ -255,7 +182,7 @@ def module_rows(seconds: float) -> Iterator[str]:
 
 
 def module_step(module: torch.nn.Module, features: Tensor, reference: Tensor, dtype: torch.dtype) -> Step:
-    """Forward and backward as a training step runs them: bf16 by autocast."""
+    """Forward and backward as in a training step: bf16 through autocast."""
 
     def step() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -280,60 +207,12 @@ def error_rows() -> Iterator[str]:
         yield f"| {str(dtype).removeprefix('torch.')} | {' | '.join(f'{error:.0e}' for error in errors)} |"
 
 
-def provenance(command: str, folders: tuple[str, ...] = ("../sdan",)) -> str:
-    """Where the numbers come from, on one line; `folders` hold the code that was measured, beside this one."""
-    here = Path(__file__).parent
-    git = ["git", "-C", str(here)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "--", *folders, "."], capture_output=True, text=True, check=False
-    ).stdout
-    changed = "\n".join(line for line in changed.splitlines() if not line.endswith("RESULTS.md"))
-    processor = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return (
-        f"`{command}`; commit {commit.strip() or 'unknown'}{' with changes' if changed else ''}; "
-        f"{processor.group(1) if processor else platform.machine()}, "
-        f"{len(os.sched_getaffinity(0))} cores, {memory_gb:.0f} GB, {torch.backends.cpu.get_cpu_capability()}; "
-        f"torch {torch.__version__}, Python {platform.python_version()}; "
-        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC; load before {os.getloadavg()[0]:.1f}"
-    )
-
-
-def update_section(name: str, text: str, results: Path = RESULTS) -> None:
-    """Replace what stands between `<!-- name -->` and `<!-- /name -->`, or append it."""
-    before = results.read_text() if results.exists() else "# Results\n"
-    section = f"<!-- {name} -->\n{text.strip()}\n<!-- /{name} -->"
-    pattern = re.compile(rf"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
-    after = pattern.sub(lambda _: section, before) if pattern.search(before) else f"{before.rstrip()}\n\n{section}\n"
-    results.write_text(after)
-
-
-Tables = dict[str, tuple[str, Callable[[], Iterator[str]]]]
-"""Name -> title, and what makes the rows."""
-
-
-def publish(section: str, origin: str, tables: Tables, only: str | None) -> None:
-    """Print the tables row by row, as they are measured; all of them together become their section of RESULTS.md."""
-    text = [origin]
-    print(origin, flush=True)
-    for name, (title, rows) in tables.items():
-        if only in (None, name):
-            text.append(f"\n### {title}\n")
-            print(text[-1], flush=True)
-            for row in rows():
-                text.append(row)
-                print(row, flush=True)
-    if only is None:
-        update_section(section, "\n".join(text))
-
-
 def main() -> None:
-    """Measure, print as it goes, and update RESULTS.md."""
+    """Measure, print each row when it is ready, and update RESULTS.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=1.0, help="time per cell beyond the two turns that each takes")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time per cell, at least two turns each")
     parser.add_argument(
-        "--only", choices=["operator", "memory", "attention", "module", "errors"], help="one table, printed"
+        "--only", choices=["operator", "memory", "attention", "module", "errors"], help="print this table only"
     )
     chosen = parser.parse_args()
     origin = provenance("python " + " ".join(["benchmarks/operators.py", *sys.argv[1:]]))

@@ -1,16 +1,15 @@
-"""From RAW to shards to crops: `python benchmarks/preprocessing.py` (simulated 12 MP frames; minutes on 2 cores).
+"""From RAW to shards to crops: `python benchmarks/preprocess.py` (simulated 12 MP frames; minutes on 2 cores).
 
-Contestants of one table take turns in processes of their own, with one thread each; the best time of each counts.
-"Bare" is what no preprocessing can do without: open the RAW and copy its counts, a half-size rendering, two JPGs
-decoded, the same tiles compressed and put. `--long` adds the cost of 10 to 200 sequences and a tree of 100,000 frames.
-The tables replace their section of benchmarks/RESULTS.md.
+The variants in a table take turns, each in a new process with one thread; the best time of each is reported. "Bare" is
+the least that any preprocessing must do: open the RAW and copy its counts, render it at half size, decode two JPGs,
+compress and write the same tiles. `--long` adds the cost of 10 to 200 sequences and a tree of 100,000 frames. The
+tables replace their section of benchmarks/RESULTS.md.
 """
 
 import argparse
 import io
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,9 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+from measure import peak_mb  # noqa: E402
+
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 TABLES = ("pair", "crops", "cpus", "growth", "tiny", "tree")
 PAIR = "00006-00002"
@@ -29,8 +31,8 @@ Measured = dict[str, Any]
 
 
 def measure(name: str, work: Path, seconds: float) -> Measured:
-    """Run one contestant of this file in a process of its own: {"ms": best time, "peak_mb": ..., ...}."""
-    command = [sys.executable, __file__, "--contestant", name, "--work", str(work), "--seconds", str(seconds)]
+    """Run one of VARIANTS in a new process: {"ms": best time, "peak_mb": ..., ...}."""
+    command = [sys.executable, __file__, "--variant", name, "--work", str(work), "--seconds", str(seconds)]
     done = subprocess.run(command, env=os.environ | ONE_THREAD, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
@@ -38,7 +40,7 @@ def measure(name: str, work: Path, seconds: float) -> Measured:
 
 
 def turns(names: tuple[str, ...], work: Path, seconds: float, rounds: int = 3) -> dict[str, Measured]:
-    """Each contestant `rounds` times, in turns: its best round, with the highest peak of memory."""
+    """Run each variant `rounds` times, in turns: its best round, with its highest memory peak."""
     found: dict[str, list[Measured]] = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:
@@ -50,19 +52,13 @@ def turns(names: tuple[str, ...], work: Path, seconds: float, rounds: int = 3) -
 
 
 def repeat(step: Callable[[], object], seconds: float) -> float:
-    """Best time of a step in milliseconds, for about `seconds` and at least three times."""
+    """Best time of a step in milliseconds; it runs for about `seconds` and at least three times."""
     best, count, end = float("inf"), 0, time.perf_counter() + seconds
     while count < 3 or time.perf_counter() < end:
         start = time.perf_counter()
         step()
         best, count = min(best, time.perf_counter() - start), count + 1
     return 1e3 * best
-
-
-def peak_mb() -> float:
-    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found.group(1)) / 1024
 
 
 def the_pair(work: Path) -> Any:
@@ -161,17 +157,17 @@ def our_crops(work: Path, seconds: float) -> Measured:
     torch.set_num_threads(1)
     stream = CropStream(index_split(str(work / "out"), "train"), seed=0, crop_px=64, augment=True)
     numbers = itertools.count()
-    mean = 50  # crops a turn: the best turn's mean, not the best crop
-    return {"ms": repeat(lambda: [stream.crop(next(numbers)) for _ in range(mean)], seconds) / mean}
+    turn = 50  # crops per turn: report the mean of the best turn, not the best crop
+    return {"ms": repeat(lambda: [stream.crop(next(numbers)) for _ in range(turn)], seconds) / turn}
 
 
-CONTESTANTS = {"ours": ours, "bare": bare, "authors_crops": authors_crops, "our_crops": our_crops}
+VARIANTS = {"ours": ours, "bare": bare, "authors_crops": authors_crops, "our_crops": our_crops}
 
 
 def pair_rows_table(work: Path, seconds: float) -> Iterator[str]:
     found = turns(("bare", "ours"), work, seconds)
     one, two = found["bare"], found["ours"]
-    yield "| | ms | of it RAW / JPGs / compressing and putting | peak MB of the process |"
+    yield "| | ms | RAW / JPGs / compressing and writing | peak MB of the process |"
     yield "|---|---|---|---|"
     yield (
         f"| bare decoding and writing | {one['ms']:.0f} | {one['raw_ms']:.0f} / {one['jpg_ms']:.0f} / "
@@ -183,7 +179,7 @@ def pair_rows_table(work: Path, seconds: float) -> Iterator[str]:
 
 def crops_table(work: Path, seconds: float) -> Iterator[str]:
     if not (work / "out").exists():
-        measure("ours", work, 0)  # the pair's shard, which the first table leaves behind
+        measure("ours", work, 0)  # writes the pair's shard, if the first table did not run
     found = turns(("authors_crops", "our_crops"), work, seconds)
     theirs, mine = found["authors_crops"], found["our_crops"]
     yield "| | ms a crop | crops/s on a core | peak MB |"
@@ -194,7 +190,7 @@ def crops_table(work: Path, seconds: float) -> Iterator[str]:
 
 
 def many(work: Path, template: Path, count: int) -> Path:
-    """A folder of `count` sequences: hard links to one."""
+    """A folder of `count` sequences, all hard links to `template`."""
     root = work / f"many-{count}"
     for number in range(0 if root.exists() else count):
         (root / f"{number:05d}").mkdir(parents=True)
@@ -205,7 +201,7 @@ def many(work: Path, template: Path, count: int) -> Path:
 
 
 def run_job(raw: Path, shards: Path, cpus: int, options: dict[str, int]) -> Measured:
-    """The whole job in a fresh driver: seconds without Ray's start, pairs, the driver's peak above its start."""
+    """The whole job in a new driver process: seconds after Ray's start, pairs, driver's peak memory above its start."""
     code = (
         "import sys,json,re,time,ray;from pathlib import Path;from preprocessing.shards import *;"
         f"ray.init(num_cpus={cpus},include_dashboard=False,log_to_driver=False);"
@@ -245,7 +241,7 @@ def growth_table(work: Path, counts: tuple[int, ...]) -> Iterator[str]:
 
 
 def tiny_table(work: Path, count: int) -> Iterator[str]:
-    """Pairs whose RAW is empty: nothing but the job's own cost."""
+    """Pairs with an empty RAW, to measure the job's overhead alone."""
     root = work / f"tiny-{count}"
     template = work / "small/00001"
     for number in range(0 if root.exists() else count):
@@ -265,7 +261,7 @@ def tree_table(work: Path, sequences: int = 14_286) -> Iterator[str]:
         "import sys,time;from preprocessing.frames import discover;from preprocessing.storage import *;"
         "from preprocessing.plan import *;f=open_folder(sys.argv[1]);t=time.perf_counter();"
         "n=sum(len(s.frames) for s in discover(f));a=time.perf_counter()-t;"
-        # Not ru_maxrss, which a process takes over from the one that started it.
+        # Not ru_maxrss: a process inherits that from its parent.
         "m=lambda:round(int(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])/1e3);k=m();"
         "t=time.perf_counter();p=make_plan(f,PreprocessOptions(),{});b=time.perf_counter()-t;"
         "print(n,round(a,1),k,len(p.jobs),round(b,1),m())"
@@ -279,7 +275,7 @@ def tree_table(work: Path, sequences: int = 14_286) -> Iterator[str]:
 
 
 def prepare(work: Path) -> None:
-    """Simulate what is not there yet: a 12 MP sequence as a camera would leave it (no truth), a small one."""
+    """Simulate a 12 MP sequence and a small one, if missing, and delete their truth, which no camera writes."""
     from preprocessing.simulator.sequences import simulate
 
     for name, width, raw_format in (("raw", 4240, "arw"), ("small", 768, "dng")):
@@ -289,16 +285,16 @@ def prepare(work: Path) -> None:
 
 
 def main() -> None:
-    """Measure, print as it goes, and update RESULTS.md."""
+    """Measure, print each row when it is ready, and update RESULTS.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=4.0, help="time per contestant and round")
+    parser.add_argument("--seconds", type=float, default=4.0, help="time per variant and round")
     parser.add_argument("--long", action="store_true", help="also 10 to 200 sequences and a tree of 100,000 frames")
-    parser.add_argument("--only", choices=TABLES, help="one table, printed")
-    parser.add_argument("--work", type=Path, help="keep the simulated frames here for the next time")
-    parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=TABLES, help="print this table only")
+    parser.add_argument("--work", type=Path, help="keep the simulated frames in this folder for later runs")
+    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    if chosen.contestant:
-        result = CONTESTANTS[chosen.contestant](chosen.work, chosen.seconds)
+    if chosen.variant:
+        result = VARIANTS[chosen.variant](chosen.work, chosen.seconds)
         print(json.dumps(result | {"peak_mb": peak_mb()}))
         return
     with tempfile.TemporaryDirectory() as temporary:
@@ -308,13 +304,13 @@ def main() -> None:
 
 
 def report(work: Path, chosen: argparse.Namespace) -> None:
-    from operators import provenance, publish
+    from results import Tables, provenance, publish
 
     shown = [argument for argument in sys.argv[1:] if argument != "--work" and argument != str(chosen.work)]
-    origin = provenance(" ".join(["python benchmarks/preprocessing.py", *shown]), ("../preprocessing", "../pipelines"))
+    origin = provenance(" ".join(["python benchmarks/preprocess.py", *shown]), ("../preprocessing", "../pipelines"))
     prepare(work)
     counts = (10, 50, 200) if chosen.long else (5, 20)
-    tables: dict[str, tuple[str, Callable[[], Iterator[str]]]] = {
+    tables: Tables = {
         "pair": ("A 12 MP pair, 35 and 150 mm, --align scale, 40 tiles", lambda: pair_rows_table(work, chosen.seconds)),
         "crops": ("Crops into training, target 512 px", lambda: crops_table(work, chosen.seconds)),
         "cpus": ("Throughput, 12 MP", lambda: cpus_table(work, chosen.seconds)),

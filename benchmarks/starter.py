@@ -1,11 +1,12 @@
-"""How the starter model was made, to make it again: `python benchmarks/starter.py data|train|card --photographs DIR`.
+"""Make the starter model: `python benchmarks/starter.py data|train|card --photographs DIR`.
 
-    data    zoom sequences of every preset, procedural and from photographs, and their shards (15 minutes, 2 cores)
-    train   config `starter` on them (under an hour on 2 idle cores; started again, it goes on)
-    card    scores on the test sequences; the model and its card go into pipelines/models/starter
+    data    simulate zoom sequences of every preset, procedural and from photographs; make shards (15 minutes, 2 cores)
+    train   train config `starter` on them (under an hour on 2 idle cores); run again to resume
+    card    score the model on the test sequences; write it and its card to pipelines/models/starter
 
-DIR holds the folders train, val and test, no photograph in two of them; LICENCES.md beside them says whose they are and
-goes into the card. Everything else lies below `--out`. All data is simulated, and so is every score in the card.
+DIR holds the folders train, val and test, which share no photograph, and LICENCES.md, which names the photographs'
+authors and goes into the card. All other files are written below `--out`. All data is simulated, and so are the card's
+scores.
 """
 
 import argparse
@@ -22,8 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from operators import provenance  # noqa: E402
 from PIL import Image  # noqa: E402
+from results import provenance  # noqa: E402
 
 from pipelines import cluster, registry  # noqa: E402
 from pipelines import config as configs  # noqa: E402
@@ -36,7 +37,7 @@ from sdan import checkpoint  # noqa: E402
 
 PRESETS = ("perfect", "tripod", "default", "handheld")
 SEQUENCES = {"train": (20, 10), "val": (1, 1), "test": (3, 3)}
-"""Of each preset: procedural ones, ones from photographs."""
+"""Per preset: (number of procedural sequences, number of sequences from photographs)."""
 WIDTH_PX = 1536
 OPTIONS = PreprocessOptions(scale=4, align="ecc", tile_px=48, stride_px=40)
 TEST_CROPS = 480
@@ -44,7 +45,7 @@ TEST_CROPS = 480
 
 @dataclass(frozen=True)
 class Group:
-    """Sequences that are simulated together."""
+    """Sequences that are simulated in one call."""
 
     split: str
     preset: str
@@ -58,7 +59,7 @@ class Group:
 
 
 def groups() -> list[Group]:
-    """Every group; no two share a seed, and so a scene."""
+    """Every group. Seeds differ, so no two groups share a scene."""
     found = []
     for split, counts in SEQUENCES.items():
         for preset in PRESETS:
@@ -68,7 +69,7 @@ def groups() -> list[Group]:
 
 
 def simulate_group(group: Group, photographs: Path, out: Path) -> None:
-    """Simulate, and show the sequences to preprocessing under names of their own (hard links)."""
+    """Simulate, and hard-link the sequences under unique names for preprocessing."""
     scenes = photographs / group.split if group.photographs else None
     folders = simulate(
         out / "simulated" / group.name,
@@ -89,7 +90,7 @@ def simulate_group(group: Group, photographs: Path, out: Path) -> None:
 
 
 def make_data(photographs: Path, out: Path) -> None:
-    """Simulate everything and preprocess it."""
+    """Simulate all groups and preprocess them."""
     work = partial(simulate_group, photographs=photographs, out=out)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for group, _ in zip(groups(), pool.map(work, groups()), strict=True):
@@ -100,7 +101,7 @@ def make_data(photographs: Path, out: Path) -> None:
 
 
 def train_starter(out: Path) -> None:
-    """Train, or go on."""
+    """Train, or resume an unfinished run."""
     resume = (out / "data" / "runs" / "starter" / "run.json").exists()
     result = train(
         str(out / "shards"),
@@ -115,7 +116,7 @@ def train_starter(out: Path) -> None:
 
 
 def make_card(photographs: Path, out: Path, package: Path = registry.STARTER_FOLDER) -> None:
-    """Score the model on sequences that it has never seen and put both into the package."""
+    """Score the model on the test sequences and copy model and card into the package."""
     model = out / "data" / "runs" / "starter" / "model"
     stored = checkpoint.load(model)
     config = configs.from_dict(stored.config)
@@ -131,7 +132,7 @@ def make_card(photographs: Path, out: Path, package: Path = registry.STARTER_FOL
     weights = (package / "model.safetensors").stat().st_size
     index = index_split(str(out / "shards"), "train")
     text = CARD.format(
-        # The note on LPIPS names a place on this machine.
+        # The table's note on LPIPS contains a local path.
         table=re.sub("^LPIPS n/a: .*$", "LPIPS: n/a, its AlexNet weights were not at hand.", whole.table(), flags=re.M),
         groups="\n".join(group_rows(held, score)),
         licences=(photographs / "LICENCES.md").read_text().strip(),
@@ -150,7 +151,7 @@ def make_card(photographs: Path, out: Path, package: Path = registry.STARTER_FOL
 
 
 def group_rows(held: HeldOut, score: Callable[[HeldOut], Evaluation]) -> list[str]:
-    """A row for each kind of test sequences: PSNR against the true picture."""
+    """A table row for each kind of test sequence: PSNR against the true picture."""
     rows = ["| test sequences | crops | bicubic, camera JPG | bicubic, rendering | SDAN (self) |", "|---" * 5 + "|"]
     for group in groups():
         places = [number for number, name in enumerate(held.names) if name.startswith(group.name)]

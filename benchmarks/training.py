@@ -1,12 +1,13 @@
-"""A training step beside the authors' way, where its time goes, and the loader: `python benchmarks/training.py` (CPU).
+"""A training step against the authors' way, the time of its parts, and the loader: `python benchmarks/training.py`.
 
-"Step" is `pipelines.training.step.train_step` of config `paper_4x` (64 features, 16 blocks, 128 x 128 mosaic
-crops, 512 x 512 targets): forward, eq. 6, backward, Adam. "Authors' way" is the same network with torchvision's
-operator on the repeated offset and explicit attention, in float32, contiguous; ours is channels-last unless it says
-otherwise. Contestants of a row take turns; the best time of each counts.
-The parts are timed one by one with their inputs cut off, forward and backward, in milliseconds a step. The loader runs
-on simulated 1536 px wide shards. The roofline multiplies counted work with GPUs' published rates: nothing in it was
-measured on a GPU. The tables replace their section of benchmarks/RESULTS.md.
+Runs on the CPU. "Step" is `pipelines.training.step.train_step` of config `paper_4x` (64 features, 16 blocks,
+128 x 128 mosaic crops, 512 x 512 targets): forward, eq. 6, backward, Adam. "Authors' way" is the same network with
+torchvision's operator on the repeated offset and explicit attention, in float32, contiguous. Ours is channels-last
+unless the column says otherwise. The variants of a row take turns; the best time of each is reported.
+
+Each part is timed alone, forward and backward, on detached inputs, in milliseconds per step. The loader reads
+simulated 1536 px wide shards. The roofline divides counted work by GPUs' published rates; nothing in it was measured
+on a GPU. The tables replace their section of benchmarks/RESULTS.md.
 """
 
 import argparse
@@ -21,29 +22,32 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
-from operators import Tables, authors_way, best_ms, provenance, publish  # noqa: E402
+from authors_operators import authors_way  # noqa: E402
+from measure import best_ms  # noqa: E402
+from results import Tables, provenance, publish  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from pipelines import cluster  # noqa: E402
 from pipelines import config as configs  # noqa: E402
-from pipelines.config import RunConfig  # noqa: E402
+from pipelines.config import ExperimentConfig  # noqa: E402
 from pipelines.loader import CropStream, Inputs, index_split, model_inputs, training_batches  # noqa: E402
 from pipelines.train import train  # noqa: E402
 from pipelines.training import step  # noqa: E402
 from pipelines.training.progress import last_report  # noqa: E402
 from preprocessing.shards import PreprocessOptions, preprocess  # noqa: E402
 from preprocessing.simulator.sequences import simulate  # noqa: E402
-from sdan.losses import low_pass, sdan_loss  # noqa: E402
-from sdan.network import SDANOutput, with_flips  # noqa: E402
+from sdan.losses import sdan_loss  # noqa: E402
+from sdan.network import SDAN, SDANOutput, with_flips  # noqa: E402
 from sdan.ops import offset_mask  # noqa: E402
 from sdan.ops.precision import autocast  # noqa: E402
+from sdan.resample import low_pass  # noqa: E402
 
 CPU = torch.device("cpu")
 CROP_PX = 128
 """Side of the paper's crop, mosaic pixels."""
 PAPER_HOURS, PAPER_GPUS, PAPER_EPOCHS, PAPER_CROPS = 5, 8, 300, 1200
-"""What the paper says of its training; crops an epoch: one for each of 3 pairs of about 400 sequences."""
+"""The paper's training, as it reports it. Crops per epoch: one for each of the 3 pairs of about 400 sequences."""
 WAYS: dict[str, dict[str, object]] = {
     "fp32": {},
     "fp32, contiguous": {"layout": "contiguous"},
@@ -53,8 +57,8 @@ WAYS: dict[str, dict[str, object]] = {
 COMPILED: dict[str, dict[str, object]] = {"bf16, compiled": {"precision": "bf16", "compile": True}}
 
 
-def made_up(batch: int, seed: int = 0) -> Inputs:
-    """Smooth pictures of the paper's sizes."""
+def synthetic_inputs(batch: int, seed: int = 0) -> Inputs:
+    """Smooth random pictures of the paper's sizes."""
     random = torch.Generator().manual_seed(seed)
     target = nn.functional.interpolate(torch.rand(batch, 3, 64, 64, generator=random), size=4 * CROP_PX, mode="bicubic")
     target = target.clamp(0, 1)
@@ -63,10 +67,10 @@ def made_up(batch: int, seed: int = 0) -> Inputs:
 
 
 def start(changes: dict[str, object], batch: int) -> Callable[[], object]:
-    """A training step of paper_4x, ready to run again and again."""
+    """A training step of paper_4x that can be called repeatedly. `changes`: values of TrainConfig."""
     paper = configs.paper_4x()
     config = replace(paper, train=replace(paper.train, batch_per_worker=batch, **changes))  # type: ignore[arg-type]
-    training, inputs = step.start(config, None, CPU, lambda model: model), made_up(batch)
+    training, inputs = step.start(config, None, CPU, lambda model: model), synthetic_inputs(batch)
     return lambda: step.train_step(training, inputs, config, 1e-4)
 
 
@@ -98,13 +102,13 @@ def step_rows(seconds: float, compiled: bool) -> Iterator[str]:
 
 @dataclass
 class Part:
-    """A stretch of the step, on its own: what it is fed, and the parameters it holds."""
+    """One part of the step, timed alone: its function, inputs and parameters."""
 
     run: Callable[..., Tensor | tuple[Tensor, ...]]
     inputs: tuple[Tensor, ...]
     weights: tuple[nn.Parameter, ...] = ()
 
-    def both_ways(self) -> None:
+    def forward_backward(self) -> None:
         leaves = [tensor.detach().requires_grad_() for tensor in self.inputs]
         results = self.run(*leaves)
         outputs = [part for part in (results if isinstance(results, tuple) else (results,)) if part.requires_grad]
@@ -112,12 +116,12 @@ class Part:
         torch.autograd.grad(outputs, [*leaves, *self.weights], grads, allow_unused=True)
 
 
-def parts_of(config: RunConfig, batch: int) -> dict[str, Callable[[], object]]:
-    """Every part of a step with the inputs that it has there."""
-    training, inputs = step.start(config, None, CPU, lambda model: model), made_up(batch)
-    model, optimizer = training.model, training.optimizer
-    alignment, trunk = model.alignment, model.super_resolution
-    learner = alignment.offset_learner
+def parts_of(config: ExperimentConfig, batch: int) -> dict[str, Callable[[], object]]:
+    """Name -> a call that runs one part of the step, forward and backward, on the inputs it has in the step."""
+    training, inputs = step.start(config, None, CPU, lambda model: model), synthetic_inputs(batch)
+    parts = network_parts(training.model, inputs, config)
+    for parameter in training.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
 
     def cast(run: Callable[..., Tensor | tuple[Tensor, ...]]) -> Callable[..., Tensor | tuple[Tensor, ...]]:
         def cast_run(*tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -126,6 +130,19 @@ def parts_of(config: RunConfig, batch: int) -> dict[str, Callable[[], object]]:
 
         return cast_run
 
+    runs: dict[str, Callable[[], object]] = {}
+    for name, part in parts.items():
+        part.run = cast(part.run)
+        runs[name] = part.forward_backward
+    whole = {"whole step": lambda: step.train_step(training, inputs, config, 1e-4)}
+    return runs | {"optimizer": training.optimizer.step} | whole
+
+
+def network_parts(model: SDAN, inputs: Inputs, config: ExperimentConfig) -> dict[str, Part]:
+    """Name -> the part's function, its inputs in a step of `inputs`, and its parameters."""
+    alignment, trunk = model.alignment, model.super_resolution
+    learner = alignment.offset_learner
+
     def head(x: Tensor) -> Tensor:
         return model.head(x).relu()
 
@@ -133,7 +150,7 @@ def parts_of(config: RunConfig, batch: int) -> dict[str, Callable[[], object]]:
         return alignment.reference_conv(with_flips(image)).relu()
 
     def deform(features: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-        from sdan import network  # looked up late: the authors' way replaces it there
+        from sdan import network  # looked up at call time, since authors_way() replaces it
 
         moved = network.squared_deform_conv2d(features, offset, alignment.deform.weight, alignment.deform.bias).relu()
         return moved, alignment.to_rgb(moved)
@@ -147,7 +164,7 @@ def parts_of(config: RunConfig, batch: int) -> dict[str, Callable[[], object]]:
         return nn.functional.pixel_shuffle(trunk.last(features), trunk.shuffle)
 
     def loss(zoomed: Tensor, aligned: Tensor) -> Tensor:
-        mask = offset_mask(offset.detach(), 3)
+        mask = offset_mask(offset.detach())
         output = SDANOutput(zoomed.float(), aligned.float(), mask, offset)
         return sdan_loss(output, inputs.oracle_reference, inputs.target, config.loss).total
 
@@ -161,23 +178,16 @@ def parts_of(config: RunConfig, batch: int) -> dict[str, Callable[[], object]]:
         moved, aligned = deform(features, offset)
         deep = body(moved)
         zoomed = tail(deep)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    found = {
+    return {
         "head": Part(head, (inputs.x,), own(model.head)),
         "flips, reference": Part(reference, (inputs.oracle_reference,), own(alignment.reference_conv)),
         "offset learner": Part(learner, (both,), own(learner)),
-        "of it one of two CPA": Part(learner.attention1, (hidden,), own(learner.attention1)),
+        "one of its two CPAs": Part(learner.attention1, (hidden,), own(learner.attention1)),
         "SDCN, X'": Part(deform, (features, offset), own(alignment.deform, alignment.to_rgb)),
         "body": Part(body, (moved,), own(trunk.blocks, trunk.join)),
         "tail": Part(tail, (deep,), own(trunk.enlarge, trunk.last)),
         "loss": Part(loss, (zoomed, aligned)),
     }
-    runs: dict[str, Callable[[], object]] = {}
-    for name, part in found.items():
-        part.run = cast(part.run)
-        runs[name] = part.both_ways
-    return runs | {"optimizer": optimizer.step, "whole step": lambda: step.train_step(training, inputs, config, 1e-4)}
 
 
 def part_rows(seconds: float, batch: int = 4) -> Iterator[str]:
@@ -211,7 +221,7 @@ def part_rows(seconds: float, batch: int = 4) -> Iterator[str]:
 
 
 def loader_rows(work: Path) -> Iterator[str]:
-    """The loader by itself, then a training that it feeds."""
+    """Rate of the loader alone, then of a training run that it feeds."""
     cluster.start_ray()
     simulate(work / "raw", sequences=3, width_px=1536, preset="tripod", seed=5)
     preprocess(str(work / "raw"), str(work / "shards"), PreprocessOptions(align="ecc", val=("00003",)), progress=False)
@@ -238,8 +248,8 @@ def loader_rows(work: Path) -> Iterator[str]:
         yield f"| {name}, {batch} | {cells} |"
 
 
-def _loader_rate(stream: CropStream, config: RunConfig, batch: int, crops: int = 800) -> float:
-    """Crops a second, decoded, cut and brought into the network's form; without the first ones, while readers start."""
+def _loader_rate(stream: CropStream, config: ExperimentConfig, batch: int, crops: int = 800) -> float:
+    """Crops per second, converted to the network's inputs. The first 10 batches, while readers start, do not count."""
     batches = training_batches(stream, batch=batch, rank=0, world=1, first_crop=0, last_crop=crops + 10 * batch)
     started = 0.0
     for number, crop in enumerate(batches):
@@ -249,19 +259,19 @@ def _loader_rate(stream: CropStream, config: RunConfig, batch: int, crops: int =
     return crops / (time.perf_counter() - started)
 
 
-GPUS = {  # dense half-precision TFLOP/s with float32 sums, GB/s: the makers' data sheets
+GPUS = {  # dense half-precision TFLOP/s with float32 accumulation, and GB/s, from the makers' data sheets
     "RTX 2080 Ti (fp16)": (53.8, 616),
     "A100 80 GB (bf16)": (312.0, 2039),
     "H100 SXM (bf16)": (989.0, 3350),
 }
 USABLE = 0.4
-"""Share of the published rates that well-fed training steps of such networks reach; an assumption."""
+"""Assumed share of the published rates that training steps of such networks reach."""
 
 
 def roofline_rows() -> Iterator[str]:
-    """FLOP counted by PyTorch, bytes as if every layer read its input and wrote its output once, in half precision."""
+    """Expected rates from PyTorch's FLOP count and from each convolution reading and writing its features once."""
     config = configs.paper_4x()
-    training, inputs = step.start(config, None, CPU, lambda model: model), made_up(1)
+    training, inputs = step.start(config, None, CPU, lambda model: model), synthetic_inputs(1)
     moved = 0
 
     def count(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
@@ -271,14 +281,15 @@ def roofline_rows() -> Iterator[str]:
     for module in training.model.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(count)
-    with FlopCounterMode(display=False) as counter, authors_way():  # counts torchvision's operator as nothing
+    with FlopCounterMode(display=False) as counter, authors_way():  # counts torchvision's operator as 0 FLOP
         step.training_loss(training.model, inputs, config.loss)["loss"].backward()
     sdcn = 2 * 3 * 64 * 64 * 9 * CROP_PX**2
     flop, bytes_moved = counter.get_total_flops() + sdcn, 3 * moved  # forward once, backward twice
     paper = PAPER_EPOCHS * PAPER_CROPS / (3600 * PAPER_HOURS * PAPER_GPUS)
     yield f"A crop of paper_4x, forward and backward: {flop / 1e9:.0f} GFLOP, {bytes_moved / 1e9:.2f} GB of features;"
-    yield f"{100 * USABLE:.0f} % of the makers' rates are counted on. The paper's own training, {PAPER_HOURS} hours on"
-    yield f"{PAPER_GPUS} 2080 Ti for {PAPER_EPOCHS} epochs of some {PAPER_CROPS} crops, is {paper:.1f} crops/s a GPU.\n"
+    yield f"{100 * USABLE:.0f} % of the makers' rates are assumed. The paper's training, {PAPER_HOURS} hours on"
+    crops = f"{PAPER_EPOCHS} epochs of about {PAPER_CROPS} crops"
+    yield f"{PAPER_GPUS} 2080 Ti for {crops}, is {paper:.1f} crops/s per GPU.\n"
     yield "| GPU | compute, ms a crop | memory, ms a crop | expected crops/s | the paper's training on 8 of them |"
     yield "|---|---|---|---|---|"
     for name, (tflops, gb_s) in GPUS.items():
@@ -289,19 +300,19 @@ def roofline_rows() -> Iterator[str]:
 
 
 def main() -> None:
-    """Measure, print as it goes, and update RESULTS.md."""
+    """Measure, print each row when it is ready, and update RESULTS.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=10.0, help="time per row beyond the two turns that each takes")
-    parser.add_argument("--compiled", action="store_true", help="torch.compile as well (minutes of compiling)")
-    parser.add_argument("--only", choices=["step", "parts", "loader", "roofline"], help="one table, printed")
+    parser.add_argument("--seconds", type=float, default=10.0, help="time per row, at least two turns each")
+    parser.add_argument("--compiled", action="store_true", help="also time torch.compile (minutes of compiling)")
+    parser.add_argument("--only", choices=["step", "parts", "loader", "roofline"], help="print this table only")
     chosen = parser.parse_args()
     origin = provenance(" ".join(["python benchmarks/training.py", *sys.argv[1:]]), ("../sdan", "../pipelines"))
     with tempfile.TemporaryDirectory() as work:
         tables: Tables = {
             "step": ("A training step of paper_4x", lambda: step_rows(chosen.seconds, chosen.compiled)),
-            "parts": ("Where its time goes", lambda: part_rows(chosen.seconds / 4)),
+            "parts": ("Time of each part", lambda: part_rows(chosen.seconds / 4)),
             "loader": ("The loader, 2 cores shared with the step", lambda: loader_rows(Path(work))),
-            "roofline": ("What GPUs should make of it, on paper", roofline_rows),
+            "roofline": ("Expected on GPUs (roofline)", roofline_rows),
         }
         publish("training", origin, tables, chosen.only)
 

@@ -19,7 +19,7 @@ _COMPRESSED = 0.65
 """What zstd leaves of photographs' tiles; used until a run has measured it."""
 _TASK_BYTES = 350_000_000
 _TASK_BYTES_PER_PIXEL = 45
-"""Measured peak of a Ray worker and its child, with a quarter to spare (benchmarks/preprocessing.py)."""
+"""Measured peak of a Ray worker and its child, with a quarter to spare (benchmarks/preprocess.py)."""
 
 
 @dataclass(frozen=True)
