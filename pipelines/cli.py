@@ -1,22 +1,27 @@
-"""The command line: `sdan <verb>`. Heavy imports wait until a verb needs them, so that `sdan --help` is instant.
+"""The command line, `sdan <verb>`: parses options and prints results; each verb's work is in the module of its name.
 
-A wrong value ends in one clear line (what was expected, what came, what to do) and exit code 2, never a traceback.
+Heavy imports wait until a verb needs them, so that `sdan --help` is instant. A wrong value ends in one line (what,
+where: expected A, got B; do C) and exit code 2, never in a traceback.
 """
 
-from __future__ import annotations
-
+import functools
+import inspect as introspection
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from preprocessing.estimate import Estimate
-    from preprocessing.shards import PreprocessOptions, PreprocessReport
+    from preprocessing.shards import PreprocessOptions
 
-OURS = ("preprocessing", "sdan", "tuning", "pipelines")
+PACKAGES = ("preprocessing", "sdan", "tuning", "pipelines")
+CHAMPION = "models:/sdan@champion"
+TRAIN_PACKAGES = ("ray", "mlflow", "optuna", "matplotlib", "pyarrow", "boto3", "botocore", "jinja2", "psutil", "lpips")
+"""Third-party packages that only the extra `train` installs."""
 
 app = typer.Typer(
     help="SDAN: from a folder of RAW zoom sequences to a model that zooms photographs.",
@@ -29,25 +34,18 @@ app = typer.Typer(
 
 Raw = Annotated[str, typer.Argument(metavar="RAW", help="Folder or s3:// URI of zoom sequences.")]
 Shards = Annotated[str, typer.Argument(metavar="SHARDS", help="Folder or s3:// URI of Parquet shards.")]
-Scale = Annotated[int, typer.Option(help="Zoom factor of the pairs, 2 to 16.")]
-Align = Annotated[str, typer.Option(help="scale: focal lengths only; ecc: registered, too.")]
-Tile = Annotated[int, typer.Option(metavar="PX", help="Tile side in packed RAW pixels.")]
-Stride = Annotated[int | None, typer.Option(metavar="PX", help="Step between tiles; default: 2/3 of the tile.")]
-Exclude = Annotated[Path | None, typer.Option(metavar="FILE", help="Frames to leave out, one SEQUENCE/FRAME a line.")]
-MissingJpg = Annotated[
-    str, typer.Option(help="A RAW without a JPG: quarantine, or render (LibRaw's rendering stands in for the JPG).")
-]
-Val = Annotated[str, typer.Option(metavar="SEQ,SEQ", help="Sequences for the val split, whatever their hash says.")]
-Workers = Annotated[int | None, typer.Option(metavar="N", help="Train workers; one per GPU, or one, by default.")]
 ConfigName = Annotated[
-    str,
+    str | None,
     typer.Option(
-        "--config", metavar="NAME", help="paper_4x, paper_4x_rgb, srraw_4x, srraw_8x, smoke, demo or starter."
+        "--config",
+        metavar="NAME",
+        help="paper_4x, paper_4x_rgb, srraw_4x (default), srraw_8x, smoke, demo, or starter (simulated shards only).",
     ),
 ]
 Assignments = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value, e.g. model.packing_kernel=4.")
 ]
+Workers = Annotated[int | None, typer.Option(metavar="N", help="Train workers; default: one per GPU, or one.")]
 ElasticWorkers = Annotated[
     str | None,
     typer.Option(
@@ -66,20 +64,20 @@ VggWeights = Annotated[
 ModelURI = Annotated[
     str, typer.Option("--model", metavar="URI", help="Checkpoint folder, runs:/ID, models:/sdan@champion or starter.")
 ]
-CHAMPION = "models:/sdan@champion"
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; change nothing.")]
 
 
 @app.callback()
 def settings(
     data: Annotated[
-        Path, typer.Option(envvar="SDAN_DATA", help="Where runs, checkpoints and MLflow's database live.")
+        Path, typer.Option(envvar="SDAN_DATA", help="Folder of runs, checkpoints and MLflow's database.")
     ] = Path("data"),
 ) -> None:
     """SDAN: from a folder of RAW zoom sequences to a model that zooms photographs."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ["SDAN_DATA"] = str(data)
     if not os.environ.get("RAY_ADDRESS"):
-        # Read when Ray is imported: without clusters a local Ray listens on 127.0.0.1 alone, not on every interface.
+        # Ray reads this when it is imported: a local Ray then listens only on 127.0.0.1.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 
@@ -87,356 +85,21 @@ def _data() -> Path:
     return Path(os.environ["SDAN_DATA"])
 
 
-@app.command()
-def demo() -> None:
-    """All of it, small, on this machine, from simulated RAW; ends with a picture."""
-    from pipelines import demo as pipeline
-
-    result = pipeline.run(_data(), say=_say)
-    _say(f"\nHeld-out sequences:\n\n{result.evaluation.table()}\n")
-    started = result.starter.rows["SDAN (self)"]
-    before = ", ".join(f"{target} {started[f'{target}_psnr']:.2f} dB" for target in result.starter.targets)
-    _say(f"The starter model before it went on (self): {before}\n")
-    for path in result.pictures:
-        _say(f"picture: {path}")
-    _say(f"model:   {result.training.model}")
-    _say(f"zoom:    sdan zoom PHOTO -o zoomed.png --model {result.training.model}")
-    _say(f"MLflow:  sdan --data {_data()} ui   (or: make ui), then open http://127.0.0.1:5000/")
-    _say(f"done in {result.seconds / 60:.1f} minutes")
-
-
-@app.command()
-def simulate(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write zoom sequences to.")],
-    scenes: Annotated[Path | None, typer.Option(metavar="DIR", help="Photographs to use as scenes.")] = None,
-    sequences: Annotated[int, typer.Option(metavar="N", help="How many sequences.")] = 4,
-    width: Annotated[int, typer.Option(metavar="PX", help="Width of a frame (up to 4240).")] = 1536,
-    preset: Annotated[str, typer.Option(help="Misalignment: perfect, tripod, default or handheld.")] = "default",
-    raw_format: Annotated[str, typer.Option(help="dng or arw.")] = "dng",
-    seed: Annotated[int, typer.Option(help="Same seed, same files.")] = 0,
-) -> None:
-    """Zoom sequences with known true geometry: RAW + camera JPG in SR-RAW's layout."""
-    from preprocessing.simulator import sequences as simulator
-
-    with _bar("simulate", "sequence", sequences) as step:
-        folders = simulator.simulate(
-            out,
-            scenes=scenes,
-            sequences=sequences,
-            width_px=width,
-            preset=preset,
-            raw_format=raw_format,
-            seed=seed,
-            progress=step,
-        )
-    _say(f"{len(folders)} simulated sequences in {out}")
-
-
-@app.command()
-def preprocess(
-    raw: Raw,
-    shards: Shards,
-    scale: Scale = 4,
-    align: Align = "scale",
-    tile: Tile = 96,
-    stride: Stride = None,
-    exclude: Exclude = None,
-    missing_jpg: MissingJpg = "quarantine",
-    val: Val = "",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
-) -> None:
-    """RAW sequences -> scale-aligned tiles in Parquet, one file per pair; what is done already is skipped."""
-    from pipelines.cluster import start_ray
-    from preprocessing import shards as job
-
-    options = _options(scale, align, tile, stride, exclude, missing_jpg, val)
-    start_ray()
-    _say_report(job.preprocess(raw, shards, options, dry_run=dry_run), shards, dry_run)
-
-
-@app.command()
-def inspect(
-    shards: Shards,
-    out: Annotated[Path, typer.Option("-o", metavar="REPORT.html", help="Where to write the page.")],
-) -> None:
-    """What SHARDS holds, as one page: counts, misalignment, the worst-aligned pairs to look at, the quarantine."""
-    from preprocessing.report import inspect as reports
-
-    if out.is_dir() or not out.parent.is_dir():
-        raise reports.InspectError(f"-o {out}: a file in a folder that exists expected, e.g. -o report.html")
-    with _bar("inspect", "shard", None) as step:
-        page = reports.inspect(shards, progress=step)
-    out.write_text(page, encoding="utf-8")
-    _say(f"{out} ({len(page.encode()) / 1e6:.1f} MB)")
-
-
-@app.command()
-def train(
-    shards: Shards,
-    config: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="paper_4x, paper_4x_rgb, srraw_4x (default), srraw_8x, smoke, demo, or starter (simulated shards).",
-        ),
+def _preprocess_options(
+    scale: Annotated[int, typer.Option(help="Zoom factor of the pairs, 2 to 16.")] = 4,
+    align: Annotated[str, typer.Option(help="scale: focal lengths only; ecc: also registered.")] = "scale",
+    tile: Annotated[int, typer.Option(metavar="PX", help="Tile side in packed RAW pixels.")] = 96,
+    stride: Annotated[
+        int | None, typer.Option(metavar="PX", help="Step between tiles; default: 2/3 of the tile.")
     ] = None,
-    assignments: Assignments = None,
-    workers: ElasticWorkers = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Short for --set train.seed=N.")] = None,
-    storage: Annotated[
-        str | None,
-        typer.Option(metavar="URI", help="Where checkpoints go, e.g. s3://BUCKET/runs; default: the run's folder."),
+    exclude: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Frames to leave out, one SEQUENCE/FRAME per line.")
     ] = None,
-    init: Annotated[
-        str | None, typer.Option(metavar="URI", help="A model to start from; its network is taken over.")
-    ] = None,
-    vgg_weights: VggWeights = None,
-    name: Annotated[str | None, typer.Option(metavar="RUN", help="The run's name; made up by default.")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with --name, or with the newest unfinished run.")
-    ] = False,
-) -> None:
-    """Train on shards with Ray Train; every run is browsed in the MLflow UI."""
-    from pipelines import config as configs
-
-    changes = configs.parse_assignments(assignments or ())
-    if seed is not None:
-        changes["train.seed"] = str(seed)
-    chosen = configs.override(configs.named(config or "srraw_4x"), changes)
-    from pipelines import cluster, registry
-    from pipelines import train as training
-
-    if init and resume:
-        raise training.TrainError("--resume: goes on with the run's own weights; leave --init")
-    start_from = registry.resolve_model(registry.default_tracking_uri(_data()), init) if init else None
-    if start_from:
-        chosen = training.with_network_of(start_from, chosen, changes)
-    if resume:
-        name, stored = training.stored_run(_data(), name)
-        if config not in (None, stored.name):
-            raise training.TrainError(f"--resume: the run's own config expected, {stored.name}, got {config}")
-        chosen = configs.override(stored, changes)
-    result = training.train(
-        shards,
-        chosen,
-        data=_data(),
-        workers=cluster.parse_workers(workers) if workers else None,
-        name=name,
-        resume=resume,
-        storage=storage,
-        init_from=start_from,
-        vgg_weights=vgg_weights,
-    )
-    _say(f"model: {result.model} (registry: sdan, version {result.version}; MLflow run {result.run_id})")
-    if result.champion:
-        _say(f"the first model of this registry: it is {CHAMPION} now")
-    else:
-        _say(f"to make it {CHAMPION}: sdan promote {result.version}")
-    for key, value in sorted(result.scores.items()):
-        _say(f"  {key} {value:.4f}")
-
-
-@app.command()
-def evaluate(
-    shards: Shards,
-    model: ModelURI = CHAMPION,
-    protocol: Annotated[str, typer.Option(help="self: what a user gets; oracle: reference from the target.")] = "self",
-    target: Annotated[str | None, typer.Option(help="raw, aligned or true; all of them by default.")] = None,
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "val",
-    crops: Annotated[int, typer.Option(metavar="N", help="Score at most N crops, spread evenly over the split.")] = 512,
-    out: Annotated[Path | None, typer.Option("-o", metavar="DIR", help="Write table and examples here.")] = None,
-) -> None:
-    """The table: bicubic beside the model, by protocol and target."""
-    from pipelines import evaluate as evaluation
-    from pipelines import registry
-    from pipelines.scoring.scores import PROTOCOLS
-
-    if protocol not in PROTOCOLS:
-        raise evaluation.EvaluateError(f"--protocol: self or oracle expected, got {protocol!r}")
-    folder = registry.resolve_model(registry.default_tracking_uri(_data()), model)
-    if crops < 1:
-        raise evaluation.EvaluateError(f"--crops: at least 1 expected, got {crops}")
-    targets = [target] if target else None
-    result = evaluation.evaluate(shards, folder, split=split, targets=targets, limit=crops, out=out)
-    _say(f"{model} on {shards}\n\n{result.table([protocol])}")
-    if out:
-        _say(f"\nwritten: {out / 'table.md'}, {out / 'evaluation.json'}, {out / 'examples.png'}")
-
-
-@app.command()
-def tune(
-    shards: Shards,
-    trials: Annotated[int, typer.Option(metavar="N", help="How many settings to try.")] = 8,
-    space: Annotated[Path | None, typer.Option(metavar="FILE.py", help="Your own search space.")] = None,
-    config: ConfigName = "srraw_4x",
-    assignments: Assignments = None,
-    workers: Workers = None,
-    vgg_weights: VggWeights = None,
-    name: Annotated[str, typer.Option(metavar="SWEEP", help="The sweep's name.")] = "sweep",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep of that name.")] = False,
-) -> None:
-    """Sweep the packing kernel and the loss weights over the real trainer; a parent MLflow run, a child per trial."""
-    from pipelines import config as configs
-    from pipelines import tune as pipeline
-
-    chosen = configs.override(configs.named(config), configs.parse_assignments(assignments or ()))
-    result = pipeline.tune(
-        shards,
-        chosen,
-        data=_data(),
-        trials=trials,
-        space=space,
-        workers=workers,
-        vgg_weights=vgg_weights,
-        name=name,
-        resume=resume,
-    )
-    _say(pipeline.summary(result))
-
-
-@app.command()
-def retrain(
-    raw: Raw,
-    shards: Shards,
-    scale: Scale = 4,
-    align: Align = "scale",
-    tile: Tile = 96,
-    stride: Stride = None,
-    exclude: Exclude = None,
-    missing_jpg: MissingJpg = "quarantine",
-    val: Val = "",
-    config: ConfigName = "srraw_4x",
-    assignments: Assignments = None,
-    workers: Workers = None,
-    vgg_weights: VggWeights = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; change nothing.")] = False,
-) -> None:
-    """Preprocess only what is new, fine-tune the champion, promote the result if it is better."""
-    from pipelines import config as configs
-    from pipelines import retrain as pipeline
-    from pipelines import status as statuses
-
-    chosen = configs.override(configs.named(config), configs.parse_assignments(assignments or ()))
-    options = _options(scale, align, tile, stride, exclude, missing_jpg, val)
-    result = pipeline.retrain(
-        raw,
-        shards,
-        data=_data(),
-        options=options,
-        config=chosen,
-        workers=workers,
-        vgg_weights=vgg_weights,
-        dry_run=dry_run,
-    )
-    _say_report(result.preprocessed, shards, dry_run)
-    if not dry_run:
-        statuses.note_retrain(_data(), result.reason)
-    for label, evaluation in (("champion", result.champion), ("new model", result.challenger)):
-        if evaluation:
-            _say(f"\n{label}:\n{evaluation.table(['self'])}")
-    _say(f"\n{result.reason}")
-
-
-@app.command()
-def zoom(
-    photos: Annotated[list[Path], typer.Argument(metavar="PHOTO...", help="RAW (ARW, DNG, NEF, ...), JPG or PNG.")],
-    out: Annotated[Path, typer.Option("-o", metavar="OUT", help="A .png, or a folder for several.")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URI",
-            help="As for evaluate; default: the champion, or without one the starter model of the package.",
-        ),
-    ] = None,
-    bits: Annotated[int, typer.Option(help="8 or 16 bits a channel.")] = 8,
-) -> None:
-    """Zoom photographs; writes PNGs the right way up."""
-    from pipelines import registry
-    from pipelines import zoom as pipeline
-
-    tracking_uri = registry.default_tracking_uri(_data())
-    if model is None and registry.get_champion(tracking_uri) is None:
-        model = registry.STARTER
-        _say(
-            "no champion in the registry yet: zooming with the starter model, which was trained on simulated RAW alone"
-        )
-    zoomer = pipeline.Zoomer.load(registry.resolve_model(tracking_uri, model or CHAMPION))
-    failed = 0
-    targets = pipeline.output_paths(photos, out, zoomer.model.config.scale)
-    pipeline.check_output(targets[0], bits)
-    for path, target in zip(photos, targets, strict=True):
-        try:
-            photo = pipeline.read_photo(path, zoomer.model.config.input)
-            if not photo.from_raw and zoomer.model.config.input != "rgb":
-                _say(f"{path}: no RAW inside; its pixels stand in for the sensor's, expect less than from RAW")
-            with _bar(path.name, "tile", None) as step:
-                image = zoomer.zoom(photo, step)
-            pipeline.write_png(image, target, bits=bits)
-            _say(f"{target} ({image.shape[1]}x{image.shape[0]})")
-        except ValueError as error:
-            if len(photos) == 1:
-                raise
-            failed += 1
-            typer.echo(f"sdan: set aside: {error}", err=True)
-    if failed:
-        raise pipeline.ZoomError(f"{failed} of {len(photos)} photographs set aside, see above")
-
-
-@app.command()
-def promote(version: Annotated[str, typer.Argument(metavar="VERSION", help="A version of the model sdan.")]) -> None:
-    """Make a registered version the champion."""
-    from pipelines import registry
-
-    registry.set_champion(registry.default_tracking_uri(_data()), version)
-    _say(f"{CHAMPION} is version {version}")
-
-
-@app.command()
-def status() -> None:
-    """Runs, champion, shards, last retraining: one screen."""
-    from pipelines import status as pipeline
-
-    _say(str(pipeline.status(_data())))
-
-
-@app.command()
-def rollback() -> None:
-    """Make the previous champion the champion again."""
-    from pipelines import registry
-
-    given_up, version = registry.rollback(registry.default_tracking_uri(_data()))
-    _say(f"{CHAMPION} is version {version} again (was {given_up})")
-
-
-@app.command()
-def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000) -> None:
-    """The MLflow UI on 127.0.0.1: runs, charts, pictures, models."""
-    from pipelines import registry
-
-    uri = registry.default_tracking_uri(_data())
-    if uri.startswith("http"):
-        _say(f"MLflow runs on a server: open {uri}")
-        return
-    registry.prepare_database(uri)
-    _say(f"MLflow UI: http://127.0.0.1:{port}/   (Ctrl-C ends it)")
-    python = str(Path(sys.executable))
-    os.execv(
-        python,
-        [python, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port)],
-    )
-
-
-@app.command()
-def doctor() -> None:
-    """What works on this machine - GPU, operators, Ray, MLflow, S3 - and what to do about the rest."""
-    from pipelines import doctor as checks
-
-    raise typer.Exit(checks.report(_data(), say=_say))
-
-
-def _options(
-    scale: int, align: str, tile: int, stride: int | None, exclude: Path | None, missing_jpg: str, val: str
-) -> PreprocessOptions:
+    missing_jpg: Annotated[
+        str, typer.Option(help="For a RAW without a JPG: quarantine it, or render a JPG with LibRaw.")
+    ] = "quarantine",
+    val: Annotated[str, typer.Option(metavar="SEQ,SEQ", help="Sequences to put in the val split.")] = "",
+) -> "PreprocessOptions":
     from preprocessing.frames import read_exclusions
     from preprocessing.shards import PreprocessError, PreprocessOptions
 
@@ -455,74 +118,330 @@ def _options(
     )
 
 
-def _say_report(report: PreprocessReport, shards: str, dry_run: bool) -> None:
-    done = f"{report.todo} would be written" if dry_run else f"{report.written} written ({report.rows} tiles)"
-    _say(
-        f"{report.pairs} pairs: {done}, {report.skipped} there already, {len(report.quarantined)} set aside, "
-        f"{report.seconds:.1f} s"
+def _takes_preprocess_options(verb: Callable[..., None]) -> Callable[..., None]:
+    """Replace the parameter `options` of a verb by the command-line options of `_preprocess_options`."""
+    shared = introspection.signature(_preprocess_options).parameters
+    own = introspection.signature(verb).parameters
+
+    @functools.wraps(verb)
+    def command(**given: Any) -> None:
+        options = _preprocess_options(**{name: given.pop(name) for name in shared})
+        verb(options=options, **given)
+
+    del command.__wrapped__  # Typer would read the verb's own signature
+    command.__annotations__ = {}
+    merged: list[introspection.Parameter] = []
+    for name, parameter in own.items():
+        merged += shared.values() if name == "options" else [parameter]
+    command.__signature__ = introspection.Signature(merged)  # type: ignore[attr-defined]
+    return command
+
+
+@app.command()
+def demo() -> None:
+    """Run every stage, small, on this machine, from simulated RAW to a picture."""
+    from pipelines import demo as verb
+
+    result = verb.run(_data(), say=_say)
+    _say(verb.summary(result, _data()))
+
+
+@app.command()
+def simulate(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write zoom sequences to.")],
+    scenes: Annotated[Path | None, typer.Option(metavar="DIR", help="Photographs to use as scenes.")] = None,
+    sequences: Annotated[int, typer.Option(metavar="N", help="Number of sequences.")] = 4,
+    width: Annotated[int, typer.Option(metavar="PX", help="Width of a frame (up to 4240).")] = 1536,
+    preset: Annotated[str, typer.Option(help="Misalignment: perfect, tripod, default or handheld.")] = "default",
+    raw_format: Annotated[str, typer.Option(help="dng or arw.")] = "dng",
+    seed: Annotated[int, typer.Option(help="The same seed gives the same files.")] = 0,
+) -> None:
+    """Write zoom sequences with known true geometry: RAW + camera JPG in SR-RAW's layout."""
+    from preprocessing.simulator import sequences as simulator
+
+    with _bar("simulate", "sequence", sequences) as step:
+        folders = simulator.simulate(
+            out,
+            scenes=scenes,
+            sequences=sequences,
+            width_px=width,
+            preset=preset,
+            raw_format=raw_format,
+            seed=seed,
+            progress=step,
+        )
+    _say(f"{len(folders)} simulated sequences in {out}")
+
+
+@app.command()
+@_takes_preprocess_options
+def preprocess(raw: Raw, shards: Shards, options: "PreprocessOptions", dry_run: DryRun = False) -> None:
+    """Cut RAW sequences into scale-aligned tiles in Parquet, one file per pair; finished pairs are skipped."""
+    from pipelines.cluster import start_ray
+    from preprocessing import shards as verb
+    from preprocessing.report.job_summary import job_summary
+
+    report = verb.preprocess(raw, shards, options, dry_run=dry_run, start_ray=start_ray)
+    _say(job_summary(report, shards, dry_run=dry_run))
+
+
+@app.command()
+def inspect(
+    shards: Shards,
+    out: Annotated[Path, typer.Option("-o", metavar="REPORT.html", help="Where to write the page.")],
+) -> None:
+    """Write one page about SHARDS: counts, misalignment, the worst-aligned pairs, the quarantine."""
+    from preprocessing.report import inspect as verb
+
+    verb.check_output(out)
+    with _bar("inspect", "shard", None) as step:
+        page = verb.inspect(shards, progress=step)
+    out.write_text(page, encoding="utf-8")
+    _say(f"{out} ({len(page.encode()) / 1e6:.1f} MB)")
+
+
+@app.command()
+def train(
+    shards: Shards,
+    config: ConfigName = None,
+    assignments: Assignments = None,
+    workers: ElasticWorkers = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Short for --set train.seed=N.")] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(metavar="URI", help="Where checkpoints go, e.g. s3://BUCKET/runs; default: the run's folder."),
+    ] = None,
+    init: Annotated[
+        str | None, typer.Option(metavar="URI", help="A model to start from; the run takes over its network.")
+    ] = None,
+    vgg_weights: VggWeights = None,
+    name: Annotated[str | None, typer.Option(metavar="RUN", help="The run's name; default: config and time.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run --name, or the newest unfinished run.")
+    ] = False,
+) -> None:
+    """Train on shards with Ray Train; every run appears in the MLflow UI."""
+    from pipelines import cluster
+    from pipelines import train as verb
+
+    choice = verb.choose(
+        _data(), config=config, assignments=assignments or (), seed=seed, init=init, name=name, resume=resume
     )
-    if report.estimate and report.todo:
-        _say(f"  {_estimate_line(report.estimate)}")
-    for entry in report.quarantined[:20]:
-        _say(f"  set aside: {entry.sequence} {entry.pair}: {entry.reason}")
-    if len(report.quarantined) > 20:
-        _say(f"  ... {len(report.quarantined) - 20} more in {shards}/quarantine/")
-    for note in report.notes:
-        _say(f"  {note}")
+    result = verb.train(
+        shards,
+        choice.config,
+        data=_data(),
+        workers=cluster.parse_workers(workers) if workers else None,
+        name=choice.name,
+        resume=resume,
+        storage=storage,
+        init_from=choice.init_from,
+        vgg_weights=vgg_weights,
+    )
+    _say(verb.summary(result))
 
 
-def _estimate_line(estimate: Estimate) -> str:
-    large = estimate.bytes >= 1e9
-    size = f"about {estimate.tiles} tiles, {estimate.bytes / (1e9 if large else 1e6):.3g} {'GB' if large else 'MB'}"
-    if estimate.seconds is None:
-        return f"{size}; how long is not known before a first run into these SHARDS"
-    minutes = estimate.seconds / 60
-    span = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{max(minutes, 0.1):.1f} minutes"
-    return f"{size}, {span} on {estimate.cpus:g} CPUs at the last run's rate"
+@app.command()
+def evaluate(
+    shards: Shards,
+    model: ModelURI = CHAMPION,
+    protocol: Annotated[str, typer.Option(help="self: what a user gets; oracle: reference from the target.")] = "self",
+    target: Annotated[str | None, typer.Option(help="raw, aligned or true; default: all.")] = None,
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "val",
+    crops: Annotated[int, typer.Option(metavar="N", help="Score at most N crops, spread over the split.")] = 512,
+    out: Annotated[Path | None, typer.Option("-o", metavar="DIR", help="Write table and examples here.")] = None,
+) -> None:
+    """Print the table of bicubic and the model, by protocol and target."""
+    from pipelines import evaluate as verb
+    from pipelines import registry
+
+    targets = [target] if target else None
+    verb.check_request(split, targets, crops, [protocol])
+    folder = registry.resolve_model(registry.default_tracking_uri(_data()), model)
+    result = verb.evaluate(shards, folder, split=split, targets=targets, limit=crops, out=out)
+    _say(f"{model} on {shards}\n\n{result.table([protocol])}")
+    if out:
+        _say(f"\nwritten: {out / 'table.md'}, {out / 'evaluation.json'}, {out / 'examples.png'}")
 
 
-class _bar:
+@app.command()
+def tune(
+    shards: Shards,
+    trials: Annotated[int, typer.Option(metavar="N", help="Number of settings to try.")] = 8,
+    space: Annotated[Path | None, typer.Option(metavar="FILE.py", help="Your own search space.")] = None,
+    config: ConfigName = None,
+    assignments: Assignments = None,
+    workers: Workers = None,
+    vgg_weights: VggWeights = None,
+    name: Annotated[str, typer.Option(metavar="SWEEP", help="The sweep's name.")] = "sweep",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the sweep of that name.")] = False,
+) -> None:
+    """Sweep the packing kernel and the loss weights: a parent run in MLflow, with one child per trial."""
+    from pipelines import config as configs
+    from pipelines import tune as verb
+
+    result = verb.tune(
+        shards,
+        configs.chosen(config, assignments or ()),
+        data=_data(),
+        trials=trials,
+        space=space,
+        workers=workers,
+        vgg_weights=vgg_weights,
+        name=name,
+        resume=resume,
+    )
+    _say(verb.summary(result))
+
+
+@app.command()
+@_takes_preprocess_options
+def retrain(
+    raw: Raw,
+    shards: Shards,
+    options: "PreprocessOptions",
+    config: ConfigName = None,
+    assignments: Assignments = None,
+    workers: Workers = None,
+    vgg_weights: VggWeights = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Preprocess what is new, fine-tune the champion, and promote the result if it is better."""
+    from pipelines import config as configs
+    from pipelines import retrain as verb
+
+    result = verb.retrain(
+        raw,
+        shards,
+        data=_data(),
+        options=options,
+        config=configs.chosen(config, assignments or ()),
+        workers=workers,
+        vgg_weights=vgg_weights,
+        dry_run=dry_run,
+    )
+    _say(verb.summary(result, shards, dry_run=dry_run))
+
+
+@app.command()
+def zoom(
+    photos: Annotated[list[Path], typer.Argument(metavar="PHOTO...", help="RAW (ARW, DNG, NEF, ...), JPG or PNG.")],
+    out: Annotated[Path, typer.Option("-o", metavar="OUT", help="A .png, or a folder for several photographs.")],
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="URI", help="As for evaluate; default: the champion, or the starter model without one."),
+    ] = None,
+    bits: Annotated[int, typer.Option(help="8 or 16 bits per channel.")] = 8,
+) -> None:
+    """Zoom photographs; writes upright PNGs."""
+    from pipelines import zoom as verb
+
+    folder, is_fallback = verb.choose_model(_data(), model)
+    if is_fallback:
+        _say("no champion in the registry yet: using the starter model, which was trained only on simulated RAW")
+    verb.zoom_photos(photos, out, verb.Zoomer.load(folder), bits=bits, say=_say, warn=_warn)
+
+
+@app.command()
+def promote(version: Annotated[str, typer.Argument(metavar="VERSION", help="A version of the model sdan.")]) -> None:
+    """Make a registered version the champion."""
+    from pipelines import registry
+
+    registry.set_champion(registry.default_tracking_uri(_data()), version)
+    _say(f"{CHAMPION} is version {version}")
+
+
+@app.command()
+def status() -> None:
+    """Show runs, champion, shards and the last retraining on one screen."""
+    from pipelines import status as verb
+
+    _say(str(verb.status(_data())))
+
+
+@app.command()
+def rollback() -> None:
+    """Make the previous champion the champion again."""
+    from pipelines import registry
+
+    before, version = registry.rollback(registry.default_tracking_uri(_data()))
+    _say(f"{CHAMPION} is version {version} again (was {before})")
+
+
+@app.command()
+def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000) -> None:
+    """Serve the MLflow UI on 127.0.0.1: runs, charts, pictures, models."""
+    from pipelines import registry
+
+    uri = registry.default_tracking_uri(_data())
+    if uri.startswith("http"):
+        _say(f"MLflow runs on a server: open {uri}")
+        return
+    registry.prepare_database(uri)
+    _say(f"MLflow UI: http://127.0.0.1:{port}/   (Ctrl-C ends it)")
+    python = str(Path(sys.executable))
+    os.execv(
+        python,
+        [python, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port)],
+    )
+
+
+@app.command()
+def doctor() -> None:
+    """Check what works on this machine (GPU, operators, Ray, MLflow, S3) and say what to do about the rest."""
+    from pipelines import doctor as verb
+
+    raise typer.Exit(verb.report(_data(), say=_say))
+
+
+@contextmanager
+def _bar(label: str, unit: str, total: int | None) -> Iterator[Callable[[int, int], None]]:
     """A tqdm bar as a progress callback (done, total)."""
+    from tqdm import tqdm
 
-    def __init__(self, label: str, unit: str, total: int | None) -> None:
-        from tqdm import tqdm
+    with tqdm(total=total, desc=label, unit=unit) as bar:
 
-        self.bar = tqdm(total=total, desc=label, unit=unit)
+        def move(done: int, out_of: int) -> None:
+            bar.total = out_of
+            bar.update(done - bar.n)
 
-    def __enter__(self) -> _bar:
-        return self
-
-    def __call__(self, done: int, total: int) -> None:
-        self.bar.total = total
-        self.bar.update(done - self.bar.n)
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.close()
+        yield move
 
 
 def _say(text: str) -> None:
     typer.echo(text)
 
 
+def _warn(line: str) -> None:
+    typer.echo(f"sdan: {line}", err=True)
+
+
 def main() -> None:
     """The `sdan` command."""
     try:
         app()
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in TRAIN_PACKAGES:
+            raise
+        _stop(
+            f"this command: expected the package {package}, got an installation without it; pip install 'sdan[train]'"
+        )
     except OSError as error:
         if error.filename is None or isinstance(error, ConnectionError):
             raise
-        _stop(f"{error.filename}: {error.strerror}; choose a place that can be read and written")
+        _stop(f"{error.filename}: expected a place to read and write, got {error.strerror}; choose another")
     except Exception as error:
         package = type(error).__module__.split(".")[0]
         if package == "mlflow":
-            _stop(f"MLflow at {os.environ.get('MLFLOW_TRACKING_URI', 'the --data folder')}: {str(error)[:300]}")
-        if package not in OURS or not isinstance(error, ValueError):
+            _stop(f"MLflow, {os.environ.get('MLFLOW_TRACKING_URI', 'the --data folder')}: {str(error)[:300]}")
+        if package not in PACKAGES or not isinstance(error, ValueError):
             raise
         _stop(str(error))
 
 
 def _stop(line: str) -> None:
-    typer.echo(f"sdan: {' '.join(line.split())}", err=True)
+    _warn(" ".join(line.split()))
     sys.exit(2)
 
 

@@ -1,7 +1,7 @@
-"""Ray, started or joined: quietly, on 127.0.0.1, and with a clear word when there are too few CPUs.
+"""Starts or joins Ray, and plans how many CPUs and GPUs each train worker gets.
 
-Nothing here runs at import. `RAY_ADDRESS` (set on a cluster's head, or by `ray job submit`) joins that cluster;
-without it a private local instance is started for the command and ends with it.
+`RAY_ADDRESS` (set on a cluster's head, or by `ray job submit`) joins that cluster. Without it, a local instance on
+127.0.0.1 is started for the command and ends with it.
 """
 
 from __future__ import annotations
@@ -15,23 +15,25 @@ from typing import Any
 import ray
 
 READER_CPUS = 0.25
-"""Logical CPUs kept beside each train worker for the tasks that read its crops. Those ask for none themselves: on a
-full machine they would wait for ever, and how many run at once is bounded otherwise (WorkerPlan.readers)."""
-
+"""Logical CPUs reserved per train worker for its reader tasks. The tasks themselves request 0 CPUs, so that they can
+always start; WorkerPlan.readers limits how many run."""
 
 Workers = int | tuple[int, int]
-"""Train workers: a number, or the least and the most."""
+"""Number of train workers, or (least, most)."""
 
 
 class ClusterError(ValueError):
-    """The resources asked for are not there."""
+    """Ray cannot be started, or has too few resources; the message says what to do."""
 
 
 def start_ray(*, resources: dict[str, float] | None = None) -> None:
-    """Join the cluster that RAY_ADDRESS names, or start a local instance; does nothing when connected already.
+    """Join the cluster of RAY_ADDRESS, or start a local instance; does nothing if Ray is already connected.
 
     Args:
-        resources: extra named resources of a local instance (a cluster's are set where it is launched).
+        resources: custom resources of a local instance (a cluster's are set where it is launched).
+
+    Raises:
+        ClusterError: no cluster at RAY_ADDRESS, or Ray does not start on this machine.
     """
     if ray.is_initialized():
         return
@@ -39,13 +41,13 @@ def start_ray(*, resources: dict[str, float] | None = None) -> None:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
-    # Ray ends idle task processes after a second; each new one imports torch again, which took half of the CPU time of
-    # a small training.
+    # By default Ray ends idle worker processes after a second. Each new one imports torch again, which took half of the
+    # CPU time of a small training.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
-    # A warning comes at four times this many processes; on two CPUs a training's actors alone are eight.
+    # Ray warns at four times this many processes; on two CPUs the actors of one training are already eight.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, os.cpu_count() or 1)))
-    # Threads that wait for each other give their core away meanwhile: with readers, or another run, on the same cores a
-    # training that spins instead takes several times as long.
+    # OpenMP threads yield their core while they wait. With readers, or another run, on the same cores, a training with
+    # spinning threads takes several times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     verbose = os.environ.get("SDAN_VERBOSE") == "1"
     common: dict[str, Any] = {
@@ -59,15 +61,16 @@ def start_ray(*, resources: dict[str, float] | None = None) -> None:
         except (ConnectionError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ClusterError(
-                f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: a running Ray cluster expected, got: {reason}"
+                f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: expected a running Ray cluster, got {reason}; start it, "
+                "or unset RAY_ADDRESS"
             ) from error
     else:
         try:
             ray.init(address="local", _node_ip_address="127.0.0.1", resources=resources, **common)
-        except Exception as error:  # Ray raises a bare Exception when a machine is too busy or too full to start it
+        except Exception as error:  # Ray raises a bare Exception if the machine is too busy or its disk is full
             reason = " ".join(str(error).split())[:200]
             raise ClusterError(
-                f"Ray cannot be started on this machine ({reason}); look at its load and disk"
+                f"Ray, this machine: expected to start, got {reason}; check its load and free disk space"
             ) from error
     if not verbose:
         for name in ("ray.data", "ray.train", "ray.tune"):
@@ -75,7 +78,7 @@ def start_ray(*, resources: dict[str, float] | None = None) -> None:
 
 
 def workers_that_fit(most: int) -> int | None:
-    """As many CPU workers as fit, up to `most` and at least one; None (one per GPU) where there are GPUs."""
+    """The number of CPU workers that fit, between 1 and `most`; None (one per GPU) if Ray has GPUs."""
     have = ray.cluster_resources()
     if have.get("GPU", 0) >= 1:
         return None
@@ -84,56 +87,56 @@ def workers_that_fit(most: int) -> int | None:
 
 @dataclass(frozen=True)
 class WorkerPlan:
-    """What each train worker gets."""
+    """The resources of each train worker."""
 
     workers: Workers
     use_gpu: bool
     cpus_per_worker: float
     threads: int
-    """torch's intra-operator threads in each worker."""
+    """PyTorch's intra-op threads per worker."""
     readers: int
-    """Tasks that read crops for each worker at a time."""
+    """Tasks that read crops for each worker at the same time."""
 
 
 def parse_workers(text: str) -> Workers:
     """'4' -> 4; '1-4' -> (1, 4)."""
     found = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
     if not found:
-        raise ClusterError(f"--workers: a number or a range such as 1-4 expected, got {text!r}")
+        raise ClusterError(f"--workers: expected a number or a range such as 1-4, got {text!r}")
     least, most = int(found[1]), int(found[2] or found[1])
     if not 1 <= least <= most:
-        raise ClusterError(f"--workers: at least 1, and the larger number last, expected, got {text!r}")
+        raise ClusterError(f"--workers: expected at least 1, and the larger number last, got {text!r}")
     return most if least == most else (least, most)
 
 
 def plan_workers(workers: Workers | None, resources: dict[str, float] | None = None) -> WorkerPlan:
-    """Fit the workers asked for into the cluster, or say that they do not fit.
+    """Fit the requested workers into the cluster.
 
     Args:
-        workers: as asked for; None: one per GPU, or one on a machine without. Of a range the least must fit now.
-        resources: ray.cluster_resources() (the default).
+        workers: the request; None: one per GPU, or one without GPUs. Of a range, the least must fit now.
+        resources: Ray's resources; None: ray.cluster_resources().
 
     Raises:
-        ClusterError: fewer CPUs than the workers and their readers need; Ray itself would wait in silence.
+        ClusterError: too few CPUs or GPUs for the workers and their readers; Ray itself would wait without a message.
     """
     have = ray.cluster_resources() if resources is None else resources
     cpus, gpus = have.get("CPU", 0.0), int(have.get("GPU", 0))
     wanted = workers if workers is not None else max(1, gpus)
     least, most = wanted if isinstance(wanted, tuple) else (wanted, wanted)
     if least < 1:
-        raise ClusterError(f"--workers: at least 1 expected, got {least}")
+        raise ClusterError(f"--workers: expected at least 1, got {least}")
     use_gpu = gpus >= least
     if gpus and not use_gpu:
-        raise ClusterError(f"--workers {least}: one GPU each expected, the cluster has {gpus}; use --workers {gpus}")
+        raise ClusterError(f"--workers {least}: expected one GPU each, got {gpus} GPUs; use --workers {gpus}")
     each = 1.0 if most * (1 + READER_CPUS) <= cpus else 0.5
     if least < most and not use_gpu:
-        each = 1.0 - READER_CPUS  # on every machine that may be the last one left, readers work, too
+        each = 1.0 - READER_CPUS  # any machine may be the last one left, and must also run readers
     smallest = min(each, 0.5) if least == most else each
     if least * (smallest + READER_CPUS) > cpus:
         fits = int(cpus / (smallest + READER_CPUS))
         raise ClusterError(
-            f"--workers {least}: {least * (smallest + READER_CPUS):g} CPUs expected ({smallest:g} a worker and "
-            f"{READER_CPUS} for its crops), the cluster has {cpus:g}; "
+            f"--workers {least}: expected {least * (smallest + READER_CPUS):g} CPUs ({smallest:g} per worker and "
+            f"{READER_CPUS} for its readers), got {cpus:g}; "
             + (f"use --workers {fits} or fewer" if fits >= 1 else "add a CPU")
         )
     spare = int((cpus - most * each) / most)

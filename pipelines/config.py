@@ -1,4 +1,4 @@
-"""Runs as named functions that return a whole, checked config; single values are changed by dotted name.
+"""Named functions that each return a complete, checked config; single values are changed by dotted name.
 
 `srraw_4x()` is the default. `--set model.packing_kernel=4`, the search space of `sdan tune` and MLflow's params all
 use the same dotted names: `model.*` (SDANConfig), `loss.*` (LossConfig), `train.*` (TrainConfig).
@@ -20,7 +20,7 @@ from sdan.network import SDANConfig
 
 
 class ConfigError(ValueError):
-    """A config name, key or value that cannot be used; the message says what was expected."""
+    """A config name, key or value that is not allowed; the message says what was expected."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class TrainConfig:
 
     epochs: int = 300
     crops_per_epoch: int | None = None
-    """Random crops an epoch; None: one per pair, as in the paper."""
+    """Random crops per epoch; None: one per pair, as in the paper."""
     crop_px: int = 64
     """Side of a training crop in packed RAW pixels (64 is 128x128 mosaic or RGB pixels)."""
     batch_per_worker: int = 8
@@ -41,76 +41,76 @@ class TrainConfig:
     """Optimizer steps over which the learning rate rises linearly from zero."""
     betas: tuple[float, float] = (0.9, 0.99)
     grad_clip: float = 0.0
-    """Largest gradient norm; 0: no clipping."""
+    """Maximum gradient norm; 0: no clipping."""
     max_skipped: int = 20
-    """Steps in a row with a loss or gradient that is not finite: each is skipped, so many end the run."""
+    """The run ends after this many consecutive skipped steps (loss or gradient not finite)."""
     ema_decay: float = 0.0
     """Decay of the exponential moving average of the weights; 0: none."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: what the processor of each worker computes natively (sdan.ops.precision)."""
     layout: Literal["channels_last", "contiguous"] = "channels_last"
-    """How weights and feature maps lie in memory (which is faster: benchmarks/RESULTS.md, Training)."""
+    """Memory layout of weights and feature maps (which is faster: benchmarks/RESULTS.md, Training)."""
     compile: bool = False
-    """Run the network through torch.compile: minutes at the start of a run, less time and memory in each step."""
+    """Compile the network with torch.compile: slower start (minutes), less time and memory per step."""
     accumulate: int = 1
-    """Parts that a step's crops go through the network in, for GPUs that cannot hold them all; must divide
-    batch_per_worker. The gradient is the same (the memory of one part, the step of the whole batch)."""
+    """Gradient accumulation: process the batch in this many parts, to save GPU memory. Must divide batch_per_worker.
+    The gradient is that of the whole batch."""
     augment: bool = True
     """Random flips and transposes (Bayer-phase-correct)."""
     match_exposure: bool = True
-    """Bring each target to its input's exposure (a gain in linear light, as preprocessing measured it), so that the
-    network need not learn a brightness that differs from pair to pair. Held-out targets stay as they were shot."""
+    """Scale each target to its input's exposure (a gain in linear light, measured by preprocessing), so that the
+    network need not learn a brightness that varies between pairs. Held-out targets are not scaled."""
     validate_every: int = 1
     """Epochs between validations (a checkpoint follows each)."""
     picture_every: int = 5
-    """Validations between logged pictures."""
+    """Number of validations per logged picture."""
     val_crops: int = 32
-    """Crops of the val split that a validation looks at (the same ones every time)."""
+    """Crops of the val split that each validation scores, always the same ones."""
     seed: int = 0
     deterministic: bool = False
-    """Only operators that give the same bits each time, or an error that names the one that cannot (slower on GPUs;
-    CPUs do so anyway)."""
+    """Use only operators that give bit-identical results, and raise an error for any other. Slower on GPUs; CPUs are
+    always deterministic."""
 
     def __post_init__(self) -> None:
         positive = ("epochs", "crop_px", "batch_per_worker", "restart_epochs", "validate_every", "picture_every")
         for name in (*positive, "val_crops", "max_skipped", "accumulate"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name}: at least 1 expected, got {getattr(self, name)}")
+                raise ConfigError(f"train.{name}: expected at least 1, got {getattr(self, name)}")
         if self.batch_per_worker % self.accumulate:
             raise ConfigError(
-                f"train.accumulate: a number that divides train.batch_per_worker = {self.batch_per_worker} expected, "
+                f"train.accumulate: expected a divisor of train.batch_per_worker = {self.batch_per_worker}, "
                 f"got {self.accumulate}"
             )
         if self.crops_per_epoch is not None and self.crops_per_epoch < 1:
-            raise ConfigError(f"train.crops_per_epoch: at least 1 (or none) expected, got {self.crops_per_epoch}")
+            raise ConfigError(f"train.crops_per_epoch: expected at least 1, or none, got {self.crops_per_epoch}")
         for name in ("grad_clip", "warmup_steps", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"train.{name}: 0 or more expected, got {getattr(self, name)}")
+                raise ConfigError(f"train.{name}: expected 0 or more, got {getattr(self, name)}")
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"train.betas: two values from 0 up to 1 expected, got {self.betas}")
+            raise ConfigError(f"train.betas: expected two values in [0, 1), got {self.betas}")
         if not 0 < self.learning_rate_floor <= self.learning_rate < math.inf:
             raise ConfigError(
-                "train.learning_rate: a value above train.learning_rate_floor expected, "
-                f"got {self.learning_rate} with a floor of {self.learning_rate_floor}"
+                f"train.learning_rate: expected at least train.learning_rate_floor = {self.learning_rate_floor}, "
+                f"got {self.learning_rate}"
             )
         if not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"train.ema_decay: 0 <= value < 1 expected, got {self.ema_decay}")
+            raise ConfigError(f"train.ema_decay: expected a value in [0, 1), got {self.ema_decay}")
         if self.precision not in ("auto", "fp32", "bf16", "fp16"):
             raise ConfigError(f"train.precision: expected auto, fp32, bf16 or fp16, got {self.precision!r}")
         if self.layout not in ("channels_last", "contiguous"):
-            raise ConfigError(f"train.layout: channels_last or contiguous expected, got {self.layout!r}")
+            raise ConfigError(f"train.layout: expected channels_last or contiguous, got {self.layout!r}")
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """Everything that a run depends on besides its data."""
+class ExperimentConfig:
+    """Everything that a run depends on besides its data: network, loss and training."""
 
     name: str
     model: SDANConfig = field(default_factory=SDANConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     first_schedule: tuple[int, float] | None = None
-    """(epochs, learning rate) of the first training; set in fine-tunings, which take their share of it."""
+    """(epochs, learning rate) of the first training, of which a fine-tuning takes fixed shares; None before that."""
 
     def __post_init__(self) -> None:
         try:
@@ -121,29 +121,29 @@ class RunConfig:
         most_px = (target_px - self.loss.least_px) // 2
         if self.loss.border_px > most_px:
             raise ConfigError(
-                f"loss.border_px: at most {most_px} expected (a target crop has {target_px} px, and this loss needs "
+                f"loss.border_px: expected at most {most_px} (a target crop has {target_px} px, and this loss needs "
                 f"{self.loss.least_px} of them), got {self.loss.border_px}; set a smaller one or a larger train.crop_px"
             )
 
     @property
     def input_px(self) -> int:
         """Side of a training crop in the network's own input pixels."""
-        return self.train.crop_px if self.model.input == "packed" else 2 * self.train.crop_px
+        return self.model.input_px(self.train.crop_px)
 
 
-def paper_4x() -> RunConfig:
+def paper_4x() -> ExperimentConfig:
     """The paper as printed and released: mosaic RAW, no skip, the reference is always Y' (batch 8 a GPU on 8 GPUs)."""
-    return RunConfig(name="paper_4x", train=TrainConfig(precision="fp32"))
+    return ExperimentConfig(name="paper_4x", train=TrainConfig(precision="fp32"))
 
 
-def paper_4x_rgb() -> RunConfig:
+def paper_4x_rgb() -> ExperimentConfig:
     """The paper's RGB row: the camera JPG as input."""
     return replace(paper_4x(), name="paper_4x_rgb", model=SDANConfig(input="rgb"))
 
 
-def srraw_4x() -> RunConfig:
+def srraw_4x() -> ExperimentConfig:
     """Ours, for deployment: skip through the rendering, self-reference samples, EMA."""
-    return RunConfig(
+    return ExperimentConfig(
         name="srraw_4x",
         model=SDANConfig(skip="rendering"),
         loss=LossConfig(kind="charbonnier", self_reference_weight=1.0),
@@ -151,15 +151,15 @@ def srraw_4x() -> RunConfig:
     )
 
 
-def srraw_8x() -> RunConfig:
-    """The same at 8x."""
+def srraw_8x() -> ExperimentConfig:
+    """srraw_4x at 8x."""
     base = srraw_4x()
     return replace(base, name="srraw_8x", model=replace(base.model, scale=8))
 
 
-def smoke() -> RunConfig:
-    """Seconds on a CPU: does every part run?"""
-    return RunConfig(
+def smoke() -> ExperimentConfig:
+    """Tiny, seconds on a CPU: to see that every stage runs."""
+    return ExperimentConfig(
         name="smoke",
         model=SDANConfig(features=8, blocks=1, packing_kernel=4, skip="rendering"),
         loss=LossConfig(kind="charbonnier", self_reference_weight=1.0),
@@ -175,9 +175,9 @@ def smoke() -> RunConfig:
     )
 
 
-def demo() -> RunConfig:
+def demo() -> ExperimentConfig:
     """A few minutes on two CPU cores."""
-    return RunConfig(
+    return ExperimentConfig(
         name="demo",
         model=SDANConfig(input="packed", features=32, blocks=4, packing_kernel=4, skip="rendering"),
         loss=LossConfig(kind="charbonnier", self_reference_weight=1.0),
@@ -198,9 +198,9 @@ def demo() -> RunConfig:
     )
 
 
-def starter() -> RunConfig:
-    """The model that comes with the package: small, trained on simulated sequences towards their ideal pictures."""
-    return RunConfig(
+def starter() -> ExperimentConfig:
+    """The starter model of the package: small, trained on simulated sequences towards their ideal pictures."""
+    return ExperimentConfig(
         name="starter",
         model=SDANConfig(
             input="packed",
@@ -237,19 +237,27 @@ def starter() -> RunConfig:
     )
 
 
-CONFIGS: dict[str, Callable[[], RunConfig]] = {
+CONFIGS: dict[str, Callable[[], ExperimentConfig]] = {
     function.__name__: function for function in (paper_4x, paper_4x_rgb, srraw_4x, srraw_8x, smoke, demo, starter)
 }
 
 
-def named(name: str) -> RunConfig:
-    """The config that `--config NAME` picks."""
+DEFAULT = srraw_4x.__name__
+
+
+def named(name: str) -> ExperimentConfig:
+    """The config that `--config NAME` selects."""
     if name not in CONFIGS:
-        raise ConfigError(f"--config: one of {', '.join(CONFIGS)} expected, got {name!r}")
+        raise ConfigError(f"--config: expected one of {', '.join(CONFIGS)}, got {name!r}")
     return CONFIGS[name]()
 
 
-def flatten(config: RunConfig) -> dict[str, Any]:
+def chosen(name: str | None, assignments: Iterable[str]) -> ExperimentConfig:
+    """The config of `--config NAME` (default srraw_4x) with its `--set KEY=VALUE` applied."""
+    return override(named(name or DEFAULT), parse_assignments(assignments))
+
+
+def flatten(config: ExperimentConfig) -> dict[str, Any]:
     """Every value by its dotted name, e.g. {'model.packing_kernel': 8, ...}."""
     flat: dict[str, Any] = {"name": config.name}
     for section in ("model", "loss", "train"):
@@ -258,20 +266,20 @@ def flatten(config: RunConfig) -> dict[str, Any]:
     return flat
 
 
-def to_dict(config: RunConfig) -> dict[str, Any]:
+def to_dict(config: ExperimentConfig) -> dict[str, Any]:
     """JSON-ready; `from_dict` is the way back."""
     return dataclasses.asdict(config)
 
 
-def from_dict(stored: Mapping[str, Any]) -> RunConfig:
-    """A config written by `to_dict` (by this version or, with values since added at their defaults, an older one)."""
+def from_dict(stored: Mapping[str, Any]) -> ExperimentConfig:
+    """A config written by `to_dict` of this or an older version; values added since then get their defaults."""
     known: dict[str, Any] = {
         "model": _build(SDANConfig, stored.get("model", {})),
         "loss": _build(LossConfig, stored.get("loss", {})),
         "train": _build(TrainConfig, stored.get("train", {})),
     }
     first = stored.get("first_schedule")
-    return RunConfig(
+    return ExperimentConfig(
         name=str(stored.get("name", "stored")),
         **known,
         first_schedule=(int(first[0]), float(first[1])) if first else None,
@@ -281,7 +289,9 @@ def from_dict(stored: Mapping[str, Any]) -> RunConfig:
 def _build(cls: type, values: Mapping[str, Any]) -> Any:
     unknown = set(values) - {item.name for item in fields(cls)}
     if unknown:
-        raise ConfigError(f"{cls.__name__}: unknown values {sorted(unknown)}; was it written by a newer SDAN?")
+        raise ConfigError(
+            f"{cls.__name__}: expected known values, got {sorted(unknown)}; use the newer SDAN that wrote it"
+        )
     return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
@@ -291,16 +301,16 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, str]:
     for assignment in assignments:
         key, separator, value = assignment.partition("=")
         if not separator or not key:
-            raise ConfigError(f"--set: KEY=VALUE expected, got {assignment!r}; e.g. --set model.packing_kernel=4")
+            raise ConfigError(f"--set: expected KEY=VALUE, got {assignment!r}; e.g. --set model.packing_kernel=4")
         parsed[key.strip()] = value.strip()
     return parsed
 
 
-def override(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
+def override(config: ExperimentConfig, overrides: Mapping[str, Any]) -> ExperimentConfig:
     """The config with single values replaced by dotted name.
 
     Args:
-        overrides: dotted name -> value; text is read as the field's type, anything else must already have it.
+        overrides: dotted name -> value; text is parsed as the field's type, other values must already have it.
 
     Raises:
         ConfigError: unknown key (with the nearest known one), value of the wrong type or out of range.
@@ -312,7 +322,7 @@ def override(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
         if key not in known or section not in sections:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]}?" if near else f"; keys are {', '.join(k for k in known if '.' in k)}"
-            raise ConfigError(f"--set: unknown key {key!r}{hint}")
+            raise ConfigError(f"--set: expected a known key, got {key!r}{hint}")
         kind = typing.get_type_hints(type(getattr(config, section)))[name]
         sections[section][name] = _read(key, value, kind)
     try:
@@ -336,19 +346,19 @@ def _read(key: str, value: Any, kind: Any) -> Any:
         for choice in arguments:
             if text == str(choice) or value == choice:
                 return choice
-        raise ConfigError(f"--set {key}: one of {', '.join(map(str, arguments))} expected, got {text}")
+        raise ConfigError(f"--set {key}: expected one of {', '.join(map(str, arguments))}, got {text}")
     if origin is tuple:
         parts = value if isinstance(value, (tuple, list)) else text.strip("()[]").split(",")
         if len(parts) != len(arguments):
-            raise ConfigError(f"--set {key}: {len(arguments)} values separated by commas expected, got {text}")
+            raise ConfigError(f"--set {key}: expected {len(arguments)} values separated by commas, got {text}")
         return tuple(_read(key, part, argument) for part, argument in zip(parts, arguments, strict=True))
     if kind is bool:
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
-        raise ConfigError(f"--set {key}: true or false expected, got {text}")
+        raise ConfigError(f"--set {key}: expected true or false, got {text}")
     try:
         if kind is int and float(text) != int(float(text)):
             raise ValueError
         return kind(float(text)) if kind is int else kind(value)
     except (ValueError, OverflowError):
-        raise ConfigError(f"--set {key}: {kind.__name__} expected, got {text}") from None
+        raise ConfigError(f"--set {key}: expected {kind.__name__}, got {text}") from None

@@ -1,10 +1,11 @@
-"""`sdan demo`: the whole road, small, on this machine, from simulated RAW to a zoomed photograph."""
+"""`sdan demo`: every stage, small, on this machine, from simulated RAW to a zoomed photograph."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +17,17 @@ from pipelines import config as configs
 from pipelines.evaluate import Evaluation, evaluate
 from pipelines.scoring.pictures import labelled_grid
 from pipelines.train import TrainResult, train, with_network_of
-from pipelines.zoom import Zoomer, read_photo, write_png
+from pipelines.zoom import Zoomer, move_bar, read_photo, write_png
 from preprocessing.shards import PreprocessOptions, preprocess
 from preprocessing.simulator.sequences import simulate
-from sdan.baselines import bicubic
+from sdan.resample import bicubic
 
 SEQUENCES = 10
 HELD_OUT = ("00009", "00010")
 PRESET = "tripod"
 EVALUATED_CROPS = 64
 REGISTERED = "sdan-demo"
-"""The demo's model has a name of its own, so that it is never taken for one that was trained on your photographs."""
+"""Registered model of the demo; its own name keeps it apart from models trained on real photographs."""
 FINE_TUNING = {
     "train.epochs": 8,
     "train.restart_epochs": 8,
@@ -35,18 +36,19 @@ FINE_TUNING = {
     "loss.align_weight": 0.2,
     "loss.self_reference_weight": 0.0,
 }
-"""What differs from config demo, which starts from nothing. Self-reference samples, held to the camera's JPG of the
-input, would take back what the starter model can do (benchmarks/RESULTS.md); registered pairs do without them."""
+"""Changes to config demo, which trains from scratch. Self-reference samples compare the output with the input's camera
+JPG, which makes the starter model worse (benchmarks/RESULTS.md); registered pairs do not need them."""
 OPTIONS = PreprocessOptions(scale=4, align="ecc", tile_px=40, stride_px=32, val=HELD_OUT)
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Where everything is."""
+    """Scores and where to find everything."""
 
     starter: Evaluation
-    """Of the model that was started from."""
+    """Scores of the starter model, before fine-tuning."""
     evaluation: Evaluation
+    """Scores of the fine-tuned model."""
     training: TrainResult
     pictures: list[Path]
     seconds: float
@@ -55,7 +57,10 @@ class DemoResult:
 def run(data: Path, *, say: Callable[[str], None]) -> DemoResult:
     """Simulate -> preprocess -> fine-tune the starter model -> evaluate -> zoom, under `data`/demo.
 
-    What is there already is kept.
+    Sequences and shards of an earlier demo are kept.
+
+    Args:
+        say: takes one line per stage.
     """
     started = time.perf_counter()
     folder = data / "demo"
@@ -64,16 +69,16 @@ def run(data: Path, *, say: Callable[[str], None]) -> DemoResult:
     cluster.start_ray()
     workers = cluster.workers_that_fit(2)
     with tqdm(total=SEQUENCES, desc="simulate", unit="sequence") as bar:
-        simulate(raw, sequences=SEQUENCES, preset=PRESET, progress=lambda done, total: _move(bar, done))
+        simulate(raw, sequences=SEQUENCES, preset=PRESET, progress=partial(move_bar, bar))
     say(f"2/5 preprocess -> {shards}")
-    report = preprocess(str(raw), str(shards), OPTIONS)
-    say(f"    {report.written} pairs written, {report.skipped} there already, {len(report.quarantined)} set aside")
+    report = preprocess(str(raw), str(shards), OPTIONS, start_ray=cluster.start_ray)
+    say(f"    {report.written} pairs written, {report.skipped} finished earlier, {len(report.quarantined)} set aside")
     config = with_network_of(registry.STARTER_FOLDER, configs.override(configs.demo(), FINE_TUNING), ())
-    say(f"3/5 train: the starter model goes on, {config.train.epochs} epochs of {config.train.crops_per_epoch} crops")
+    say(f"3/5 train: fine-tune the starter model, {config.train.epochs} epochs of {config.train.crops_per_epoch} crops")
     trained = train(
         str(shards), config, data=data, workers=workers, register=REGISTERED, init_from=registry.STARTER_FOLDER
     )
-    say("4/5 evaluate on sequences that training has not seen")
+    say("4/5 evaluate on held-out sequences")
     before = evaluate(str(shards), registry.STARTER_FOLDER, split="val", limit=EVALUATED_CROPS)
     result = evaluate(str(shards), trained.model, split="val", limit=EVALUATED_CROPS, out=out)
     say("5/5 zoom a held-out photograph 4x")
@@ -81,24 +86,32 @@ def run(data: Path, *, say: Callable[[str], None]) -> DemoResult:
     return DemoResult(before, result, trained, [out / "examples.png", *zoomed], time.perf_counter() - started)
 
 
-def _move(bar: tqdm, done: int) -> None:
-    bar.update(done - bar.n)
+def summary(result: DemoResult, data: Path) -> str:
+    """What `sdan demo` prints at the end: scores, pictures, and how to go on."""
+    started = result.starter.rows["SDAN (self)"]
+    before = ", ".join(f"{target} {started[f'{target}_psnr']:.2f} dB" for target in result.starter.targets)
+    model = result.training.model
+    lines = [
+        f"\nHeld-out sequences:\n\n{result.evaluation.table()}\n",
+        f"The starter model before fine-tuning (self): {before}\n",
+        *(f"picture: {path}" for path in result.pictures),
+        f"model:   {model}",
+        f"zoom:    sdan zoom PHOTO -o zoomed.png --model {model}",
+        f"MLflow:  sdan --data {data} ui   (or: make ui), then open http://127.0.0.1:5000/",
+        f"done in {result.seconds / 60:.1f} minutes",
+    ]
+    return "\n".join(lines)
 
 
 def _zoom(sequence: Path, model: Path, out: Path) -> list[Path]:
-    """Zoom the sequence's 50 mm frame (00005) and set its centre beside bicubic and the 240 mm frame's own picture."""
+    """Zoom the sequence's 50 mm frame (00005), and show its centre beside bicubic."""
     zoomer = Zoomer.load(model)
     photo = read_photo(
         next(path for path in sequence.glob("00005.*") if path.suffix.lower() in (".dng", ".arw")),
         zoomer.model.config.input,
     )
     with tqdm(desc="zoom", unit="tile") as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            _move(bar, done)
-
-        image = zoomer.zoom(photo, progress)
+        image = zoomer.zoom(photo, partial(move_bar, bar))
     full = out / "zoomed_4x.png"
     write_png(image, full)
     plain = bicubic(photo.rendering[None], zoomer.model.config.scale)[0].permute(1, 2, 0).clamp(0, 1).numpy()

@@ -1,4 +1,4 @@
-"""`sdan doctor`: what works on this machine and what to do about the rest, one line a check."""
+"""`sdan doctor`: what works on this machine and what to do about the rest, one line per check."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ class Finding:
 
     name: str
     state: str
-    """ok, absent (works without it) or broken."""
+    """ok, absent (SDAN works without it) or broken."""
     detail: str
 
 
 def report(data: Path, *, say: Callable[[str], None]) -> int:
-    """Run every check and say what came; 0, or 1 when something that should work is broken."""
+    """Run every check and print its finding; returns the exit code, 1 if anything is broken."""
     findings = []
     for check in (_torch, _gpu, _operators, _ray, lambda: _mlflow(data), lambda: _disk(data), _s3):
         try:
             found = check()
-        except Exception as error:  # a doctor reports; it does not fall ill
+        except Exception as error:  # a check that fails is a finding, not a crash
             found = Finding(
                 getattr(check, "__name__", "check").strip("_<>"), "broken", f"{type(error).__name__}: {error}"
             )
@@ -37,9 +37,12 @@ def report(data: Path, *, say: Callable[[str], None]) -> int:
 
 def _torch() -> Finding:
     import torch
-    import torchvision
 
-    return Finding("torch", "ok", f"{torch.__version__}, torchvision {torchvision.__version__}, {os.cpu_count()} CPUs")
+    from sdan.ops.precision import native_precision
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = f"train.precision=auto computes in {native_precision(device)}"
+    return Finding("torch", "ok", f"{torch.__version__}, {os.cpu_count()} CPUs, {chosen}")
 
 
 def _gpu() -> Finding:

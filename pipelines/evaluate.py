@@ -1,6 +1,6 @@
-"""`sdan evaluate`: one honest table - bicubic beside the model, by protocol and target - and examples to look at.
+"""`sdan evaluate`: a table of bicubic and the model, by protocol and target, and example pictures.
 
-The central `train.crop_px` crop of every tile of a split is scored; the same crops for every row.
+Every row is scored on the same crops: the central `train.crop_px` crop of the split's tiles.
 """
 
 from __future__ import annotations
@@ -17,19 +17,22 @@ import torch
 from PIL import Image
 
 from pipelines import config as configs
-from pipelines.loader import HeldOut, held_out, model_inputs
+from pipelines.loader import ShardIndex, index_split, model_inputs
+from pipelines.scoring.held_out import HeldOut, held_out
 from pipelines.scoring.pictures import labelled_grid, to_uint8
 from pipelines.scoring.scores import BORDER_PX, PROTOCOLS, TARGETS, PerCrop, mean_scores, score_bicubic, score_model
+from preprocessing.schema import SPLITS
 from sdan import checkpoint, metrics
-from sdan.baselines import Network, bicubic
+from sdan.baselines import Network
 from sdan.ops.precision import autocast
+from sdan.resample import bicubic
 
 METRICS = ("psnr", "ssim", "lpips")
 EXAMPLES = 4
 
 
 class EvaluateError(ValueError):
-    """An evaluation that cannot be made."""
+    """An evaluation that cannot run; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,9 @@ class Evaluation:
     split: str
     simulated: bool
     valid_share: float
-    """Share of the aligned target's pixels that registration could fill."""
+    """Share of the aligned target's pixels that are valid."""
     epe_px: float
-    """Mean end-point error of the oracle offsets in mosaic pixels (simulated data; else NaN)."""
+    """Mean end-point error of the oracle offsets, mosaic pixels; NaN for real data."""
     lpips_missing: str | None
 
     @property
@@ -62,7 +65,7 @@ class Evaluation:
         return self.rows["SDAN (self)"][f"{target}_psnr"] - self.rows[over][f"{target}_psnr"]
 
     def table(self, protocols: Sequence[str] = PROTOCOLS) -> str:
-        """Markdown, with everything said that the numbers depend on."""
+        """The rows of `protocols` as a Markdown table, followed by `notes`."""
         names = [row for row in self.rows if not any(f"({other})" in row for other in set(PROTOCOLS) - set(protocols))]
         shown = [metric for metric in METRICS if metric != "lpips" or self.lpips_missing is None]
         head = ["", *(f"{target} {metric.upper()}" for target in self.targets for metric in shown)]
@@ -75,6 +78,7 @@ class Evaluation:
         return "\n".join(lines) + "\n\n" + self.notes()
 
     def notes(self) -> str:
+        """What the numbers depend on: data, crops, border, valid pixels, gap between the protocols."""
         gaps = ", ".join(f"{target} {gap:+.2f} dB" for target, gap in self.gap_db.items())
         lines = [
             f"{'Simulated data. ' if self.simulated else ''}{self.crops} crops of {self.crop_px} packed pixels, "
@@ -96,7 +100,7 @@ def _cell(value: float | None, metric: str) -> str:
 
 
 def evaluate(
-    shards: str,
+    shards: str | ShardIndex,
     model_folder: Path,
     *,
     split: str = "val",
@@ -107,31 +111,54 @@ def evaluate(
     """Score a checkpoint on a split and, with `out`, write table.md, evaluation.json and examples.png there.
 
     Args:
-        targets: raw, aligned, true; None: every one that the shards have.
-        limit: at most so many crops, spread evenly; None: one of every tile.
+        shards: folder or URI; or an index of the split, so that several models are scored on the same pairs.
+        targets: raw, aligned, true; None: all that the shards have.
+        limit: the largest number of crops, spread evenly over the split; None: one per tile.
+
+    Raises:
+        EvaluateError, ShardsError, CheckpointError: one line that says what to do.
     """
-    if split not in ("train", "val", "test"):
-        raise EvaluateError(f"--split: train, val or test expected, got {split!r}")
-    for target in targets or ():
-        if target not in TARGETS:
-            raise EvaluateError(f"--target: raw, aligned or true expected, got {target!r}")
+    check_request(split, targets, limit)
+    index = shards if isinstance(shards, ShardIndex) else index_split(shards, split)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+        out.mkdir(parents=True, exist_ok=True)  # fail before the work, not after it
     stored = checkpoint.load(model_folder)
     config = configs.from_dict(stored.config)
-    held = held_out(shards, split, config, limit=limit, align=True)
+    held = held_out(index, config, limit=limit, align=True)
     if targets and "true" in targets and "true_rgb" not in held.batch:
-        raise EvaluateError(f"--target true: simulated shards expected, {shards} has no truth; use raw or aligned")
+        raise EvaluateError(
+            f"--target true, {index.shards}: expected simulated shards, got shards without truth; use raw or aligned"
+        )
     result = evaluate_model(stored.model, held, split=split, crop_px=config.train.crop_px, targets=targets)
     if out is not None:
         _write(out, result, stored.model, held)
     return result
 
 
+def check_request(
+    split: str, targets: Sequence[str] | None, limit: int | None, protocols: Sequence[str] = PROTOCOLS
+) -> None:
+    """Check the options of `sdan evaluate` before anything is loaded.
+
+    Raises:
+        EvaluateError: a name that does not exist, or fewer than one crop.
+    """
+    if split not in SPLITS:
+        raise EvaluateError(f"--split: expected {', '.join(SPLITS)}, got {split!r}")
+    for target in targets or ():
+        if target not in TARGETS:
+            raise EvaluateError(f"--target: expected {', '.join(TARGETS)}, got {target!r}")
+    for protocol in protocols:
+        if protocol not in PROTOCOLS:
+            raise EvaluateError(f"--protocol: expected {' or '.join(PROTOCOLS)}, got {protocol!r}")
+    if limit is not None and limit < 1:
+        raise EvaluateError(f"--crops: expected at least 1, got {limit}")
+
+
 def evaluate_model(
     model: Network, held: HeldOut, *, split: str, crop_px: int, targets: Sequence[str] | None = None
 ) -> Evaluation:
-    """The table of one model on crops that are loaded already."""
+    """Score one model and the baselines on crops that are already loaded."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device)
     lpips = metrics.lpips_unavailable() is None
@@ -160,7 +187,7 @@ def evaluate_model(
 
 
 def examples(model: Network, held: HeldOut, count: int = EXAMPLES) -> np.ndarray:
-    """bicubic | SDAN | target, a row a crop, from much detail to an average amount; uint8 [H, W, 3]."""
+    """One row per crop, bicubic | SDAN | target, from the most detailed crop to the median one; uint8 [H, W, 3]."""
     device = next(model.parameters()).device
     target_name = "true_rgb" if "true_rgb" in held.batch else "hr_rgb"
     rows = []
@@ -183,13 +210,13 @@ def examples(model: Network, held: HeldOut, count: int = EXAMPLES) -> np.ndarray
 
 
 def _fit(image: np.ndarray, side_px: int = 320) -> np.ndarray:
-    """Small crops are shown enlarged without smoothing, so that each pixel is seen as it is."""
+    """Enlarge a small crop by repeating pixels, without smoothing."""
     factor = max(1, round(side_px / image.shape[0]))
     return image.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def _by_detail(images: torch.Tensor, count: int) -> list[int]:
-    """`count` crops, evenly from the one with the most detail to the median one: chosen by the target alone."""
+    """`count` crops evenly spaced between the most detailed and the median one, ranked by the target alone."""
     gray = images.float().mean(1)
     order = (gray.diff(dim=1).abs().mean((1, 2)) + gray.diff(dim=2).abs().mean((1, 2))).argsort(descending=True)
     ranks = torch.linspace(0, (len(order) - 1) / 2, min(count, len(order))).round().long()

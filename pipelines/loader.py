@@ -1,10 +1,11 @@
-"""The join of the two contracts: shard rows (preprocessing.schema) in, tensors for SDAN.forward out.
+"""Joins the two contracts: reads shard rows (preprocessing.schema) and returns tensors for SDAN.forward.
 
-Training crops are numbered from 0 to epochs * crops_per_epoch. What crop number i shows - which pair, tile, window and
-flips - depends on (seed, i) alone, never on the number of workers or on restarts: so a resumed run sees the crops
-that an unbroken one would have seen. Ray tasks read, decode and cut them ahead of the training step.
+Training crops are numbered from 0 to epochs * crops_per_epoch. The content of crop number i (its pair, tile, window and
+flips) depends only on the run's ShardIndex, its seed and i, never on the number of workers or on restarts. A resumed
+run therefore sees the same crops as an uninterrupted one. Ray tasks read, decode and cut crops ahead of the training
+step.
 
-Axes: B batch, C channels, H W rows and columns. Sizes in packed RAW pixels end in `_px` as in TrainConfig.
+Axes: B batch, C channels, H W rows and columns. Sizes in packed RAW pixels end in `_px`, as in TrainConfig.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import hashlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice, repeat
 from typing import Any, NamedTuple
@@ -27,33 +28,37 @@ from pyarrow import fs
 from ray.exceptions import RayTaskError
 from torch import Tensor
 
-from pipelines.config import RunConfig
+from pipelines.config import ExperimentConfig
 from preprocessing import schema
-from preprocessing.registration.aligned_target import align_to
+from preprocessing.colour import divide_exposure
 from preprocessing.storage import one_line
 from sdan import augment, raw_input
-from sdan.losses import low_pass
 from sdan.network import SDANConfig
+from sdan.resample import low_pass
 
 IMAGES = ("lr_render", "lr_rgb", "hr_rgb")
 LEVELS = ("black_level", "wb", "white_level")
 TASK_CROPS = 32
-"""Crops that one task reads, about: with a small network, starting a task costs as much as reading a step's crops."""
+"""Approximate crops per reader task; for a small network, starting a task costs as much as reading a batch."""
 
 
 class ShardsError(ValueError):
-    """The shards cannot feed this run; the message says what to do."""
+    """Shards that this run cannot train or be evaluated on; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where the tiles of one split are: one Parquet file per pair, one row group per tile."""
+    """The pairs of one split: one Parquet file per pair, one row group per tile.
+
+    The driver lists SHARDS once per run and hands this index to every worker and every restart. Pairs that
+    preprocessing adds meanwhile belong to the next run.
+    """
 
     shards: str
     split: str
     paths: tuple[str, ...]
     tiles: tuple[int, ...]
-    """Tiles in each file."""
+    """Number of tiles in each file of `paths`."""
     info: schema.ShardInfo
 
     @property
@@ -62,23 +67,24 @@ class ShardIndex:
 
     @property
     def digest(self) -> str:
-        """Of the files' names, which hold the fingerprints of what they were made from."""
+        """16 hex digits over the file names, which contain the fingerprints of the pairs' inputs."""
         names = "\n".join(path.rsplit("/", 1)[-1] for path in self.paths)
         return hashlib.sha256(names.encode()).hexdigest()[:16]
 
 
 def index_split(shards: str, split: str) -> ShardIndex:
-    """List one split's pairs and count their tiles (file footers only).
+    """List one split's pairs and count their tiles, from the files' footers.
 
     Raises:
-        ShardsError: the split is empty.
+        ShardsError: no readable shards, or none in this split.
     """
     try:
         info = schema.read_info(shards)
         paths = sorted(schema.list_shards(shards, split))
     except (pa.ArrowException, OSError) as error:
         raise ShardsError(
-            f"{shards}: a folder or s3:// URI of readable shards expected, got: {one_line(error)}"
+            f"SHARDS, {shards}: expected a folder or s3:// URI of readable shards, got {one_line(error)}; "
+            "check the path"
         ) from error
     if not paths:
         remedy = (
@@ -86,7 +92,7 @@ def index_split(shards: str, split: str) -> ShardIndex:
             if split == "val"
             else "preprocess more sequences"
         )
-        raise ShardsError(f"{shards}: at least one pair expected in split={split}, got none; {remedy}")
+        raise ShardsError(f"SHARDS, {shards}: expected at least one pair in split={split}, got none; {remedy}")
     with ThreadPoolExecutor(16) as pool:
         tiles = tuple(pool.map(lambda path: _count_tiles(shards, path), paths))
     return ShardIndex(shards, split, tuple(paths), tiles, info)
@@ -97,7 +103,7 @@ def _count_tiles(shards: str, path: str) -> int:
         return int(_open(shards, path).num_row_groups)
     except (pa.ArrowException, OSError) as error:
         raise ShardsError(
-            f"{path}: a whole shard expected, got: {one_line(error)}; remove it, preprocess again"
+            f"{path}: expected a complete shard, got {one_line(error)}; remove it and preprocess again"
         ) from error
 
 
@@ -109,16 +115,51 @@ def _open(shards: str, path: str) -> pq.ParquetFile:
     return pq.ParquetFile(path, memory_map=True)
 
 
+def require_unchanged(index: ShardIndex) -> None:
+    """Check that the index's files still exist with the same number of tiles; files added since are ignored.
+
+    Raises:
+        ShardsError: a file is missing, damaged or has another number of tiles.
+    """
+    listed = set(schema.list_shards(index.shards, index.split))
+    for path in index.paths:
+        if path not in listed:
+            raise _changed(path, "no such file")
+    with ThreadPoolExecutor(16) as pool:
+        counts = pool.map(lambda path: _count_tiles(index.shards, path), index.paths)
+        for path, expected, count in zip(index.paths, index.tiles, counts, strict=True):
+            if count != expected:
+                raise _changed(path, f"{count} tiles instead of {expected}")
+
+
+def _changed(path: str, got: str) -> ShardsError:
+    return ShardsError(
+        f"{path}: expected the shard that this run started with, got {got}; put it back, or start a new run"
+    )
+
+
 def read_tile(index: ShardIndex, pair: int, tile: int, columns: tuple[str, ...] | None = None) -> dict[str, Any]:
-    """One row, decoded to arrays (schema.decode)."""
-    file = _open(index.shards, index.paths[pair])
-    # Readers are many and share cores with the training step: threads of their own would only get in its way.
-    table = file.read_row_group(tile, columns=list(columns) if columns else None, use_threads=False)
+    """Read one row and decode it to arrays (schema.decode).
+
+    Raises:
+        ShardsError: the file is missing, damaged, or no longer the one that was indexed.
+    """
+    path = index.paths[pair]
+    try:
+        file = _open(index.shards, path)
+        if file.num_row_groups != index.tiles[pair]:
+            raise _changed(path, f"{file.num_row_groups} tiles instead of {index.tiles[pair]}")
+        # Reader tasks share cores with the training step, so they use no threads.
+        table = file.read_row_group(tile, columns=list(columns) if columns else None, use_threads=False)
+    except FileNotFoundError as error:
+        raise _changed(path, "no such file") from error
+    except (pa.ArrowException, OSError) as error:
+        raise _changed(path, one_line(error)) from error
     return schema.decode({name: _first(table.column(name)) for name in table.column_names}, index.info)
 
 
 def _first(column: pa.ChunkedArray) -> Any:
-    """A column's first value; pictures as Arrow's own memory, not as copies of it."""
+    """A column's first value; binary values as a view of Arrow's memory, without a copy."""
     value = column[0]
     return memoryview(value.as_buffer()) if pa.types.is_binary(value.type) and value.is_valid else value.as_py()
 
@@ -132,14 +173,14 @@ class CropStream:
     crop_px: int
     augment: bool
     truth: bool = False
-    """Whether crops bring the simulator's ideal picture, true_rgb uint8 [3,2cs,2cs]."""
+    """Whether crops include the simulator's ideal picture, true_rgb uint8 [3,2cs,2cs]."""
     match_exposure: bool = False
-    """Whether the target is brought to the input's exposure, where preprocessing could measure the ratio."""
+    """Whether to scale the target to the input's exposure; pairs without a measured ratio stay unchanged."""
 
     def crop(self, number: int) -> dict[str, np.ndarray]:
         """Crop `number`: raw [4,c,c] float32 in [0,1], lr_render and lr_rgb uint8 [3,2c,2c], hr_rgb uint8 [3,2cs,2cs].
 
-        Each round of len(pairs) crops visits every pair once, in an order of its own.
+        Each round of len(pairs) crops visits every pair once, in a new random order.
         """
         random = np.random.default_rng((self.seed, 2, number))
         pair = self.pair(number)
@@ -148,38 +189,23 @@ class CropStream:
         row = read_tile(self.index, pair, tile, ("lr_raw", *IMAGES, *LEVELS, *more))
         if self.truth and row["true_rgb"] is None:
             raise ShardsError(
-                f"{self.index.paths[pair]}: loss.self_target=truth expects simulated shards with their ideal picture, "
-                "this one has none; --set loss.self_target=pair"
+                f"loss.self_target=truth, {self.index.paths[pair]}: expected a simulated shard with its ideal picture, "
+                "got one without; --set loss.self_target=pair"
             )
         if self.match_exposure:
-            row["hr_rgb"] = expose(row["hr_rgb"], row["exposure_ratio"])
+            row["hr_rgb"] = divide_exposure(row["hr_rgb"], row["exposure_ratio"])
         plan = augment.random_plan(random, self.index.info.tile_px, self.crop_px, flips=self.augment)
-        return cut(row, plan, self.crop_px, self.index.info.scale)
+        return cut_crop(row, plan, self.crop_px, self.index.info.scale)
 
     def pair(self, number: int) -> int:
-        """The pair that crop `number` is cut from."""
+        """The index of the pair that crop `number` is cut from."""
         pairs = len(self.index.paths)
         order = np.random.default_rng((self.seed, 1, number // pairs)).permutation(pairs)
         return int(order[number % pairs])
 
 
-def expose(image: np.ndarray, ratio: float | None) -> np.ndarray:
-    """uint8 sRGB that took `ratio` times the light, as if it had taken 1 times; as it is where that is not known.
-
-    The gain acts on sRGB-decoded values: exact for renderings; cameras' own curves differ from sRGB's, which matters
-    little for the small ratios between frames of one sequence.
-    """
-    if ratio is None or not ratio > 0:
-        return image
-    stored = np.arange(256) / 255
-    light = np.where(stored <= 0.04045, stored / 12.92, ((stored + 0.055) / 1.055) ** 2.4) / ratio
-    encoded = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
-    table: np.ndarray = (255 * encoded).round().clip(0, 255).astype(np.uint8)
-    return table[image]
-
-
-def cut(row: dict[str, Any], plan: augment.CropPlan, crop_px: int, scale: int) -> dict[str, np.ndarray]:
-    """Cut one window out of a decoded row and normalise its RAW; truth columns are cut too where the row has them."""
+def cut_crop(row: dict[str, Any], plan: augment.CropPlan, crop_px: int, scale: int) -> dict[str, np.ndarray]:
+    """Cut one window from a decoded row and normalise its RAW; truth columns, if present, are cut the same way."""
     names = ("lr_raw", *IMAGES, "true_rgb", "true_flow")
     sample = {name: torch.from_numpy(row[name].copy()) for name in names if row.get(name) is not None}
     sample["lr_raw"] = raw_input.normalise(
@@ -195,19 +221,20 @@ def cut(row: dict[str, Any], plan: augment.CropPlan, crop_px: int, scale: int) -
 def training_batches(
     stream: CropStream, *, batch: int, rank: int, world: int, first_crop: int, last_crop: int, readers: int = 1
 ) -> Iterator[dict[str, Tensor]]:
-    """This worker's batches of the crops `first_crop` up to (about) `last_crop`, read ahead by Ray tasks.
+    """This worker's batches of crops from `first_crop` on, read ahead by Ray tasks.
 
-    Each step takes the next world * batch crops of the stream, each worker its own part of them: other workers can go
-    on where these stopped, and no crop is lost or seen twice. The last step is whole, past `last_crop` if need be.
+    Each step consumes the next world * batch crops of the stream, and each worker takes its own part of them. Training
+    can therefore resume with another number of workers without losing or repeating a crop. The last step is a full
+    batch, even if it goes past `last_crop`.
 
     Args:
-        readers: so many tasks read for this worker while it trains; the order of the batches does not depend on it.
+        readers: number of tasks that read for this worker at the same time; it does not change the order of batches.
     """
     count = batch * num_steps(first_crop, last_crop, batch * world)
     places = np.arange(count)
     numbers = crop_numbers(places, batch=batch, rank=rank, world=world, first_crop=first_crop)
     batches = _read_ahead(ray.put(stream), numbers, batch, readers)
-    # The next batch is fetched while the step runs: a thread, since what takes time there holds no lock of Python's.
+    # A thread fetches the next batch while the step runs; fetching mostly waits and copies without holding the GIL.
     with ThreadPoolExecutor(1) as fetcher:
         waiting = fetcher.submit(next, batches, None)
         while (fetched := waiting.result()) is not None:
@@ -216,12 +243,13 @@ def training_batches(
 
 
 def _read_ahead(stream: ray.ObjectRef, numbers: np.ndarray, batch: int, readers: int) -> Iterator[dict[str, Tensor]]:
-    """Batches of the crops `numbers`; tasks that read some batches each, `readers` of them ahead of the one in use.
+    """Yield batches of the crops `numbers`, with `readers` tasks ahead of the one being consumed.
 
-    Not a Ray Data job: its executor would be a thread of this process, and that goes round in circles, holding Python's
-    lock, as long as readers are faster than the training step (2.60): small networks took three times as long a step.
+    This is not a Ray Data job, because Ray Data's executor would run as a thread of this process. In Ray 2.60 that
+    thread spins while holding the GIL whenever readers are faster than the training step, which made the steps of small
+    networks three times as slow.
     """
-    # DEFAULT: not within the resources that were set aside for the train workers alone.
+    # DEFAULT: schedule outside the placement group that is reserved for the train workers.
     read = _read.options(num_cpus=0, scheduling_strategy="DEFAULT")
     each = batch * max(1, TASK_CROPS // batch)
     starts = iter(range(0, len(numbers), each))
@@ -230,7 +258,7 @@ def _read_ahead(stream: ray.ObjectRef, numbers: np.ndarray, batch: int, readers:
         crops = _crops_of(tasks.popleft())
         tasks.extend(read.remote(stream, numbers[first : first + each]) for first in islice(starts, 1))
         for first in range(0, len(crops["hr_rgb"]), batch):
-            # Copies: Ray's memory is read-only, and is free again as soon as possible.
+            # Copy, because Ray's memory is read-only and should be released as soon as possible.
             yield {name: _tensor(values[first : first + batch]) for name, values in crops.items()}
 
 
@@ -245,7 +273,7 @@ def _crops_of(task: ray.ObjectRef) -> dict[str, np.ndarray]:
     try:
         crops: dict[str, np.ndarray] = ray.get(task)
     except RayTaskError as error:
-        raise error.cause from None  # a ShardsError, not Ray's wrapping of one
+        raise error.cause from None  # the ShardsError itself, without Ray's wrapper
     return crops
 
 
@@ -255,23 +283,23 @@ def _tensor(values: np.ndarray) -> Tensor:
 
 
 def num_steps(first_crop: int, last_crop: int, crops_per_step: int) -> int:
-    """Steps from `first_crop` until no crop before `last_crop` is left."""
+    """Number of steps needed to consume all crops from `first_crop` up to `last_crop`."""
     return -(-(last_crop - first_crop) // crops_per_step)
 
 
 def crop_numbers(places: np.ndarray, *, batch: int, rank: int, world: int, first_crop: int) -> np.ndarray:
-    """The numbers of this worker's crops: `places` counts the crops that it sees itself, from 0 at `first_crop`."""
+    """The stream numbers of this worker's crops; `places` counts its own crops from 0 at `first_crop`."""
     step, place = np.divmod(places, batch)
     return np.asarray(first_crop + step * (world * batch) + rank * batch + place)
 
 
 class Inputs(NamedTuple):
-    """One batch as SDAN.forward and the losses take it, float32 in [0, 1]; s is the scale, (H, W) the mosaic's size."""
+    """One batch for SDAN.forward and the losses, float32 in [0, 1]; s is the scale, (H, W) the mosaic's size."""
 
     x: Tensor
     """RAW [B,1,H,W] (mosaic), [B,4,H/2,W/2] (packed), or the camera JPG [B,3,H,W] (rgb)."""
     rendering: Tensor
-    """[B,3,H,W]: LibRaw's rendering, or the camera JPG when that is the input."""
+    """[B,3,H,W]: LibRaw's rendering; the camera JPG if input is rgb."""
     self_reference: Tensor
     """The rendering at x's size: the reference of the self protocol."""
     oracle_reference: Tensor
@@ -281,16 +309,16 @@ class Inputs(NamedTuple):
     target: Tensor
     """[B,3,sH,sW]: the long-focal JPG."""
     truth: Tensor | None
-    """[B,3,sH,sW]: the ideal picture in the input's own view and tone; where the batch brings it (simulated data)."""
+    """[B,3,sH,sW]: the ideal picture in the input's own view and tone; None for real data."""
 
     def parts(self, count: int) -> list[Inputs]:
-        """The batch in `count` parts of one size."""
+        """The batch split into `count` parts of equal size."""
         chunks = (repeat(None, count) if tensor is None else tensor.chunk(count) for tensor in self)
         return [Inputs(*part) for part in zip(*chunks, strict=True)]
 
 
 def model_inputs(batch: dict[str, Tensor], config: SDANConfig, device: torch.device) -> Inputs:
-    """Crops of `CropStream.crop`, stacked, as the network's inputs on `device`."""
+    """Convert stacked crops of `CropStream.crop` to the network's inputs on `device`."""
     names = [*IMAGES, *(["true_rgb"] if "true_rgb" in batch else [])]
     images = {name: batch[name].to(device, non_blocking=True).float() / 255 for name in names}
     raw = batch["lr_raw"].to(device, non_blocking=True)
@@ -311,68 +339,20 @@ def model_inputs(batch: dict[str, Tensor], config: SDANConfig, device: torch.dev
     )
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """Fixed crops of a held-out split, stacked: what validation and evaluation look at."""
+def check_fit(index: ShardIndex, config: ExperimentConfig) -> None:
+    """Check that the shards' scale and tile size suit the config.
 
-    batch: dict[str, Tensor]
-    names: tuple[str, ...]
-    """sequence/pair@row,col of each crop."""
-    aligned: Tensor | None
-    """[N,3,sH,sW] uint8: the target registered to the bicubically enlarged camera JPG; None unless asked for."""
-    aligned_mask: Tensor | None
-    """[N,1,sH,sW] bool: True where `aligned` is valid; nowhere if registration failed."""
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def select(self, numbers: range) -> HeldOut:
-        """Some of the crops, e.g. one worker's part."""
-        picked = list(numbers)
-        rest = {name: value[picked] for name, value in self.batch.items()}
-        aligned = None if self.aligned is None else self.aligned[picked]
-        mask = None if self.aligned_mask is None else self.aligned_mask[picked]
-        return replace(self, batch=rest, names=tuple(self.names[n] for n in picked), aligned=aligned, aligned_mask=mask)
-
-
-def held_out(shards: str, split: str, config: RunConfig, *, limit: int | None, align: bool) -> HeldOut:
-    """The central crop of `limit` tiles, spread evenly over the split's pairs (None: of every tile)."""
-    index = index_split(shards, split)
-    check_fit(index, config)
-    tiles = [(pair, tile) for pair, count in enumerate(index.tiles) for tile in range(count)]
-    if limit is not None and limit < len(tiles):
-        tiles = [tiles[int(place)] for place in np.linspace(0, len(tiles) - 1, limit).round()]
-    margin = 2 * ((index.info.tile_px - config.train.crop_px) // 2)
-    plan = augment.CropPlan(row=margin, col=margin, flip_rows=False, flip_cols=False, transpose=False)
-    window = slice(margin * config.model.scale, (margin + 2 * config.train.crop_px) * config.model.scale)
-    names, samples, aligned = [], [], []
-    for pair, tile in tiles:
-        row = read_tile(index, pair, tile)
-        sample = cut(row, plan, config.train.crop_px, index.info.scale)
-        names.append(f"{row['sequence']}/{row['pair']}@{row['row']},{row['col']}")
-        samples.append(sample)
-        if align:  # over the whole tile, which holds more to register by than the crop
-            target, mask = align_to(row["hr_rgb"], row["lr_rgb"], index.info.scale)
-            aligned.append((target[:, window, window], mask[window, window]))
-    present = [name for name in samples[0] if all(name in sample for sample in samples)]
-    return HeldOut(
-        batch={name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in present},
-        names=tuple(names),
-        aligned=torch.from_numpy(np.stack([target for target, _ in aligned])) if align else None,
-        aligned_mask=torch.from_numpy(np.stack([mask for _, mask in aligned]))[:, None] if align else None,
-    )
-
-
-def check_fit(index: ShardIndex, config: RunConfig) -> None:
-    """The shards' scale and tiles suit the config, or a ShardsError that names both sides."""
+    Raises:
+        ShardsError: they do not; the message names both sides.
+    """
     if index.info.scale != config.model.scale:
         raise ShardsError(
-            f"{index.shards}: scale {config.model.scale} expected by the model, the shards hold {index.info.scale}; "
-            f"--set model.scale={index.info.scale}, or preprocess with --scale {config.model.scale}"
+            f"model.scale, {index.shards}: expected scale {config.model.scale}, got shards of scale "
+            f"{index.info.scale}; --set model.scale={index.info.scale}, or preprocess with --scale {config.model.scale}"
         )
     if index.info.tile_px < config.train.crop_px:
         raise ShardsError(
-            f"{index.shards}: tiles of at least train.crop_px = {config.train.crop_px} packed pixels expected, the "
-            f"shards hold {index.info.tile_px}; --set train.crop_px={index.info.tile_px // 8 * 8}, or preprocess with "
+            f"train.crop_px, {index.shards}: expected tiles of at least {config.train.crop_px} packed pixels, got "
+            f"{index.info.tile_px}; --set train.crop_px={index.info.tile_px // 8 * 8}, or preprocess with "
             "a larger --tile"
         )

@@ -1,7 +1,8 @@
-"""Thin helpers over MLflow: its database, runs, and the model registry with one champion.
+"""MLflow's database, experiments and runs, and the model registry with one champion.
 
-Every call names its tracking URI; nothing is set globally. A registered model is a checkpoint folder logged as plain
-artifacts (model.safetensors, config.json), so that using one never unpickles anything.
+Every function takes the tracking URI; nothing is set globally. A registered model is a checkpoint folder logged as
+plain artifacts (model.safetensors, config.json), so using one never unpickles anything. MLflow is imported only when it
+is needed: the base installation resolves checkpoint folders and the starter model without it.
 """
 
 from __future__ import annotations
@@ -16,43 +17,43 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from mlflow import MlflowClient
-from mlflow.entities import Param
-from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+from sdan.checkpoint import DESCRIPTION, TRAINER, WEIGHTS
 
 MODEL = "sdan"
 CHAMPION = "champion"
 PREVIOUS_TAG = "sdan.previous_champion"
-"""On a champion's version: the version that was champion before it."""
+"""Tag of a champion's version: the version that was champion before it."""
 CHECKPOINT_TAG = "sdan.checkpoint"
-"""On a run: the folder of its artifacts that holds the checkpoint registered last."""
-_CHECKPOINT_FILES = ("model.safetensors", "config.json")
+"""Tag of a run: the artifact folder of the checkpoint registered last."""
 STARTER = "starter"
-"""The URI of the model that comes with the package."""
+"""The URI of the model in the package."""
 STARTER_FOLDER = Path(__file__).parent / "models" / STARTER
 
 SHARDS_TAG = "sdan.trained_on"
-"""On the registered model: what its newest version was trained on, so that a retraining knows what is new."""
+"""Tag of the registered model: the shards of its newest version, so that a retraining knows what is new."""
 
 
 class RegistryError(ValueError):
-    """A model, run or database that cannot be used; the message is one line that says what to do."""
+    """A model, run or database that cannot be used; the message says what to do."""
 
 
 def default_tracking_uri(data: Path) -> str:
-    """MLFLOW_TRACKING_URI when set (a cluster's server), else the sqlite database DATA/mlflow.db, absolute."""
+    """MLFLOW_TRACKING_URI if set (a cluster's server), else the sqlite database DATA/mlflow.db, absolute."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{data.expanduser().resolve() / 'mlflow.db'}"
 
 
 def prepare_database(tracking_uri: str) -> None:
-    """Creates the sqlite database, or brings it up to this MLflow's schema, once and before anyone writes.
+    """Create the sqlite database, or migrate it to this MLflow's schema, before anything writes to it.
 
-    Processes that start together wait for each other: two that migrate at once leave a broken database. A server's
-    database is the server's matter; nothing happens for an http(s) URI.
+    Processes that start together wait for each other, because two concurrent migrations break the database. Does
+    nothing for an http(s) URI: a server manages its own database.
     """
     database = _database(tracking_uri)
     if database is None:
@@ -65,20 +66,25 @@ def prepare_database(tracking_uri: str) -> None:
             _migrate(tracking_uri, database)
     except OSError as error:
         raise RegistryError(
-            f"{database}: cannot write there ({error.strerror}); choose another --data folder"
+            f"--data, {database}: expected a writable place, got {error.strerror}; choose another --data folder"
         ) from error
 
 
 def create_run(tracking_uri: str, experiment: str, name: str, tags: Mapping[str, str] | None = None) -> str:
-    """A new run's id. A new experiment in a local database keeps its artifacts in `mlartifacts` beside it."""
-    client = MlflowClient(tracking_uri=tracking_uri)
+    """Create a run and return its id."""
+    client = _client(tracking_uri)
     run = client.create_run(open_experiment(tracking_uri, experiment), tags=dict(tags or {}), run_name=name)
     return str(run.info.run_id)
 
 
 def open_experiment(tracking_uri: str, name: str) -> str:
-    """The id of the experiment, which is made where it does not exist."""
-    client = MlflowClient(tracking_uri=tracking_uri)
+    """The id of the experiment, created if missing; a local database keeps its artifacts in `mlartifacts` beside it.
+
+    Several processes may call this at once.
+    """
+    from mlflow.exceptions import MlflowException
+
+    client = _client(tracking_uri)
     database = _database(tracking_uri)
     artifacts = (database.parent / "mlartifacts").as_uri() if database else None
     found = client.get_experiment_by_name(name)
@@ -86,32 +92,38 @@ def open_experiment(tracking_uri: str, name: str) -> str:
         try:
             return str(client.create_experiment(name, artifact_location=artifacts))
         except MlflowException:
-            found = client.get_experiment_by_name(name)  # another process made it meanwhile
+            found = client.get_experiment_by_name(name)  # another process created it meanwhile
             if found is None:
                 raise
     return str(found.experiment_id)
 
 
 def log_config(tracking_uri: str, run_id: str, config: Mapping[str, Any]) -> None:
-    """Logs a config as params with dotted names; nested mappings are flattened.
+    """Log a flat config (dotted name -> value) as params.
 
-    What the run already has is left: a sweep logs its overrides first, and a resumed run all of them.
+    Params that the run already has are skipped: a sweep logs its overrides first, and a resumed run has all of them.
     """
-    client = MlflowClient(tracking_uri=tracking_uri)
+    from mlflow.entities import Param
+
+    client = _client(tracking_uri)
     known = _run(client, run_id, tracking_uri).data.params
-    params = [Param(name, str(value)) for name, value in _flatten(config).items() if name not in known]
+    params = [Param(name, str(value)) for name, value in config.items() if name not in known]
     client.log_batch(run_id, params=params)
 
 
 def register_model(tracking_uri: str, run_id: str, checkpoint: Path, name: str = MODEL) -> str:
-    """Logs the checkpoint folder to the run and makes it the next version of the model; returns the version.
+    """Log a checkpoint folder to the run, register it as the model's next version, and return the version.
 
-    The same checkpoint again gives the same version; another of the same run leaves the older version's files alone.
+    Registering the same checkpoint again returns the same version. Another checkpoint of the same run does not touch
+    the files of the older version.
 
-    Raises RegistryError when the folder is no checkpoint or the run is unknown.
+    Raises:
+        RegistryError: the folder is not a checkpoint, or the run is unknown.
     """
+    from mlflow.exceptions import MlflowException
+
     _check_folder(checkpoint)
-    client = MlflowClient(tracking_uri=tracking_uri)
+    client = _client(tracking_uri)
     run = _run(client, run_id, tracking_uri)
     path = f"checkpoint-{_digest(checkpoint)}"
     source = f"{run.info.artifact_uri}/{path}"
@@ -119,7 +131,7 @@ def register_model(tracking_uri: str, run_id: str, checkpoint: Path, name: str =
         if known.source == source:
             return str(known.version)
     for file in sorted(checkpoint.iterdir()):
-        if file.is_file() and file.name != "trainer.pt":  # the optimizer's state is for resuming, not for using
+        if file.is_file() and file.name != TRAINER:  # the optimizer's state serves only to resume
             client.log_artifact(run_id, str(file), path)
     client.set_tag(run_id, CHECKPOINT_TAG, path)
     try:
@@ -131,12 +143,14 @@ def register_model(tracking_uri: str, run_id: str, checkpoint: Path, name: str =
 
 
 def get_champion(tracking_uri: str, name: str = MODEL) -> ModelVersion | None:
-    """The champion's version, or None while there is none."""
+    """The champion's version, or None if there is none."""
     database = _database(tracking_uri)
     if database is not None and not database.is_file():
-        return None  # asking must not make a database
+        return None  # MLflow would create the database
+    from mlflow.exceptions import MlflowException
+
     try:
-        return MlflowClient(tracking_uri=tracking_uri).get_model_version_by_alias(name, CHAMPION)
+        return _client(tracking_uri).get_model_version_by_alias(name, CHAMPION)
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
@@ -144,12 +158,16 @@ def get_champion(tracking_uri: str, name: str = MODEL) -> ModelVersion | None:
 
 
 def set_champion(tracking_uri: str, version: str, name: str = MODEL) -> None:
-    """Promotes a version; it remembers whom it replaced, for rollback()."""
-    client = MlflowClient(tracking_uri=tracking_uri)
+    """Promote a version; its tag records the version that it replaces, for `rollback`."""
+    from mlflow.exceptions import MlflowException
+
+    client = _client(tracking_uri)
     try:
         client.get_model_version(name, version)
     except MlflowException as error:
-        raise RegistryError(f"models:/{name}/{version}: no such version; register a model first") from error
+        raise RegistryError(
+            f"models:/{name}/{version}: expected a registered version, got none; see the Models page of the MLflow UI"
+        ) from error
     before = get_champion(tracking_uri, name)
     if before is not None and str(before.version) == str(version):
         return
@@ -159,46 +177,55 @@ def set_champion(tracking_uri: str, version: str, name: str = MODEL) -> None:
 
 
 def remember_shards(tracking_uri: str, digest: str, name: str = MODEL) -> None:
-    """Note what the newest version was trained on (ShardIndex.digest), promoted or not."""
-    MlflowClient(tracking_uri=tracking_uri).set_registered_model_tag(name, SHARDS_TAG, digest)
+    """Record which shards the newest version was trained on (ShardIndex.digest), promoted or not."""
+    _client(tracking_uri).set_registered_model_tag(name, SHARDS_TAG, digest)
 
 
 def remembered_shards(tracking_uri: str, name: str = MODEL) -> str | None:
-    """What `remember_shards` noted last."""
-    tags = MlflowClient(tracking_uri=tracking_uri).get_registered_model(name).tags
+    """The digest that `remember_shards` recorded last; None before the first."""
+    tags = _client(tracking_uri).get_registered_model(name).tags
     return str(tags[SHARDS_TAG]) if SHARDS_TAG in tags else None
 
 
 def rollback(tracking_uri: str, name: str = MODEL) -> tuple[str, str]:
-    """Puts back the champion before the present one; returns (version given up, version put back).
+    """Restore the previous champion; returns (current version, restored version).
 
-    Raises RegistryError when there is no champion, or none before it.
+    Raises:
+        RegistryError: there is no champion, or none before it.
     """
     champion = get_champion(tracking_uri, name)
     if champion is None:
-        raise RegistryError(f"no champion of {name!r} yet, so nothing to roll back; train a model first")
+        raise RegistryError(
+            f"models:/{name}@{CHAMPION}: expected a champion to roll back, got none; train a model first"
+        )
     previous = champion.tags.get(PREVIOUS_TAG)
     if previous is None:
-        raise RegistryError(f"version {champion.version} is the first champion of {name!r}; nothing to roll back to")
-    MlflowClient(tracking_uri=tracking_uri).set_registered_model_alias(name, CHAMPION, previous)
+        raise RegistryError(
+            f"models:/{name}@{CHAMPION}: expected an earlier champion, got none; version {champion.version} is the "
+            "first"
+        )
+    _client(tracking_uri).set_registered_model_alias(name, CHAMPION, previous)
     return str(champion.version), previous
 
 
 def resolve_model(tracking_uri: str, model: str | Path, cache: Path | None = None) -> Path:
     """The local checkpoint folder of a model URI: a folder, runs:/RUN_ID[/PATH], models:/sdan@champion, or "starter".
 
-    Artifacts that are not on this machine are downloaded, into `cache` where given, else a temporary folder.
+    Remote artifacts are downloaded into `cache`, or into a temporary folder if `cache` is None.
 
-    Raises RegistryError: no such folder, run, version or alias, or it holds no checkpoint.
+    Raises:
+        RegistryError: no such folder, run, version or alias, or it holds no checkpoint.
     """
     text = str(model)
     if text.startswith("runs:/"):
         run_id, _, path = text.removeprefix("runs:/").partition("/")
-        client = MlflowClient(tracking_uri=_existing(tracking_uri, text))
+        client = _client(_existing(tracking_uri, text))
         run = _run(client, run_id, tracking_uri)
         path = path or run.data.tags.get(CHECKPOINT_TAG, "")
         if not path:
-            raise RegistryError(f"{text}: this run has no registered checkpoint; did its training end?")
+            raise RegistryError(
+                f"{text}: expected a run with a registered checkpoint, got none; did its training finish?"
+            )
         source = f"{run.info.artifact_uri}/{path}"
     elif text.startswith("models:/"):
         source = _source(tracking_uri, text)
@@ -212,7 +239,9 @@ def resolve_model(tracking_uri: str, model: str | Path, cache: Path | None = Non
 
 
 def _source(tracking_uri: str, uri: str) -> str:
-    client = MlflowClient(tracking_uri=_existing(tracking_uri, uri))
+    from mlflow.exceptions import MlflowException
+
+    client = _client(_existing(tracking_uri, uri))
     name, at, alias = uri.removeprefix("models:/").partition("@")
     try:
         if at:
@@ -223,10 +252,12 @@ def _source(tracking_uri: str, uri: str) -> str:
     except MlflowException as error:
         if (name, alias) == (MODEL, CHAMPION):
             raise RegistryError(
-                f"{uri}: no champion yet; run `sdan train` or `sdan retrain` first, or give --model {STARTER}"
+                f"{uri}: expected a champion, got none yet; run `sdan train` first, or use --model {STARTER}"
             ) from error
-        raise RegistryError(f"{uri}: the registry has no such model; see the Models page of the MLflow UI") from error
-    raise RegistryError(f"{uri}: expected models:/NAME@ALIAS or models:/NAME/VERSION")
+        raise RegistryError(
+            f"{uri}: expected a registered model, got none of that name; see the Models page of the MLflow UI"
+        ) from error
+    raise RegistryError(f"--model: expected models:/NAME@ALIAS or models:/NAME/VERSION, got {uri}")
 
 
 def _local(source: str, asked: str, tracking_uri: str, cache: Path | None) -> Path:
@@ -240,44 +271,56 @@ def _local(source: str, asked: str, tracking_uri: str, cache: Path | None) -> Pa
     target.mkdir(parents=True, exist_ok=True)
     try:
         return Path(download_artifacts(artifact_uri=source, dst_path=str(target), tracking_uri=tracking_uri))
-    except Exception as error:  # every artifact store has errors of its own
+    except Exception as error:  # every artifact store raises its own errors
         if cache is None:
             shutil.rmtree(target, ignore_errors=True)
-        raise RegistryError(f"{asked}: cannot fetch {source} ({type(error).__name__}: {_first_line(error)})") from error
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise RegistryError(f"{asked}: expected to download {source}, got {reason}; check the address") from error
 
 
 def _check_folder(folder: Path, asked: str | None = None) -> None:
     label = asked or str(folder)
     if not folder.is_dir():
         raise RegistryError(
-            f"{label}: no such checkpoint folder; give a folder, runs:/RUN_ID or models:/{MODEL}@{CHAMPION}"
+            f"{label}: expected a checkpoint folder, got no such folder; use runs:/RUN_ID, models:/{MODEL}@{CHAMPION} "
+            f"or {STARTER}"
         )
-    missing = [name for name in _CHECKPOINT_FILES if not (folder / name).is_file()]
+    missing = [name for name in (WEIGHTS, DESCRIPTION) if not (folder / name).is_file()]
     if missing:
-        raise RegistryError(f"{label}: not a checkpoint, it lacks {' and '.join(missing)}")
+        raise RegistryError(
+            f"{label}: expected a checkpoint folder, got one without {' and '.join(missing)}; check the path"
+        )
 
 
 def _digest(folder: Path) -> str:
-    """Eight hexadecimal digits of what stands in the checkpoint's files."""
+    """Eight hexadecimal digits of a hash of the checkpoint's files."""
     digest = hashlib.sha256()
-    for name in _CHECKPOINT_FILES:
+    for name in (WEIGHTS, DESCRIPTION):
         digest.update((folder / name).read_bytes())
     return digest.hexdigest()[:8]
 
 
+def _client(tracking_uri: str) -> MlflowClient:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=tracking_uri)
+
+
 def _run(client: MlflowClient, run_id: str, tracking_uri: str) -> Any:
+    from mlflow.exceptions import MlflowException
+
     try:
         return client.get_run(run_id)
     except MlflowException as error:
-        raise RegistryError(f"runs:/{run_id}: no such run in {tracking_uri}") from error
+        raise RegistryError(f"runs:/{run_id}: expected a run in {tracking_uri}, got none; see the MLflow UI") from error
 
 
 def _existing(tracking_uri: str, asked: str) -> str:
     database = _database(tracking_uri)
     if database is not None and not database.is_file():
         raise RegistryError(
-            f"{asked}: no MLflow database at {database} yet; "
-            f"train a model first, check --data, or give --model {STARTER}"
+            f"{asked}: expected an MLflow database at {database}, got none yet; "
+            f"train a model first, check --data, or use --model {STARTER}"
         )
     return tracking_uri
 
@@ -290,7 +333,7 @@ def _database(tracking_uri: str) -> Path | None:
 def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield  # closing the file releases it, a kill too
+        yield  # closing the file releases the lock, also after a kill
 
 
 def _is_current(tracking_uri: str, database: Path) -> bool:
@@ -301,28 +344,20 @@ def _is_current(tracking_uri: str, database: Path) -> bool:
     try:
         return bool(utils._get_schema_version(engine) == utils._get_latest_schema_revision())
     except sqlalchemy.exc.DatabaseError as error:
-        raise RegistryError(f"{database}: not a database that MLflow can read; move it away and start again") from error
+        raise RegistryError(
+            f"{database}: expected an MLflow database, got {_first_line(error)}; move it away"
+        ) from error
     finally:
         engine.dispose()
 
 
 def _migrate(tracking_uri: str, database: Path) -> None:
-    """In a process of its own, so that alembic's logging set-up does not become ours."""
+    """Migrate in a subprocess, because alembic reconfigures the logging of its process."""
     command = [sys.executable, "-m", "mlflow", "db", "upgrade", tracking_uri]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or ["no message"]
-        raise RegistryError(f"{database}: cannot prepare MLflow's database: {lines[-1]}")
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
+        raise RegistryError(f"{database}: expected to migrate MLflow's database, got {lines[-1]}; move it away")
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,8 +1,7 @@
-"""`sdan retrain`: new RAW in, a better model out - or the old one kept.
+"""`sdan retrain`: preprocess new RAW, fine-tune the champion, and promote the result if it is better.
 
-Only new sequences are preprocessed. The champion is fine-tuned on everything, both are scored on the same held-out
-tiles, and the new one is promoted in the registry if it is better. With no champion yet, the first model becomes it.
-Written to be run by a schedule: what the last training saw is noted in the registry; with nothing new it ends at once.
+Champion and fine-tuned model are scored on the same held-out tiles. Without a champion, the first model becomes it. The
+verb is made for a schedule: the registry records what the last training saw, and with nothing new the run ends at once.
 """
 
 from __future__ import annotations
@@ -11,21 +10,22 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipelines import cluster, registry
+from pipelines import cluster, registry, status
 from pipelines import config as configs
-from pipelines.config import RunConfig
+from pipelines.config import ExperimentConfig
 from pipelines.evaluate import Evaluation, evaluate
 from pipelines.loader import index_split
 from pipelines.train import TrainResult, train
+from preprocessing.report.job_summary import job_summary
 from preprocessing.shards import PreprocessOptions, PreprocessReport, preprocess
 from sdan import checkpoint
 
 FINE_TUNE_EPOCHS = 0.2
-"""Share of the config's epochs that a fine-tuning takes."""
+"""Share of the first training's epochs that a fine-tuning takes."""
 FINE_TUNE_RATE = 0.3
-"""Share of the config's learning rate that it starts from."""
+"""Share of the first training's learning rate that a fine-tuning starts from."""
 COMPARED_CROPS = 512
-"""Held-out crops that champion and challenger are compared on, at most, spread evenly."""
+"""The largest number of held-out crops on which champion and challenger are compared."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,12 @@ class RetrainResult:
     trained: TrainResult | None
     """None: nothing was new."""
     champion: Evaluation | None
-    """The champion's scores before; None: there was none."""
+    """Scores of the champion before the retraining; None: there was no champion."""
     challenger: Evaluation | None
+    """Scores of the new model; None: nothing was trained."""
     promoted: bool
     reason: str
+    """One line: what was done and why."""
 
 
 def retrain(
@@ -48,75 +50,98 @@ def retrain(
     *,
     data: Path,
     options: PreprocessOptions,
-    config: RunConfig | None = None,
+    config: ExperimentConfig | None = None,
     workers: int | None = None,
     vgg_weights: Path | None = None,
     dry_run: bool = False,
     progress: bool = True,
 ) -> RetrainResult:
-    """Preprocess what is new, fine-tune, compare, promote.
+    """Preprocess what is new, fine-tune, compare, promote; `sdan status` shows the outcome.
 
     Args:
-        config: for the first model; later ones take the champion's own.
-        vgg_weights: as for `train`.
+        config: for the first model; later ones take the champion's config.
+        workers, vgg_weights: as for `train`.
         dry_run: say what would be preprocessed and trained; change nothing.
+
+    Raises:
+        PreprocessError, TrainError, ShardsError, RegistryError: one line that says what to do.
     """
     uri = registry.default_tracking_uri(data)
-    cluster.start_ray()
-    report = preprocess(raw, shards, options, dry_run=dry_run, progress=progress)
-    champion = registry.get_champion(uri)
+    report = preprocess(raw, shards, options, dry_run=dry_run, progress=progress, start_ray=cluster.start_ray)
+    has_champion = registry.get_champion(uri) is not None
     if dry_run:
-        return RetrainResult(report, None, None, None, False, _intention(report, champion is not None, uri, shards))
+        return RetrainResult(report, None, None, None, False, _intention(report, has_champion, uri, shards))
     registry.prepare_database(uri)
-    if champion is None:
-        first = config or configs.srraw_4x()
+    if not has_champion:
+        first = config or configs.named(configs.DEFAULT)
         trained = train(shards, first, data=data, workers=workers, vgg_weights=vgg_weights, progress=progress)
         score = evaluate(shards, trained.model, limit=COMPARED_CROPS)
-        return RetrainResult(report, trained, None, score, True, "the first model is the champion")
-    if _trained_on_all(uri, shards):
-        return RetrainResult(report, None, None, None, False, "nothing new to train on; the champion stays")
-    cache = data / "models" / f"{registry.MODEL}-{champion.version}"  # where a cluster's workers can read it, too
-    folder = registry.resolve_model(uri, f"models:/{registry.MODEL}@{registry.CHAMPION}", cache)
+        result = RetrainResult(report, trained, None, score, True, "the first model is the champion")
+    elif _trained_on_all(uri, shards):
+        result = RetrainResult(report, None, None, None, False, "nothing new to train on; the champion stays")
+    else:
+        result = _fine_tune(report, shards, data, workers, vgg_weights, progress)
+    status.note_retrain(data, result.reason)
+    return result
+
+
+def summary(result: RetrainResult, shards: str, *, dry_run: bool) -> str:
+    """What `sdan retrain` prints at the end."""
+    blocks = [job_summary(result.preprocessed, shards, dry_run=dry_run)]
+    for label, evaluation in (("champion", result.champion), ("new model", result.challenger)):
+        if evaluation:
+            blocks.append(f"{label}:\n{evaluation.table(['self'])}")
+    return "\n\n".join([*blocks, result.reason])
+
+
+def _fine_tune(
+    report: PreprocessReport, shards: str, data: Path, workers: int | None, vgg_weights: Path | None, progress: bool
+) -> RetrainResult:
+    """Fine-tune the champion, score both on the same held-out tiles, and promote the better."""
+    uri = registry.default_tracking_uri(data)
+    champion = f"models:/{registry.MODEL}@{registry.CHAMPION}"
+    version = registry.get_champion(uri)
+    # Not a temporary folder: the workers of a cluster read it, too.
+    cache = data / "models" / f"{registry.MODEL}-{version.version if version else 0}"
+    folder = registry.resolve_model(uri, champion, cache)
     tuned = fine_tuning(configs.from_dict(checkpoint.load(folder).config))
     trained = train(
-        shards,
-        tuned,
-        data=data,
-        workers=workers,
-        init_from=folder,
-        vgg_weights=vgg_weights,
-        progress=progress,
+        shards, tuned, data=data, workers=workers, init_from=folder, vgg_weights=vgg_weights, progress=progress
     )
-    before = evaluate(shards, folder, limit=COMPARED_CROPS)
-    after = evaluate(shards, trained.model, limit=COMPARED_CROPS)
+    held_out = index_split(shards, "val")
+    before = evaluate(held_out, folder, limit=COMPARED_CROPS)
+    after = evaluate(held_out, trained.model, limit=COMPARED_CROPS)
     target = "aligned" if math.isfinite(before.rows["SDAN (self)"]["aligned_psnr"]) else "raw"
     gain = after.rows["SDAN (self)"][f"{target}_psnr"] - before.rows["SDAN (self)"][f"{target}_psnr"]
     better = gain > 0
     if better:
         registry.set_champion(uri, str(trained.version))
-    verdict = f"{gain:+.3f} dB (self, {target}, val, {after.crops} crops): " + (
-        "promoted" if better else "the champion stays"
-    )
-    return RetrainResult(report, trained, before, after, better, verdict)
+    verdict = "promoted" if better else "the champion stays"
+    reason = f"{gain:+.3f} dB (self, {target}, val, {after.crops} crops): {verdict}"
+    return RetrainResult(report, trained, before, after, better, reason)
 
 
 def _trained_on_all(uri: str, shards: str) -> bool:
-    """Whether the last training (promoted or not) has seen exactly these shards.
+    """Whether the last training, promoted or not, saw exactly these shards.
 
-    Not whether this run wrote any: a training that was cut off, or shards made by hand, would be forgotten.
+    Comparing digests also covers an earlier training that was interrupted and shards that were copied in, which the
+    number of pairs written by this run would miss.
     """
     return registry.remembered_shards(uri) == index_split(shards, "train").digest
 
 
 def _intention(report: PreprocessReport, has_champion: bool, uri: str, shards: str) -> str:
     if has_champion and not report.todo and _trained_on_all(uri, shards):
-        return "nothing to do: no new pairs, and the last training has seen all there are"
+        return "nothing to do: no new pairs, and the last training saw all existing ones"
     action = "fine-tune the champion" if has_champion else "train a first model"
     return f"would preprocess {report.todo} pairs and {action}"
 
 
-def fine_tuning(config: RunConfig) -> RunConfig:
-    """The champion's config, shorter and gentler: shares of its first schedule, however often it was tuned since."""
+def fine_tuning(config: ExperimentConfig) -> ExperimentConfig:
+    """The champion's config for a fine-tuning: fixed shares of its first training's epochs and learning rate.
+
+    The shares refer to the first training, so repeated fine-tunings do not shrink.
+    """
     first = config.first_schedule or (config.train.epochs, config.train.learning_rate)
     epochs = max(1, round(first[0] * FINE_TUNE_EPOCHS))
     rate = max(first[1] * FINE_TUNE_RATE, config.train.learning_rate_floor)

@@ -1,4 +1,4 @@
-"""`sdan status`: the runs, the champion, the shards and the last retraining on one screen."""
+"""`sdan status`: runs, champion, shards and the last retraining on one screen."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from mlflow.tracking import MlflowClient
 from tqdm import tqdm
 
 from pipelines import registry
-from pipelines.training import progress
+from pipelines.training import progress, run_folder
+from preprocessing.storage import write_atomically
 
 MOST_RUNS = 8
 SILENT_S = 120.0
-"""A run that has written nothing for so long is thought to have stopped; steps and validations take less."""
+"""A run that has written nothing for this long counts as stopped; steps and validations take less."""
 RETRAIN = "retrain.json"
 
 
@@ -45,11 +46,11 @@ class Status:
         width = max((len(run.name) for run in self.runs), default=0)
         shown = [f"{run.name:{width}}  {run.state:8}  {run.detail}" for run in self.runs[:MOST_RUNS]]
         if len(self.runs) > MOST_RUNS:
-            shown.append(f"and {len(self.runs) - MOST_RUNS} older ones")
+            shown.append(f"and {len(self.runs) - MOST_RUNS} older runs")
         blocks = {
             "runs": shown or ["none yet; start one with `sdan train SHARDS`"],
             "champion": [self.champion],
-            "shards": list(dict.fromkeys(run.shards for run in self.runs)) or ["no run has seen any"],
+            "shards": list(dict.fromkeys(run.shards for run in self.runs)) or ["none used by a run yet"],
             "retrain": [self.retrain],
         }
         lines = []
@@ -60,23 +61,22 @@ class Status:
 
 def status(data: Path) -> Status:
     """Read the data folder and the registry; starts nothing and writes nothing."""
-    found = sorted((data / "runs").glob("*/run.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-    runs = tuple(_run(path.parent) for path in found)
+    runs = tuple(_run(folder) for folder in run_folder.all_runs(data))
     return Status(runs, _champion(registry.default_tracking_uri(data)), _retrain(data / RETRAIN))
 
 
 def note_retrain(data: Path, reason: str) -> None:
-    """Keep what a retraining did."""
+    """Store the outcome of a retraining for `status`."""
     data.mkdir(parents=True, exist_ok=True)
-    (data / RETRAIN).write_text(json.dumps({"time": time.time(), "reason": reason}))
+    write_atomically(data / RETRAIN, json.dumps({"time": time.time(), "reason": reason}))
 
 
 def _run(folder: Path) -> RunStatus:
-    stored: dict[str, Any] = json.loads((folder / "run.json").read_text())
-    report, now = progress.last_report(folder), progress.live(folder)
-    started = (folder / "run.json").stat().st_mtime
+    stored = run_folder.read_run(folder)
+    report, now = run_folder.last_report(folder), run_folder.live(folder)
+    started = run_folder.started_at(folder)
     state: Literal["finished", "running", "stopped"]
-    if (folder / "model").exists():
+    if run_folder.is_finished(folder):
         state, detail = "finished", progress.describe({}, report)
     else:
         silent_s = time.time() - max(started, now.get("time", 0.0), report.get("time", 0.0))
@@ -85,9 +85,9 @@ def _run(folder: Path) -> RunStatus:
         if state == "stopped":
             detail += (
                 f"; silent for {tqdm.format_interval(silent_s)}: "
-                f"`sdan train {stored['shards']} --resume --name {folder.name}` goes on"
+                f"continue with `sdan train {stored.shards} --resume --name {folder.name}`"
             )
-    return RunStatus(folder.name, state, detail, stored["shards"], started)
+    return RunStatus(folder.name, state, detail, stored.shards, started)
 
 
 def _champion(uri: str) -> str:
@@ -95,7 +95,7 @@ def _champion(uri: str) -> str:
     if champion is None:
         return "none yet"
     run = MlflowClient(tracking_uri=uri).get_run(str(champion.run_id))
-    score = run.data.metrics.get(progress.SCORE)
+    score = run.data.metrics.get(progress.SELECT_BY)
     shown = "" if score is None else f", last PSNR {score:.2f} dB (self)"
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(champion.creation_timestamp / 1000))
     return f"version {champion.version} of {registry.MODEL}, from run {run.info.run_name}, {when}{shown}"

@@ -1,40 +1,40 @@
-"""`sdan train`: a run from shards to a registered model, through Ray Train.
+"""`sdan train`: from shards to a registered model, through Ray Train.
 
-A run is a folder `data/runs/NAME`: `run.json` (what it is), Ray Train's own state and checkpoints (the latest and the
-best), and at the end `model/`, the best checkpoint. Started again with resume=True it goes on from the latest one, with
-as many workers as there are now: progress is counted in crops, not in steps.
+`train` checks everything, records the run (folder and MLflow), lets Ray Train run pipelines/training/worker.py, and
+registers the best checkpoint. A resumed run continues from its latest checkpoint with as many workers as there are now:
+progress is counted in crops, not in steps.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import ray.train
 import torch
 from mlflow.tracking import MlflowClient
 from ray.train import UserCallback
-from ray.train.v2.api.config import CheckpointConfig, FailureConfig, ScalingConfig
-from ray.train.v2.api.config import RunConfig as RayRunConfig
+from ray.train.v2.api.config import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 from torch import Tensor
 
 from pipelines import cluster, registry
 from pipelines import config as configs
-from pipelines.config import ConfigError, RunConfig
-from pipelines.loader import ShardIndex, check_fit, index_split
-from pipelines.training.failures import StopWhereRetryingIsVain
-from pipelines.training.progress import PROGRESS, ProgressFile, ProgressLine
+from pipelines.config import ConfigError, ExperimentConfig
+from pipelines.loader import check_fit, index_split, require_unchanged
+from pipelines.training import run_folder
+from pipelines.training.failures import StopOnPermanentError
+from pipelines.training.progress import SELECT_BY, ProgressFile, ProgressLine
+from pipelines.training.run_folder import RunShards, StoredRun
 from pipelines.training.run_log import log_data
-from pipelines.training.worker import SELECT_BY, train_worker
+from pipelines.training.worker import TrainJob, train_worker
 from sdan import checkpoint
 from sdan.network import SDAN
 from sdan.ops.precision import emulation_warning
@@ -54,12 +54,11 @@ CHANGEABLE = (
     "train.accumulate",
     "train.picture_every",
 )
-"""What a resumed run may change: neither the network nor which crops it sees."""
-LOOK_FOR_WORKERS_S = 30.0
-"""How often an elastic run looks whether more workers have a place; growing costs what was trained since the last
-checkpoint."""
+"""What a resumed run may change: values that affect neither the network nor which crops it sees."""
+RESIZE_CHECK_S = 30.0
+"""How often an elastic run checks whether more workers fit. Growing repeats the steps since the last checkpoint."""
 MAX_START_FAILURES = 60
-"""How often the workers may fail to start, of a minute each: so long a lost machine's replacement may take."""
+"""How often the workers may fail to start, at about a minute each: the time to replace a lost machine."""
 
 
 class TrainError(ValueError):
@@ -78,65 +77,88 @@ class TrainResult:
     scores: dict[str, float]
     """The best checkpoint's validation scores."""
     version: str | None
-    """Its version in the registry."""
+    """Its version in the registry; None if it was not registered."""
     champion: bool
-    """Whether it became the champion: the first model of its name does."""
+    """Whether it became the champion: the first model of a registry does."""
 
 
 @dataclass(frozen=True)
-class _Run:
-    """run.json: what a resumed run must know."""
+class Choice:
+    """The options of `sdan train` after --config, --set, --seed, --init, --resume and --name were combined."""
 
-    config: dict[str, Any]
-    shards: str
-    run_id: str
-    init_from: str | None
-    workers: int | tuple[int, int]
-    storage: str | None = None
-
-    def write(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / "run.json.partial"
-        aside.write_text(json.dumps(self.__dict__, indent=2))
-        aside.replace(folder / "run.json")
+    config: ExperimentConfig
+    name: str | None
+    """None: a new name is made from the config and the time."""
+    init_from: Path | None
 
 
-def newest_run(data: Path) -> str:
-    """The name of the youngest run that has not finished."""
-    runs = [path for path in (data / "runs").glob("*/run.json") if not (path.parent / "model").exists()]
-    if not runs:
-        raise TrainError(
-            f"--resume: an unfinished run expected in {data / 'runs'}, got none; "
-            "start one without --resume, or --name one"
-        )
-    return max(runs, key=lambda path: path.stat().st_mtime).parent.name
+def choose(
+    data: Path,
+    *,
+    config: str | None = None,
+    assignments: Iterable[str] = (),
+    seed: int | None = None,
+    init: str | None = None,
+    name: str | None = None,
+    resume: bool = False,
+) -> Choice:
+    """Combine the options that decide what is trained.
 
+    A new run takes --config (default srraw_4x), then --set and --seed, then the network of --init. A resumed run takes
+    its stored config, then --set and --seed.
 
-def stored_run(data: Path, name: str | None) -> tuple[str, RunConfig]:
-    """(name, config) of the run to resume: `name`, or the newest unfinished one.
+    Args:
+        config: a name of configs.CONFIGS; with `resume` only the run's own.
+        assignments: --set values, "KEY=VALUE".
+        init: a model URI (registry.resolve_model) whose weights and network to start from.
 
     Raises:
-        TrainError: no such run, or a damaged run.json.
+        TrainError, ConfigError, RunFolderError, RegistryError: options that contradict each other, or name nothing.
     """
-    name = name or newest_run(data)
-    return name, configs.from_dict(_read_run(data / "runs" / name).config)
+    changes = configs.parse_assignments(assignments)
+    if seed is not None:
+        changes["train.seed"] = str(seed)
+    chosen = configs.override(configs.named(config or "srraw_4x"), changes)
+    if init and resume:
+        raise TrainError("--init: expected no --init with --resume, got both; a resumed run has its own weights")
+    if resume:
+        folder = run_folder.run_folder(data, name) if name else run_folder.newest_unfinished(data)
+        stored = configs.from_dict(run_folder.read_run(folder).config)
+        if config not in (None, stored.name):
+            raise TrainError(f"--config: expected the run's own config {stored.name}, got {config}; leave it out")
+        return Choice(configs.override(stored, changes), folder.name, None)
+    if init:
+        model = registry.resolve_model(registry.default_tracking_uri(data), init)
+        return Choice(with_network_of(model, chosen, changes), name, model)
+    return Choice(chosen, name, None)
 
 
-def _read_run(folder: Path) -> _Run:
-    path = folder / "run.json"
-    if not path.exists():
-        raise TrainError(f"--resume --name {folder.name}: a run expected in {folder}, got none")
-    try:
-        stored = json.loads(path.read_text())
-        workers = stored["workers"]
-        return _Run(**stored | {"workers": tuple(workers) if isinstance(workers, list) else workers})
-    except (ValueError, TypeError, KeyError) as error:
-        raise TrainError(f"{path}: a run's description expected, cannot be read ({error}); start a new run") from error
+def with_network_of(model: Path, config: ExperimentConfig, overrides: Iterable[str]) -> ExperimentConfig:
+    """`config` with the network of the checkpoint folder `model`, to start training from its weights.
+
+    Args:
+        overrides: dotted names that --set has already changed in `config`.
+
+    Raises:
+        ConfigError: an override that would change the network, or crops that do not suit it.
+    """
+    stored = checkpoint.load(model).model
+    if not isinstance(stored, SDAN):
+        raise ConfigError(f"--init {model}: expected an SDAN, got a {type(stored).__name__}; choose another model")
+    network = stored.config
+    for key in overrides:
+        section, _, name = key.partition(".")
+        if section == "model" and getattr(config.model, name) != getattr(network, name):
+            raise ConfigError(
+                f"--set {key}: expected {getattr(network, name)}, the value of the model given by --init, got "
+                f"{getattr(config.model, name)}; leave out --set {key} or --init"
+            )
+    return replace(config, model=network)
 
 
 def train(
     shards: str,
-    config: RunConfig,
+    config: ExperimentConfig,
     *,
     data: Path,
     workers: cluster.Workers | None = None,
@@ -154,194 +176,227 @@ def train(
     """Train `config` on `shards`.
 
     Args:
-        data: where runs, MLflow's database and artifacts live.
-        workers: DDP ranks, or the least and the most of them: the run then grows and shrinks with the cluster. None:
-            one per GPU, or one (a resumed run: as before).
-        name: the run's folder; None: from the config and the time.
-        resume: go on with the run `name` from its latest checkpoint; shards must be its own, and of the config only
-            values of CHANGEABLE may differ.
-        storage: an s3:// URI (or a folder that all machines share) for Ray Train's state and checkpoints; None: the
-            run's folder.
+        data: where runs, MLflow's database and artifacts are kept.
+        workers: number of DDP ranks, or (least, most) for a run that grows and shrinks with the cluster. None: as
+            stored in a resumed run, else one per GPU, or one.
+        name: the run's folder name; None: made from the config and the time.
+        resume: continue the run `name` from its latest checkpoint; only values of CHANGEABLE may differ.
+        storage: s3:// URI or shared folder for Ray Train's state and checkpoints; None: the run's folder.
         init_from: a checkpoint folder whose weights to start from.
         vgg_weights: a torchvision vgg19 state dict, for a loss that compares its features; None: through torchvision.
-        run_id: an MLflow run that exists already (a sweep's child); None: one is made.
+        run_id: an existing MLflow run (a sweep's child), which the caller terminates; None: a new run.
         callbacks: Ray Train callbacks, called in the controller after each report.
-        register: the registered model that the best checkpoint becomes a version of; None: none.
-        max_failures: how often training goes on from the last checkpoint after a worker or its machine was lost.
+        register: the registered model that gets the best checkpoint as a new version; None: not registered.
+        max_failures: how often training restarts from the last checkpoint after a worker or machine is lost.
 
     Raises:
-        TrainError, ConfigError, ShardsError, PerceptualError, ClusterError: one clear line, before anything starts.
+        TrainError, ConfigError, ShardsError, RunFolderError, PerceptualError, ClusterError: before anything starts.
     """
-    if "://" not in shards:
-        shards = str(Path(shards).resolve())  # train workers have working folders of their own
-    index = index_split(shards, "train")
-    check_fit(index, config)
-    held_out = index_split(shards, "val")
-    folder = _folder(data, config, name, resume)
-    stored = _read_run(folder) if resume else None
-    if stored is not None:
-        _check_resumed(stored, config, shards)
-        workers = workers or stored.workers
-    if init_from is not None and checkpoint.load(init_from).model.config != config.model:
-        raise ConfigError(f"{init_from}: the same model.* values expected as in that checkpoint; leave them")
+    folder, stored, pairs = _checked(shards, config, data, name, resume, init_from)
     vgg = load_vgg19(vgg_weights) if config.loss.needs_vgg else None
     cluster.start_ray()
-    plan = cluster.plan_workers(workers)
-    slow = None if plan.use_gpu else emulation_warning(config.train.precision, torch.device("cpu"))
-    if slow:
-        logging.getLogger(__name__).warning(slow)
+    plan = cluster.plan_workers(workers or (stored.workers if stored else None))
+    _warn_of_emulation(config, plan)
     tracking_uri = registry.default_tracking_uri(data)
-    run = _record(folder, stored, config, shards, run_id, init_from, plan, storage, tracking_uri)
-    if stored is None:
-        log_data(tracking_uri, run.run_id, [index, held_out])
-    client = MlflowClient(tracking_uri=tracking_uri)
-    client.update_run(run.run_id, status="RUNNING")
-    trainer = _trainer(folder, run, plan, vgg, tracking_uri, callbacks, max_failures)
-    status = "KILLED"
-    try:
-        with ProgressLine(folder, config.train.epochs, enabled=progress):
-            result = trainer.fit()
-        finished = _finish(folder, run, result, tracking_uri, register, index)
-        status = "FINISHED"
-    except TrainingFailedError as error:
-        status = "FAILED"
-        raise TrainError(
-            f"run {folder.name} failed: {reason_of(error)}; mend that and go on with --resume --name {folder.name}"
-        ) from error
-    finally:
-        if run_id is None:  # a sweep ends its children itself
-            client.set_terminated(run.run_id, status)
-    return finished
+    run = _record(folder, stored, config, pairs, run_id, init_from, plan, storage, tracking_uri)
+    job = _job(folder, run, config, pairs, plan, vgg, tracking_uri)
+    trainer = _trainer(folder, run, job, plan, callbacks, max_failures)
+    with _mlflow_status(tracking_uri, run.run_id, terminate=run_id is None):
+        result = _fit(trainer, folder, config, progress=progress)
+        return _finish(folder, run, result, tracking_uri, register, pairs)
 
 
-def with_network_of(model: Path, config: RunConfig, overrides: Iterable[str]) -> RunConfig:
-    """`config` with the network that the checkpoint folder `model` holds, for training that starts from its weights.
+def summary(result: TrainResult) -> str:
+    """What `sdan train` prints at the end."""
+    champion = f"models:/{registry.MODEL}@{registry.CHAMPION}"
+    lines = [
+        f"model: {result.model} (registry: {registry.MODEL}, version {result.version}; MLflow run {result.run_id})",
+        f"first model of this registry: it is now {champion}"
+        if result.champion
+        else f"to make it {champion}: sdan promote {result.version}",
+    ]
+    return "\n".join([*lines, *(f"  {key} {value:.4f}" for key, value in sorted(result.scores.items()))])
 
-    Args:
-        overrides: dotted names that `--set` has changed in `config` already.
 
-    Raises:
-        ConfigError: an override that would change that network, or crops that do not suit it.
-    """
-    stored = checkpoint.load(model).model
-    if not isinstance(stored, SDAN):
-        raise ConfigError(f"--init {model}: an SDAN expected, got a {type(stored).__name__}")
-    network = stored.config
-    for key in overrides:
-        section, _, name = key.partition(".")
-        if section == "model" and getattr(config.model, name) != getattr(network, name):
-            raise ConfigError(
-                f"--set {key}: a model that is started from keeps its network ({key}={getattr(network, name)}); "
-                "leave it, or leave --init"
+def _checked(
+    shards: str, config: ExperimentConfig, data: Path, name: str | None, resume: bool, init_from: Path | None
+) -> tuple[Path, StoredRun | None, RunShards]:
+    """Every check that needs neither Ray nor MLflow; writes nothing."""
+    if "://" not in shards:
+        shards = str(Path(shards).resolve())  # train workers have other working directories
+    folder = _folder(data, config, name, resume)
+    stored = run_folder.read_run(folder) if resume else None
+    if stored is not None:
+        _check_resumed(stored, config, shards)
+    pairs = _pairs(folder, shards, resume)
+    check_fit(pairs.train, config)
+    if init_from is not None and checkpoint.load(init_from).model.config != config.model:
+        raise ConfigError(f"{init_from}: expected the model.* values of that checkpoint, got others; leave them out")
+    return folder, stored, pairs
+
+
+def _pairs(folder: Path, shards: str, resume: bool) -> RunShards:
+    """The pairs that the run was started with; a new run (or one of version 0.1) lists them now."""
+    kept = RunShards.read(folder) if resume else None
+    if kept is None:
+        return RunShards(index_split(shards, "train"), index_split(shards, "val"))
+    require_unchanged(kept.train)
+    require_unchanged(kept.val)
+    return kept
+
+
+def _folder(data: Path, config: ExperimentConfig, name: str | None, resume: bool) -> Path:
+    if resume:
+        return run_folder.run_folder(data, name) if name else run_folder.newest_unfinished(data)
+    name = name or f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise TrainError(f"--name: expected letters, digits, '.', '_' and '-', got {name!r}; choose another name")
+    folder = run_folder.run_folder(data, name)
+    if run_folder.is_run(folder):
+        raise TrainError(f"--name {name}: expected a new name, got one that exists; add --resume to continue that run")
+    return folder
+
+
+def _check_resumed(stored: StoredRun, config: ExperimentConfig, shards: str) -> None:
+    if shards != stored.shards:
+        raise TrainError(f"--resume, SHARDS: expected {stored.shards}, as the run was started, got {shards}")
+    before, now = configs.flatten(configs.from_dict(stored.config)), configs.flatten(config)
+    for key, value in before.items():
+        if now[key] != value and key not in CHANGEABLE:
+            raise TrainError(
+                f"--resume, {key}: expected {value}, as the run was started, got {now[key]}; "
+                f"only {', '.join(CHANGEABLE)} may change"
             )
-    return replace(config, model=network)
+
+
+def _warn_of_emulation(config: ExperimentConfig, plan: cluster.WorkerPlan) -> None:
+    warning = None if plan.use_gpu else emulation_warning(config.train.precision, torch.device("cpu"))
+    if warning:
+        logging.getLogger(__name__).warning(warning)
 
 
 def _record(
     folder: Path,
-    stored: _Run | None,
-    config: RunConfig,
-    shards: str,
+    stored: StoredRun | None,
+    config: ExperimentConfig,
+    pairs: RunShards,
     run_id: str | None,
     init_from: Path | None,
     plan: cluster.WorkerPlan,
     storage: str | None,
     tracking_uri: str,
-) -> _Run:
-    """Write run.json and the MLflow run's params; from here on there is something to resume."""
+) -> StoredRun:
+    """Write the run's folder and the MLflow run's params; from here on the run can be resumed."""
     registry.prepare_database(tracking_uri)
+    shards = pairs.train.shards
     if stored is not None:
         run = replace(stored, config=configs.to_dict(config), workers=plan.workers)
     else:
         run_id = run_id or registry.create_run(tracking_uri, EXPERIMENT, folder.name)
         start_from = str(init_from.resolve()) if init_from else None
-        run = _Run(configs.to_dict(config), shards, run_id, start_from, plan.workers, storage)
+        run = StoredRun(configs.to_dict(config), shards, run_id, start_from, plan.workers, storage)
+        log_data(tracking_uri, run.run_id, [pairs.train, pairs.val])
     registry.log_config(tracking_uri, run.run_id, configs.flatten(config) | {"shards": shards})
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs.write(folder)
     run.write(folder)
     return run
 
 
-def _folder(data: Path, config: RunConfig, name: str | None, resume: bool) -> Path:
-    if resume:
-        return data / "runs" / (name or newest_run(data))
-    name = name or f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise TrainError(f"--name: letters, digits, '.', '_' and '-' expected, got {name!r}")
-    folder = data / "runs" / name
-    if (folder / "run.json").exists():
-        raise TrainError(f"--name {name}: a new name expected, {folder} exists; add --resume to go on with it")
-    return folder
-
-
-def _check_resumed(stored: _Run, config: RunConfig, shards: str) -> None:
-    if shards != stored.shards:
-        raise TrainError(f"--resume: the run's own shards expected, {stored.shards}, got {shards}")
-    before, now = configs.flatten(configs.from_dict(stored.config)), configs.flatten(config)
-    for key, value in before.items():
-        if now[key] != value and key not in CHANGEABLE:
-            raise TrainError(
-                f"--resume: {key} = {value} expected, as the run was started, got {now[key]}; "
-                f"only {', '.join(CHANGEABLE)} may change"
-            )
+def _job(
+    folder: Path,
+    run: StoredRun,
+    config: ExperimentConfig,
+    pairs: RunShards,
+    plan: cluster.WorkerPlan,
+    vgg: dict[str, Tensor] | None,
+    tracking_uri: str,
+) -> TrainJob:
+    return TrainJob(
+        config=config,
+        shards=pairs,
+        folder=str(folder.resolve()),
+        threads=plan.threads,
+        readers=plan.readers,
+        tracking_uri=tracking_uri,
+        run_id=run.run_id,
+        init_from=run.init_from,
+        vgg=vgg,
+    )
 
 
 def _trainer(
     folder: Path,
-    run: _Run,
+    run: StoredRun,
+    job: TrainJob,
     plan: cluster.WorkerPlan,
-    vgg: dict[str, Tensor] | None,
-    tracking_uri: str,
     callbacks: Sequence[UserCallback],
     max_failures: int,
 ) -> TorchTrainer:
-    job = {
-        "config": run.config,
-        "shards": run.shards,
-        "folder": str(folder.resolve()),
-        "threads": plan.threads,
-        "readers": plan.readers,
-        "tracking_uri": tracking_uri,
-        "run_id": run.run_id,
-        "init_from": run.init_from,
-        "vgg": vgg,
-    }
     return TorchTrainer(
         train_worker,
-        train_loop_config=job,
+        train_loop_config={"job": job},
         scaling_config=ScalingConfig(
             num_workers=plan.workers,
-            elastic_resize_monitor_interval_s=LOOK_FOR_WORKERS_S,
+            elastic_resize_monitor_interval_s=RESIZE_CHECK_S,
             use_gpu=plan.use_gpu,
             resources_per_worker={"CPU": plan.cpus_per_worker} | ({"GPU": 1} if plan.use_gpu else {}),
         ),
-        run_config=RayRunConfig(
+        run_config=RunConfig(
             name=folder.name,
             storage_path=run.storage or str(folder.parent.resolve()),
             failure_config=FailureConfig(
                 max_failures=max_failures, controller_failure_limit=min(max_failures, 1) * MAX_START_FAILURES
             ),
             checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=SELECT_BY),
-            callbacks=[*callbacks, ProgressFile(folder / PROGRESS), StopWhereRetryingIsVain()],
+            callbacks=[*callbacks, ProgressFile(folder), StopOnPermanentError()],
         ),
     )
 
 
+@contextmanager
+def _mlflow_status(tracking_uri: str, run_id: str, *, terminate: bool) -> Iterator[None]:
+    """The MLflow run is RUNNING inside; with `terminate` it then becomes FINISHED, FAILED (TrainError) or KILLED."""
+    client = MlflowClient(tracking_uri=tracking_uri)
+    client.update_run(run_id, status="RUNNING")
+    status = "KILLED"
+    try:
+        yield
+        status = "FINISHED"
+    except TrainError:
+        status = "FAILED"
+        raise
+    finally:
+        if terminate:
+            client.set_terminated(run_id, status)
+
+
+def _fit(trainer: TorchTrainer, folder: Path, config: ExperimentConfig, *, progress: bool) -> ray.train.Result:
+    try:
+        with ProgressLine(folder, config.train.epochs, enabled=progress):
+            return trainer.fit()
+    except TrainingFailedError as error:
+        raise TrainError(
+            f"run {folder.name} failed: {reason_of(error)}; fix that and continue with --resume --name {folder.name}"
+        ) from error
+
+
 def _finish(
-    folder: Path, run: _Run, result: ray.train.Result, tracking_uri: str, register: str | None, index: ShardIndex
+    folder: Path, run: StoredRun, result: ray.train.Result, tracking_uri: str, register: str | None, pairs: RunShards
 ) -> TrainResult:
-    """Put the best checkpoint at `model/` (without the trainer's state) and register it."""
+    """Copy the best checkpoint, without the trainer's state, to the run's model folder and register it."""
     if not result.best_checkpoints:
-        raise TrainError(f"{folder}: at least one checkpoint expected, got none; see Ray's logs")
+        raise TrainError(f"{folder}: expected at least one checkpoint, got none; see Ray's logs")
     best, metrics = max(result.best_checkpoints, key=lambda pair: pair[1].get(SELECT_BY, float("-inf")))
-    model = folder / "model"
+    model = folder / run_folder.MODEL
     with best.as_directory() as source:
         shutil.rmtree(model, ignore_errors=True)
-        shutil.copytree(source, model, ignore=shutil.ignore_patterns("trainer.pt", ".*"))
+        shutil.copytree(source, model, ignore=shutil.ignore_patterns(checkpoint.TRAINER, ".*"))
     scores = {name: float(value) for name, value in metrics.items() if name.startswith("val_")}
     version, champion = None, False
     if register:
         version = registry.register_model(tracking_uri, run.run_id, model, register)
-        registry.remember_shards(tracking_uri, index.digest, register)
+        registry.remember_shards(tracking_uri, pairs.train.digest, register)
         if registry.get_champion(tracking_uri, register) is None:
             registry.set_champion(tracking_uri, version, register)
             champion = True

@@ -1,4 +1,4 @@
-"""`sdan tune`: the sweep of tuning/ over the real trainer."""
+"""`sdan tune`: runs the sweep of tuning/ over the real trainer."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from ray.train import UserCallback
 
 from pipelines import cluster, registry
 from pipelines import config as configs
-from pipelines.config import RunConfig
+from pipelines.config import ExperimentConfig
 from pipelines.loader import check_fit, index_split
-from pipelines.training.worker import SELECT_BY
+from pipelines.train import train
+from pipelines.training.progress import SELECT_BY
+from pipelines.training.run_folder import is_run, run_folder
 from sdan.perceptual import load_vgg19
 from tuning.search import SLOT
 from tuning.space import check_space, default_space, load_space
@@ -24,7 +26,7 @@ VGG_TERMS = {"loss.perceptual_weight", "loss.contextual_weight", "loss.cobi_vgg_
 
 
 class _Report(UserCallback):
-    """Hands every validation of a trial to the sweep; called in Ray Train's controller."""
+    """Passes every validation of a trial to the sweep; runs in Ray Train's controller."""
 
     def __init__(self, report: Callable[[dict[str, float]], None]) -> None:
         self.report = report
@@ -35,38 +37,37 @@ class _Report(UserCallback):
 
 @dataclass(frozen=True)
 class TrialTrainer:
-    """The train function that the sweep calls for each trial."""
+    """The train function that the sweep calls once per trial."""
 
     shards: str
-    config: RunConfig
+    config: ExperimentConfig
     data: Path
     workers: int | None
     sweep: str
     vgg_weights: Path | None
 
     def __call__(self, overrides: Mapping[str, Any], report: Any) -> dict[str, float]:
-        from pipelines.train import train
-
+        name = f"{self.sweep}-{report.trial_id}"
         result = train(
             self.shards,
             configs.override(self.config, overrides),
             data=self.data,
             workers=self.workers,
-            name=f"{self.sweep}-{report.trial_id}",
-            resume=(self.data / "runs" / f"{self.sweep}-{report.trial_id}" / "run.json").exists(),
+            name=name,
+            resume=is_run(run_folder(self.data, name)),
             vgg_weights=self.vgg_weights,
             run_id=report.run_id,
             callbacks=[_Report(report)],
             register=None,
             progress=False,
-            max_failures=0,  # a setting that fails would fail again
+            max_failures=0,  # a setting that failed would fail again
         )
         return result.scores
 
 
 def tune(
     shards: str,
-    config: RunConfig,
+    config: ExperimentConfig,
     *,
     data: Path,
     trials: int,
@@ -76,24 +77,27 @@ def tune(
     name: str = "sweep",
     resume: bool = False,
 ) -> SweepResult:
-    """Sweep `space` (or the default one) over the real trainer, starting from `config`.
+    """Sweep `space` (default: tuning.space.default_space) over the real trainer, starting from `config`.
 
     Args:
-        vgg_weights: as for `train`; every trial reads it where it runs.
+        trials: number of settings to try.
+        space: a Python file that defines SPACE.
+        workers, vgg_weights: as for `train`, in every trial.
+        name: the sweep's name; `resume` continues the sweep of that name.
 
     Raises:
-        SweepError, ConfigError, ShardsError, PerceptualError: one clear line.
+        SweepError, ConfigError, ShardsError, PerceptualError, ClusterError: before any trial starts.
     """
     searched = check_space(load_space(space) if space else default_space())
     unknown = sorted(set(searched) - set(configs.flatten(config)))
     if unknown:
-        configs.override(config, {unknown[0]: ""})  # names the nearest known key
+        configs.override(config, {unknown[0]: ""})  # raises an error that names the nearest known key
     if "://" not in shards:
         shards = str(Path(shards).resolve())
     check_fit(index_split(shards, "train"), config)
     index_split(shards, "val")
     if config.loss.needs_vgg or VGG_TERMS & set(searched):
-        load_vgg19(vgg_weights)  # before the sweep exists, not in each trial
+        load_vgg19(vgg_weights)  # fail here rather than in each trial
     uri = registry.default_tracking_uri(data)
     registry.prepare_database(uri)
     cluster.start_ray(resources={SLOT: 1.0})
@@ -115,7 +119,7 @@ def tune(
 
 
 def summary(result: SweepResult) -> str:
-    """The table of trials and how to use the best one."""
+    """What `sdan tune` prints at the end: the table of trials, and how to use the best one."""
     best = " ".join(f"--set {key}={value}" for key, value in result.best_overrides.items())
     lines = [table(result.trials, metric=SELECT_BY), "", f"best: {result.best_score:.3f} with {best}"]
     return "\n".join([*lines, f"pictures and table: {result.folder} (MLflow run {result.parent_run_id})"])

@@ -1,7 +1,7 @@
-"""`sdan zoom`: a photograph in, the same photograph `scale` times larger out.
+"""`sdan zoom`: enlarge photographs with a model.
 
-RAW goes through the decoder and the rendering that training used. A JPG or PNG has no RAW: for a model that reads RAW a
-mosaic is made from its linearised pixels (said on the console), for an RGB model it is the input itself.
+RAW is decoded and rendered as in training. For a RAW model, JPG or PNG input is converted to a synthetic mosaic from
+its linearised pixels, and a console message says so; an RGB model takes it directly.
 """
 
 from __future__ import annotations
@@ -9,15 +9,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from pipelines import config as configs
+from pipelines import registry
 from preprocessing.raw import decode
+from preprocessing.storage import write_atomically
 from sdan import checkpoint, inference, raw_input
 from sdan.baselines import Network
 
@@ -25,19 +29,19 @@ PICTURES = (".jpg", ".jpeg", ".png")
 
 
 class ZoomError(ValueError):
-    """A photograph that cannot be read, or an output that cannot be written."""
+    """A photograph that cannot be read, or an output that cannot be written; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class Photo:
-    """A photograph as the network takes it, in sensor orientation."""
+    """A photograph as the network's input, in sensor orientation."""
 
     x: Tensor
     """[C, h, w] in the model's input layout."""
     rendering: Tensor
     """[3, H, W] in [0, 1]."""
     flip: int
-    """LibRaw's code of the rotation that turns it upright."""
+    """LibRaw's code of the rotation that makes it upright."""
     from_raw: bool
 
 
@@ -48,11 +52,11 @@ def read_photo(path: Path, model_input: str) -> Photo:
         ZoomError, RawError: no such file, not a picture, not a Bayer RAW.
     """
     if not path.is_file():
-        raise ZoomError(f"{path}: a photograph expected (RAW, JPG or PNG), got no such file")
+        raise ZoomError(f"{path}: expected a photograph (RAW, JPG or PNG), got no such file; check the path")
     if path.suffix.lower() in PICTURES:
         return _from_picture(path, model_input)
     if model_input == "rgb":
-        raise ZoomError(f"{path}: the camera's JPG expected by a model with RGB input, got RAW; give the JPG beside it")
+        raise ZoomError(f"{path}: expected a JPG or PNG for a model with RGB input, got RAW; pass the camera's JPG")
     image = decode.load(path)
     rendering = _to_tensor(image.rendering)
     packed = raw_input.normalise(
@@ -65,10 +69,10 @@ def read_photo(path: Path, model_input: str) -> Photo:
 
 
 def _from_picture(path: Path, model_input: str) -> Photo:
-    # OpenCV turns the picture upright by its EXIF orientation.
+    # OpenCV applies the EXIF orientation.
     bgr = cv2.imread(str(path), cv2.IMREAD_COLOR)
     if bgr is None:
-        raise ZoomError(f"{path}: a readable JPG or PNG expected, got a damaged or empty file")
+        raise ZoomError(f"{path}: expected a readable JPG or PNG, got a damaged or empty file; export it again")
     rgb = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
     rendering = _to_tensor(rgb)
     if model_input == "rgb":
@@ -87,19 +91,21 @@ def _to_tensor(image_HW3: np.ndarray) -> Tensor:
 
 @dataclass(frozen=True)
 class Zoomer:
-    """A loaded model, ready for many photographs."""
+    """A loaded model, to zoom any number of photographs."""
 
     model: Network
     tile_px: int
+    """Side of a tile in pixels of the network's input: the training crop's."""
 
     @classmethod
     def load(cls, folder: Path) -> Zoomer:
+        """Load a checkpoint folder onto the GPU, or the CPU if there is none."""
         stored = checkpoint.load(folder)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(stored.model.to(device).eval(), configs.from_dict(stored.config).input_px)
 
     def zoom(self, photo: Photo, progress: Callable[[int, int], None] | None = None) -> np.ndarray:
-        """float32 [s H, s W, 3] in [0, 1], upright."""
+        """The enlarged photograph, upright: float32 [s H, s W, 3] in [0, 1]."""
         try:
             zoomed = inference.zoom(self.model, photo.x, photo.rendering, tile_px=self.tile_px, progress=progress)
         except ValueError as error:
@@ -108,18 +114,18 @@ class Zoomer:
 
 
 def check_output(path: Path, bits: int) -> None:
-    """Say before the work is done, not after it, that its result could not be written."""
+    """Check before the work that its result can be written."""
     if bits not in (8, 16):
-        raise ZoomError(f"--bits: 8 or 16 expected, got {bits}")
+        raise ZoomError(f"--bits: expected 8 or 16, got {bits}")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ZoomError(f"{path}: a writable folder expected, got {folder}; choose another -o")
+        raise ZoomError(f"-o {path}: expected a writable folder, got {folder}; choose another -o")
     if path.is_dir():
-        raise ZoomError(f"{path}: a file name expected, got a folder of that name; choose another -o")
+        raise ZoomError(f"-o {path}: expected a file name, got a folder of that name; choose another -o")
 
 
 def write_png(image_HW3: np.ndarray, path: Path, *, bits: int = 8) -> None:
-    """Write float RGB in [0, 1] as an 8 or 16 bit PNG, in one step.
+    """Write float RGB [H, W, 3] in [0, 1] as an 8 or 16 bit PNG; the file appears complete or not at all.
 
     Raises:
         ZoomError: the path cannot be written.
@@ -128,35 +134,106 @@ def write_png(image_HW3: np.ndarray, path: Path, *, bits: int = 8) -> None:
     encoded = (image_HW3.clip(0, 1) * levels).round().astype(np.uint8 if bits == 8 else np.uint16)
     done, data = cv2.imencode(".png", cv2.cvtColor(encoded, cv2.COLOR_RGB2BGR))
     if not done:
-        raise ZoomError(
-            f"{path}: a picture that PNG can hold expected, got {encoded.shape[1]}x{encoded.shape[0]} pixels"
-        )
-    aside = path.with_name(path.name + ".partial")
+        size = f"{encoded.shape[1]}x{encoded.shape[0]} pixels"
+        raise ZoomError(f"{path}: expected a size that PNG supports, got {size}; zoom a smaller picture")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_bytes(data.tobytes())
-        aside.replace(path)
+        write_atomically(path, data.tobytes())
     except OSError as error:
         raise ZoomError(
-            f"{path}: a writable place expected, got {error.strerror or error}; choose another -o"
+            f"-o {path}: expected a writable place, got {error.strerror or error}; choose another"
         ) from error
 
 
 def output_paths(photos: Sequence[Path], out: Path, scale: int) -> list[Path]:
-    """Where each zoomed photograph goes: `out` itself if it names a .png, else NAME_4x.png inside it.
+    """The output path of each photograph: `out` itself if it names a .png, else NAME_4x.png in the folder `out`.
 
     Raises:
-        ZoomError: several photographs and one file, two photographs for one file, or a suffix that is not PNG's.
+        ZoomError: several photographs for one file, two photographs of one name, or a suffix other than .png.
     """
     if out.suffix.lower() == ".png":
         if len(photos) > 1:
-            raise ZoomError(f"-o {out}: a folder expected for several photographs, got one .png file")
+            raise ZoomError(f"-o {out}: expected a folder for several photographs, got one .png file; name a folder")
         return [out]
     if out.suffix.lower() in (".jpg", ".jpeg", ".tif", ".tiff", ".webp"):
-        raise ZoomError(f"-o {out}: a .png or a folder expected, got a {out.suffix} file")
+        raise ZoomError(f"-o {out}: expected a .png or a folder, got a {out.suffix} file; use .png")
     targets = [out / f"{photo.stem}_{scale}x.png" for photo in photos]
     for number, target in enumerate(targets):
         if target in targets[:number]:
             first = photos[targets.index(target)]
-            raise ZoomError(f"{photos[number]}: another name expected than {first} has; zoom them into two folders")
+            raise ZoomError(f"{photos[number]}: expected a file name of its own, got that of {first}; use two folders")
     return targets
+
+
+@dataclass(frozen=True)
+class Zoomed:
+    """One written photograph."""
+
+    path: Path
+    width: int
+    height: int
+
+
+def choose_model(data: Path, uri: str | None) -> tuple[Path, bool]:
+    """(checkpoint folder, whether it is the starter model for want of a champion).
+
+    Args:
+        uri: a model URI (registry.resolve_model); None: the champion, or the starter model while there is none.
+    """
+    tracking_uri = registry.default_tracking_uri(data)
+    fallback = uri is None and registry.get_champion(tracking_uri) is None
+    chosen = registry.STARTER if fallback else uri or f"models:/{registry.MODEL}@{registry.CHAMPION}"
+    return registry.resolve_model(tracking_uri, chosen), fallback
+
+
+def zoom_photos(
+    photos: Sequence[Path],
+    out: Path,
+    zoomer: Zoomer,
+    *,
+    bits: int = 8,
+    say: Callable[[str], None],
+    warn: Callable[[str], None],
+) -> list[Zoomed]:
+    """Zoom photographs one after another; one that fails is reported through `warn`, and the rest continue.
+
+    Args:
+        out: a .png for one photograph, else a folder.
+        say: takes one line of progress per photograph.
+        warn: takes one line per photograph that is set aside.
+
+    Raises:
+        ZoomError: outputs that cannot be written (before any work), or photographs set aside (after the rest).
+    """
+    targets = output_paths(photos, out, zoomer.model.config.scale)
+    for target in targets:
+        check_output(target, bits)
+    done = []
+    for photo, target in zip(photos, targets, strict=True):
+        try:
+            done.append(_zoom_one(photo, target, zoomer, bits, say))
+        except ValueError as error:
+            if len(photos) == 1:
+                raise
+            warn(f"set aside: {error}")
+    if len(done) < len(photos):
+        failed = len(photos) - len(done)
+        raise ZoomError(f"expected {len(photos)} photographs, got {len(done)}; {failed} set aside, see above")
+    return done
+
+
+def _zoom_one(photo: Path, target: Path, zoomer: Zoomer, bits: int, say: Callable[[str], None]) -> Zoomed:
+    decoded = read_photo(photo, zoomer.model.config.input)
+    if not decoded.from_raw and zoomer.model.config.input != "rgb":
+        say(f"{photo}: no RAW, so its pixels are converted to a synthetic mosaic; expect less detail than from RAW")
+    with tqdm(desc=photo.name, unit="tile") as bar:
+        image = zoomer.zoom(decoded, partial(move_bar, bar))
+    write_png(image, target, bits=bits)
+    say(f"{target} ({image.shape[1]}x{image.shape[0]})")
+    return Zoomed(target, image.shape[1], image.shape[0])
+
+
+def move_bar(bar: tqdm, done: int, total: int) -> None:
+    """Show `done` of `total` on a tqdm bar."""
+    bar.total = total
+    bar.update(done - bar.n)

@@ -12,7 +12,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ import ray.exceptions
 from tqdm import tqdm
 
 from preprocessing.estimate import Estimate, Rate, estimate, memory_bytes, tile_bytes
-from preprocessing.isolation import Worker
+from preprocessing.isolation import IsolatedProcess
 from preprocessing.ledger import Ledger
 from preprocessing.pairs import PairResult
 from preprocessing.plan import PairJob, Plan, PreprocessError, PreprocessOptions, QuarantineEntry, make_plan
@@ -38,7 +38,7 @@ _READ_FAULTS = 8
 _CHUNK_PAIRS = 1000
 _CHUNK_PAIRS_PER_CPU = 16
 """Enough that CPUs which have nothing to do while the last pairs of a chunk end hardly count."""
-_WORKER = Worker()
+_PROCESS = IsolatedProcess()
 """In a Ray worker: the child that serves its tasks. Other processes never start it."""
 _DEATHS = (
     ray.exceptions.WorkerCrashedError,
@@ -83,13 +83,26 @@ class PreprocessReport:
 
 
 def preprocess(
-    raw: str, shards: str, options: PreprocessOptions, *, dry_run: bool = False, progress: bool = True
+    raw: str,
+    shards: str,
+    options: PreprocessOptions,
+    *,
+    dry_run: bool = False,
+    progress: bool = True,
+    start_ray: Callable[[], object] = ray.init,
 ) -> PreprocessReport:
     """Turn the zoom sequences below `raw` into shards below `shards` (local folders or `s3://` URIs).
 
     Pairs already finished are skipped; what cannot be used is quarantined with the reason, reported, and skipped while
-    its inputs stay the same. `dry_run` writes nothing. Uses the running Ray, or starts one and stops it again.
-    Raises PreprocessError, one line, when the run as a whole cannot be done.
+    its inputs stay the same.
+
+    Args:
+        dry_run: count and estimate; write nothing.
+        progress: show a progress bar.
+        start_ray: starts or joins Ray; called if there is work and Ray is not running, after all checks.
+
+    Raises:
+        PreprocessError: the run as a whole is impossible; one line.
     """
     began = time.monotonic()
     source, target = _open(raw), _open(shards)
@@ -106,8 +119,10 @@ def preprocess(
     report.quarantined = [*plan.faults, *given_up]
     if dry_run:
         with _storage_fault(target, "read"):
-            report.estimate = estimate(todo, options, Rate.read(target), _cpus())
+            report.estimate = estimate(todo, options, Rate.read(target), _cpus(start_ray))
     else:
+        if todo and not ray.is_initialized():
+            start_ray()
         with _storage_fault(target, "written"):
             ledger.prepare(plan, options)
             for job in done:
@@ -176,7 +191,7 @@ def _results(source: Folder, target: Folder, todo: list[PairJob], options: Prepr
     """One task per pair, in the order they end; none for a pair whose Ray worker died in each of three tries."""
     if not todo:
         return
-    with _ray(), _quiet_ray_data() as failures:
+    with _quiet_ray_data() as failures:
         for chunk, memory in _chunks(todo):
             blocks = [{"job": json.dumps(asdict(job))} for job in chunk]
             jobs = ray.data.from_items(blocks, override_num_blocks=len(blocks))
@@ -209,29 +224,14 @@ def _chunks(todo: list[PairJob]) -> Iterator[tuple[list[PairJob], float]]:
 
 def _task(row: dict[str, Any], source: Folder, target: Folder, options: PreprocessOptions) -> dict[str, Any]:
     job = PairJob.from_dict(json.loads(row["job"]))
-    return asdict(_WORKER.run(job, source, target, options))
+    return asdict(_PROCESS.run(job, source, target, options))
 
 
-def _cpus() -> float:
-    """Those of the Ray that is running, else this machine's."""
+def _cpus(start_ray: Callable[[], object]) -> float:
+    """CPUs of the running Ray or of the cluster at RAY_ADDRESS, else of this machine."""
+    if not ray.is_initialized() and os.environ.get("RAY_ADDRESS"):
+        start_ray()
     return float(ray.cluster_resources().get("CPU", 1)) if ray.is_initialized() else float(os.cpu_count() or 1)
-
-
-@contextlib.contextmanager
-def _ray() -> Iterator[None]:
-    """The Ray that is running (or that RAY_ADDRESS names); else one of our own, stopped at the end."""
-    if ray.is_initialized():
-        yield
-        return
-    own: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
-    try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **own)
-    except Exception as error:  # Ray raises a bare Exception when a machine is too busy or too full to start it
-        raise PreprocessError(f"Ray cannot be started ({one_line(error)[:200]}); look at its load and disk") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 class _Failures(logging.Handler):

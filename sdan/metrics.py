@@ -79,6 +79,45 @@ def end_point_error(offset: Tensor, true_flow: Tensor, *, mask: Tensor | None = 
     return _mean((offset - true_flow).square().sum(1, keepdim=True).sqrt(), mask)
 
 
+def resized_end_point_error(offset: Tensor, true_flow: Tensor) -> Tensor:
+    """End-point error between offsets and a true flow that live on grids of different density.
+
+    Args:
+        offset: [N,2,h,w], (dy, dx) in pixels of its own grid.
+        true_flow: [N,2,H,W] over the same area, (dy, dx) in pixels of its own grid; resized bilinearly to [h,w].
+
+    Returns:
+        [N] float64, pixels of `true_flow`'s grid.
+    """
+    per_pixel = true_flow.shape[-1] / offset.shape[-1]
+    flow = F.interpolate(true_flow.float(), size=offset.shape[-2:], mode="bilinear", align_corners=False)
+    return end_point_error(offset.float() * per_pixel, flow)
+
+
+def offset_statistics(offset: Tensor, mask: Tensor, px_per_offset: float) -> dict[str, list[float]]:
+    """Describe offsets without any truth, one value per image.
+
+    Args:
+        offset: [N,2,H,W], (dy, dx) in pixels of its own grid.
+        mask: [N,1,H,W], 1 where the offset points inside the image.
+        px_per_offset: side of an offset pixel in the pixels of the result.
+
+    Returns:
+        offset_px, offset_p95_px: mean and 95th percentile of the offsets' length.
+        offset_outside: share of offsets that point outside the image.
+        offset_roughness: mean length of the difference between neighbouring offsets, pixels per pixel.
+    """
+    offset = offset.float()
+    length = px_per_offset * offset.norm(dim=1).flatten(1)
+    rough = [offset.diff(dim=axis).norm(dim=1).flatten(1).mean(1) for axis in (2, 3)]
+    return {
+        "offset_px": length.mean(1).tolist(),
+        "offset_p95_px": length.quantile(0.95, dim=1).tolist(),
+        "offset_outside": (1 - mask.float()).flatten(1).mean(1).tolist(),
+        "offset_roughness": (sum(rough) / 2).tolist(),
+    }
+
+
 def lpips_distance(image: Tensor, target: Tensor) -> Tensor | None:
     """LPIPS v0.1 with AlexNet (Zhang et al. 2018): [N] float32, 0 for equal pictures; no mask.
 

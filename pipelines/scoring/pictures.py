@@ -1,4 +1,4 @@
-"""Pictures with readable labels: the training sheet that MLflow shows through time, and before | after strips."""
+"""Labelled picture grids: the validation sheet that MLflow shows over the epochs, and before | after strips."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.utils import flow_to_image
 
-from pipelines.loader import HeldOut, model_inputs
+from pipelines.loader import model_inputs
+from pipelines.scoring.held_out import HeldOut
 from sdan.baselines import Network
 from sdan.ops.precision import autocast
 
@@ -26,10 +27,10 @@ def to_uint8(image: Tensor) -> np.ndarray:
 
 
 def training_sheet(model: Network, held: HeldOut, device: torch.device) -> np.ndarray:
-    """A row a crop: input, reference Y', aligned X', output (self), target, mask M, offsets as colours (oracle).
+    """One row per crop: input, reference Y', aligned X', output (self), target, mask M, offsets as colours (oracle).
 
     Returns:
-        uint8 [H, W, 3]
+        uint8 [H, W, 3].
     """
     model.eval()
     part = held.select(range(min(SHEET_ROWS, len(held))))
@@ -37,7 +38,7 @@ def training_sheet(model: Network, held: HeldOut, device: torch.device) -> np.nd
     with torch.inference_mode(), autocast("auto", device):
         oracle = model(inputs.x, inputs.oracle_reference, inputs.rendering)
         deployed = model(inputs.x, inputs.self_reference, inputs.rendering)
-    offset = oracle.offset.float().nan_to_num()  # a diverged network must not end the run here
+    offset = oracle.offset.float().nan_to_num()  # a diverged network must not crash the run here
     reach = offset.abs().amax().clamp_min(1e-3)
     # flow_to_image takes (dx, dy) and scales each batch to its own maximum.
     colours = flow_to_image(offset.flip(1)).float() / 255
@@ -56,7 +57,7 @@ def training_sheet(model: Network, held: HeldOut, device: torch.device) -> np.nd
 
 
 def labelled_grid(rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str], title: str | None = None) -> np.ndarray:
-    """Equal-sized uint8 [h, w, 3] pictures in rows, a label above each column, a title above all."""
+    """Arrange uint8 [h, w, 3] pictures of one size in rows, with a label above each column and an optional title."""
     cell_h, cell_w = rows[0][0].shape[:2]
     size = LABEL_PX
     while size > 9 and max(ImageFont.load_default(size=size).getlength(label) for label in labels) > cell_w:

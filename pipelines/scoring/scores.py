@@ -1,6 +1,7 @@
-"""Scores of held-out crops by protocol (self, oracle) and target (raw, aligned, true), crop by crop.
+"""Scores of held-out crops by protocol (self, oracle) and target (raw, aligned, true), one value per crop.
 
-Keys read `<protocol>_<target>_<metric>`, e.g. self_true_psnr; baselines need no reference and have their own names.
+A model's keys are `<protocol>_<target>_<metric>`, e.g. self_true_psnr. Baselines use no reference, so their keys are
+`<target>_<metric>`. A new metric is a function in sdan/metrics.py that `score_images` calls.
 """
 
 from __future__ import annotations
@@ -11,20 +12,21 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pipelines.loader import HeldOut, Inputs, model_inputs
+from pipelines.loader import Inputs, model_inputs
+from pipelines.scoring.held_out import HeldOut
 from sdan import metrics
-from sdan.baselines import Network, bicubic
-from sdan.network import SDANOutput
+from sdan.baselines import Network
 from sdan.ops.precision import autocast
+from sdan.resample import bicubic
 
 BORDER_PX = 8
-"""Target pixels left out at each side of a crop when it is scored."""
+"""Target pixels excluded from the scores along each side of a crop."""
 BATCH = 4
 PROTOCOLS = ("self", "oracle")
 TARGETS = ("raw", "aligned", "true")
 
 PerCrop = dict[str, list[float]]
-"""Metric name -> one value a crop; NaN where a crop has no such target."""
+"""Metric name -> one value per crop; NaN if a crop has no such target."""
 
 
 def score_model(
@@ -36,7 +38,16 @@ def score_model(
     lpips: bool = False,
     precision: str = "auto",
 ) -> PerCrop:
-    """Scores of a model's outputs; with simulated truth also the end-point error of its offsets, in mosaic pixels."""
+    """Score a model's outputs, and its offsets: their statistics and, for simulated data, their end-point error.
+
+    Args:
+        protocols: self (the reference is the input's rendering) and oracle (the reference is made from the target).
+        lpips: also compute LPIPS, which needs its weights.
+        precision: auto, fp32, bf16 or fp16 (sdan.ops.precision).
+
+    Returns:
+        offsets are measured in mosaic pixels.
+    """
     collected: PerCrop = {}
     model.eval()
     for inputs, part in _batches(model, held, device):
@@ -44,15 +55,18 @@ def score_model(
             reference = inputs.self_reference if protocol == "self" else inputs.oracle_reference
             with torch.inference_mode(), autocast(precision, device):
                 output = model(inputs.x, reference, inputs.rendering)
-            scores = score_images(output.zoomed, part, lpips=lpips) | offset_statistics(output, inputs)
+            px_per_offset = inputs.rendering.shape[-1] / output.offset.shape[-1]
+            scores = score_images(output.zoomed, part, lpips=lpips)
+            scores |= metrics.offset_statistics(output.offset, output.mask, px_per_offset)
             if protocol == "oracle" and "true_flow" in part.batch:
-                scores["epe_px"] = _offset_error(output.offset, part.batch["true_flow"])
+                error = metrics.resized_end_point_error(output.offset.float().cpu(), part.batch["true_flow"])
+                scores["epe_px"] = (2 * error).tolist()  # true_flow is in packed pixels, two mosaic pixels each
             _extend(collected, {f"{protocol}_{name}": values for name, values in scores.items()})
     return collected
 
 
 def score_bicubic(model: Network, held: HeldOut, device: torch.device, source: str, *, lpips: bool = False) -> PerCrop:
-    """Scores of the bicubic enlargement of the `source`: "camera" (the JPG) or "rendering" (LibRaw's)."""
+    """Score the bicubic enlargement of `source`: "camera" (the camera JPG) or "rendering" (LibRaw's)."""
     collected: PerCrop = {}
     for inputs, part in _batches(model, held, device):
         picture = inputs.camera if source == "camera" else part.batch["lr_render"].to(device).float() / 255
@@ -62,7 +76,7 @@ def score_bicubic(model: Network, held: HeldOut, device: torch.device, source: s
 
 
 def score_images(images: Tensor, part: HeldOut, *, lpips: bool = False) -> PerCrop:
-    """PSNR and SSIM (and LPIPS, where its weights are at hand) against every target that the crops have.
+    """PSNR, SSIM and, with `lpips`, LPIPS against every target that the crops have.
 
     Args:
         images: [N,3,sH,sW] in [0, 1] (clipped here).
@@ -82,7 +96,7 @@ def score_images(images: Tensor, part: HeldOut, *, lpips: bool = False) -> PerCr
 
 
 def mean_scores(per_crop: PerCrop) -> dict[str, float]:
-    """Means over the crops that have a value; NaN where none has."""
+    """Mean over the crops that have a value; NaN if none has."""
     means = {}
     for name, values in per_crop.items():
         finite = [value for value in values if not math.isnan(value)]
@@ -104,30 +118,6 @@ def _batches(model: Network, held: HeldOut, device: torch.device) -> Iterator[tu
     for first in range(0, len(held), BATCH):
         part = held.select(range(first, min(first + BATCH, len(held))))
         yield model_inputs(part.batch, model.config, device), part
-
-
-def offset_statistics(output: SDANOutput, inputs: Inputs) -> PerCrop:
-    """How far the offsets reach (mean and 95th percentile of their length, mosaic pixels), the share of them that
-    leaves the image, and how rough they are: mean length of their differences between neighbours, pixels a pixel."""
-    per_px = inputs.rendering.shape[-1] / output.offset.shape[-1]
-    offset = output.offset.float()
-    length = per_px * offset.norm(dim=1).flatten(1)
-    rough = [offset.diff(dim=axis).norm(dim=1).flatten(1).mean(1) for axis in (2, 3)]
-    return {
-        "offset_px": length.mean(1).tolist(),
-        "offset_p95_px": length.quantile(0.95, dim=1).tolist(),
-        "offset_outside": (1 - output.mask.float()).flatten(1).mean(1).tolist(),
-        "offset_roughness": (sum(rough) / 2).tolist(),
-    }
-
-
-def _offset_error(offset: Tensor, true_flow: Tensor) -> list[float]:
-    """Mean end-point error in mosaic pixels, whatever grid the offsets live on (true_flow is in packed pixels)."""
-    per_packed = true_flow.shape[-1] / offset.shape[-1]
-    flow = torch.nn.functional.interpolate(
-        true_flow.float(), size=offset.shape[-2:], mode="bilinear", align_corners=False
-    )
-    return (2 * metrics.end_point_error(offset.float().cpu() * per_packed, flow)).tolist()
 
 
 def _extend(collected: PerCrop, scores: PerCrop) -> None:

@@ -1,8 +1,8 @@
-"""Which failures of a worker are worth another attempt.
+"""Which failures of a worker end the run at once, and which are retried.
 
-Ray Train (2.60) restarts its workers after any failure, `FailureConfig.max_failures` times. That is right for a process
-or machine that was lost, and for what the survivors see of it: a broken connection is a RuntimeError. An error that the
-next attempt would meet again, such as a loss that stays NaN or an unreadable shard, must end the run at once.
+Ray Train (2.60) restarts its workers after any failure, up to `FailureConfig.max_failures` times. That is right for a
+lost process or machine, and for the RuntimeError (a broken connection) that the other workers then see. An error that
+would occur again after a restart, such as a loss that stays NaN or an unreadable shard, ends the run.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from ray.train import UserCallback
 
 from pipelines.training.step import NotFiniteError
 
-WOULD_COME_AGAIN = (
+PERMANENT: tuple[type[Exception], ...] = (
     *(ValueError, TypeError, LookupError, AttributeError, AssertionError, ImportError),
     *(NotFiniteError, torch.OutOfMemoryError),
 )
+"""A restart would meet these errors again."""
 
 
-class StopWhereRetryingIsVain(UserCallback):
-    """Raises a worker's own error in Ray Train's controller, which retries no error of its callbacks."""
+class StopOnPermanentError(UserCallback):
+    """Re-raises a worker's permanent error in Ray Train's controller, which does not retry errors of its callbacks."""
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         for error in worker_exceptions.values():
             cause = error.cause if isinstance(error, RayTaskError) else error
-            if isinstance(cause, WOULD_COME_AGAIN):
+            if isinstance(cause, PERMANENT):
                 raise cause

@@ -1,4 +1,4 @@
-"""What an epoch adds up to, and how far the run is at this moment."""
+"""Averages over an epoch, and live.json: the run's position every few seconds."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pipelines.training.run_folder import LIVE
 from pipelines.training.step import NotFiniteError, not_finite
+from preprocessing.storage import write_atomically
 
-LIVE = "live.json"
 LIVE_EVERY_S = 2.0
 
 
 class EpochMeter:
-    """Means of the loss terms over an epoch's steps, crops per second, and the share of time spent waiting for data.
+    """Mean loss terms over an epoch's steps, crops per second, and the share of time spent waiting for data.
 
-    Skipped steps are counted; their terms are left out.
+    Skipped steps are counted, but their terms do not enter the means.
     """
 
     def __init__(self) -> None:
@@ -29,12 +30,12 @@ class EpochMeter:
         self.started = time.perf_counter()
 
     def add(self, terms: dict[str, Tensor], waited_s: float) -> None:
-        """One step's terms (step.train_step), left on the device."""
+        """Add one step's terms (step.train_step); they stay on the device."""
         skipped = terms["skipped"]
         for name, term in terms.items():
             if name == "skipped":
                 continue
-            # A gradient norm is infinite, too, where fp16's scaler tries a larger scale.
+            # A gradient norm is also infinite when fp16's GradScaler tries a scale that is too large.
             kept = torch.where((skipped > 0) | ~term.isfinite(), 0.0, term)
             self.sums[name] = self.sums[name] + kept if name in self.sums else kept
         self.skipped = self.skipped + skipped
@@ -43,7 +44,7 @@ class EpochMeter:
 
     @property
     def loss(self) -> float | None:
-        """The mean so far; waits for the device."""
+        """The mean loss so far; None if every step was skipped. Waits for the device."""
         used = self.steps - float(self.skipped)
         return float(self.sums["loss"]) / used if used else None
 
@@ -69,7 +70,8 @@ class EpochMeter:
 
 
 class LiveFile:
-    """`live.json` in the run's folder, where this machine sees it: epoch, loss, crops/s, seconds left, the time."""
+    """Writes live.json to the run's folder: epoch, loss, crops/s, seconds left, time. Does nothing if the folder is on
+    another machine."""
 
     def __init__(self, folder: Path, epochs: int, crops_per_epoch: int) -> None:
         self.path = folder / LIVE if folder.is_dir() else None
@@ -77,7 +79,7 @@ class LiveFile:
         self.written = 0.0
 
     def update(self, crops: int, meter: EpochMeter, crops_per_step: int) -> None:
-        """Written every few seconds, in one piece; `crops` is the position in the stream."""
+        """Write the file if the last write is LIVE_EVERY_S ago; `crops` is the position in the stream of crops."""
         if self.path is None or time.monotonic() < self.written + LIVE_EVERY_S:
             return
         self.written = time.monotonic()
@@ -90,6 +92,4 @@ class LiveFile:
             "crops_per_s": rate,
             "left_s": max(0.0, self.epochs * self.crops_per_epoch - crops) / rate,
         }
-        aside = self.path.with_suffix(".partial")
-        aside.write_text(json.dumps(now))
-        aside.replace(self.path)
+        write_atomically(self.path, json.dumps(now))

@@ -1,4 +1,4 @@
-"""What a run writes to MLflow: metrics, pictures, the machine's load, the data's identity; through explicit clients."""
+"""What a run writes to MLflow: metrics, pictures, the machines' load, and which data it used."""
 
 from __future__ import annotations
 
@@ -20,41 +20,41 @@ from mlflow.tracking import MlflowClient
 from pipelines.loader import ShardIndex
 from sdan import checkpoint
 
-ONE_OF_EVERY_EPOCH = ("train_loss", "val_psnr")
-"""Of these an epoch's metrics hold at least one."""
+EPOCH_METRICS = ("train_loss", "val_psnr")
+"""Every epoch logs at least one of these; they tell which epochs a run already has."""
 
 
 class RunLog:
-    """Writes into one existing MLflow run; a failure to write is logged and never stops training.
+    """Writes to one existing MLflow run; a failed write is logged and never stops training.
 
-    An epoch that the run has already is not written again: after a kill, the epochs since the last checkpoint are
-    trained once more (bit for bit the same on one worker), and each keeps the one point it has.
+    An epoch that the run already has is not written again. After a kill, the epochs since the last checkpoint are
+    trained a second time (with bit-identical results on one worker), and each keeps its first point.
     """
 
     def __init__(self, tracking_uri: str, run_id: str) -> None:
         self.client = MlflowClient(tracking_uri=tracking_uri)
         self.run_id = run_id
-        histories = [self.client.get_metric_history(run_id, name) for name in ONE_OF_EVERY_EPOCH]
+        histories = [self.client.get_metric_history(run_id, name) for name in EPOCH_METRICS]
         self.last_epoch = max((point.step for history in histories for point in history), default=-1)
 
     def metrics(self, epoch: int, values: Mapping[str, float]) -> bool:
-        """One point of every (finite) value, at step `epoch`; False where the run has that epoch already."""
+        """Log one point per finite value at step `epoch`; returns False if the run already has that epoch."""
         if epoch <= self.last_epoch:
             return False
         now = int(time.time() * 1000)
         points = [Metric(name, float(value), now, epoch) for name, value in values.items() if math.isfinite(value)]
         try:
             self.client.log_batch(self.run_id, metrics=points)
-        except Exception as error:  # MLflow's own errors and its stores' have no common base
-            logging.getLogger(__name__).warning("MLflow did not take epoch %d's metrics: %s", epoch, error)
+        except Exception as error:  # errors of MLflow and of its stores have no common base class
+            logging.getLogger(__name__).warning("MLflow: writing the metrics of epoch %d failed: %s", epoch, error)
         return True
 
     def picture(self, epoch: int, name: str, image: np.ndarray) -> None:
-        """An uint8 [H, W, 3] picture at step `epoch`; MLflow shows them through time."""
+        """Log a uint8 [H, W, 3] picture at step `epoch`; MLflow shows a slider over the epochs."""
         try:
             self.client.log_image(self.run_id, image, key=name, step=epoch, synchronous=True)
         except Exception as error:
-            logging.getLogger(__name__).warning("MLflow did not take epoch %d's picture: %s", epoch, error)
+            logging.getLogger(__name__).warning("MLflow: writing the picture of epoch %d failed: %s", epoch, error)
 
     def environment(self, workers: int, device: torch.device, precision: str) -> None:
         """Tag the run with where it is running now (a resumed run may be on another machine)."""
@@ -63,7 +63,7 @@ class RunLog:
 
 
 def environment(workers: int, device: torch.device) -> dict[str, str]:
-    """Versions, commit and hardware of this process's machine."""
+    """Versions, commit and hardware of this machine."""
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
     return {
         "commit": checkpoint.code_commit() or "unknown",
@@ -78,10 +78,10 @@ def environment(workers: int, device: torch.device) -> dict[str, str]:
 
 @contextmanager
 def machine_metrics(tracking_uri: str, run_id: str, node: int) -> Iterator[None]:
-    """Log this machine's CPU, memory, disk, network and GPU load as system/* of the run, every 10 s.
+    """Log this machine's CPU, memory, disk, network and GPU load as system/* metrics of the run, every 10 s.
 
     Args:
-        node: the machine's number in the run; others than the first are logged as system/node_N/*.
+        node: the machine's number in the run; machines after the first are logged as system/node_N/*.
     """
     monitor = SystemMetricsMonitor(
         run_id, resume_logging=True, node_id=f"node_{node}" if node else None, tracking_uri=tracking_uri
@@ -94,7 +94,7 @@ def machine_metrics(tracking_uri: str, run_id: str, node: int) -> Iterator[None]
 
 
 def log_data(tracking_uri: str, run_id: str, indices: Sequence[ShardIndex]) -> None:
-    """The splits that a run sees, as MLflow's dataset inputs: where they lie, their digest, and how much there is."""
+    """Log the splits that a run uses as MLflow dataset inputs: location, digest and size."""
     inputs = []
     for index in indices:
         profile = {"pairs": len(index.paths), "tiles": index.num_tiles, "tile_px": index.info.tile_px}

@@ -1,4 +1,7 @@
-"""One training step: the loss, the optimizer, the averaged weights, the learning rate, and what a checkpoint keeps."""
+"""One training step: learning rate, loss, gradients, optimizer, averaged weights; and the state a checkpoint keeps.
+
+`train_step` is the step; `Training` is everything that it changes.
+"""
 
 from __future__ import annotations
 
@@ -12,25 +15,26 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pipelines.config import RunConfig, TrainConfig
+from pipelines.config import ExperimentConfig, TrainConfig
 from pipelines.loader import Inputs
 from sdan import checkpoint
-from sdan.losses import LossConfig, low_pass, sdan_loss, self_reference_loss, transfer_loss
+from sdan.losses import LossConfig, sdan_loss, self_reference_loss, transfer_loss
 from sdan.network import SDAN, SDANOutput
 from sdan.ops.precision import autocast, resolve
 from sdan.perceptual import VGG19Features
+from sdan.resample import low_pass
 
 
 class NotFiniteError(RuntimeError):
-    """Losses or gradients stay NaN or infinite."""
+    """Losses or gradients that stay NaN or infinite."""
 
 
 def learning_rate(step: int, epoch: float, config: TrainConfig) -> float:
     """Cosine annealing with warm restarts (periods T0, 2 T0, 4 T0, ... epochs) after a linear warm-up.
 
     Args:
-        step: optimizer steps made so far; the warm-up is counted in them.
-        epoch: epochs' worth of crops seen so far, whoever saw them.
+        step: optimizer steps so far; the warm-up is counted in steps.
+        epoch: crops seen so far by all workers, in epochs.
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
@@ -44,11 +48,14 @@ def learning_rate(step: int, epoch: float, config: TrainConfig) -> float:
 def training_loss(
     model: nn.Module, inputs: Inputs, config: LossConfig, vgg: VGG19Features | None = None
 ) -> dict[str, Tensor]:
-    """Eq. 6 with Y' as reference and, when self_reference_weight > 0, the same crops as a user has them: {X, X}.
+    """Eq. 6 with Y' as reference and, if self_reference_weight > 0, with the input's own rendering, as deployed.
 
-    Both kinds of samples run in one forward pass. The second kind is held either to the camera JPG of the input's own
-    frame and, through the offsets that the first kind learnt, to the target (losses.transfer_loss); or, on simulated
-    data, to the ideal picture by eq. 6 itself.
+    Both kinds of samples share one forward pass. Self-reference samples are compared with the camera JPG of the input's
+    own frame and, through the offsets of the first kind, with the target (losses.transfer_loss). With
+    loss.self_target=truth (simulated data) they are compared with the ideal picture by eq. 6.
+
+    Returns:
+        scalar tensors: `loss`, the weighted sum, and its terms by name.
     """
     references = [inputs.oracle_reference] if config.reference_weight > 0 else []
     references += [inputs.self_reference] if config.self_reference_weight > 0 else []
@@ -71,10 +78,10 @@ def training_loss(
 def _deployed_loss(
     outputs: list[SDANOutput], inputs: Inputs, config: LossConfig, vgg: VGG19Features | None
 ) -> dict[str, Tensor]:
-    """The terms of the samples that see {X, X}, the last of `outputs`."""
+    """The loss terms of the self-reference samples, the last of `outputs`."""
     alone = outputs[-1]
     if config.self_target == "truth":
-        assert inputs.truth is not None  # CropStream(truth=True) brings it or raises
+        assert inputs.truth is not None  # CropStream(truth=True) provides it or raises
         shrink = inputs.truth.shape[-1] // alone.aligned.shape[-1]
         return {"self": sdan_loss(alone, low_pass(inputs.truth, shrink), inputs.truth, config, vgg).total}
     own = self_reference_loss(alone, inputs.camera, config).total
@@ -83,23 +90,26 @@ def _deployed_loss(
 
 @dataclass
 class Training:
-    """Everything that a step changes, and that a checkpoint must hold."""
+    """Everything that a step changes and that a checkpoint must hold."""
 
     model: SDAN
     wrapped: nn.Module
+    """`model` inside DDP and torch.compile, where they are used; steps run through it."""
     averaged: SDAN
+    """Exponential moving average of the weights: what is validated and saved."""
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     vgg: VGG19Features | None = None
-    """What the loss compares features of; no part of the checkpoint."""
+    """The feature network of perceptual losses; not part of the checkpoint."""
     step: int = 0
     """Optimizer steps so far, skipped ones included."""
     crops: int = 0
-    """The position in the stream of crops: how many all workers have seen together."""
+    """Position in the stream of crops: the number that all workers together have seen."""
     skipped_in_a_row: Tensor | int = 0
-    """Steps up to the last one whose loss or gradient was not finite; counted on the device."""
+    """Consecutive steps, up to the last one, whose loss or gradient was not finite; counted on the device."""
 
     def state(self) -> dict[str, Any]:
+        """Tensors and plain values for `restore`; the averaged weights are saved as the checkpoint's model."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -109,7 +119,7 @@ class Training:
         }
 
     def restore(self, folder: Path) -> None:
-        """Go on from a checkpoint: averaged weights, raw weights, optimizer, step."""
+        """Restore the averaged weights, raw weights, optimizer, step and position from a checkpoint folder."""
         stored = checkpoint.load(folder)
         state = checkpoint.load_trainer_state(folder)
         self.averaged.load_state_dict(stored.model.state_dict())
@@ -119,33 +129,33 @@ class Training:
         self.step, self.crops = int(state["step"]), int(state["crops"])
 
     def check_finite(self, config: TrainConfig) -> None:
-        """Raise NotFiniteError when train.max_skipped steps in a row were skipped; looks once in that many steps."""
+        """Raise NotFiniteError after train.max_skipped consecutive skipped steps; checks every max_skipped steps."""
         if self.step % config.max_skipped != 0:
-            return  # looking waits for the device
+            return  # the check waits for the device
         overflows = self.scaler.is_enabled() and self.scaler.get_scale() < 1
         if int(self.skipped_in_a_row) >= config.max_skipped or overflows:
             raise NotFiniteError(not_finite(f"{config.max_skipped} steps in a row"))
 
 
 def not_finite(what: str) -> str:
-    """The line that says what to do."""
+    """The message for `what`, e.g. "20 steps in a row"."""
     return (
-        f"a finite loss and gradient expected, {what} had none; "
+        f"loss: expected a finite loss and gradient, got NaN or infinity in {what}; "
         "lower train.learning_rate, set train.grad_clip=1, or use train.precision=fp32"
     )
 
 
 def start(
-    config: RunConfig,
+    config: ExperimentConfig,
     init_from: str | None,
     device: torch.device,
     wrap: Callable[[nn.Module], nn.Module],
     vgg: Mapping[str, Tensor] | None = None,
 ) -> Training:
-    """A fresh model (or a copy of `init_from`'s weights) with its optimizer.
+    """A new model (or one with the weights of the checkpoint folder `init_from`) with its optimizer.
 
     Args:
-        wrap: makes the model that steps run through (DDP with several workers).
+        wrap: wraps the model for training (DDP if there are several workers).
         vgg: perceptual.load_vgg19's weights, for a loss that needs them.
     """
     torch.manual_seed(config.train.seed)
@@ -167,14 +177,15 @@ def start(
     return Training(model, wrapped, averaged.eval().requires_grad_(False), optimizer, scaler, features)
 
 
-def train_step(training: Training, inputs: Inputs, config: RunConfig, rate: float) -> dict[str, Tensor]:
-    """One optimizer step, skipped by every rank where the loss or the gradient of one of them is not finite.
+def train_step(training: Training, inputs: Inputs, config: ExperimentConfig, rate: float) -> dict[str, Tensor]:
+    """One optimizer step; all ranks skip it if any rank's loss or gradient is not finite.
 
-    Nothing here waits for the device: whether to skip is decided there.
+    Nothing here waits for the device; the decision to skip is made on it.
 
     Returns:
-        the loss terms, `grad_norm` (before clipping) and `skipped` (1 where the step was a fault; not where fp16's
-        scaler tried too large a scale), on the device. The terms of a faulty step may be NaN.
+        tensors on the device: the loss terms, `grad_norm` (before clipping) and `skipped`. `skipped` is 1 for a step
+        whose loss or gradient was not finite, and 0 when fp16's GradScaler skipped a step to adjust its scale. The
+        terms of a skipped step may be NaN.
     """
     for group in training.optimizer.param_groups:
         group["lr"] = rate
@@ -192,18 +203,18 @@ def train_step(training: Training, inputs: Inputs, config: RunConfig, rate: floa
     return {**terms, "grad_norm": norm, "skipped": fault.float()}
 
 
-def _gradients(training: Training, parts: list[Inputs], config: RunConfig) -> dict[str, Tensor]:
-    """Forward and backward, part by part; workers exchange the gradients' sum once, with the last part.
+def _gradients(training: Training, parts: list[Inputs], config: ExperimentConfig) -> dict[str, Tensor]:
+    """Forward and backward of each part; DDP synchronises the gradients once, with the last part.
 
     Returns:
-        the means of the loss terms over the parts.
+        loss terms, averaged over the parts.
     """
     means: dict[str, Tensor] = {}
     for number, part in enumerate(parts, 1):
         with nullcontext() if number == len(parts) else _apart(training.wrapped):
             with autocast(config.train.precision, part.x.device):
                 terms = training_loss(training.wrapped, part, config.loss, training.vgg)
-            # DDP sums gradients, not losses: a NaN gradient is how the other ranks learn of an infinite loss.
+            # DDP exchanges gradients, not losses: a NaN gradient tells the other ranks about an infinite loss.
             poison = torch.where(terms["loss"].detach().isfinite(), 1.0, math.nan)
             training.scaler.scale(terms["loss"] * poison / len(parts)).backward()
         for name, term in terms.items():
@@ -212,30 +223,33 @@ def _gradients(training: Training, parts: list[Inputs], config: RunConfig) -> di
 
 
 def bucket_options(config: TrainConfig) -> dict[str, bool]:
-    """For DistributedDataParallel: buckets that are laid out once and hold the gradients themselves, not copies."""
-    # no_sync and a static graph exclude each other.
+    """DistributedDataParallel's options: gradients are views of its buckets, and the graph is static.
+
+    no_sync (used by train.accumulate > 1) and a static graph exclude each other.
+    """
     return {"gradient_as_bucket_view": True, "static_graph": config.accumulate == 1}
 
 
 def _apart(wrapped: nn.Module) -> AbstractContextManager[Any]:
-    """Gradients stay on their worker meanwhile; nothing to do where there is one."""
+    """A context without gradient synchronisation; a plain module (one worker) needs none."""
     no_sync: Callable[[], AbstractContextManager[Any]] = getattr(wrapped, "no_sync", nullcontext)  # DDP's
     return no_sync()
 
 
 def _optimizer_step(training: Training, good: Tensor) -> None:
-    """A step where `good` (bool scalar), nothing elsewhere."""
+    """Step the optimizer if `good` (bool scalar on the device) is True."""
     if training.scaler.is_enabled():
-        training.scaler.step(training.optimizer)  # skips what it found not finite when it unscaled
+        training.scaler.step(training.optimizer)  # skips gradients that unscale_ found not finite
         training.scaler.update()
         return
-    # How GradScaler itself tells a fused optimizer to skip without waiting for the device.
+    # GradScaler uses the same attribute to make a fused optimizer skip without waiting for the device.
     training.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
     training.optimizer.step()
 
 
 def _average(training: Training, config: TrainConfig, good: Tensor) -> None:
-    # The average starts as a plain mean, so that short runs are not held back by the initial weights.
+    """Update the moving average of the weights if `good`."""
+    # The decay starts small, so that the initial weights do not dominate the average of a short run.
     decay = min(config.ema_decay, (1 + training.step) / (10 + training.step)) if config.ema_decay else 0.0
     with torch.no_grad():
         ahead = torch._foreach_sub(list(training.model.parameters()), list(training.averaged.parameters()))

@@ -1,6 +1,7 @@
-"""What one train worker does: steps over its crops, validates, checkpoints, and - on rank 0 - writes to MLflow.
+"""One train worker: steps over its crops, validates, checkpoints, and on rank 0 writes to MLflow.
 
-Runs inside Ray Train, alone or as one of many: the same code on CPUs (gloo) and GPUs (nccl).
+Runs inside Ray Train, alone or as one of many; the same code serves CPUs (gloo) and GPUs (nccl). `TrainWorker.run` is
+the training loop: read it first, then step.py.
 """
 
 from __future__ import annotations
@@ -9,52 +10,72 @@ import math
 import os
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import ray.train
 import torch
 import torch.distributed as dist
 from ray.train.torch import get_device, prepare_model
-from torch import nn
+from torch import Tensor, nn
 
 from pipelines import config as configs
-from pipelines.loader import CropStream, HeldOut, check_fit, held_out, index_split, model_inputs, training_batches
+from pipelines.config import ExperimentConfig
+from pipelines.loader import CropStream, model_inputs, training_batches
+from pipelines.scoring.held_out import HeldOut, held_out
 from pipelines.scoring.pictures import training_sheet
 from pipelines.scoring.scores import mean_scores, score_model
 from pipelines.training import step
 from pipelines.training.meter import EpochMeter, LiveFile
-from pipelines.training.progress import SCORE
+from pipelines.training.progress import SELECT_BY
+from pipelines.training.run_folder import RunShards
 from pipelines.training.run_log import RunLog, machine_metrics
 from preprocessing.schema import SCHEMA_VERSION
 from sdan import checkpoint
 from sdan.ops.precision import resolve
 
-SELECT_BY = SCORE
-"""The best checkpoint has the highest of these: self protocol (what a user gets) against the aligned target (what real
-data has, too); against the raw target where no crop could be aligned."""
+
+@dataclass(frozen=True)
+class TrainJob:
+    """What the driver hands to every worker, and again to every restart."""
+
+    config: ExperimentConfig
+    shards: RunShards
+    """The pairs to train and validate on, as the driver listed them when the run was first started."""
+    folder: str
+    """The run's folder; workers on other machines may not see it."""
+    threads: int
+    """PyTorch's intra-op threads per worker."""
+    readers: int
+    """Tasks that read crops for each worker at the same time."""
+    tracking_uri: str
+    run_id: str
+    """Of the MLflow run."""
+    init_from: str | None
+    """A checkpoint folder whose weights to start from."""
+    vgg: dict[str, Tensor] | None
+    """perceptual.load_vgg19's weights, for a loss that needs them."""
 
 
-class Worker:
+class TrainWorker:
     """One rank's part of a run."""
 
-    def __init__(self, job: dict[str, Any]) -> None:
+    def __init__(self, job: TrainJob) -> None:
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.job = job
-        self.config = configs.from_dict(job["config"])
+        self.config, self.index = job.config, job.shards.train
         self.device = get_device()
-        torch.set_num_threads(job["threads"])
+        torch.set_num_threads(job.threads)
         if self.config.train.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's own condition for the same bits
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs this to be deterministic
             torch.use_deterministic_algorithms(True)
-        self.index = index_split(job["shards"], "train")
-        check_fit(self.index, self.config)
         wrap = self._distributed if self.world > 1 else (lambda model: model)
-        self.training = step.start(self.config, job["init_from"], self.device, wrap, job["vgg"])
-        self.log = RunLog(job["tracking_uri"], job["run_id"]) if self.rank == 0 else None
+        self.training = step.start(self.config, job.init_from, self.device, wrap, job.vgg)
+        self.log = RunLog(job.tracking_uri, job.run_id) if self.rank == 0 else None
         if self.log:
             self.log.environment(self.world, self.device, resolve(self.config.train.precision, self.device))
 
@@ -64,63 +85,75 @@ class Worker:
     @cached_property
     def validation(self) -> HeldOut:
         """This rank's part of the held-out crops."""
-        crops = held_out(self.job["shards"], "val", self.config, limit=self.config.train.val_crops, align=True)
+        crops = held_out(self.job.shards.val, self.config, limit=self.config.train.val_crops, align=True)
         return crops.select(range(self.rank, len(crops), self.world))
 
     @property
     def crops_per_step(self) -> int:
+        """Crops that all workers together consume in one step."""
         return self.config.train.batch_per_worker * self.world
 
     @property
     def crops_per_epoch(self) -> int:
+        """Crops in an epoch; by default one per pair."""
         return self.config.train.crops_per_epoch or len(self.index.paths)
 
     @property
     def epoch(self) -> int:
-        """Whole epochs' worth of crops seen. A step may reach over an epoch's end: none of its crops is lost."""
+        """Completed epochs. A step may extend past the end of an epoch; none of its crops is dropped."""
         return min(self.config.train.epochs, self.training.crops // self.crops_per_epoch)
 
     def run(self) -> None:
         """Train from the last checkpoint (if any) to the last epoch."""
-        previous = ray.train.get_checkpoint()
-        if previous is not None:
-            with previous.as_directory() as folder:
-                self.training.restore(Path(folder))
-        else:
-            self._report(0, {})
-        train = self.config.train
-        truth = self.config.loss.self_target == "truth" and self.config.loss.self_reference_weight > 0
-        stream = CropStream(
-            self.index, train.seed, train.crop_px, train.augment, truth=truth, match_exposure=train.match_exposure
-        )
-        batches = training_batches(
-            stream,
-            batch=train.batch_per_worker,
-            rank=self.rank,
-            world=self.world,
-            first_crop=self.training.crops,
-            last_crop=train.epochs * self.crops_per_epoch,
-            readers=self.job["readers"],
-        )
-        live = LiveFile(Path(self.job["folder"]), train.epochs, self.crops_per_epoch) if self.rank == 0 else None
+        self._restore_or_report()
+        live = LiveFile(Path(self.job.folder), self.config.train.epochs, self.crops_per_epoch)
         meter, waiting = EpochMeter(), time.perf_counter()
-        for batch in batches:
+        for batch in self._batches():
             waited_s = time.perf_counter() - waiting
             before = self.epoch
-            rate = step.learning_rate(self.training.step, self.training.crops / self.crops_per_epoch, train)
+            rate = step.learning_rate(self.training.step, self.training.crops / self.crops_per_epoch, self.config.train)
             inputs = model_inputs(batch, self.config.model, self.device)
             meter.add(step.train_step(self.training, inputs, self.config, rate), waited_s)
             self.training.crops += self.crops_per_step
-            self.training.check_finite(train)
-            if live:
+            self.training.check_finite(self.config.train)
+            if self.rank == 0:
                 live.update(self.training.crops, meter, self.crops_per_step)
             if self.epoch > before:
                 self._end_epoch(before, meter.means(self.crops_per_step) | {"learning_rate": rate})
                 meter = EpochMeter()
             waiting = time.perf_counter()
 
+    def _restore_or_report(self) -> None:
+        """Restore the last checkpoint; a new run instead reports the untrained network as epoch 0."""
+        previous = ray.train.get_checkpoint()
+        if previous is None:
+            self._report(0, {})
+            return
+        with previous.as_directory() as folder:
+            self.training.restore(Path(folder))
+
+    def _batches(self) -> Iterator[dict[str, Tensor]]:
+        train, loss = self.config.train, self.config.loss
+        stream = CropStream(
+            self.index,
+            train.seed,
+            train.crop_px,
+            train.augment,
+            truth=loss.self_target == "truth" and loss.self_reference_weight > 0,
+            match_exposure=train.match_exposure,
+        )
+        return training_batches(
+            stream,
+            batch=train.batch_per_worker,
+            rank=self.rank,
+            world=self.world,
+            first_crop=self.training.crops,
+            last_crop=train.epochs * self.crops_per_epoch,
+            readers=self.job.readers,
+        )
+
     def _end_epoch(self, before: int, metrics: dict[str, float]) -> None:
-        """Validate where the epochs since `before` ask for it; several may end in one large step."""
+        """Validate and checkpoint if the epochs since `before` include a validation; one large step may end several."""
         epoch, every = self.epoch, self.config.train.validate_every
         if epoch // every > before // every or epoch == self.config.train.epochs:
             self._report(epoch, metrics)
@@ -128,7 +161,7 @@ class Worker:
             self.log.metrics(epoch, metrics)
 
     def _report(self, epoch: int, metrics: dict[str, float]) -> None:
-        """Validate, write to MLflow, hand Ray Train the checkpoint."""
+        """Validate, write to MLflow, and hand the checkpoint to Ray Train."""
         metrics = metrics | self._validate() | {"workers": float(self.world)}
         if self.log and self.log.metrics(epoch, metrics):
             every = self.config.train.validate_every * self.config.train.picture_every
@@ -141,14 +174,14 @@ class Worker:
             ray.train.report(reported)
             return
         with tempfile.TemporaryDirectory() as folder:
-            checkpoint.save(
+            saved = checkpoint.save(
                 Path(folder) / "checkpoint",
                 self.training.averaged,
                 config=configs.to_dict(self.config) | {"schema_version": SCHEMA_VERSION},
                 scores=metrics,
                 trainer_state=self.training.state(),
             )
-            ray.train.report(reported, checkpoint=ray.train.Checkpoint.from_directory(str(Path(folder) / "checkpoint")))
+            ray.train.report(reported, checkpoint=ray.train.Checkpoint.from_directory(str(saved)))
 
     def _validate(self) -> dict[str, float]:
         """Scores of the averaged weights by both protocols, over all ranks' crops."""
@@ -158,22 +191,22 @@ class Worker:
         if self.world > 1:
             parts: list[dict[str, list[float]]] = [{} for _ in range(self.world)]
             dist.all_gather_object(parts, per_crop)
-            names = sorted({name for part in parts for name in part})  # a rank without crops has none
+            names = sorted({name for part in parts for name in part})  # a rank without crops has no scores
             per_crop = {name: [value for part in parts for value in part.get(name, [])] for name in names}
         means = {f"val_{name}": value for name, value in mean_scores(per_crop).items()}
         aligned = means.get("val_self_aligned_psnr", math.nan)
         return means | {SELECT_BY: aligned if math.isfinite(aligned) else means["val_self_raw_psnr"]}
 
 
-def train_worker(job: dict[str, Any]) -> None:
+def train_worker(config: dict[str, TrainJob]) -> None:
     """Ray Train's per-worker function.
 
     Args:
-        job: config (configs.to_dict), shards, folder (the run's), threads, readers, tracking_uri, run_id, init_from (a
-            folder or None), vgg (perceptual.load_vgg19's weights, or None).
+        config: {"job": TrainJob}; Ray Train passes a dictionary.
     """
-    worker, context = Worker(job), ray.train.get_context()
+    job = config["job"]
+    worker, context = TrainWorker(job), ray.train.get_context()
     with ExitStack() as stack:
         if context.get_local_rank() == 0:
-            stack.enter_context(machine_metrics(job["tracking_uri"], job["run_id"], context.get_node_rank()))
+            stack.enter_context(machine_metrics(job.tracking_uri, job.run_id, context.get_node_rank()))
         worker.run()

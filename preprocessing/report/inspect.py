@@ -25,7 +25,7 @@ from preprocessing.report.inventory import Found, InspectError, Pair, ranking, r
 from preprocessing.schema import SCHEMA_VERSION, SPLITS, ShardInfo, decode
 from preprocessing.storage import Folder, one_line, open_folder
 
-__all__ = ["InspectError", "inspect"]
+__all__ = ["InspectError", "check_output", "inspect"]
 
 _SHOWN_WORST = _SHOWN_REST = 12
 """Pairs on the contact sheet."""
@@ -69,6 +69,17 @@ def inspect(shards: str, *, progress: Callable[[int, int], None] | None = None) 
     except (OSError, pa.ArrowException) as error:
         raise InspectError(f"{shards}: cannot be read ({one_line(error)}); is it being written? run again") from error
     return _page(found, worst, rest)
+
+
+def check_output(path: Path) -> None:
+    """Check before the work that the page can be written.
+
+    Raises:
+        InspectError: `path` is a folder, or is not inside one that exists.
+    """
+    if path.is_dir() or not path.parent.is_dir():
+        got = "a folder" if path.is_dir() else f"no such folder {path.parent}"
+        raise InspectError(f"-o {path}: expected a file in an existing folder, got {got}; e.g. -o report.html")
 
 
 def _sheet(folder: Folder, found: Found) -> tuple[list[Shown], list[Shown]]:

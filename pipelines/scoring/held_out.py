@@ -1,0 +1,73 @@
+"""Fixed crops of a held-out split: what validation and evaluation score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.config import ExperimentConfig
+from pipelines.loader import ShardIndex, check_fit, cut_crop, read_tile
+from preprocessing.registration.aligned_target import align_to
+from sdan import augment
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Fixed crops of a held-out split, stacked."""
+
+    batch: dict[str, Tensor]
+    """Columns of `CropStream.crop`, stacked; true_rgb and true_flow as well if every crop has them."""
+    names: tuple[str, ...]
+    """sequence/pair@row,col of each crop."""
+    aligned: Tensor | None
+    """[N,3,sH,sW] uint8: the target registered to the bicubically enlarged camera JPG; None unless requested."""
+    aligned_mask: Tensor | None
+    """[N,1,sH,sW] bool: True where `aligned` is valid; all False for a crop whose registration failed."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def select(self, numbers: range) -> HeldOut:
+        """The crops `numbers`, e.g. one worker's part."""
+        picked = list(numbers)
+        rest = {name: value[picked] for name, value in self.batch.items()}
+        aligned = None if self.aligned is None else self.aligned[picked]
+        mask = None if self.aligned_mask is None else self.aligned_mask[picked]
+        return replace(self, batch=rest, names=tuple(self.names[n] for n in picked), aligned=aligned, aligned_mask=mask)
+
+
+def held_out(index: ShardIndex, config: ExperimentConfig, *, limit: int | None, align: bool) -> HeldOut:
+    """The central train.crop_px crop of `limit` tiles, spread evenly over the split's pairs.
+
+    Args:
+        limit: the largest number of crops; None: one per tile.
+        align: also register each target to its input (the aligned target).
+
+    Raises:
+        ShardsError: the shards do not fit the config, or one cannot be read.
+    """
+    check_fit(index, config)
+    tiles = [(pair, tile) for pair, count in enumerate(index.tiles) for tile in range(count)]
+    if limit is not None and limit < len(tiles):
+        tiles = [tiles[int(place)] for place in np.linspace(0, len(tiles) - 1, limit).round()]
+    margin = 2 * ((index.info.tile_px - config.train.crop_px) // 2)
+    plan = augment.CropPlan(row=margin, col=margin, flip_rows=False, flip_cols=False, transpose=False)
+    window = slice(margin * config.model.scale, (margin + 2 * config.train.crop_px) * config.model.scale)
+    names, samples, aligned = [], [], []
+    for pair, tile in tiles:
+        row = read_tile(index, pair, tile)
+        names.append(f"{row['sequence']}/{row['pair']}@{row['row']},{row['col']}")
+        samples.append(cut_crop(row, plan, config.train.crop_px, index.info.scale))
+        if align:  # register the whole tile, which has more detail than the crop
+            target, mask = align_to(row["hr_rgb"], row["lr_rgb"], index.info.scale)
+            aligned.append((target[:, window, window], mask[window, window]))
+    present = [name for name in samples[0] if all(name in sample for sample in samples)]
+    return HeldOut(
+        batch={name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in present},
+        names=tuple(names),
+        aligned=torch.from_numpy(np.stack([target for target, _ in aligned])) if align else None,
+        aligned_mask=torch.from_numpy(np.stack([mask for _, mask in aligned]))[:, None] if align else None,
+    )
