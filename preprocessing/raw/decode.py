@@ -1,7 +1,14 @@
-"""Decode a Bayer RAW file: sensor counts with the phase always RGGB, levels, white balance, and LibRaw's one rendering.
+"""Decodes a Bayer RAW file: sensor counts in RGGB order, levels, white balance, and LibRaw's rendering.
 
-Training and users share this decoder and this rendering, so what the network saw is what it is given.
-Shapes: h, w are packed pixels (one RGGB block each); the mosaic and the rendering are 2h x 2w.
+Training and users share this decoder and this rendering, so the network is used on the data it was trained on.
+Shapes: h, w are packed pixels (one 2x2 RGGB block each); the mosaic and the rendering are 2h x 2w.
+
+Where each value is read from the file:
+    black levels, white level       _black_levels, _white_level
+    white balance, colour matrix    _white_balance, _colour_matrix
+    colour pattern (RGGB phase)     rggb_origin (checks.py)
+    the camera's crop               _camera_crop
+    camera, ISO, exposure, focal    _read_image, from LibRaw or else from EXIF (exif.py)
 """
 
 import contextlib
@@ -15,42 +22,45 @@ import numpy as np
 import rawpy
 from numpy.typing import NDArray
 
+from preprocessing.raw.checks import (
+    BLOCK,
+    COPY_OR_EXCLUDE,
+    RawError,
+    require_bayer,
+    require_complete,
+    require_plausible_size,
+    rggb_origin,
+    whole_blocks,
+)
 from preprocessing.raw.exif import read_exif
-from preprocessing.raw.rendering import Negative, xyz_to_camera_of
+from preprocessing.raw.rendering import SensorData, xyz_to_camera_from_libraw
 
-_LEAST_CROP = 0.8
-"""A part of the visible area smaller than this is no border crop: a mode, or a tag that means something else."""
-_NOT_BAYER = "SDAN needs the plain counts of a 2x2 Bayer sensor"
-_PLACES = ((0, 0), (0, 1), (1, 0), (1, 1))
+__all__ = ["RawError", "RawImage", "load", "render", "upright"]
+
+_MIN_CROP = 0.8
+"""Smallest share of each side that a border crop leaves. A smaller crop is a crop mode or a misread tag; ignore it."""
 _DNG_VERSION = 50706
-_MAX_PIXELS = 400_000_000
-_MAX_PIXELS_PER_BYTE = 32
-"""Sensor noise does not compress further than to a quarter of a bit per pixel: a file that declares more is damaged."""
-
-
-class RawError(ValueError):
-    """A RAW file that cannot be used; the message is one line that says why."""
 
 
 @dataclass(frozen=True)
 class RawImage:
     """One decoded RAW frame in the sensor's orientation. Per-channel values are in the order R, G1, G2, B.
 
-    Its area is the visible one without the first row and/or column where the sensor starts on another colour, so that
-    the phase is always RGGB.
+    Its area is LibRaw's visible area. If that starts on another colour than red, its first row, first column or both
+    are dropped, so that the phase is always RGGB.
     """
 
-    negative: Negative
-    """The counts of LibRaw's visible area, and what rendering them takes."""
+    sensor: SensorData
+    """The counts of LibRaw's whole visible area with their levels, white balance and colour matrix."""
     origin: tuple[int, int]
-    """(row, col) of this area's first pixel in LibRaw's visible area, mosaic pixels: 0 or 1 each."""
-    frame: tuple[int, int, int, int]
-    """(top, left, height, width) in LibRaw's visible area of what the camera holds to be the picture: the crop that the
-    file names, about whose centre the camera's JPG lies, else the whole visible area."""
+    """(row, col) of this area's first pixel in LibRaw's visible area, mosaic pixels, each 0 or 1."""
+    camera_crop: tuple[int, int, int, int]
+    """(top, left, height, width) in LibRaw's visible area of the crop that the file declares (DNG: DefaultCrop), else
+    the whole visible area. The camera's JPG has the same centre."""
     flip: int
     """LibRaw's sizes.flip: how a viewer turns the picture; see `upright`."""
     camera: str
-    """Make and model, "unknown" when the file does not say."""
+    """Make and model, or "unknown"."""
     iso: float | None
     exposure_s: float | None
     focal_mm: float | None
@@ -64,66 +74,67 @@ class RawImage:
     @property
     def visible_size(self) -> tuple[int, int]:
         """(height, width) of LibRaw's visible area, mosaic pixels."""
-        return self.negative.mosaic_HW.shape[0], self.negative.mosaic_HW.shape[1]
+        return self.sensor.mosaic_HW.shape[0], self.sensor.mosaic_HW.shape[1]
 
     @property
     def black_level(self) -> NDArray[np.float32]:
         """(4,) counts."""
-        return self.negative.black_level
+        return self.sensor.black_level
 
     @property
     def white_level(self) -> float:
         """Counts at which the sensor clips."""
-        return self.negative.white_level
+        return self.sensor.white_level
 
     @property
     def wb(self) -> NDArray[np.float32]:
         """(4,) gains of the file's white balance, green = 1."""
-        return self.negative.wb
+        return self.sensor.wb
 
     @property
     def packed(self) -> NDArray[np.uint16]:
-        """[4, h, w] sensor counts of the whole area, not normalised; made anew at each call."""
+        """[4, h, w] sensor counts of the whole area, not normalised; computed on each access."""
         return self.counts(0, 0, *self.size)
 
     @property
     def rendering(self) -> NDArray[np.uint8]:
-        """[2h, 2w, 3] LibRaw's rendering of the whole area, sRGB in [0, 255]; made anew at each call."""
+        """[2h, 2w, 3] LibRaw's rendering of the whole area, sRGB in [0, 255]; computed on each access."""
         return self.render(0, 0, *self.size)
 
     def counts(self, top: int, left: int, height: int, width: int) -> NDArray[np.uint16]:
-        """[4, height, width] of a window, packed pixels."""
+        """[4, height, width] counts of a window given in packed pixels."""
         first_row, first_col = self.origin[0] + 2 * top, self.origin[1] + 2 * left
-        mosaic = self.negative.mosaic_HW[first_row : first_row + 2 * height, first_col : first_col + 2 * width]
-        return np.stack([mosaic[r::2, c::2] for r, c in _PLACES])
+        mosaic = self.sensor.mosaic_HW[first_row : first_row + 2 * height, first_col : first_col + 2 * width]
+        return np.stack([mosaic[row::2, col::2] for row, col in BLOCK])
 
     def render(self, top: int, left: int, height: int, width: int) -> NDArray[np.uint8]:
-        """[2 height, 2 width, 3] of a window, packed pixels: that part of `rendering`, and only that is computed."""
-        return self.negative.render(self.origin[0] + 2 * top, self.origin[1] + 2 * left, 2 * height, 2 * width)
+        """[2 height, 2 width, 3] of a window given in packed pixels: equals that part of `rendering`, but only the
+        window is computed."""
+        return self.sensor.render(self.origin[0] + 2 * top, self.origin[1] + 2 * left, 2 * height, 2 * width)
 
 
 def load(source: str | Path | bytes, *, name: str | None = None) -> RawImage:
-    """Decode the RAW file `source` (a local path, or the file's bytes; `name` then stands for it in messages).
+    """Decode a RAW file, given as a local path or as its bytes; messages call it `name` if given.
 
-    Raises RawError, one line, for a missing, unknown, truncated or corrupt file and for sensors that are not Bayer
-    (X-Trans, monochrome, Foveon) or no longer are (linear DNG).
+    Raises RawError, one line, for a missing, unknown, truncated or corrupt file and for data that is not a Bayer mosaic
+    (X-Trans, monochrome, Foveon, linear DNG).
     """
     with _opened(source, name) as (raw, label):
-        return _decode(raw, label, _head(source))
+        return _read_image(raw, label, _first_megabyte(source))
 
 
 def render(source: str | Path | bytes, *, name: str | None = None) -> NDArray[np.uint8]:
-    """LibRaw's rendering of the camera's frame alone: uint8 [H, W, 3], sensor's orientation.
+    """LibRaw's rendering of the camera's crop: uint8 [H, W, 3], sensor's orientation.
 
-    The picture of a RAW that has no camera JPG beside it. Raises RawError as `load` does.
+    Used as the picture of a RAW without a camera JPG. Raises RawError as `load` does.
     """
     image = load(source, name=name)
-    return image.negative.render(*image.frame)
+    return image.sensor.render(*image.camera_crop)
 
 
 def upright(image_HWC: NDArray[Any], flip: int) -> NDArray[Any]:
-    """`image_HWC` turned for the viewer. `flip` is LibRaw's: 2 rows reversed, 1 columns reversed, then 4 transposed
-    (3 = half turn, 5 = quarter turn left, 6 = quarter turn right)."""
+    """`image_HWC` turned for the viewer. `flip` is LibRaw's bit mask: 2 reverses the rows, 1 the columns, then 4
+    transposes (3 = half turn, 5 = quarter turn left, 6 = quarter turn right)."""
     turned = image_HWC[::-1] if flip & 2 else image_HWC
     turned = turned[:, ::-1] if flip & 1 else turned
     return np.ascontiguousarray(turned.swapaxes(0, 1) if flip & 4 else turned)
@@ -131,50 +142,47 @@ def upright(image_HWC: NDArray[Any], flip: int) -> NDArray[Any]:
 
 @contextlib.contextmanager
 def _opened(source: str | Path | bytes, name: str | None) -> Iterator[tuple[Any, str]]:
-    """(the open rawpy.RawPy, the file's name for messages); LibRaw's errors become RawError."""
+    """Yield (the open rawpy.RawPy, the file's name for messages); LibRaw's errors become RawError."""
     label = name or ("RAW data" if isinstance(source, bytes) else str(source))
     if not isinstance(source, bytes) and not Path(source).is_file():
-        raise RawError(f"{label}: no such file")
+        raise RawError(f"{label}: expected a RAW file, got no such file; check the path")
     try:
         opened = rawpy.imread(io.BytesIO(source) if isinstance(source, bytes) else str(source))
     except (rawpy.LibRawError, OSError) as error:
-        raise RawError(f"{label}: cannot be read as RAW ({_reason(error)}); copy it again or exclude it") from error
+        raise RawError(f"{label}: expected a RAW file, got an error ({_reason(error)}); {COPY_OR_EXCLUDE}") from error
     with opened as raw:
         try:
-            _require_plausible_size(raw, label, source)
+            require_plausible_size(raw, label, source)
             yield raw, label
         except rawpy.LibRawError as error:
-            raise RawError(f"{label}: damaged RAW ({_reason(error)}); copy it again or exclude it") from error
+            raise RawError(
+                f"{label}: expected intact RAW data, got an error ({_reason(error)}); {COPY_OR_EXCLUDE}"
+            ) from error
 
 
-def _decode(raw: Any, label: str, head: bytes) -> RawImage:
-    _require_bayer(raw, label)
-    colours = raw.raw_colors_visible[:2, :2]
-    names = bytes(raw.color_desc)
-    origin = _rggb_origin(colours, names, label)
+def _read_image(raw: Any, label: str, head: bytes) -> RawImage:
+    """Everything that is read from the file. `head`: its first megabyte, for the tags."""
+    require_bayer(raw, label)
+    pattern = raw.raw_colors_visible[:2, :2]
+    colour_names = bytes(raw.color_desc)
+    origin = rggb_origin(pattern, colour_names, label)
     mosaic = raw.raw_image_visible
-    height, width = ((length - start) // 2 * 2 for length, start in zip(mosaic.shape, origin, strict=True))
-    if min(height, width) < 2:
-        raise RawError(f"{label}: visible area {mosaic.shape[1]}x{mosaic.shape[0]}, expected at least 4x4 pixels")
-    _require_complete(mosaic[origin[0] : origin[0] + height, origin[1] : origin[1] + width], label)
-    # Which of LibRaw's channels (0 R, 1 G, 2 B, 3 G2) stands at R, G1, G2, B of the block that starts at the origin.
-    channels = [int(colours[(origin[0] + r) % 2, (origin[1] + c) % 2]) for r, c in _PLACES]
-    black = _per_channel(raw.black_level_per_channel)[channels]
-    white = float(raw.white_level)
-    if not white > black.max():
-        raise RawError(f"{label}: white level {white:g}, expected above the black level {black.max():g}")
+    require_complete(whole_blocks(mosaic, origin, label), label)
+    # LibRaw's channel numbers (0 R, 1 G, 2 B, 3 G2) in our order R, G1, G2, B.
+    channels = [int(pattern[(origin[0] + row) % 2, (origin[1] + col) % 2]) for row, col in BLOCK]
+    black_levels = _black_levels(raw)[channels]
     tags = read_exif(head)
     return RawImage(
-        negative=Negative(
+        sensor=SensorData(
             mosaic_HW=mosaic.copy(),
-            cfa="".join(chr(names[index]) for index in colours.ravel()),
-            black_level=black,
-            white_level=white,
+            cfa="".join(chr(colour_names[channel]) for channel in pattern.ravel()),
+            black_level=black_levels,
+            white_level=_white_level(raw, black_levels, label),
             wb=_white_balance(raw, label)[channels],
             xyz_to_camera=_colour_matrix(raw, head, label),
         ),
         origin=origin,
-        frame=_frame(raw.sizes),
+        camera_crop=_camera_crop(raw.sizes),
         flip=int(raw.sizes.flip),
         camera=tags.camera or "unknown",
         iso=float(raw.other.iso_speed) or tags.iso,
@@ -183,59 +191,33 @@ def _decode(raw: Any, label: str, head: bytes) -> RawImage:
     )
 
 
-def _require_plausible_size(raw: Any, label: str, source: str | Path | bytes) -> None:
-    """Before anything is allocated by what the header says."""
-    width, height = raw.sizes.raw_width, raw.sizes.raw_height
-    size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
-    if width * height > min(_MAX_PIXELS, _MAX_PIXELS_PER_BYTE * size):
-        raise RawError(f"{label}: declares {width}x{height} pixels in {size} bytes; copy it again or exclude it")
+def _black_levels(raw: Any) -> NDArray[np.float32]:
+    """(4,) counts in LibRaw's order R, G, B, G2."""
+    return _per_channel(raw.black_level_per_channel)
 
 
-def _frame(sizes: Any) -> tuple[int, int, int, int]:
-    """The camera's own crop (DNG's DefaultCrop and its like) where LibRaw tells a sane one."""
-    top, left = sizes.crop_top_margin - sizes.top_margin, sizes.crop_left_margin - sizes.left_margin
-    height, width = sizes.crop_height, sizes.crop_width
-    inside = top >= 0 and left >= 0 and top + height <= sizes.height and left + width <= sizes.width
-    if not inside or min(height / sizes.height, width / sizes.width) < _LEAST_CROP:
-        return 0, 0, int(sizes.height), int(sizes.width)
-    return int(top), int(left), int(height), int(width)
+def _white_level(raw: Any, black_levels: NDArray[np.float32], label: str) -> float:
+    """Counts at which the sensor clips."""
+    white_level = float(raw.white_level)
+    if not white_level > black_levels.max():
+        raise RawError(
+            f"{label}: expected a white level above the black level {black_levels.max():g}, got {white_level:g}; "
+            f"{COPY_OR_EXCLUDE}"
+        )
+    return white_level
 
 
-def _require_bayer(raw: Any, label: str) -> None:
-    if raw.raw_type != rawpy.RawType.Flat or raw.raw_image is None:
-        raise RawError(f"{label}: already demosaiced or layered (linear DNG, Foveon); {_NOT_BAYER}")
-    try:
-        pattern = raw.raw_pattern
-    except NotImplementedError as error:  # rawpy's, for a number of LibRaw's that stands for no pattern
-        raise RawError(f"{label}: colour pattern unknown ({error}); {_NOT_BAYER}") from error
-    if pattern is None or raw.num_colors == 1:
-        raise RawError(f"{label}: monochrome sensor; {_NOT_BAYER}")
-    if pattern.shape != (2, 2):
-        kind = "X-Trans" if pattern.shape == (6, 6) else f"{pattern.shape[0]}x{pattern.shape[1]}"
-        raise RawError(f"{label}: {kind} colour pattern; {_NOT_BAYER}")
-    if raw.sizes.pixel_aspect != 1.0 or (raw.sizes.iheight, raw.sizes.iwidth) != (raw.sizes.height, raw.sizes.width):
-        raise RawError(f"{label}: sensor pixels are not square or not upright; {_NOT_BAYER}")
-
-
-def _rggb_origin(colours: NDArray[Any], names: bytes, label: str) -> tuple[int, int]:
-    letters = np.array([[chr(names[index]) for index in row] for row in colours])
-    for row, col in _PLACES:
-        if "".join(np.roll(letters, (-row, -col), (0, 1)).ravel()) == "RGGB":
-            return row, col
-    raise RawError(f"{label}: colour pattern {''.join(letters.ravel())}; {_NOT_BAYER}")
-
-
-def _require_complete(mosaic: NDArray[Any], label: str) -> None:
-    """LibRaw fills what a half-written file lacks with zeros and says nothing; no live sensor row is all zero."""
-    if mosaic[-2:].any():
-        return
-    filled = np.flatnonzero(mosaic.any(axis=1))
-    last = int(filled[-1]) + 1 if filled.size else 0
-    raise RawError(f"{label}: data stops at row {last} of {len(mosaic)} (half-written?); copy it again or exclude it")
+def _white_balance(raw: Any, label: str) -> NDArray[np.float32]:
+    """(4,) gains in LibRaw's order R, G, B, G2 with green = 1: the camera's, else daylight by the colour matrix."""
+    for source in (raw.camera_whitebalance, raw.daylight_whitebalance):
+        gains = _per_channel(source)
+        if np.isfinite(gains).all() and (gains > 0).all():
+            return (gains / gains[1]).astype(np.float32)
+    raise RawError(f"{label}: expected white-balance gains for red, green and blue, got none; exclude it")
 
 
 def _per_channel(values: Any) -> NDArray[np.float32]:
-    """LibRaw's R, G, B, G2 as float32 (4,); its 0 for a G2 that the file does not give stands for "as G1"."""
+    """LibRaw's R, G, B, G2 as float32 (4,). LibRaw gives 0 for a G2 that the file does not state; use G's value."""
     levels = np.zeros(4, np.float32)
     levels[: len(values)] = values[:4]
     if levels[3] == 0:
@@ -243,26 +225,27 @@ def _per_channel(values: Any) -> NDArray[np.float32]:
     return levels
 
 
-def _white_balance(raw: Any, label: str) -> NDArray[np.float32]:
-    """(4,) gains R, G, B, G2 with green = 1: the camera's own; daylight from the colour matrix where it stored none."""
-    for source in (raw.camera_whitebalance, raw.daylight_whitebalance):
-        gains = _per_channel(source)
-        if np.isfinite(gains).all() and (gains > 0).all():
-            return (gains / gains[1]).astype(np.float32)
-    raise RawError(f"{label}: no white balance in the file, expected gains for red, green and blue; exclude it")
-
-
 def _colour_matrix(raw: Any, head: bytes, label: str) -> NDArray[np.float64] | None:
-    """XYZ -> camera [3, 3] as LibRaw uses it: a DNG's own, else the one in LibRaw's table; None where neither is."""
-    own, table = np.asarray(raw.color_matrix, np.float64)[:, :3], np.asarray(raw.rgb_xyz_matrix, np.float64)[:3]
-    use_own = own.any() and _is_dng(head)
-    if not use_own and not table.any():
+    """XYZ -> camera [3, 3] as LibRaw uses it: the one in a DNG, else LibRaw's for this camera; None if unknown."""
+    in_file, in_libraw = np.asarray(raw.color_matrix, np.float64)[:, :3], np.asarray(raw.rgb_xyz_matrix, np.float64)[:3]
+    use_file = in_file.any() and _is_dng(head)
+    if not use_file and not in_libraw.any():
         return None
     with contextlib.suppress(np.linalg.LinAlgError):
-        matrix = xyz_to_camera_of(own) if use_own else table
+        matrix = xyz_to_camera_from_libraw(in_file) if use_file else in_libraw
         if np.isfinite(np.linalg.inv(matrix)).all():
             return matrix
-    raise RawError(f"{label}: the colour matrix cannot be inverted; copy the file again or exclude it")
+    raise RawError(f"{label}: expected an invertible colour matrix, got a singular one; {COPY_OR_EXCLUDE}")
+
+
+def _camera_crop(sizes: Any) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of the camera's crop (DNG: DefaultCrop); the whole visible area if implausible."""
+    top, left = sizes.crop_top_margin - sizes.top_margin, sizes.crop_left_margin - sizes.left_margin
+    height, width = sizes.crop_height, sizes.crop_width
+    inside = top >= 0 and left >= 0 and top + height <= sizes.height and left + width <= sizes.width
+    if not inside or min(height / sizes.height, width / sizes.width) < _MIN_CROP:
+        return 0, 0, int(sizes.height), int(sizes.width)
+    return int(top), int(left), int(height), int(width)
 
 
 def _is_dng(head: bytes) -> bool:
@@ -274,8 +257,8 @@ def _is_dng(head: bytes) -> bool:
     return any(int.from_bytes(head[at : at + 2], order) == _DNG_VERSION for at in entries)
 
 
-def _head(source: str | Path | bytes) -> bytes:
-    """The file's first megabyte, which holds its tags."""
+def _first_megabyte(source: str | Path | bytes) -> bytes:
+    """The part of the file that holds its tags."""
     if isinstance(source, bytes):
         return source[: 1 << 20]
     with Path(source).open("rb") as file:

@@ -1,6 +1,6 @@
-"""What a photograph's own tags say about how it was taken: camera, focal length, exposure, orientation.
+"""Reads a photograph's EXIF tags: camera, focal length, exposure, orientation.
 
-Works on the first bytes of a file (a JPG's or a TIFF-like RAW's tags stand there), so a frame costs one short read.
+The tags of a JPG or a TIFF-like RAW are in the file's first bytes, so one short read per frame is enough.
 """
 
 import contextlib
@@ -19,15 +19,15 @@ from PIL import Image
 
 _EXIF_IFD = 0x8769
 _LOCK = threading.Lock()
-"""catch_warnings changes the whole process's filters; frames are looked at from several threads."""
+"""warnings.catch_warnings changes the filters of the whole process, and several threads read frames."""
 _EXIF_HEADER = b"Exif\x00\x00"
 _FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-"""JPEG's markers SOF0 to SOF15, without those of tables."""
+"""The JPEG markers SOF0 to SOF15; the three left out start tables."""
 
 
 @dataclass(frozen=True)
 class Exif:
-    """Tags of one picture; None where the file does not say (0, negative or not a number count as not said)."""
+    """Tags of one picture. None: the tag is missing, or its value is not a positive number."""
 
     camera: str | None = None
     """Make and model, e.g. "SONY ILCE-7SM2"."""
@@ -36,20 +36,20 @@ class Exif:
     exposure_s: float | None = None
     f_number: float | None = None
     orientation: int | None = None
-    """EXIF orientation 1-8: how the stored picture has to be turned for the viewer."""
+    """EXIF orientation 1-8: how a viewer turns the stored picture."""
     size: tuple[int, int] | None = None
     """(height, width) of a JPG as stored."""
 
 
 def read_exif(data: bytes) -> Exif:
-    """The tags in `data`, the first bytes of a JPG or RAW file (64 KB hold them in nearly all files).
+    """The tags in `data`, the first bytes of a JPG or RAW file (64 KB are enough for nearly all files).
 
-    Never raises: damaged or missing tags read as not said, since a picture can be good where its tags are not.
+    Never raises: damaged tags count as missing, because the picture itself can still be good.
     """
     header = _jpg_exif(data) if data[:2] == b"\xff\xd8" else data
     found = Exif()
     if header[:4] in (b"II*\x00", b"MM\x00*"):
-        # Pillow raises nearly anything on damaged tags, and warns of those that lie beyond the bytes we have.
+        # Damaged tags make Pillow raise many kinds of errors, and tags beyond `data` make it warn.
         with _LOCK, warnings.catch_warnings(), contextlib.suppress(Exception):
             warnings.simplefilter("ignore")
             found = _by_pillow(header)
@@ -60,7 +60,7 @@ def read_exif(data: bytes) -> Exif:
 
 
 def _jpg_exif(data: bytes) -> bytes:
-    """The TIFF block inside a JPG's Exif segment, b"" when there is none."""
+    """The TIFF block inside a JPG's Exif segment, or b""."""
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
         length = int.from_bytes(data[at + 2 : at + 4], "big")
@@ -71,7 +71,7 @@ def _jpg_exif(data: bytes) -> bytes:
 
 
 def _jpg_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) from the frame header; None where that lies beyond `data`."""
+    """(height, width) from the frame header; None if `data` ends before it."""
     at = 2
     while at + 9 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
         if data[at + 1] in _FRAME_HEADERS:
@@ -98,7 +98,7 @@ def _by_pillow(tiff: bytes) -> Exif:
 
 
 def _by_exifread(data: bytes) -> Exif:
-    logging.getLogger("exifread").setLevel(logging.CRITICAL)  # it logs damaged tags; we report per frame ourselves
+    logging.getLogger("exifread").setLevel(logging.CRITICAL)  # it logs damaged tags, which our reports list per frame
     tags = exifread.process_file(io.BytesIO(data), details=False)
 
     def value(name: str) -> Any:
@@ -130,7 +130,7 @@ def _exif(tags: Mapping[str, Any]) -> Exif:
 
 
 def camera_name(make: Any, model: Any) -> str | None:
-    """ "SONY", "ILCE-7SM2" -> "SONY ILCE-7SM2"; the make is not repeated where the model starts with it."""
+    """ "SONY", "ILCE-7SM2" -> "SONY ILCE-7SM2"; a model that starts with the make does not repeat it."""
     maker, kind = (str(text or "").replace("\x00", " ").strip() for text in (make, model))
     if kind.lower().startswith(maker.lower()):
         return kind or None

@@ -85,7 +85,7 @@ def jpg_scale(jpg_size: Size, frame_size: Size) -> float:
 
 
 def frame_to_jpg(zoom: float, frame_size: Size, jpg_size: Size, flip: int) -> Map:
-    """LR mosaic (the camera's frame, `RawImage.frame`, sensor orientation) -> stored pixels of a camera JPG with a
+    """LR mosaic (the camera's frame, `RawImage.camera_crop`, sensor orientation) -> stored pixels of a camera JPG with a
     `zoom` times as long focal length, by the field of view about the centre. `flip` is the JPG's `stored_flip`,
     jpg_size as stored.
     """

@@ -34,7 +34,7 @@ def register_raw(raw: RawImage, long_HWC: NDArray[np.uint8], nominal: Map) -> Le
         mosaic_luminance(counts, raw),
         long_HWC,
         compose(nominal, place),
-        sensor=srgb_to_camera(raw.negative.xyz_to_camera),
+        sensor=srgb_to_camera(raw.sensor.xyz_to_camera),
     )
     return found.after(translation(-place[0, 2], -place[1, 2]))
 

@@ -1,4 +1,4 @@
-"""Any Bayer camera and any scale, from files to rows: phases, borders that the JPG lacks, missing JPGs, 2x to 8x."""
+"""From files to shard rows for any Bayer camera and scale: phases, cropped JPGs, missing JPGs, 2x to 8x."""
 
 import json
 
@@ -10,7 +10,7 @@ from preprocessing import tiles
 from preprocessing.ledger import Ledger
 from preprocessing.pairs import pair_rows, process
 from preprocessing.plan import PreprocessError, PreprocessOptions, make_plan
-from preprocessing.raw import decode, dng
+from preprocessing.raw import decode, dng, tiff
 from preprocessing.storage import open_folder
 
 SIZE = (256, 384)
@@ -27,8 +27,8 @@ def rows_of(folder, **options):
 
 @pytest.mark.parametrize("cfa", ["GRBG", "GBRG", "BGGR"])
 @pytest.mark.parametrize("jpg_margin", [0, 3])
-def test_a_phase_moves_nothing(tmp_path, cfa, jpg_margin):
-    """Counts, rendering and JPGs of the same tile show the same place, whatever phase the sensor starts with."""
+def test_every_phase_shows_the_same_place(tmp_path, cfa, jpg_margin):
+    """Counts, rendering and JPGs of a tile show the same place in all phases."""
     write_sequence(tmp_path / "00001", seed=4, focals_mm=(240, 50), cfa=cfa, jpg_margin=jpg_margin)
     rows, plan = rows_of(tmp_path)
     assert plan.faults == [] and list(rows) == ["00002-00001"]
@@ -37,21 +37,21 @@ def test_a_phase_moves_nothing(tmp_path, cfa, jpg_margin):
         to_scene = frame_to_scene(4.8, SIZE)
         to_scene[:, 2] += to_scene[:, :2] @ (left, top)
         shown = Scene(4).view(to_scene, (48, 48)).transpose(2, 0, 1) * 255
-        assert np.abs(row["lr_rgb"] - shown).mean() < 2.5  # JPEG's own error; one pixel aside makes it 30
+        assert np.abs(row["lr_rgb"] - shown).mean() < 2.5  # JPEG's error; a shift of one pixel gives 30
         for plane, (r, c), colour in zip(row["lr_raw"], ((0, 0), (0, 1), (1, 0), (1, 1)), (0, 1, 1, 2), strict=True):
             light = (plane.astype(float) - row["black_level"][0]) / (row["white_level"] - row["black_level"][0])
             assert np.abs((light * WB[colour]).clip(0) ** (1 / 2.2) * 255 - shown[colour, r::2, c::2]).max() < 3
 
 
 def write_cropped(path, picture, focal_mm, active, origin, size, monkeypatch):
-    """A DNG whose picture, by its own tags, is a crop that lies off the visible area's centre."""
+    """A DNG whose tags declare a crop that is not centred in the visible area."""
     plain = dng._mosaic_ifd
 
     def with_crop(*arguments, **options):
         ifd = plain(*arguments, **options)
-        ifd.set(50829, dng.LONG, *active)  # ActiveArea: top, left, bottom, right
-        ifd.set(50719, dng.LONG, *origin)  # DefaultCropOrigin: x, y in it
-        ifd.set(50720, dng.LONG, *size)
+        ifd.set(50829, tiff.LONG, *active)  # ActiveArea: top, left, bottom, right
+        ifd.set(50719, tiff.LONG, *origin)  # DefaultCropOrigin: x, y in it
+        ifd.set(50720, tiff.LONG, *size)
         return ifd
 
     with monkeypatch.context() as patch:
@@ -59,24 +59,24 @@ def write_cropped(path, picture, focal_mm, active, origin, size, monkeypatch):
         dng.write_dng(path, to_mosaic(picture), wb=WB, focal_mm=focal_mm)
 
 
-def test_the_crop_that_a_file_names_is_where_its_jpg_lies(tmp_path, monkeypatch):
+def test_the_jpg_is_located_by_the_crop_in_the_tags(tmp_path, monkeypatch):
     active, (left, top), (width, height) = (8, 12, 256, 384), (14, 2), (352, 240)
     lr = Scene(5).view(frame_to_scene(4.8, SIZE), SIZE)
     write_cropped(tmp_path / "lr.dng", lr, 50, active, (left, top), (width, height), monkeypatch)
     image = decode.load(tmp_path / "lr.dng")
-    assert image.visible_size == (248, 372) and image.frame == (top, left, height, width)
+    assert image.visible_size == (248, 372) and image.camera_crop == (top, left, height, width)
     jpg = to_8_bit(lr)[8 + top : 8 + top + height, 12 + left : 12 + left + width]
-    rows = tiles.cut(
+    rows = tiles.cut_tiles(
         image, tiles.Jpg(jpg, None), tiles.Jpg(jpg, None), 1.0, scale=1, tile_px=24, stride_px=64, ecc=False
     )
     for row in rows:
         shown = ((row["lr_raw"][1].astype(float) - 512) / (16383 - 512)).clip(0) ** (1 / 2.2) * 255
         assert np.abs(shown - row["lr_rgb"][1, ::2, 1::2]).max() <= 2
-    assert image.frame[2:] == decode.render(tmp_path / "lr.dng").shape[:2]
+    assert image.camera_crop[2:] == decode.render(tmp_path / "lr.dng").shape[:2]
 
 
 @pytest.mark.parametrize("missing", [("00002",), ("00001",), ("00001", "00002")])
-def test_a_rendering_stands_in_for_a_missing_jpg(tmp_path, missing):
+def test_a_rendering_can_replace_a_missing_jpg(tmp_path, missing):
     sequence = write_sequence(tmp_path / "raw" / "00001", seed=6, focals_mm=(240, 50), cfa="GBRG")
     whole, _ = rows_of(tmp_path / "raw")
     for stem in missing:
@@ -113,12 +113,12 @@ def test_missing_jpg_is_part_of_the_fingerprint(tmp_path):
 def test_shards_of_an_older_schema_are_refused(tmp_path):
     folder = open_folder(str(tmp_path))
     options = PreprocessOptions(**OPTIONS)
-    folder.put("dataset.json", json.dumps({"schema_version": 1, "options": options.of_shards}).encode())
+    folder.put("dataset.json", json.dumps({"schema_version": 1, "options": options.shard_options}).encode())
     with pytest.raises(PreprocessError, match=r"schema version 1, this sdan writes 2; preprocess into another"):
         Ledger.read(folder, options)
 
 
-def test_a_raw_that_cannot_be_rendered_is_the_pairs_fault(tmp_path):
+def test_a_pair_without_rendering_is_quarantined(tmp_path):
     sequence = write_sequence(tmp_path / "raw" / "00001", focals_mm=(240, 50))
     (sequence / "00001.JPG").unlink()
     half = to_mosaic(Scene(0).view(frame_to_scene(1, SIZE), SIZE))
@@ -128,7 +128,7 @@ def test_a_raw_that_cannot_be_rendered_is_the_pairs_fault(tmp_path):
     options = PreprocessOptions(**OPTIONS, missing_jpg="render")
     plan = make_plan(source, options, {})
     result = process(plan.jobs[0], source, target, options)
-    assert result.status == "quarantined" and "00001/00001.dng: data stops at row 128" in result.reason
+    assert result.status == "quarantined" and "00001/00001.dng: expected 256 rows of data, got 128" in result.reason
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_a_raw_that_cannot_be_rendered_is_the_pairs_fault(tmp_path):
         (8, {"00007-00001"}),
     ],
 )
-def test_any_scale_whose_pairs_exist(tmp_path, scale, pairs):
+def test_every_scale_finds_its_pairs(tmp_path, scale, pairs):
     write_sequence(tmp_path / "00001", seed=7)
     rows, _ = rows_of(tmp_path, scale=scale, tile_px=12, stride_px=12)
     assert set(rows) >= pairs
@@ -149,7 +149,7 @@ def test_any_scale_whose_pairs_exist(tmp_path, scale, pairs):
         assert tile["align_score"] > 0.9
 
 
-def test_tags_tell_the_exposure(tmp_path):
+def test_exposure_ratio_is_read_from_tags(tmp_path):
     write_sequence(tmp_path / "00001", focals_mm=(240, 50))
     for name, exposure in (("00001", (0.004, 400, 8.0)), ("00002", (0.01, 100, 5.6))):
         path = tmp_path / "00001" / f"{name}.JPG"

@@ -1,6 +1,5 @@
-"""RAW files written with known counts and levels come back as they were, phase RGGB, unmoved against the picture."""
+"""Known counts and levels are decoded exactly, in RGGB phase and in place; other files are refused in one line."""
 
-import io
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,15 +28,15 @@ def test_every_phase_becomes_rggb_and_stays_in_place(tmp_path, cfa):
     height, width = 2 * image.packed.shape[1], 2 * image.packed.shape[2]
     assert image.visible_size == SIZE and (row, col) == divmod(cfa.index("R"), 2)
     assert (height, width) == (SIZE[0] - 2 * row, SIZE[1] - 2 * col)
-    same = to_mosaic(shown, "RGGB" if cfa == "RGGB" else cfa)[row : row + height, col : col + width]
+    same = to_mosaic(shown, cfa)[row : row + height, col : col + width]
     for plane, (r, c) in zip(image.packed, ((0, 0), (0, 1), (1, 0), (1, 1)), strict=True):
         assert np.array_equal(plane, same[r::2, c::2])
-    # The red plane holds red, green green, blue blue of the picture, at its own places.
+    # Each plane holds its colour of the picture, at the right pixels.
     for plane, (r, c), channel in zip(image.packed, ((0, 0), (0, 1), (1, 0), (1, 1)), (0, 1, 1, 2), strict=True):
         linear = (plane.astype(float) - BLACK) / (WHITE - BLACK) * WB[channel]
         expected = shown[row + r : row + height : 2, col + c : col + width : 2, channel]
         assert np.abs(linear.clip(0) ** (1 / 2.2) - expected).max() < 0.01
-    # So does the rendering: best in place where it is, not a pixel aside.
+    # The rendering matches the picture best unshifted.
     here = image.rendering.astype(float).mean(-1)[8:-8, 8:-8]
     errors = {
         shift: np.abs(
@@ -70,7 +69,7 @@ def test_levels_and_gains_come_from_the_file(tmp_path):
     assert (image.focal_mm, image.iso, image.exposure_s) == (50, 400, pytest.approx(0.005))
 
 
-def test_sony_arw(tmp_path):
+def test_arw_is_decoded_as_the_sony_it_states(tmp_path):
     mosaic = to_mosaic(picture())
     write_arw(tmp_path / "x.ARW", mosaic, wb=WB, focal_mm=240)
     image = decode.load((tmp_path / "x.ARW").read_bytes(), name="x.ARW")
@@ -80,9 +79,64 @@ def test_sony_arw(tmp_path):
     assert image.wb.tolist() == pytest.approx([2, 1, 1, 1.5], rel=1e-3)
 
 
-def test_a_missing_second_green_is_the_first():
-    assert decode._per_channel([512, 513, 514, 0]).tolist() == [512, 513, 514, 513]
-    assert decode._per_channel([0, 0, 0, 0]).tolist() == [0, 0, 0, 0]
+class OpenedRaw(SimpleNamespace):
+    """An opened rawpy.RawPy of a sensor that no file here can express."""
+
+    def __init__(self, **changes):
+        sizes = {"raw_width": 4, "raw_height": 4, "width": 4, "height": 4, "iwidth": 4, "iheight": 4}
+        margins = dict.fromkeys(("crop_top_margin", "top_margin", "crop_left_margin", "left_margin"), 0)
+        values = {
+            "raw_type": rawpy.RawType.Flat,
+            "raw_image": np.full((4, 4), 1000, np.uint16),
+            "raw_image_visible": np.full((4, 4), 1000, np.uint16),
+            "raw_pattern": np.array([[0, 1], [3, 2]]),
+            "raw_colors_visible": np.tile([[0, 1], [3, 2]], (2, 2)),
+            "color_desc": b"RGBG",
+            "num_colors": 3,
+            "sizes": SimpleNamespace(**sizes, **margins, crop_width=4, crop_height=4, pixel_aspect=1.0, flip=0),
+            "other": SimpleNamespace(iso_speed=0, shutter_speed=0, focal_length=0),
+            "black_level_per_channel": [512, 513, 514, 515],
+            "white_level": 16383,
+            "camera_whitebalance": [2.0, 1.0, 1.5, 0.0],
+            "daylight_whitebalance": [2.2, 1.0, 1.3, 0.0],
+            "color_matrix": np.zeros((3, 4)),
+            "rgb_xyz_matrix": np.zeros((4, 3)),
+        }
+        super().__init__(**values | changes)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+def load_opened(monkeypatch, **changes):
+    with monkeypatch.context() as patch:
+        patch.setattr(rawpy, "imread", lambda _: OpenedRaw(**changes))
+        return decode.load(b"anything", name="x.raf")
+
+
+@pytest.mark.parametrize(("stated", "expected"), [(515, 515), (0, 513)])
+def test_a_missing_black_level_of_g2_is_that_of_g1(monkeypatch, stated, expected):
+    image = load_opened(monkeypatch, black_level_per_channel=[512, 513, 514, stated])
+    assert image.black_level.tolist() == [512, 513, expected, 514]  # R, G1, G2, B
+
+
+@pytest.mark.parametrize("camera", [[0.0] * 4, [np.nan] * 4, [2.0, 1.0, 0.0, 1.0]])
+def test_a_missing_white_balance_is_daylight(monkeypatch, camera):
+    assert load_opened(monkeypatch).wb.tolist() == [2, 1, 1, 1.5]
+    image = load_opened(monkeypatch, camera_whitebalance=camera)
+    assert image.wb.tolist() == pytest.approx([2.2, 1, 1, 1.3])
+    with pytest.raises(decode.RawError, match=r"x\.raf: expected white-balance gains .*, got none"):
+        load_opened(monkeypatch, camera_whitebalance=camera, daylight_whitebalance=camera)
+
+
+def test_an_unknown_camera_has_no_colour_matrix(monkeypatch):
+    assert load_opened(monkeypatch).sensor.xyz_to_camera is None
+    singular = np.ones((4, 3))
+    with pytest.raises(decode.RawError, match="expected an invertible colour matrix"):
+        load_opened(monkeypatch, rgb_xyz_matrix=singular)
 
 
 def test_one_bright_pixel_does_not_change_the_rendering(tmp_path):
@@ -97,7 +151,7 @@ def test_one_bright_pixel_does_not_change_the_rendering(tmp_path):
 
 
 @pytest.mark.parametrize(("orientation", "flip"), [(1, 0), (3, 3), (6, 6), (8, 5)])
-def test_upright_is_libraws_own_turn(tmp_path, orientation, flip):
+def test_upright_turns_as_libraw_does(tmp_path, orientation, flip):
     write_dng(tmp_path / "x.dng", to_mosaic(picture()), wb=WB, orientation=orientation)
     image = decode.load(tmp_path / "x.dng")
     assert image.flip == flip and image.rendering.shape == (*SIZE, 3)
@@ -113,7 +167,7 @@ def good(tmp_path):
     return (tmp_path / "good.dng").read_bytes()
 
 
-def test_unknown_corrupt_and_half_written_files_are_one_clear_line(tmp_path, good):
+def test_unreadable_files_are_refused_in_one_line(tmp_path, good):
     cases = {
         "empty": b"",
         "garbage": np.random.default_rng(0).bytes(5000),
@@ -127,44 +181,40 @@ def test_unknown_corrupt_and_half_written_files_are_one_clear_line(tmp_path, goo
             decode.load(data, name="00007/00003.dng")
         message = str(caught.value)
         assert message.startswith("00007/00003.dng: ") and "\n" not in message, (case, message)
-    with pytest.raises(decode.RawError, match="no such file"):
+    with pytest.raises(decode.RawError, match=r"absent\.dng: expected a RAW file, got no such file"):
         decode.load(tmp_path / "absent.dng")
-
-
-def test_linear_dng_is_refused(good):
-    # PhotometricInterpretation (0x0106, SHORT) 32803 "colour filter array" -> 34892 "linear RAW".
-    tag = bytes.fromhex("0601 0300 01000000")
-    assert good.count(tag + (32803).to_bytes(4, "little")) == 1
-    linear = good.replace(tag + (32803).to_bytes(4, "little"), tag + (34892).to_bytes(4, "little"))
-    with pytest.raises(decode.RawError, match="Bayer"):
-        decode.load(linear, name="x.dng")
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"raw_pattern": np.zeros((6, 6), int)}, "X-Trans"),
-        ({"raw_pattern": None}, "monochrome"),
-        ({"num_colors": 1}, "monochrome"),
-        ({"raw_type": rawpy.RawType.Stack}, "demosaiced or layered"),
+        ({"raw_pattern": np.zeros((6, 6), int)}, "colour pattern X-Trans"),
+        ({"raw_pattern": None}, "monochrome sensor"),
+        ({"num_colors": 1}, "monochrome sensor"),
+        ({"raw_type": rawpy.RawType.Stack}, "demosaiced or layered data"),
+        ({"color_desc": b"CYGM"}, "colour pattern CYMG"),
+        ({"raw_image_visible": np.ones((1, 4), np.uint16)}, "a visible area of at least 4x4 pixels, got 4x1"),
     ],
 )
-def test_other_sensors_are_refused(change, reason):
-    sizes = SimpleNamespace(pixel_aspect=1.0, iheight=4, iwidth=4, height=4, width=4)
-    opened = {"raw_type": rawpy.RawType.Flat, "raw_image": np.ones((4, 4)), "num_colors": 3, "sizes": sizes}
-    opened["raw_pattern"] = np.array([[0, 1], [3, 2]])
-    decode._require_bayer(SimpleNamespace(**opened), "x.raf")
-    with pytest.raises(decode.RawError, match=reason):
-        decode._require_bayer(SimpleNamespace(**opened | change), "x.raf")
+def test_other_sensors_are_refused(monkeypatch, change, reason):
+    with pytest.raises(decode.RawError, match=rf"^x\.raf: expected .*{reason}.*; exclude it$"):
+        load_opened(monkeypatch, **change)
 
 
-def test_a_cyan_sensor_is_refused():
-    with pytest.raises(decode.RawError, match="CYGM"):
-        decode._rggb_origin(np.array([[0, 1], [2, 3]]), b"CYGM", "x.raw")
+def test_a_pattern_unknown_to_rawpy_is_refused(monkeypatch):
+    monkeypatch.setattr(OpenedRaw, "__getattribute__", lambda raw, name: pattern_or_attribute(raw, name))
+    with pytest.raises(decode.RawError, match=r"got colour pattern unknown \(filters: 148\); exclude it"):
+        load_opened(monkeypatch)
+
+
+def pattern_or_attribute(raw, name):
+    if name == "raw_pattern":
+        raise NotImplementedError("filters: 148")  # seen once in a fuzz run
+    return object.__getattribute__(raw, name)
 
 
 def test_bytes_and_path_decode_alike(tmp_path, good):
     (tmp_path / "y.dng").write_bytes(good)
     a, b = decode.load(good), decode.load(tmp_path / "y.dng")
     assert np.array_equal(a.packed, b.packed) and np.array_equal(a.rendering, b.rendering)
-    assert io.BytesIO(good).read(2) == b"II"
+    assert a.packed.std() > 100

@@ -1,4 +1,4 @@
-"""RAW files written by preprocessing.raw.dng against LibRaw, Pillow and exifread."""
+"""What preprocessing.raw.dng writes, LibRaw, Pillow and exifread read."""
 
 import io
 from pathlib import Path
@@ -9,6 +9,7 @@ import pytest
 import rawpy
 from PIL import Image
 
+from preprocessing.colour import ILCE_7SM2_XYZ_TO_CAMERA, srgb_to_camera
 from preprocessing.raw.dng import CFA_CODES, SONY_CROPPED_WIDTHS, write_arw, write_dng
 
 EXIF_IFD = 0x8769
@@ -27,14 +28,14 @@ def test_dng_decodes_exactly_in_every_phase(tmp_path: Path, cfa: str) -> None:
         assert np.array_equal(raw.raw_image_visible, mosaic)
         names = raw.color_desc.decode()
         assert "".join(names[index] for index in raw.raw_pattern.ravel()) == cfa
-        # LibRaw's order is R, G1, B, G2, and its G1 shares its rows with red, too.
+        # LibRaw's order is R, G1, B, G2; its G1 is in red's rows, too.
         assert list(raw.black_level_per_channel) == [500, 511, 520, 513]
         assert raw.white_level == 16000
         assert raw.camera_whitebalance[:3] == pytest.approx([2.125, 1.0, 1.625], abs=1e-5)
 
 
 @pytest.mark.parametrize("width", [132, 1542, 4240, 4256])
-def test_arw_decodes_exactly_as_the_sony_it_says_it_is(tmp_path: Path, width: int) -> None:
+def test_arw_decodes_exactly_as_the_stated_sony(tmp_path: Path, width: int) -> None:
     mosaic = random_mosaic(64, width)
     path = tmp_path / "a.ARW"
     write_arw(path, mosaic, black_level=(512, 510, 513, 520), wb=(2.0, 1.0, 1.5))
@@ -44,11 +45,11 @@ def test_arw_decodes_exactly_as_the_sony_it_says_it_is(tmp_path: Path, width: in
         assert raw.white_level == 16383
         red, green, blue, _ = raw.camera_whitebalance
         assert (red / green, blue / green) == (2.0, 1.5)
-        # The camera's own colour matrix comes from LibRaw's table by make and model.
+        # LibRaw finds the colour matrix in its table by make and model.
         assert raw.rgb_xyz_matrix[0, 0] == pytest.approx(0.5838)
 
 
-def test_real_camera_width_is_stored_as_the_camera_stores_it(tmp_path: Path) -> None:
+def test_4256_columns_are_stored_in_4288(tmp_path: Path) -> None:
     write_arw(tmp_path / "a.ARW", random_mosaic(64, 4256))
     with rawpy.imread(str(tmp_path / "a.ARW")) as raw:
         assert (raw.sizes.raw_width, raw.sizes.width) == (4288, 4256)
@@ -98,12 +99,10 @@ def test_thumbnail_is_the_one_given(tmp_path: Path) -> None:
 
 
 def test_colours_come_back_from_libraw(tmp_path: Path) -> None:
-    """A scene colour sent through the stated camera matrix and white balance is what LibRaw renders."""
-    from preprocessing.simulator.sensor import RGB_TO_CAMERA
-
+    """LibRaw inverts the stated camera matrix and white balance."""
     wb = np.array([2.1, 1.0, 1.6])
     linear = np.array([[0.5, 0.5, 0.5], [0.5, 0.2, 0.1], [0.1, 0.4, 0.15], [0.1, 0.15, 0.5]])
-    camera = linear @ RGB_TO_CAMERA.T / wb
+    camera = linear @ srgb_to_camera(ILCE_7SM2_XYZ_TO_CAMERA).T / wb
     mosaic = np.empty((64, 4 * 32), np.uint16)
     for number, (red, green, blue) in enumerate(np.rint(512 + camera * (16383 - 512)).astype(np.uint16)):
         patch = mosaic[:, 32 * number : 32 * number + 32]
@@ -138,7 +137,7 @@ def test_dng_refuses_what_it_cannot_hold(tmp_path: Path, change: dict, message: 
 
 def test_arw_refuses_widths_that_libraw_crops(tmp_path: Path) -> None:
     for width in SONY_CROPPED_WIDTHS:
-        with pytest.raises(ValueError, match="cropped by LibRaw"):
+        with pytest.raises(ValueError, match="that LibRaw does not crop"):
             write_arw(tmp_path / "a.ARW", np.full((64, width), 600, np.uint16))
     with pytest.raises(ValueError, match="whole numbers"):
         write_arw(tmp_path / "a.ARW", random_mosaic(64, 96), black_level=(512, 512.5, 512, 512))

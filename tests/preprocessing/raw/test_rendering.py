@@ -1,4 +1,4 @@
-"""A window's rendering is that part of the whole frame's, byte for byte, and both are what LibRaw makes of the file."""
+"""A window's rendering equals that part of the whole rendering, which equals LibRaw's rendering of the file."""
 
 import io
 
@@ -8,23 +8,23 @@ import rawpy
 from known_scene import BLACK, WB, WHITE, Scene, frame_to_scene, to_mosaic
 
 from preprocessing.raw import decode
-from preprocessing.raw.dng import bare_dng, write_arw, write_dng
-from preprocessing.raw.rendering import RENDER_OPTIONS, channels_of, xyz_to_camera_of
+from preprocessing.raw.dng import bare_dng, cfa_channels, write_arw, write_dng
+from preprocessing.raw.rendering import RENDER_OPTIONS, xyz_to_camera_from_libraw
 
 SIZE = (590, 1140)
-"""Over one seam of LibRaw's AHD, which works in squares of 512."""
+"""Wider and higher than 512, the side of the squares in which LibRaw's AHD works."""
 PHASES = ("RGGB", "GRBG", "GBRG", "BGGR")
 
 
 def noisy_mosaic(cfa="RGGB"):
-    """A scene with noise: AHD's decisions then hang on every bit."""
+    """A scene with noise, so that AHD's decisions depend on every bit."""
     mosaic = to_mosaic(Scene(3).view(frame_to_scene(2.0, SIZE), SIZE), cfa).astype(int)
     noise = np.random.default_rng(0).normal(0, 120, mosaic.shape)
     return np.clip(mosaic + noise.round().astype(int), BLACK - 300, WHITE).astype(np.uint16)
 
 
 def by_libraw(path, wb):
-    """The file's rendering without us; wb by LibRaw's channels R, G, B, G2."""
+    """The file's rendering by LibRaw alone; wb in its order R, G, B, G2."""
     with rawpy.imread(str(path)) as opened:
         return opened.postprocess(user_wb=list(wb), **RENDER_OPTIONS)
 
@@ -38,7 +38,7 @@ def write(path, cfa="RGGB", **arguments):
 
 
 @pytest.mark.parametrize("cfa", PHASES)
-def test_a_window_is_a_part_of_the_whole_for_every_phase(tmp_path, cfa):
+def test_a_window_is_a_part_of_the_whole_rendering(tmp_path, cfa):
     image = write(tmp_path / "x.dng", cfa, wb=WB, black_level=(500, 505, 510, 515))
     whole = image.rendering
     height, width = image.size
@@ -57,7 +57,7 @@ def test_a_window_is_a_part_of_the_whole_for_every_phase(tmp_path, cfa):
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 @pytest.mark.parametrize("name", ["x.dng", "x.ARW"])
-def test_the_whole_is_libraws_rendering_of_the_file(tmp_path, name, orientation):
+def test_the_whole_equals_libraws_rendering(tmp_path, name, orientation):
     image = write(tmp_path / name, wb=(2.25, 1.0, 1.5), orientation=orientation)
     assert image.flip == {1: 0, 3: 3, 6: 6, 8: 5}[orientation]
     direct = by_libraw(tmp_path / name, (2.25, 1.0, 1.5, 1.0))
@@ -67,24 +67,24 @@ def test_the_whole_is_libraws_rendering_of_the_file(tmp_path, name, orientation)
 
 
 @pytest.mark.parametrize("cfa", PHASES)
-def test_levels_of_their_own_for_every_channel(tmp_path, cfa):
+def test_each_channel_may_have_another_black_level(tmp_path, cfa):
     image = write(tmp_path / "x.dng", cfa, wb=WB, black_level=(480, 520, 560, 600), white_level=15000)
     gains = np.ones(4)
     with rawpy.imread(str(tmp_path / "x.dng")) as opened:
-        gains[opened.raw_colors_visible[:2, :2].ravel()] = image.wb[channels_of(cfa)]
+        gains[opened.raw_colors_visible[:2, :2].ravel()] = image.wb[cfa_channels(cfa)]
     top, left = image.origin
     rows, cols = image.rendering.shape[:2]
     direct = by_libraw(tmp_path / "x.dng", gains)
     assert np.array_equal(image.rendering, direct[top : top + rows, left : left + cols])
 
 
-def test_a_colour_matrix_survives_the_way_through_a_dng():
-    """LibRaw keeps it as float32; other cameras' matrices, values above 2 included, come back to a bit."""
+def test_a_colour_matrix_survives_a_dng():
+    """Matrices of any camera, values above 2 included, come back from LibRaw's float32 to within a bit."""
     random = np.random.default_rng(2)
     mosaic = noisy_mosaic()[:64, :64]
     for _ in range(20):
         matrix = np.eye(3) + random.normal(0, 0.25, (3, 3))
         matrix = (matrix / matrix.sum(1, keepdims=True)).astype(np.float32)
-        file = bare_dng(mosaic, "RGGB", [BLACK] * 4, WHITE, xyz_to_camera_of(matrix))
+        file = bare_dng(mosaic, "RGGB", [BLACK] * 4, WHITE, xyz_to_camera_from_libraw(matrix))
         with rawpy.imread(io.BytesIO(file)) as opened:
             assert (np.abs(opened.color_matrix[:, :3] - matrix) <= np.spacing(np.abs(matrix))).all()
