@@ -242,7 +242,7 @@ def _corrections(
     # LR's frame in the sensor's orientation, HR's as stored: only its radius is asked for.
     hr_frame = affine.about_centres(affine.units_per_px(hr.size), hr.size, (0, 0))
     lr_scale = float(np.abs(alignment.lr_to_lr_jpg[0, :2]).sum())
-    top, left, height, width = raw.frame
+    top, left, height, width = raw.camera_crop
     lr_frame = affine.about_centres(lr_scale * affine.units_per_px(lr.size), (height, width), (0, 0))
     to_frame = affine.translation(-left, -top)
     return corrections.measure(
@@ -259,7 +259,7 @@ def _corrections(
 
 
 def _nominal(raw: RawImage, jpg: Jpg, zoom: float) -> Map:
-    top, left, *size = raw.frame
+    top, left, *size = raw.camera_crop
     frame_size = (size[0], size[1])
     flip = affine.stored_flip(jpg.orientation, raw.flip, jpg.size, frame_size)
     return affine.compose(affine.frame_to_jpg(zoom, frame_size, jpg.size, flip), affine.translation(-left, -top))
