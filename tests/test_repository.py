@@ -1,11 +1,16 @@
-"""What is in the repository: only what belongs there, and nothing that ties it to one machine or network."""
+"""What is in the repository: only what belongs there, nothing that ties it to one machine, and docs that name only
+what exists."""
 
+import ast
 import re
 import subprocess
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import typer
+
+from pipelines import cli
 
 ROOT = Path(__file__).parents[1]
 TOP_LEVEL = {
@@ -104,28 +109,122 @@ def test_test_files_have_names_of_their_own(tracked):
     assert [name for name in tracked if re.match(r"(tests|benchmarks)/(.*/)?__init__\.py", name)] == []
 
 
-def paths_in_map(readme: str) -> list[str]:
-    """Under the heading that says 'map': paths in backticks, and names of files and folders in an indented block."""
-    section = re.search(r"^#+ [^\n]*\bmap\b[^\n]*\n(.*?)(?=^#+ |\Z)", readme, re.MULTILINE | re.DOTALL | re.IGNORECASE)
-    if section is None:
-        return []
-    ticked = re.findall(r"`([^`\n]+)`", section[1])
-    block = " ".join(re.findall(r"^(?: {4}|\t)(.+)$", section[1], re.MULTILINE))
-    listed = re.findall(
-        r"(?<!\S)[\w.-]+(?:/[\w.-]+)*(?:/|\.(?:py|md|toml|txt|yaml|html|json|safetensors))(?!\S)", block
-    )
-    return [name for name in ticked if re.fullmatch(r"[\w.-]+(/[\w.-]+)*/?", name) and re.search("[/.]", name)] + listed
+def code_in(page: str) -> list[str]:
+    """Pieces of code in a Markdown page: spans in backticks, indented lines, lines of fenced blocks."""
+    fenced = re.findall(r"^ *```\w*\n(.*?)^ *```", page, re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^ *```.*?^ *```$", "", page, flags=re.MULTILINE | re.DOTALL)
+    indented = re.findall(r"^ {4}(.+)$", prose, re.MULTILINE)
+    return re.findall(r"`([^`\n]+)`", prose) + indented + [line for block in fenced for line in block.splitlines()]
 
 
-def test_file_map_lists_what_exists():
-    paths = paths_in_map((ROOT / "CONTRIBUTING.md").read_text())
-    assert len(paths) > 40
-    missing = [path for path in paths if not (ROOT / path).exists() and not list(ROOT.glob(f"[!.]*/**/{path}"))]
+def paths_in(page: str) -> set[str]:
+    """The repository's files and folders that a page names in backticks."""
+    spans = [span for span in code_in(page) if re.fullmatch(r"[\w.-]+(/[\w.-]+)*/?", span)]
+    return {
+        span
+        for span in spans
+        if span.endswith((".py", ".md", ".toml", ".yaml")) or (span.partition("/")[0] in TOP_LEVEL and "/" in span)
+    }
+
+
+def verbs_in(page: str) -> set[tuple[str, str]]:
+    """(verb, option) for each `sdan VERB ... --option`; option "" for the verb itself."""
+    found = set()
+    for code in code_in(page):
+        for verb, rest in re.findall(r"(?:^|[\s/])sdan (?:--data \S+ )?([a-z]+)(?![\w:.])([^#|&;]*)", code):
+            found |= {(verb, option) for option in ["", *re.findall(r"(?<!\S)--?[a-z][a-z-]*", rest)]}
+    return found
+
+
+@pytest.fixture(scope="module")
+def pages(tracked) -> dict[str, str]:
+    """The prose that people read, by its file's name; RESULTS.md also tells of older names."""
+    written = [name for name in tracked if name.endswith(".md") and name != "benchmarks/RESULTS.md"]
+    return {name: (ROOT / name).read_text() for name in written}
+
+
+def test_pages_name_only_files_that_exist(pages, tracked):
+    known = {*tracked, *(f"{parent}/" for name in tracked for parent in Path(name).parents)}
+    names = {Path(name).name for name in tracked}
+    missing = [
+        f"{page}: {path}"
+        for page, text in pages.items()
+        for path in sorted(paths_in(text))
+        if path not in known and f"{path}/" not in known and path not in names
+    ]
     assert missing == []
 
 
-def test_the_map_is_read_as_it_is_written():
-    readme = "# X\n`a.py`\n## File map\n| `sdan/network.py` | the `forward` |\n| `pipelines/` | x |\n## Next\n`b.py`"
-    assert paths_in_map(readme) == ["sdan/network.py", "pipelines/"]
-    block = "## File map\n\n    sdan/   network.py the figures, ops/warp.py e.g. this\n\nText about a/b.py"
-    assert paths_in_map(block) == ["sdan/", "network.py", "ops/warp.py"]
+def test_links_between_pages_lead_somewhere(pages):
+    dead = [
+        f"{page}: {link}"
+        for page, text in pages.items()
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
+        if "://" not in link and not (ROOT / page).parent.joinpath(link).exists()
+    ]
+    assert dead == []
+
+
+def test_pages_name_only_make_targets_that_exist(pages):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {
+        (page, word)
+        for page, text in pages.items()
+        for code in code_in(text)
+        for call in re.findall(r"^make ((?:[a-z-]+\b(?!=) ?)+)", code)
+        for word in call.split()
+    }
+    assert {page for page, _ in named} >= {"README.md", "CONTRIBUTING.md", "tests/README.md"}
+    assert sorted(name for name in named if name[1] not in targets) == []
+
+
+def test_pages_name_only_verbs_and_options_that_exist(pages):
+    commands = typer.main.get_command(cli.app).commands
+    options = {
+        verb: {"", *(name for item in command.params for name in item.opts)} for verb, command in commands.items()
+    }
+    named = {(page, *call) for page, text in pages.items() for call in verbs_in(text)}
+    assert sorted(name for name in named if name[2] not in options.get(name[1], ())) == []
+    alone = {span for text in pages.values() for span in code_in(text) if re.fullmatch(r"--[a-z-]+", span)}
+    assert alone - set().union(*options.values()) - {"--data"} == set()
+
+
+def test_readme_lists_every_verb_in_1300_words(pages):
+    verbs = {verb for verb, _ in verbs_in(pages["README.md"])}
+    assert set(typer.main.get_command(cli.app).commands) - verbs == set()
+    assert len(pages["README.md"].split()) <= 1300
+
+
+def test_file_map_lists_every_module(pages, tracked):
+    modules = {
+        name
+        for name in tracked
+        if re.match(r"(preprocessing|sdan|tuning|pipelines)/.*\.py$", name)
+        and not name.endswith("/__init__.py")
+        and "/scenery/" not in name
+    }
+    assert sorted(modules - paths_in(pages["CONTRIBUTING.md"])) == []
+
+
+def test_troubleshooting_quotes_messages_that_exist(pages, tracked):
+    sources = [name for name in tracked if re.match(r"(preprocessing|sdan|tuning|pipelines|\.ci)/.*\.py$", name)]
+    texts = [
+        node.value
+        for name in sources
+        for node in ast.walk(ast.parse((ROOT / name).read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    first_cells = re.findall(r"^\| (.*?) \|", pages["docs/troubleshooting.md"], re.MULTILINE)
+    quoted = [
+        span for cell in first_cells for span in re.findall(r"`([^`]+)`", cell) if not span.startswith("--exclude")
+    ]
+    assert len(quoted) > 40
+    assert [span for span in quoted if not any(span in text for text in texts)] == []
+
+
+def test_code_is_read_from_pages_as_written():
+    page = "Run `make demo`, see `a/b.py`.\n\n    sdan --data D train SHARDS --init x  # --no\n\n```\nsdan ui\n```\n"
+    page += "`sdan: x`"
+    assert code_in(page) == ["make demo", "a/b.py", "sdan: x", "sdan --data D train SHARDS --init x  # --no", "sdan ui"]
+    assert verbs_in(page) == {("train", ""), ("train", "--init"), ("ui", "")}
+    assert paths_in("`docs/x.png` `x.py` `data/runs/x` `docs` `docs/`") == {"docs/x.png", "x.py", "docs/"}
