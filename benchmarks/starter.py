@@ -29,8 +29,10 @@ from results import provenance  # noqa: E402
 from pipelines import cluster, registry  # noqa: E402
 from pipelines import config as configs  # noqa: E402
 from pipelines.evaluate import Evaluation, evaluate_model, examples  # noqa: E402
-from pipelines.loader import HeldOut, held_out, index_split  # noqa: E402
+from pipelines.loader import index_split  # noqa: E402
+from pipelines.scoring.held_out import HeldOut, held_out  # noqa: E402
 from pipelines.train import train  # noqa: E402
+from pipelines.training import run_folder  # noqa: E402
 from preprocessing.shards import PreprocessOptions, preprocess  # noqa: E402
 from preprocessing.simulator.sequences import simulate  # noqa: E402
 from sdan import checkpoint  # noqa: E402
@@ -102,7 +104,7 @@ def make_data(photographs: Path, out: Path) -> None:
 
 def train_starter(out: Path) -> None:
     """Train, or resume an unfinished run."""
-    resume = (out / "data" / "runs" / "starter" / "run.json").exists()
+    resume = run_folder.is_run(run_folder.run_folder(out / "data", "starter"))
     result = train(
         str(out / "shards"),
         configs.starter(),
@@ -117,10 +119,10 @@ def train_starter(out: Path) -> None:
 
 def make_card(photographs: Path, out: Path, package: Path = registry.STARTER_FOLDER) -> None:
     """Score the model on the test sequences and copy model and card into the package."""
-    model = out / "data" / "runs" / "starter" / "model"
+    model = run_folder.run_folder(out / "data", "starter") / run_folder.MODEL
     stored = checkpoint.load(model)
     config = configs.from_dict(stored.config)
-    held = held_out(str(out / "shards"), "test", config, limit=TEST_CROPS, align=True)
+    held = held_out(index_split(str(out / "shards"), "test"), config, limit=TEST_CROPS, align=True)
 
     def score(chosen: HeldOut) -> Evaluation:
         return evaluate_model(stored.model, chosen, split="test", crop_px=config.train.crop_px)

@@ -34,7 +34,7 @@ from pipelines.config import ExperimentConfig  # noqa: E402
 from pipelines.loader import CropStream, Inputs, index_split, model_inputs, training_batches  # noqa: E402
 from pipelines.train import train  # noqa: E402
 from pipelines.training import step  # noqa: E402
-from pipelines.training.progress import last_report  # noqa: E402
+from pipelines.training.run_folder import last_report  # noqa: E402
 from preprocessing.shards import PreprocessOptions, preprocess  # noqa: E402
 from preprocessing.simulator.sequences import simulate  # noqa: E402
 from sdan.losses import sdan_loss  # noqa: E402

@@ -26,7 +26,7 @@ from pipelines import cluster, registry
 from pipelines import config as configs
 from pipelines import train as training
 from pipelines.train import TrainError, train
-from pipelines.training import progress
+from pipelines.training import progress, run_folder
 from sdan import checkpoint
 
 pytestmark = pytest.mark.slow
@@ -38,14 +38,14 @@ NOISE_DB = 0.5
 
 
 def reports(folder):
-    return [json.loads(line) for line in (folder / progress.PROGRESS).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / run_folder.PROGRESS).read_text().splitlines()]
 
 
 def scores(folder):
     """epoch -> reported self PSNR; each epoch was reported once."""
     found = reports(folder)
     assert max(Counter(line["epoch"] for line in found).values()) == 1
-    return {line["epoch"]: line[progress.SCORE] for line in found}
+    return {line["epoch"]: line[progress.SELECT_BY] for line in found}
 
 
 def assert_one_run(data, run_id, epochs):
@@ -77,10 +77,10 @@ class At:
 
     def _watch(self):
         for moment in self.moments:
-            while progress.last_report(self.folder).get("epoch", -1) < moment:
+            while run_folder.last_report(self.folder).get("epoch", -1) < moment:
                 time.sleep(0.05)
             time.sleep(random.Random(moment).random())
-            self.struck.append((progress.last_report(self.folder)["epoch"], self.strike()))
+            self.struck.append((run_folder.last_report(self.folder)["epoch"], self.strike()))
 
 
 def kill_a_train_worker():
@@ -190,7 +190,7 @@ def test_a_killed_driver_resumes_as_one_run(tiny_shards, tmp_path, undisturbed):
     subprocess.run([*base, "--name", "run", "--resume"], check=True, env=environment, timeout=300)
     found = reports(folder)
     # The controller's line is written before its own record of the checkpoint: a kill between the two repeats it.
-    assert all(line[progress.SCORE] == undisturbed[line["epoch"]] for line in found)
+    assert all(line[progress.SELECT_BY] == undisturbed[line["epoch"]] for line in found)
     assert len(found) <= 11 + 2
     client = MlflowClient(registry.default_tracking_uri(tmp_path))
     (run,) = client.search_runs([client.get_experiment_by_name("sdan").experiment_id])
@@ -257,7 +257,7 @@ class Sized(At):
         self.workers = workers
 
     def _watch(self):
-        while progress.last_report(self.folder).get("workers") != self.workers:
+        while run_folder.last_report(self.folder).get("workers") != self.workers:
             time.sleep(0.05)
         self.strike()
 

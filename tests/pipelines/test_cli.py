@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from pipelines import cli
+from preprocessing.estimate import Estimate
+from preprocessing.report.job_summary import estimate_line
 
 SDAN = str(Path(sys.executable).with_name("sdan"))
 
@@ -28,15 +30,18 @@ def run_here(monkeypatch, *arguments, data):
     [
         (["train", "SHARDS", "--config", "nosuch"], "srraw_4x"),
         (["train", "SHARDS", "--set", "model.packing=4"], "did you mean model.packing_kernel"),
-        (["train", "SHARDS", "--set", "model.packing_kernel=7"], "must divide"),
-        (["train", "nosuch"], "no shards"),
+        (["train", "SHARDS", "--set", "model.packing_kernel=7"], "expected to divide"),
+        (["train", "nosuch"], "nosuch: expected shards"),
         (["train", "SHARDS", "--config", "smoke", "--resume"], "start one without --resume"),
         (["train", "SHARDS", "--workers", "4-1"], "the larger number last"),
-        (["evaluate", "SHARDS"], "or give --model starter"),
-        (["evaluate", "SHARDS", "--model", "nosuch"], "no such checkpoint folder"),
-        (["evaluate", "SHARDS", "--protocol", "psychic"], "self or oracle expected"),
-        (["zoom", "nosuch.dng", "-o", "out.png", "--model", "nosuch"], "no such checkpoint folder"),
-        (["rollback"], "no champion"),
+        (["evaluate", "SHARDS"], "or use --model starter"),
+        (["evaluate", "SHARDS", "--model", "nosuch"], "expected a checkpoint folder, got no such folder"),
+        (["evaluate", "SHARDS", "--protocol", "psychic"], "--protocol: expected self or oracle"),
+        (
+            ["zoom", "nosuch.dng", "-o", "out.png", "--model", "nosuch"],
+            "expected a checkpoint folder, got no such folder",
+        ),
+        (["rollback"], "expected a champion"),
         (["preprocess", "nosuch", "out"], "nosuch"),
         (["preprocess", "EMPTY", "out"], "EMPTY"),
         (["preprocess", "EMPTY", "out", "--missing-jpg", "maybe"], "quarantine or render"),
@@ -79,7 +84,7 @@ def test_a_loss_on_vgg_features_is_refused_without_their_weights_before_a_run_ex
 def test_the_installed_command_says_the_same():
     done = subprocess.run([SDAN, "train", "x", "--config", "nosuch"], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("sdan: --config: one of paper_4x")
+    assert done.stderr.startswith("sdan: --config: expected one of paper_4x")
     assert done.stderr.count("\n") == 1
 
 
@@ -89,7 +94,7 @@ def test_without_a_champion_zoom_takes_the_starter_model_and_says_so(tmp_path, m
     arguments = ["zoom", tmp_path / "photo.png", "-o", tmp_path / "zoomed.png"]
     assert run_here(monkeypatch, *arguments, data=tmp_path / "data") in (0, None)
     assert Image.open(tmp_path / "zoomed.png").size == (320, 384)
-    assert "starter model, which was trained on simulated RAW alone" in capsys.readouterr().out
+    assert "starter model, which was trained only on simulated RAW" in capsys.readouterr().out
     assert not (tmp_path / "data").exists()  # looking for a champion makes nothing
 
 
@@ -124,10 +129,7 @@ def test_help_names_every_verb():
 
 
 def test_a_dry_run_says_how_much_and_how_long():
-    from pipelines.cli import _estimate_line
-    from preprocessing.estimate import Estimate
-
-    line = _estimate_line(Estimate(tiles=40, bytes=58_000_000, seconds=None, cpus=2))
-    assert line == "about 40 tiles, 58 MB; how long is not known before a first run into these SHARDS"
-    line = _estimate_line(Estimate(tiles=60_000, bytes=87_000_000_000, seconds=7200.0, cpus=16))
+    line = estimate_line(Estimate(tiles=40, bytes=58_000_000, seconds=None, cpus=2))
+    assert line == "about 40 tiles, 58 MB; the time is unknown before a first run into these SHARDS"
+    line = estimate_line(Estimate(tiles=60_000, bytes=87_000_000_000, seconds=7200.0, cpus=16))
     assert line == "about 60000 tiles, 87 GB, 2.0 hours on 16 CPUs at the last run's rate"

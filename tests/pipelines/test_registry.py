@@ -66,14 +66,14 @@ def test_preparing_twice_keeps_what_is_there(uri):
 
 def test_a_broken_database_is_one_clear_line(tmp_path):
     (tmp_path / "mlflow.db").write_bytes(b"this is not a database that MLflow can read" * 100)
-    with pytest.raises(RegistryError, match=r"mlflow\.db: not a database") as caught:
+    with pytest.raises(RegistryError, match=r"mlflow\.db: expected MLflow's database") as caught:
         registry.prepare_database(f"sqlite:///{tmp_path}/mlflow.db")
     assert "\n" not in str(caught.value)
 
 
 def test_unwritable_data_folder(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RegistryError, match="cannot write there"):
+    with pytest.raises(RegistryError, match="expected a writable place"):
         registry.prepare_database(registry.default_tracking_uri(tmp_path / "file" / "data"))
 
 
@@ -112,11 +112,11 @@ def test_same_checkpoint_same_version_and_another_leaves_the_first_alone(uri, tm
 
 def test_champion_promotion_and_rollback(uri, tmp_path):
     assert registry.get_champion(uri) is None
-    with pytest.raises(RegistryError, match="no champion"):
+    with pytest.raises(RegistryError, match="expected a champion"):
         registry.rollback(uri)
     one, two, three = (register(uri, tmp_path / name, name.encode()) for name in ("one", "two", "three"))
     registry.set_champion(uri, one)
-    with pytest.raises(RegistryError, match="first champion"):
+    with pytest.raises(RegistryError, match="is the first"):
         registry.rollback(uri)
     registry.set_champion(uri, two)
     registry.set_champion(uri, two)  # a repeated promotion does not make it its own predecessor
@@ -169,13 +169,13 @@ def test_wrong_models_are_one_clear_line(uri, model, message):
 
 def test_run_without_checkpoint_and_folder_without_weights(uri, tmp_path):
     run_id = registry.create_run(uri, "train", "run")
-    with pytest.raises(RegistryError, match="no registered checkpoint"):
+    with pytest.raises(RegistryError, match="expected a registered checkpoint"):
         registry.resolve_model(uri, f"runs:/{run_id}")
-    with pytest.raises(RegistryError, match=r"lacks model\.safetensors and config\.json"):
+    with pytest.raises(RegistryError, match=r"without model\.safetensors and config\.json"):
         registry.register_model(uri, run_id, tmp_path)
-    with pytest.raises(RegistryError, match="no such run"):
+    with pytest.raises(RegistryError, match="expected a run in"):
         registry.register_model(uri, "0123", write_checkpoint(tmp_path / "one"))
-    with pytest.raises(RegistryError, match="no such version"):
+    with pytest.raises(RegistryError, match="expected a registered version"):
         registry.set_champion(uri, "12")
 
 
@@ -183,6 +183,6 @@ def test_asking_makes_no_database(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     uri = registry.default_tracking_uri(tmp_path)
     assert registry.get_champion(uri) is None
-    with pytest.raises(RegistryError, match="no MLflow database"):
+    with pytest.raises(RegistryError, match="expected an MLflow database"):
         registry.resolve_model(uri, "models:/sdan@champion")
     assert list(tmp_path.iterdir()) == []

@@ -9,9 +9,8 @@ from typer.testing import CliRunner
 
 from pipelines import config as configs
 from pipelines import registry, status
-from pipelines import train as training
 from pipelines.cli import app
-from pipelines.training import progress
+from pipelines.training.run_folder import PROGRESS, StoredRun
 
 
 @pytest.fixture
@@ -20,10 +19,10 @@ def data(tmp_path):
     now = time.time()
     for name, epoch, age_s in (("done", 4, 7200), ("going", 2, 5), ("cut", 1, 3600)):
         folder = tmp_path / "runs" / name
-        training._Run(configs.to_dict(configs.smoke()), "/shards", "0" * 32, None, 1).write(folder)
+        StoredRun(configs.to_dict(configs.smoke()), "/shards", "0" * 32, None, 1).write(folder)
         written = now - age_s
         report = {"time": written, "epoch": epoch, "epochs": 4, "val_psnr": 20.0 + epoch, "train_loss": 0.1}
-        (folder / progress.PROGRESS).write_text(json.dumps(report) + "\n")
+        (folder / PROGRESS).write_text(json.dumps(report) + "\n")
         live = {
             "time": written + 1,
             "epoch": epoch + 0.5,
@@ -48,7 +47,7 @@ def test_each_run_is_in_its_state(data):
         "done": "finished",
     }
     assert found["going"].detail == "epoch 2.5/4, loss 0.0500, PSNR 22.00 dB (self), 8.0 crops/s, 01:02 left"
-    assert "`sdan train /shards --resume --name cut` goes on" in found["cut"].detail
+    assert "continue with `sdan train /shards --resume --name cut`" in found["cut"].detail
     assert found["done"].detail == "epoch 4/4, loss 0.1000, PSNR 24.00 dB (self)"
 
 

@@ -151,7 +151,7 @@ def test_so_many_skipped_steps_in_a_row_end_the_run(smoke):
         step.train_step(training, inputs(number) if number == 0 else nothing, config, 1e-3)
         if number < 5:
             training.check_finite(config.train)
-    with pytest.raises(step.NotFiniteError, match=r"3 steps in a row had none; lower train\.learning_rate"):
+    with pytest.raises(step.NotFiniteError, match=r"NaN or infinity in 3 steps in a row; lower train\.learning_rate"):
         training.check_finite(config.train)
 
 
@@ -199,7 +199,7 @@ def test_parts_of_a_batch_add_up_to_the_batch(smoke):
 
 
 def test_parts_must_be_equal():
-    with pytest.raises(configs.ConfigError, match=r"accumulate: a number that divides .* = 8 expected, got 3"):
+    with pytest.raises(configs.ConfigError, match=r"accumulate: expected a divisor of .* = 8, got 3"):
         configs.TrainConfig(batch_per_worker=8, accumulate=3)
 
 
