@@ -1,12 +1,12 @@
-"""The attention inside cross packing attention (CPA) without its matrix.
+"""The attention inside cross packing attention (CPA), computed without storing the L x L matrix.
 
     out = softmax(rowmax(E) - E) X        with E = X X^T (the authors' code; the row maximum cancels in the softmax)
         = softmax(-X X^T) X               scaled-dot-product attention with a negated query, unscaled
 
-Logits are unscaled sums over the C positions of a token, so they grow with the tile; they are kept in float32
-throughout. On the CPU the matrix exists only as a block of queries at a time, forward and backward (which recomputes
-it from the logarithm of each row's sum). On a GPU the vendor's fused kernels do the same for C <= 256; where they
-cannot (C > 256: K=4 at 128x128 has C=1024), the blocks take over, so that the L x L matrix is never stored unnoticed.
+Logits are unscaled sums over the C positions of a token, so they grow with the tile; they stay in float32. On the CPU
+only one block of queries of the matrix exists at a time, in both passes (the backward pass recomputes it from the
+logarithm of each row's sum). On a GPU the vendor's fused kernels do the same for C <= 256. Wider tokens (K=4 at 128x128
+has C=1024) use the blocks there too, so the L x L matrix is never stored.
 
 Axes: N batch, L tokens, C values per token, B queries of a block.
 """
@@ -23,38 +23,38 @@ from sdan.ops import portable
 from sdan.ops.precision import cpu_has_bf16
 
 _BLOCK_VALUES = 2**20
-"""values of the matrix held at once (4 MB in float32: half or twice as many were slower)"""
+"""Values of the matrix per block: 4 MB in float32. Half or twice as many were slower."""
 _FUSED_WIDTH = 256
-"""the widest token of the fused CUDA kernels"""
+"""The widest token that the fused CUDA kernels support."""
 _EXPONENT = 32
-"""exp(z) = 2^32 sigmoid(z - 32 ln 2), to one part in 2^32, for z <= 0"""
+"""exp(z) = 2^32 sigmoid(z - 32 ln 2) for z <= 0, with a relative error of at most 2^-32."""
 
 
 def packed_attention(x_NLC: Tensor) -> Tensor:
-    """softmax(rowmax(E) - E) X with E = X X^T: the attention of CPA, linear in memory.
+    """softmax(rowmax(E) - E) X with E = X X^T: the attention of CPA, with memory linear in L.
 
     Args:
-        x_NLC: [N, L, C], any floating type; every token attends to every other of its image.
+        x_NLC: [N, L, C], any floating type; each token attends to all tokens of its image.
 
     Returns:
-        [N, L, C] in x's type. Once differentiable. Autocast leaves it in x's type, with logits in float32.
+        [N, L, C] in x's type. Once differentiable. Autocast does not change the type; logits are float32.
 
     Raises:
-        ValueError: not three axes.
+        ValueError: x does not have three axes.
     """
     if x_NLC.dim() != 3:
-        raise ValueError(f"x.dim() is not valid: got {x_NLC.dim()}, expected 3 for [N, L, C]")
+        raise ValueError(f"x.dim(): expected 3 for [N, L, C], got {x_NLC.dim()}")
     if portable.enabled():
         return _fused(x_NLC)
     if x_NLC.is_cuda and fused_on_cuda(x_NLC.shape[2], x_NLC.dtype, torch.cuda.get_device_capability(x_NLC.device)):
-        # Without the MATH form in the list PyTorch would rather raise than store the matrix.
+        # Without MATH in the list PyTorch raises instead of storing the matrix.
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
             return _fused(x_NLC)
     return _attention_op(x_NLC)[0]
 
 
 def fused_on_cuda(width: int, dtype: torch.dtype, capability: tuple[int, int]) -> bool:
-    """Whether PyTorch's flash or memory-efficient kernel takes tokens of this width and type on this GPU."""
+    """Whether PyTorch's flash or memory-efficient kernel supports tokens of this width and type on this GPU."""
     if dtype == torch.float64 or (dtype == torch.bfloat16 and capability < (8, 0)):
         return False
     return width <= _FUSED_WIDTH and width % 8 == 0
@@ -68,7 +68,7 @@ def _fused(x_NLC: Tensor) -> Tensor:
 
 @torch.library.custom_op("sdan::packed_attention", mutates_args=())
 def _attention_op(x_NLC: Tensor) -> tuple[Tensor, Tensor]:
-    """(output, [N, L] logarithm of each query's sum of exponentials)."""
+    """Output [N, L, C] and the logarithm of each query's sum of exponentials [N, L]."""
     output, log_sum_NL = _attention_fake(x_NLC)
     for x_LC, output_LC, log_sum_L in zip(x_NLC, output, log_sum_NL, strict=True):
         wide, narrow = _types(x_LC)
@@ -84,7 +84,7 @@ def _attention_op(x_NLC: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("sdan::packed_attention_backward", mutates_args=())
 def _attention_backward_op(grad_NLC: Tensor, x_NLC: Tensor, output_NLC: Tensor, log_sum_NL: Tensor) -> Tensor:
-    """d/dX through all three of its uses: as values, as keys and as (negated) queries."""
+    """d/dX through all three uses of X: as values, as keys and as (negated) queries."""
     grad_x = torch.empty_like(x_NLC, memory_format=torch.contiguous_format)
     for target_LC, *image in zip(grad_x, grad_NLC, x_NLC, output_NLC, log_sum_NL, strict=True):
         target_LC.copy_(_image_gradient(*image))
@@ -92,13 +92,13 @@ def _attention_backward_op(grad_NLC: Tensor, x_NLC: Tensor, output_NLC: Tensor, 
 
 
 def _image_gradient(grad_LC: Tensor, x_LC: Tensor, output_LC: Tensor, log_sum_L: Tensor) -> Tensor:
-    """Sums over blocks of queries, each a block of columns of the transposed matrix:
+    """The gradient of one image [L, C], summed over blocks of B queries, which are columns of the transposed matrix:
 
     weights = exp(-X x^T - log_sum)                       [L, B]
     slope = weights * (X grad^T - grad . output)          [L, B]
     dX += weights grad - slope x,   dx -= slope^T X       x, grad, output: the block's rows
 
-    What is subtracted before the exponential and the product stands in further columns of the operands.
+    Both subtractions are part of the matrix products: the operands get extra columns for them.
     """
     wide, narrow = _types(x_LC)
     exponent = _EXPONENT if _use_onednn(narrow) else 0
@@ -118,10 +118,10 @@ def _image_gradient(grad_LC: Tensor, x_LC: Tensor, output_LC: Tensor, log_sum_L:
 
 
 def _weights_and_slope(keys: Tensor, queries: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(keys queries^T), and that times (keys grads^T); the logits in at least float32.
+    """(weights, slope) = exp(keys queries^T) and weights * (keys grads^T); logits are at least float32.
 
-    oneDNN does each in one pass, on sums that are in float32 before they are rounded. It has no exponential, but far to
-    the left the sigmoid is one: there the caller puts the logits, and takes the power of two back with the gradient.
+    oneDNN computes each in one pass and rounds only after its float32 sums. It has no exponential, but the sigmoid of a
+    very negative number is one: the caller lowers the logits by 32 ln 2 and multiplies the gradient by 2^32.
     """
     if _use_onednn(keys):
         weights = torch.ops.mkldnn._linear_pointwise(keys, queries, None, "sigmoid", [], "")
@@ -132,7 +132,7 @@ def _weights_and_slope(keys: Tensor, queries: Tensor, grads: Tensor) -> tuple[Te
 
 
 def _with_column(values_LC: Tensor, column_L: Tensor) -> Tensor:
-    """[values, column]; beside bfloat16 the column becomes three that add up to its float32."""
+    """[values, column]; for bfloat16 the column is split into three whose sum is its float32 value."""
     parts = [column_L.to(values_LC.dtype)]
     while len(parts) < (3 if values_LC.dtype == torch.bfloat16 else 1):
         column_L = column_L - parts[-1]
@@ -162,8 +162,8 @@ def _backward(ctx: Any, grad_NLC: Tensor, _grad_log_sum: Tensor | None) -> Tenso
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError(
-        "sdan::packed_attention is once differentiable: got a double backward (create_graph=True); "
-        "use `with sdan.ops.portable_form():`"
+        "sdan::packed_attention: expected a single backward pass, got a double backward (create_graph=True); "
+        "use `with sdan.ops.portable_form(), torch.nn.attention.sdpa_kernel(SDPBackend.MATH):`"
     )
 
 
@@ -188,8 +188,9 @@ for _key in ("AutocastCPU", "AutocastCUDA"):
 
 
 def _types(x_LC: Tensor) -> tuple[Tensor, Tensor]:
-    """(for the logits: at least float32, for the other products: bfloat16 stays, float16 is too narrow for the
-    gradients).
+    """(x for the logits, x for the other products): at least float32, and bfloat16 for bfloat16 inputs, else the same.
+
+    float16 has too small a range for the gradients.
     """
     wide = x_LC.to(torch.promote_types(x_LC.dtype, torch.float32)).contiguous()
     return wide, x_LC.contiguous() if x_LC.dtype == torch.bfloat16 else wide
@@ -208,7 +209,10 @@ def _times_transposed(a_MK: Tensor, b_NK: Tensor) -> Tensor:
 
 
 def _use_onednn(matrix: Tensor) -> bool:
-    """MKL's float32 product has half of oneDNN's speed or less on AMD processors, and fuses nothing behind it."""
+    """Whether oneDNN has a fast product of this type.
+
+    On AMD processors MKL's float32 product has at most half the speed of oneDNN's. It also fuses no other operations.
+    """
     if matrix.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if matrix.dtype == torch.bfloat16:

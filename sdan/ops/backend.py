@@ -1,6 +1,4 @@
-"""Which code runs the sampling: Triton on a GPU that it supports (or under its interpreter), plain PyTorch everywhere
-else.
-"""
+"""Chooses the code that samples: Triton on GPUs that it supports (and under its interpreter), else plain PyTorch."""
 
 import functools
 import importlib
@@ -15,7 +13,7 @@ from torch import Tensor
 from sdan.ops import rows
 
 _log = logging.getLogger(__name__)
-_OLDEST = (8, 0)  # Triton's code for older GPUs is no longer tested upstream; the paper's 2080 Ti is (7, 5)
+_OLDEST = (8, 0)  # Triton no longer tests older GPUs; the paper's 2080 Ti is (7, 5)
 
 
 def kernels(tensor: Tensor) -> ModuleType:
@@ -31,7 +29,7 @@ def kernels(tensor: Tensor) -> ModuleType:
 
 @functools.cache
 def why_not_triton(device_index: int) -> str | None:
-    """None if the Triton kernels run on this GPU, else the reason, which is also said once in the log."""
+    """None if the Triton kernels run on this GPU, else the reason, which is also logged once."""
     capability = torch.cuda.get_device_capability(device_index)
     reason = None
     if importlib.util.find_spec("triton") is None:
@@ -39,11 +37,11 @@ def why_not_triton(device_index: int) -> str | None:
     elif capability < _OLDEST:
         reason = f"this GPU is sm_{capability[0]}{capability[1]}, older than sm_{_OLDEST[0]}{_OLDEST[1]}"
     if reason is not None:
-        _log.warning("cuda:%d: SDAN's operators run in their plain PyTorch form: %s", device_index, reason)
+        _log.warning("cuda:%d: SDAN's operators use plain PyTorch: %s", device_index, reason)
     return reason
 
 
 @functools.cache
 def _interpreting() -> bool:
-    """TRITON_INTERPRET=1 sends CPU tensors through the same kernels, launched by the same code, to test both."""
+    """TRITON_INTERPRET=1 sends CPU tensors through the same launch code and kernels, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None

@@ -1,4 +1,4 @@
-"""The full convolution: every window that touches the image, those that hang over its border included."""
+"""The full convolution: every window that touches the image, including windows that extend past its border."""
 
 from typing import Any
 
@@ -9,18 +9,18 @@ from torch.nn import functional
 from sdan.ops.rows import channels_last
 
 _BAND_VALUES = 2**20
-"""values of the input in a band of the weight gradient: 4 MB in float32"""
+"""Input values in one band of the weight gradient: 4 MB in float32."""
 
 
 def full_conv2d(input: Tensor, weight: Tensor) -> Tensor:
-    """y(p) = sum_k weight_k . input(p + k) for every p whose window meets the image, channels-last.
+    """y(p) = sum_k weight_k . input(p + k) for every p whose window touches the image.
 
     Args:
         input: [N, Cin, H, W].
         weight: [Cout, Cin, K, K], K odd.
 
     Returns:
-        [N, Cout, H + K - 1, W + K - 1], channels-last; autocast as `conv2d` is.
+        [N, Cout, H + K - 1, W + K - 1], channels-last. Autocast lowers it as it lowers `conv2d`.
     """
     device_type = input.device.type
     if torch.is_autocast_enabled(device_type) and input.dtype != torch.float64:
@@ -28,7 +28,7 @@ def full_conv2d(input: Tensor, weight: Tensor) -> Tensor:
         input, weight = input.to(dtype), weight.to(dtype)
     if device_type == "cpu":
         return _FullConv2d.apply(input, weight)
-    return _convolve(input, weight)  # cuDNN has no such slow case
+    return _convolve(input, weight)  # cuDNN does not have the slow case that _FullConv2d avoids
 
 
 def _convolve(input: Tensor, weight: Tensor) -> Tensor:
@@ -38,8 +38,10 @@ def _convolve(input: Tensor, weight: Tensor) -> Tensor:
 
 
 class _FullConv2d(torch.autograd.Function):
-    """oneDNN's weight gradient takes 3-5 times as long when the padding exceeds K // 2, and only that: pad there by
-    hand.
+    """The full convolution with a fast weight gradient on the CPU.
+
+    oneDNN's weight gradient takes 3-5 times as long when the padding exceeds K // 2, so the backward pass pads the
+    input itself. The forward pass and the input gradient have no such slow case.
     """
 
     @staticmethod
@@ -52,17 +54,17 @@ class _FullConv2d(torch.autograd.Function):
         input, weight = ctx.saved_tensors
         grad = channels_last(grad)
         grad_input = grad_weight = None
-        if ctx.needs_input_grad[1]:  # first, so that its padded copy is gone before grad_input is there
+        if ctx.needs_input_grad[1]:  # first, to free its padded copy before grad_input is allocated
             grad_weight = _weight_gradient(grad, input, weight)
         if ctx.needs_input_grad[0]:
-            # The transpose of the full convolution is the valid one with the kernel turned round.
-            turned = weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
-            grad_input = functional.conv2d(grad, turned)
+            # The transpose of the full convolution is the valid one with the kernel rotated by 180 degrees.
+            rotated = weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
+            grad_input = functional.conv2d(grad, rotated)
         return grad_input, grad_weight
 
 
 def _weight_gradient(grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
-    """Summed over bands of rows: the padded copy of the input and oneDNN's scratch are then those of a band."""
+    """Sums over bands of rows, so that the padded copy and oneDNN's scratch memory are needed for one band only."""
     num_images, channels, height, width = input.shape
     if torch.compiler.is_compiling():  # loops would fix the sizes
         return _band_gradient(grad, input, weight, 0, grad.shape[2])
@@ -78,7 +80,10 @@ def _weight_gradient(grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
 
 
 def _band_gradient(grad: Tensor, input: Tensor, weight: Tensor, top: int, bottom: int) -> Tensor:
-    """What the rows top ... bottom of y give. Row r of y saw the rows r - (K - 1) ... r of the input."""
+    """The part of the weight gradient from rows top to bottom (exclusive) of y.
+
+    Row r of y depends on rows r - (K - 1) to r of the input.
+    """
     num_images, channels, height, width = input.shape
     reach, half = weight.shape[-1] - 1, weight.shape[-1] // 2
     padded = input.new_zeros((num_images, bottom - top + reach, width + 2 * half, channels)).permute(0, 3, 1, 2)

@@ -1,16 +1,15 @@
-"""Deformable convolution with an offset per point of the window: torchvision's, for the DCN row of Table 2."""
+"""Deformable convolution with one offset per window tap (torchvision's), for the DCN row of Table 2."""
 
 import torch
 from torch import Tensor
 
 
 def per_point_deform_conv2d(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """output(p) = bias + sum_k weight_k . input(p + k + offset_k(p)): torchvision's `deform_conv2d`, stride 1, "same"
-    size.
+    """output(p) = bias + sum_k weight_k . input(p + k + offset_k(p)): torchvision's `deform_conv2d`, stride 1.
 
-    torchvision's CPU operator has no bfloat16 (nor float16), and on a GPU its sampling positions would be rounded to
-    it: half types are computed in float32 and the result is cast back, under autocast too. So it costs what float32
-    costs, with 9 C H W values of scratch memory for K=3.
+    Half types are computed in float32 and the result is cast back, also under autocast: torchvision's CPU operator
+    supports neither bfloat16 nor float16, and its GPU operator would round the sampling positions. So half types cost
+    as much as float32, with 9 C H W values of scratch memory for K=3.
 
     Args:
         input: [N, Cin, H, W], any floating type.
@@ -19,7 +18,7 @@ def per_point_deform_conv2d(input: Tensor, offset: Tensor, weight: Tensor, bias:
         bias: [Cout] or None.
 
     Returns:
-        [N, Cout, H, W] in the type of input.
+        [N, Cout, H, W] in the type of input ("same" size).
     """
     from torchvision.ops import deform_conv2d  # only Table 2's DCN row needs torchvision
 

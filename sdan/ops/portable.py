@@ -1,4 +1,4 @@
-"""The same sampling from elementary operators only: for exported files that must load without SDAN, and for higher
+"""The sampling in elementary PyTorch operators, for exported files that must load without SDAN and for higher
 derivatives.
 """
 
@@ -15,8 +15,10 @@ _portable = False
 
 @contextmanager
 def portable_form() -> Iterator[None]:
-    """Within it `sdan.ops` uses elementary PyTorch operators only: slower, but exportable anywhere (ONNX) and
-    differentiable at will.
+    """Inside this context `sdan.ops` uses only elementary PyTorch operators.
+
+    They are slower, but can be exported anywhere (ONNX, `.pt2`) and have derivatives of every order. (Attention also
+    needs `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` for derivatives beyond the first.)
     """
     global _portable
     before, _portable = _portable, True
@@ -27,11 +29,12 @@ def portable_form() -> Iterator[None]:
 
 
 def enabled() -> bool:
+    """Whether the caller is inside `portable_form()`."""
     return _portable
 
 
-def warp(input: Tensor, offset: Tensor, bias: Tensor | None, *, margin: int, relu: bool) -> Tensor:
-    """output(p) = input(p + margin + offset(p)) + bias, then ReLU if asked; gathers each corner in turn."""
+def warp(input: Tensor, offset: Tensor, bias: Tensor | None, margin: int) -> Tensor:
+    """output(p) = input(p + margin + offset(p)) + bias; gathers one corner after the other."""
     channels, height, width = input.shape[1:]
     y, x = positions(offset, margin)
     top, left = y.detach().floor(), x.detach().floor()
@@ -45,5 +48,4 @@ def warp(input: Tensor, offset: Tensor, bias: Tensor | None, *, margin: int, rel
             output = output + weight[:, None] * flat.gather(2, index[:, None].expand(-1, channels, -1))
     output = output.unflatten(2, tuple(offset.shape[2:]))
     output = torch.where(torch.isnan(offset).any(1, keepdim=True), float("nan"), output)
-    output = output if bias is None else output + bias[:, None, None]
-    return output.relu() if relu else output
+    return output if bias is None else output + bias[:, None, None]

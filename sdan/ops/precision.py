@@ -18,7 +18,7 @@ _BF16_CAPABILITY = (8, 0)
 
 
 def native_precision(device: torch.device) -> Precision:
-    """The fastest precision that `device` has instructions for.
+    """The fastest precision that `device` supports in hardware.
 
     Returns:
         CUDA: bf16 from sm_80 on, else fp16. CPU: bf16 with AVX512_BF16 or AMX, else fp32. Other devices: fp32.
@@ -37,8 +37,8 @@ def resolve(precision: str, device: torch.device) -> Precision:
     """The precision to compute in on `device`.
 
     Args:
-        precision: auto, fp32, bf16 or fp16; auto becomes `native_precision`, and fp16 becomes fp32 on a CPU, where it
-            has no advantage.
+        precision: auto, fp32, bf16 or fp16; auto becomes `native_precision`, and fp16 becomes fp32 on a CPU, where
+            fp16 has no advantage.
 
     Raises:
         ValueError: any other name.
@@ -61,7 +61,9 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
 
 
 def emulation_warning(precision: str, device: torch.device) -> str | None:
-    """One line for an explicit bf16 that this CPU would emulate; None where there is nothing to warn about."""
+    """One line for an explicit bf16 that this CPU would emulate; None if no warning is needed."""
     if precision == "bf16" and device.type == "cpu" and not cpu_has_bf16():
-        return "train.precision: bf16 on a CPU without bf16 instructions, about 10 times slower here; use auto or fp32"
+        return (
+            "train.precision: expected auto or fp32, got bf16, which this CPU emulates about 10 times slower than fp32"
+        )
     return None

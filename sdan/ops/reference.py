@@ -1,4 +1,4 @@
-"""The operators written out, slow and beyond doubt: what everything else in `sdan.ops` is tested against."""
+"""The operators written out plainly and slowly: the references for the tests and the self-test."""
 
 import math
 
@@ -7,9 +7,10 @@ from torch import Tensor
 
 
 def squared_deform_loops(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Eq. 5 as nested loops in float64, from its definition: every tap of every window sampled on its own.
+    """Eq. 5 as nested loops in float64: every tap of every window is sampled separately.
 
-    Args and result as `squared_deform_conv2d`; offsets finite. Takes about a microsecond per N Cout Cin K K H W.
+    Arguments and result as in `squared_deform_conv2d`, but offsets must be finite. Takes about N Cout Cin K K H W
+    microseconds.
     """
     num_images, channels_in, height, width = input.shape
     channels_out, half = weight.shape[0], weight.shape[2] // 2
@@ -30,7 +31,7 @@ def squared_deform_loops(input: Tensor, offset: Tensor, weight: Tensor, bias: Te
 
 
 def _bilinear(plane: list[list[float]], y: float, x: float) -> float:
-    """The picture at (y, x): weights (1 - distance) of the four pixels around it, 0 for those outside."""
+    """The value at (y, x): each of the four pixels around it has weight (1 - |dy|) (1 - |dx|), or 0 if outside."""
     total = 0.0
     for row in (math.floor(y), math.floor(y) + 1):
         for column in (math.floor(x), math.floor(x) + 1):
@@ -40,7 +41,7 @@ def _bilinear(plane: list[list[float]], y: float, x: float) -> float:
 
 
 def squared_deform_repeated(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The authors' way: the offset repeated for each of the K*K taps of torchvision's per-point operator."""
+    """The authors' implementation: torchvision's per-point operator with the same offset for each of the K*K taps."""
     from torchvision.ops import deform_conv2d  # `import sdan` must not need torchvision
 
     kernel = weight.shape[-1]
@@ -48,7 +49,7 @@ def squared_deform_repeated(input: Tensor, offset: Tensor, weight: Tensor, bias:
 
 
 def explicit_attention(x_NLC: Tensor) -> Tensor:
-    """The authors' way: softmax(rowmax(E) - E) X with the whole matrix E = X X^T."""
+    """The authors' implementation: softmax(rowmax(E) - E) X with the whole matrix E = X X^T."""
     energy_NLL = torch.bmm(x_NLC, x_NLC.transpose(1, 2))
     energy_NLL = energy_NLL.amax(dim=-1, keepdim=True).expand_as(energy_NLL) - energy_NLL
     return torch.bmm(energy_NLL.softmax(dim=-1).to(x_NLC.dtype), x_NLC)

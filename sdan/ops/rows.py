@@ -1,9 +1,8 @@
-"""The sampling in plain PyTorch, on channels-last rows: every device, every floating type, deterministic.
+"""The sampling in plain PyTorch, on channels-last rows, for every device and every floating type; deterministic.
 
-A picture is a table of rows, one per pixel, C values each. Bilinear sampling is then a weighted sum of four rows,
-which is what `embedding_bag` with per-sample weights computes in one pass; its transpose (the scatter of the backward
-pass) is the same operation on the samples sorted by target. No atomics, so that the result never depends on the order
-of threads.
+An image is a table with one row of C values per pixel. Bilinear sampling is then a weighted sum of four rows, which
+`embedding_bag` with per-sample weights computes in one pass. The backward pass scatters: it sorts the samples by target
+and applies `embedding_bag` again. There are no atomics, so the result does not depend on the order of threads.
 
 Axes: N batch, C channels, H W output rows and columns, P = N H W samples, Q = N frame_height frame_width frame pixels.
 """
@@ -14,39 +13,36 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_SUM = 0  # embedding_bag's number for mode="sum"
-_INT32_ROWS = 2**29  # 4 P and Q below 2^31: int32 indices halve the time of the sort
-_BAND_SAMPLES = 2**14  # samples whose channels are held a second time
+_SUM = 0  # embedding_bag's code for mode="sum"
+_INT32_ROWS = 2**29  # below this, indices are int32, which halves the time of the sort
+_BAND_SAMPLES = 2**14  # samples per band of the half-type offset gradient, which copies their channels
 
 
 @dataclass(frozen=True)
 class Corners:
-    """Where each sample falls between the four pixels around it. Axis 0 of `inside_*`, `weight_*`, `invalid` is (y,
-    x).
-    """
+    """The four pixels around each sample and their bilinear weights. Axis 0 of `inside_*` and `weight_*` is (y, x)."""
 
     index_P4: Tensor
-    """row of the frame table per corner (top left, top right, bottom left, bottom right), always inside the table"""
+    """Row of the frame table for each corner (top left, top right, bottom left, bottom right); always a valid row."""
     inside_low: Tensor
-    """[2, P] whether the upper (left) corner lies in the frame, 0 or 1"""
+    """[2, P] 1 if the upper (left) corner is inside the frame, else 0."""
     inside_high: Tensor
-    """[2, P] the same for the lower (right) corner"""
+    """[2, P] the same for the lower (right) corner."""
     weight_low: Tensor
-    """[2, P] bilinear weight of the upper (left) corner, 0 where outside"""
+    """[2, P] bilinear weight of the upper (left) corner, 0 if outside."""
     weight_high: Tensor
-    """[2, P] the same for the lower (right) corner"""
+    """[2, P] the same for the lower (right) corner."""
     invalid: Tensor
-    """[P] True where the offset is NaN"""
+    """[P] True if the offset is NaN."""
 
     def weights_P4(self, dtype: torch.dtype) -> Tensor:
+        """The weight of each corner, in the order of `index_P4`."""
         (top, left), (bottom, right) = self.weight_low, self.weight_high
         return torch.stack((top * left, top * right, bottom * left, bottom * right), dim=1).to(dtype)
 
 
 def positions(offset_N2HW: Tensor, margin: int) -> Tensor:
-    """Sampling positions [2, N, H, W] (y, x) in a frame that is `margin` pixels larger on each side; at least
-    float32.
-    """
+    """Sampling positions [2, N, H, W], (y, x), at least float32, in a frame `margin` pixels larger on each side."""
     offset = offset_N2HW.transpose(0, 1)
     offset = offset.to(torch.promote_types(offset.dtype, torch.float32))
     height, width = offset.shape[2:]
@@ -55,25 +51,18 @@ def positions(offset_N2HW: Tensor, margin: int) -> Tensor:
     return offset + torch.stack(torch.meshgrid(rows, columns, indexing="ij")).unsqueeze(1)
 
 
-def inside_mask(offset_N2HW: Tensor) -> Tensor:
-    """[N, 1, H, W] float32, 1 where p + offset(p) lies in the image; 0 for NaN."""
-    y, x = positions(offset_N2HW, margin=0)
-    height, width = offset_N2HW.shape[2:]
-    return ((y >= 0) & (y <= height - 1) & (x >= 0) & (x <= width - 1)).to(torch.float32).unsqueeze(1)
-
-
 def find_corners(offset_N2HW: Tensor, frame: tuple[int, int], margin: int) -> Corners:
-    """The four corners of each sample; NaN and infinite offsets give weight 0 and an index inside the table."""
+    """The four corners of each sample; NaN and infinite offsets get weight 0 and a valid row index."""
     num_images, (height, width) = offset_N2HW.shape[0], frame
     position = positions(offset_N2HW, margin)
     size = torch.tensor(frame, device=position.device, dtype=position.dtype).view(2, 1, 1, 1)
-    bounded = torch.minimum(position.clamp(min=-2), size)  # -1 itself still has a slope
+    bounded = torch.minimum(position.clamp(min=-2), size)  # -2, not -1: at exactly -1 the slope is not 0
     low = bounded.floor()
     share = bounded - low
     inside_low = (low >= 0) & (low < size)  # False for NaN
     inside_high = (low >= -1) & (low < size - 1)
-    # The index of a corner outside is the index of its neighbour inside, so that a NaN elsewhere in the picture
-    # cannot leak in.
+    # A corner outside the frame takes the index of its neighbour inside, so that a NaN elsewhere in the image is not
+    # read.
     finite = low.nan_to_num_(nan=0.0)
     last = size - 1
     wide = torch.int32 if num_images * max(height * width, 4 * offset_N2HW[0, 0].numel()) < _INT32_ROWS else torch.int64
@@ -93,10 +82,10 @@ def find_corners(offset_N2HW: Tensor, frame: tuple[int, int], margin: int) -> Co
 
 
 def channels_last(image_NCHW: Tensor) -> Tensor:
-    """The image in channels-last memory; itself if it is.
+    """The image in channels-last memory, without a copy if it already is.
 
-    A transposed copy of a matrix goes by tiles in PyTorch, a permuted copy of a batch does not: image by image takes
-    half the time. (Not while tracing, where the loop would fix the batch size.)
+    On the CPU each image is transposed separately: PyTorch tiles the copy of a transposed matrix but not that of a
+    permuted batch, so this takes half the time. Not while tracing, where the loop would fix the batch size.
     """
     if image_NCHW.is_contiguous(memory_format=torch.channels_last) or torch.compiler.is_compiling():
         return image_NCHW.contiguous(memory_format=torch.channels_last)
@@ -115,32 +104,27 @@ def to_rows(image_NCHW: Tensor) -> Tensor:
 
 
 def from_rows(rows: Tensor, num_images: int, size: tuple[int, int]) -> Tensor:
-    """The channels-last [N, C, H, W] whose rows these are."""
+    """The inverse of `to_rows`: channels-last [N, C, H, W]."""
     return rows.view(num_images, *size, rows.shape[-1]).permute(0, 3, 1, 2)
 
 
-def warp(
-    input: Tensor, offset: Tensor, bias: Tensor | None, *, margin: int, relu: bool, with_mask: bool
-) -> tuple[Tensor, Tensor]:
-    """output(p) = bias + sum over the four corners q of weight(p, q) input(q), then ReLU if asked; and the mask M."""
+def warp(input: Tensor, offset: Tensor, bias: Tensor | None, margin: int) -> Tensor:
+    """output(p) = bias + sum over the four corners q of weight(p, q) input(q)."""
     corners = find_corners(offset, _frame(input), margin)
     rows = _sum_rows(to_rows(input), corners.index_P4, corners.weights_P4(input.dtype))
     outside = (corners.weight_low + corners.weight_high).amin(dim=0) == 0
-    # A sample wholly outside is 0 even if the border pixel next to it is not finite; a NaN offset is not hidden.
+    # A sample wholly outside is 0 even if the nearest border pixel is not finite. A NaN offset gives NaN.
     rows.index_fill_(0, outside.nonzero().flatten(), 0.0)
     rows.index_fill_(0, corners.invalid.nonzero().flatten(), float("nan"))
     if bias is not None:
         rows.add_(bias)
-    if relu:
-        rows.relu_()
-    mask = inside_mask(offset) if with_mask else offset.new_empty(0, dtype=torch.float32)
-    return from_rows(rows, input.shape[0], (offset.shape[2], offset.shape[3])), mask
+    return from_rows(rows, input.shape[0], (offset.shape[2], offset.shape[3]))
 
 
 def warp_backward(
-    grad: Tensor, input: Tensor, offset: Tensor, *, margin: int, need_input: bool, need_offset: bool
+    grad: Tensor, input: Tensor, offset: Tensor, margin: int, *, need_input: bool, need_offset: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of `warp` with respect to input and offset; an empty tensor for one that is not needed."""
+    """The gradients of `warp` with respect to input and offset; an empty tensor for a gradient that is not needed."""
     corners = find_corners(offset, _frame(input), margin)
     grad_rows = to_rows(grad)
     grad_input, grad_offset = grad.new_empty(0), offset.new_empty(0)
@@ -155,8 +139,9 @@ def warp_backward(
 
 
 def scatter(grad_rows: Tensor, corners: Corners, num_targets: int) -> Tensor:
-    """grad_input(q) = sum over samples p that touch q of weight(p, q) grad(p): the samples sorted by q, then bags of
-    rows.
+    """grad_input(q) = sum of weight(p, q) grad(p) over the samples p that read q.
+
+    Sorts the samples by q, then sums one bag of rows per q.
     """
     index = corners.index_P4.flatten()
     order = index.sort(stable=True).indices
@@ -170,7 +155,7 @@ def _offset_gradient(grad_rows: Tensor, input_rows: Tensor, corners: Corners) ->
     """[2, P]: sum over channels of grad(p) times the slope of the bilinear patch, (d/dy, d/dx), at least float32."""
     if grad_rows.dtype in (torch.float32, torch.float64):
         steps = _slopes(corners, _dots(grad_rows, input_rows, corners.index_P4).t().contiguous().to(corners.weight_low))
-    else:  # the scalar dots are slow in half types: sample with the slopes as weights, then one dot each
+    else:  # `_dots` is slow in half types: sample with the slopes as weights, then take one dot product per axis
         corner_slopes = _slopes(corners, torch.eye(4, device=grad_rows.device).unsqueeze(-1))  # [2, 4, P]
         steps = torch.empty_like(corner_slopes[:, 0])
         for first in range(0, len(grad_rows), _BAND_SAMPLES):
@@ -184,7 +169,7 @@ def _offset_gradient(grad_rows: Tensor, input_rows: Tensor, corners: Corners) ->
 
 
 def _slopes(corners: Corners, values_4P: Tensor) -> Tensor:
-    """(d/dy, d/dx) of the bilinear patch through four corner values; values may have more axes before the last."""
+    """(d/dy, d/dx) of the bilinear patch through four corner values [4, ..., P]."""
     (top, left), (bottom, right) = corners.weight_low, corners.weight_high
     (has_top, has_left), (has_bottom, has_right) = corners.inside_low, corners.inside_high
     top_left, top_right, bottom_left, bottom_right = values_4P
@@ -198,8 +183,9 @@ def _sum_rows(rows: Tensor, index_P4: Tensor, weights_P4: Tensor) -> Tensor:
 
 
 def _dots(grad_rows: Tensor, input_rows: Tensor, index_P4: Tensor) -> Tensor:
-    """[P, 4]: grad(p) . input(q) for the four corners q, without gathering them: embedding_bag's own weight
-    gradient.
+    """[P, 4]: grad(p) . input(q) for the four corners q.
+
+    This is embedding_bag's gradient for its weights, which does not gather the corners.
     """
     num_samples = index_P4.shape[0]
     bag = torch.arange(4 * num_samples, device=index_P4.device, dtype=index_P4.dtype).bitwise_right_shift_(2)
@@ -211,7 +197,7 @@ def _dots(grad_rows: Tensor, input_rows: Tensor, index_P4: Tensor) -> Tensor:
 
 
 def _bags(rows: Tensor, index: Tensor, ends: Tensor, weights: Tensor) -> Tensor:
-    """Row q of the result: the weighted sum of rows[index[ends[q] : ends[q + 1]]]; 0 for an empty bag."""
+    """Row q of the result is the weighted sum of rows[index[ends[q] : ends[q + 1]]]; 0 for an empty bag."""
     return functional.embedding_bag(index, rows, ends, per_sample_weights=weights, mode="sum", include_last_offset=True)
 
 

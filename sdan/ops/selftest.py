@@ -1,4 +1,4 @@
-"""Checks the operators on this machine, in seconds: what `sdan doctor` prints about them."""
+"""Checks the operators on this machine, in seconds; `sdan doctor` prints the result."""
 
 import importlib.util
 import time
@@ -13,7 +13,7 @@ from torch import Tensor
 from sdan.ops import reference
 from sdan.ops.attention import packed_attention
 from sdan.ops.backend import why_not_triton
-from sdan.ops.squared_deform import squared_deform_conv2d, squared_deform_conv2d_with_mask
+from sdan.ops.squared_deform import offset_mask, squared_deform_conv2d
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Check:
     name: str
     status: Literal["ok", "skipped", "failed"]
     detail: str
-    """what was measured, why it was skipped, or what went wrong"""
+    """What was measured, why the check was skipped, or what went wrong."""
 
 
 def selftest() -> list[Check]:
@@ -31,7 +31,7 @@ def selftest() -> list[Check]:
 
     Returns:
         Checks in a fixed order: CPU identities, Triton, then for each GPU the kernels against the CPU, the
-        deterministic form, and the time beside torchvision's operator.
+        deterministic form, and the speed against torchvision's operator.
     """
     checks = [
         _run("squared deformable convolution, CPU", _squared_deform_identity),
@@ -39,7 +39,7 @@ def selftest() -> list[Check]:
         _triton_check(),
     ]
     if not torch.cuda.is_available():
-        return [*checks, Check("GPU kernels", "skipped", "PyTorch sees no CUDA GPU; the CPU form is used")]
+        return [*checks, Check("GPU kernels", "skipped", "PyTorch sees no CUDA GPU; the CPU code is used")]
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
         name = f"cuda:{index} {torch.cuda.get_device_name(index)}"
@@ -52,13 +52,13 @@ def selftest() -> list[Check]:
 def _run(name: str, check: Callable[[], str]) -> Check:
     try:
         return Check(name, "ok", check())
-    except Exception as error:  # a self-test reports whatever happens
+    except Exception as error:  # a self-test reports every failure
         return Check(name, "failed", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
 
 
 def _triton_check() -> Check:
     if importlib.util.find_spec("triton") is None:
-        return Check("Triton", "skipped", "not installed; GPUs would use the plain PyTorch form")
+        return Check("Triton", "skipped", "not installed; GPUs use plain PyTorch")
     import triton
 
     if not torch.cuda.is_available():
@@ -68,7 +68,7 @@ def _triton_check() -> Check:
 
 
 def _case(dtype: torch.dtype, channels: int = 5, height: int = 9, width: int = 13) -> tuple[Tensor, ...]:
-    """Seeded (input, offset, weight, bias), offsets that leave the image here and there."""
+    """Seeded (input, offset, weight, bias), with some offsets that leave the image."""
     generator = torch.Generator().manual_seed(3)
     shapes = ((2, channels, height, width), (2, 2, height, width), (channels, channels, 3, 3), (channels,))
     input, offset, weight, bias = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
@@ -76,7 +76,7 @@ def _case(dtype: torch.dtype, channels: int = 5, height: int = 9, width: int = 1
 
 
 def _gradients(operator: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    """Value and gradients under a fixed upstream gradient."""
+    """[value, gradient of each tensor] for a fixed upstream gradient."""
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     output = operator(*leaves)
     upstream = torch.linspace(-1, 1, output.numel(), device=output.device).view_as(output).to(output.dtype)
@@ -84,14 +84,14 @@ def _gradients(operator: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> 
 
 
 def _largest_error(got: list[Tensor], expected: list[Tensor]) -> float:
-    """Largest relative error over all tensors, each against its own largest value."""
+    """Largest error over all tensors, relative to the largest value of each."""
     pairs = zip(got, expected, strict=True)
     return max(float((a.cpu().double() - b.cpu().double()).abs().max() / b.abs().max()) for a, b in pairs)
 
 
 def _require(error: float, limit: float, what: str) -> str:
     if not error <= limit:
-        raise RuntimeError(f"{what}: relative error {error:.1e}, expected at most {limit:.0e}")
+        raise RuntimeError(f"{what}: expected a relative error of at most {limit:.0e}, got {error:.1e}")
     return f"{what}: relative error {error:.1e}"
 
 
@@ -120,9 +120,8 @@ def _gpu_identity(device: torch.device) -> str:
             got = _gradients(squared_deform_conv2d, tuple(tensor.to(device) for tensor in case))
         name = str(dtype).removeprefix("torch.")
         lines.append(_require(_largest_error(got, expected), limit, name))
-        mask = squared_deform_conv2d_with_mask(*(tensor.to(device) for tensor in case))[1]
-        if not torch.equal(mask.cpu(), squared_deform_conv2d_with_mask(*case)[1]):
-            raise RuntimeError(f"{name}: the mask differs from the CPU's")
+        if not torch.equal(offset_mask(case[1].to(device)).cpu(), offset_mask(case[1])):
+            raise RuntimeError(f"{name}: expected the CPU's offset mask, got a different one")
     return "; ".join(lines)
 
 
@@ -136,8 +135,8 @@ def _gpu_deterministic(device: torch.device) -> str:
     finally:
         torch.use_deterministic_algorithms(before)
     if not all(torch.equal(a, b) for a, b in zip(first, second, strict=True)):
-        raise RuntimeError("two runs differ under torch.use_deterministic_algorithms(True)")
-    return "two runs equal bit for bit"
+        raise RuntimeError("torch.use_deterministic_algorithms(True): expected two equal runs, got a difference")
+    return "two runs are equal bit for bit"
 
 
 def _gpu_speed(device: torch.device) -> str:

@@ -1,18 +1,16 @@
 """The sampling as Triton kernels, forward and backward.
 
-    forward     output(p, c) = bias(c) + sum_q weight(p, q) input(q, c), then ReLU if asked
-                M(p) = 1 where p + offset(p) is inside the image, else 0
+    forward     output(p, c) = bias(c) + sum_q weight(p, q) input(q, c)
     backward    grad_input(q, c) += weight(p, q) grad(p, c)
                 grad_offset(p) = sum_c grad(p, c) sum_q (d weight(p, q) / d offset) input(q, c)
 
-q runs over the four frame pixels around p + margin + offset(p). Everything is channels-last, so that the C values of
-a corner lie side by side: a program takes BLOCK_P samples of one image, reads their offsets once, and moves BLOCK_C
-channels per corner in wide loads. Positions, weights and sums over channels are in ACC (float32; float64 for float64
-inputs).
+q runs over the four frame pixels around p + margin + offset(p). All images are channels-last, so the C values of a
+corner are contiguous. A program takes BLOCK_P samples of one image, reads their offsets once, and reads BLOCK_C
+channels per corner in wide loads. Positions, weights and sums over channels are in ACC (float64 for float64 inputs,
+else float32).
 
-Addresses are 64-bit from the image's start on; a sample's position within one image fits 32 bits. Infinite offsets
-are clamped to just outside the frame before they become integers, and a NaN is replaced there, so no address is ever
-formed from either.
+Addresses are 64-bit; a sample's position within its image is 32-bit. Before positions become integers, infinite ones
+are clamped to just outside the frame and NaNs are replaced by a position there, so neither can form an address.
 """
 
 import triton
@@ -21,11 +19,11 @@ import triton.language as tl
 
 @triton.jit
 def _axis(position: tl.tensor, size: tl.tensor) -> tl.tensor:
-    """One axis of the corners: lower index, whether each neighbour is in the frame, and their weights (NaN for a NaN
-    position).
+    """One axis of the corners: the lower index, whether the lower and the upper neighbour are in the frame, and the
+    weights of both (NaN for a NaN position).
     """
     bounded = tl.where(position == position, position, -2.0)
-    # -2, not -1: at exactly -1 the neighbour inside has weight 0 but a slope; beyond, nothing.
+    # -2, not -1: at exactly -1 the neighbour inside has weight 0, but the slope is not 0.
     bounded = tl.minimum(tl.maximum(bounded, -2.0), size.to(position.dtype))
     low = tl.floor(bounded)
     share = tl.where(position == position, bounded - low, position)
@@ -38,12 +36,12 @@ def _sample_block(
     offset_ptr: tl.tensor,
     height: tl.tensor,
     width: tl.tensor,
-    margin: tl.tensor,
     BLOCK_P: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tl.tensor:
-    """This program's image and samples, and their positions in the image (no margin). Offsets are [N, 2, H, W],
-    contiguous.
+    """This program's image and samples, and their positions in the image (without margin).
+
+    Offsets are contiguous [N, 2, H, W].
     """
     plane = height * width
     num_blocks = tl.cdiv(plane, BLOCK_P)
@@ -66,8 +64,8 @@ def _corner_block(
     margin: tl.tensor,
     ACC: tl.constexpr,
 ) -> tl.tensor:
-    """The four frame pixels around each sample: the upper left one's number in the batch (int64), then which rows and
-    columns are in the frame, and the weights of each.
+    """The four frame pixels around each sample: the upper left one's index in the batch (int64), then which rows and
+    columns are in the frame, and the weight of each.
     """
     row, has_top, has_bottom, top, bottom = _axis(y + margin.to(ACC), frame_height)
     column, has_left, has_right, left, right = _axis(x + margin.to(ACC), frame_width)
@@ -81,7 +79,6 @@ def warp_forward_kernel(
     offset_ptr: tl.tensor,
     bias_ptr: tl.tensor,
     output_ptr: tl.tensor,
-    mask_ptr: tl.tensor,
     channels: tl.tensor,
     height: tl.tensor,
     width: tl.tensor,
@@ -89,17 +86,12 @@ def warp_forward_kernel(
     frame_width: tl.tensor,
     margin: tl.tensor,
     HAS_BIAS: tl.constexpr,
-    RELU: tl.constexpr,
-    WITH_MASK: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ) -> None:
-    """output(p, c) = bias(c) + sum_q weight(p, q) input(q, c), ReLU if asked; M(p) from the same read of the offset."""
-    image, sample, valid, y, x = _sample_block(offset_ptr, height, width, margin, BLOCK_P, ACC)
-    if WITH_MASK:
-        inside = (y >= 0) & (y <= (height - 1).to(ACC)) & (x >= 0) & (x <= (width - 1).to(ACC))
-        tl.store(mask_ptr + image * height * width + sample, inside.to(tl.float32), mask=valid)
+    """output(p, c) = bias(c) + sum_q weight(p, q) input(q, c)."""
+    image, sample, valid, y, x = _sample_block(offset_ptr, height, width, BLOCK_P, ACC)
     pixel, has_top, has_bottom, has_left, has_right, top, bottom, left, right = _corner_block(
         image, y, x, frame_height, frame_width, margin, ACC
     )
@@ -123,8 +115,6 @@ def warp_forward_kernel(
         ).to(ACC)
         if HAS_BIAS:
             acc += tl.load(bias_ptr + channel, mask=channel < channels, other=0.0).to(ACC)
-        if RELU:
-            acc = tl.where(acc < 0.0, 0.0, acc)  # keeps NaN, as torch.relu does
         tl.store(target + channel, acc.to(output_ptr.dtype.element_ty), mask=active)
 
 
@@ -140,15 +130,12 @@ def _corner_gradient(
     NEED_OFFSET: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tl.tensor:
-    """Add this corner's share to grad_input; returns grad . input(corner) over the block's channels, 0 where not
-    `keep`.
-    """
+    """Add this corner's share to grad_input; return grad . input(corner) over the block's channels, 0 if not `keep`."""
     dot = tl.sum(grad * 0.0, axis=1)
     if NEED_OFFSET:
         dot = tl.sum(grad * tl.load(input_ptr + address, mask=keep, other=0.0).to(ACC), axis=1)
     if NEED_INPUT:
-        # A NaN offset has no target: its weight is NaN, and the corner it was clamped to lies outside, so `keep` is
-        # False.
+        # For a NaN offset the weight is NaN, but `keep` is False: the position that replaces it is outside the frame.
         share = (weight[:, None] * grad).to(grad_input_ptr.dtype.element_ty)
         tl.atomic_add(grad_input_ptr + address, share, mask=keep, sem="relaxed")
     return dot
@@ -173,10 +160,8 @@ def warp_backward_kernel(
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ) -> None:
-    """grad_input(q, c) += weight(p, q) grad(p, c), by atomics; grad_offset(p), summed over all channels in ACC by one
-    program.
-    """
-    image, sample, valid, y, x = _sample_block(offset_ptr, height, width, margin, BLOCK_P, ACC)
+    """grad_input(q, c) += weight(p, q) grad(p, c), by atomics; one program sums grad_offset(p) over all channels."""
+    image, sample, valid, y, x = _sample_block(offset_ptr, height, width, BLOCK_P, ACC)
     pixel, has_top, has_bottom, has_left, has_right, top, bottom, left, right = _corner_block(
         image, y, x, frame_height, frame_width, margin, ACC
     )
@@ -237,7 +222,7 @@ def warp_backward_kernel(
             ACC,
         )
     if NEED_OFFSET:
-        # Corners outside gave dot 0, so their weights need no mask here.
+        # The dot of a corner outside the frame is 0, so its weight needs no mask here.
         grad_y = left * (dot_bl - dot_tl) + right * (dot_br - dot_tr)
         grad_x = top * (dot_tr - dot_tl) + bottom * (dot_br - dot_bl)
         invalid = (y != y) | (x != x)

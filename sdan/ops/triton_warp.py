@@ -1,8 +1,7 @@
-"""Launches the Triton kernels: the same `warp` and `warp_backward` as `sdan.ops.rows`, on a GPU or under Triton's
-interpreter.
+"""Launches the Triton kernels on a GPU or under Triton's interpreter: `warp` and `warp_backward` as in `sdan.ops.rows`.
 
-The launch decides everything that a kernel takes for granted: channels-last inputs, contiguous offsets, the tensors'
-own GPU (`torch.cuda.device`) and PyTorch's current stream on it, which is the one that Triton launches on.
+The launch ensures what the kernels assume: channels-last inputs, contiguous offsets, and the tensors' GPU as the
+current device (`torch.cuda.device`). Triton launches on PyTorch's current stream of that device.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -17,19 +16,16 @@ from sdan.ops import rows
 from sdan.ops.triton_kernels import warp_backward_kernel, warp_forward_kernel
 
 _FORWARD_VALUES = 1024
-"""values per program and corner: 8 per thread at 4 warps, 128-bit loads (`python benchmarks/compile_report.py`)"""
+"""Values per program and corner: 8 per thread at 4 warps, for 128-bit loads (see benchmarks/compile_report.py)."""
 _BACKWARD_VALUES = {8: 256, 4: 512, 2: 256}
-"""the same for the backward pass, by bytes per value: the largest that do not spill on sm_80"""
+"""The same for the backward pass, by bytes per value: the largest that do not spill registers on sm_80."""
 
 
-def warp(
-    input: Tensor, offset: Tensor, bias: Tensor | None, *, margin: int, relu: bool, with_mask: bool
-) -> tuple[Tensor, Tensor]:
-    """output(p) = bias + sum over the four corners q of weight(p, q) input(q), then ReLU if asked; and the mask M."""
+def warp(input: Tensor, offset: Tensor, bias: Tensor | None, margin: int) -> Tensor:
+    """output(p) = bias + sum over the four corners q of weight(p, q) input(q)."""
     input, offset = input.contiguous(memory_format=torch.channels_last), offset.contiguous()
     num_images, _, height, width = offset.shape
     output = input.new_empty((num_images, height, width, input.shape[1])).permute(0, 3, 1, 2)
-    mask = offset.new_empty((num_images, 1, height, width) if with_mask else (0,), dtype=torch.float32)
     meta = launch_meta(input.shape[1], input.dtype, backward=False)
     with _on(input):
         warp_forward_kernel[(_grid(offset, meta["BLOCK_P"]),)](
@@ -37,23 +33,20 @@ def warp(
             offset,
             bias if bias is not None else input,  # never read without HAS_BIAS
             output,
-            mask,
             *_sizes(input, offset, margin),
             HAS_BIAS=bias is not None,
-            RELU=relu,
-            WITH_MASK=with_mask,
             **meta,
         )
-    return output, mask
+    return output
 
 
 def warp_backward(
-    grad: Tensor, input: Tensor, offset: Tensor, *, margin: int, need_input: bool, need_offset: bool
+    grad: Tensor, input: Tensor, offset: Tensor, margin: int, *, need_input: bool, need_offset: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of `warp` with respect to input and offset; an empty tensor for one that is not needed.
+    """The gradients of `warp` with respect to input and offset; an empty tensor for a gradient that is not needed.
 
-    grad_input is summed by float32 atomics, whose order varies from run to run; under
-    `torch.use_deterministic_algorithms(True)` it comes from `rows.scatter` instead, which sorts.
+    Atomics sum grad_input, so its rounding varies from run to run. Under `torch.use_deterministic_algorithms(True)`
+    it comes from `rows.scatter`, which sorts instead.
     """
     grad = grad.contiguous(memory_format=torch.channels_last)
     input, offset = input.contiguous(memory_format=torch.channels_last), offset.contiguous()
@@ -85,9 +78,7 @@ def warp_backward(
 
 
 def launch_meta(channels: int, dtype: torch.dtype, *, backward: bool) -> dict[str, Any]:
-    """Block sizes: a thread moves 16 bytes of neighbouring channels at a time; narrow pictures take more samples per
-    program.
-    """
+    """Block sizes: a thread loads 16 bytes of neighbouring channels; with few channels a program takes more samples."""
     wide = dtype == torch.float64
     values = _BACKWARD_VALUES[dtype.itemsize] if backward else _FORWARD_VALUES // (2 if wide else 1)
     block_c = min(triton.next_power_of_2(channels), 64)
@@ -100,7 +91,7 @@ def launch_meta(channels: int, dtype: torch.dtype, *, backward: bool) -> dict[st
 
 
 def _grid(offset: Tensor, block_p: int) -> int:
-    """One axis only (the others end at 65535): blocks of one image, then the next image."""
+    """The number of programs, on one axis (the others are limited to 65535): blocks of one image, then of the next."""
     return offset.shape[0] * triton.cdiv(offset.shape[2] * offset.shape[3], block_p)
 
 

@@ -1,4 +1,4 @@
-"""One thread for these small tensors: more only wait for one another, and much longer on a busy machine."""
+"""Run these tests on one thread: for small tensors more threads are slower, especially on a busy machine."""
 
 import pytest
 import torch

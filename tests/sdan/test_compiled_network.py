@@ -1,4 +1,4 @@
-"""One training step of the whole network, compiled, against the same step without compilation."""
+"""One training step of the whole network, compiled and eager."""
 
 import copy
 
@@ -10,7 +10,7 @@ from sdan.network import SDAN, SDANConfig
 
 
 def training_step(model: nn.Module, run: nn.Module, *, autocast: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Forward, backward and one optimizer step; returns (loss, weights after it)."""
+    """One forward pass, backward pass and optimizer step; returns (loss, new weights)."""
     random = torch.Generator().manual_seed(1)
     x, reference = torch.rand(2, 1, 16, 16, generator=random), torch.rand(2, 3, 16, 16, generator=random)
     target = torch.rand(2, 3, 32, 32, generator=random)
@@ -26,7 +26,7 @@ def training_step(model: nn.Module, run: nn.Module, *, autocast: bool) -> tuple[
 def compare(backend: str, *, autocast: bool, limit: float, dynamic: bool | None = None) -> None:
     torch.manual_seed(0)
     eager = SDAN(SDANConfig(scale=2, features=8, blocks=1, packing_kernel=4))
-    with torch.no_grad():  # gamma starts at 0, which would hide the attention
+    with torch.no_grad():  # gamma starts at 0, which disables the attention
         for name, parameter in eager.named_parameters():
             if name.endswith("gamma"):
                 parameter.fill_(0.5)
@@ -37,7 +37,7 @@ def compare(backend: str, *, autocast: bool, limit: float, dynamic: bool | None 
     loss, weights = training_step(model, compiled, autocast=autocast)
     assert float((loss - expected_loss).abs()) <= limit
     moved = max(float((b - a).abs().max()) for a, b in zip(start, expected, strict=True))
-    assert moved > 0.01  # else the weights say nothing
+    assert moved > 0.01  # else equal weights would prove nothing
     for a, b in zip(weights, expected, strict=True):
         assert float((a - b).abs().max()) <= limit * max(1.0, moved)
 
@@ -56,13 +56,13 @@ def test_a_compiled_training_step_equals_the_eager_one(dynamic, autocast):
 
 
 @pytest.mark.slow
-def test_the_form_for_deployment_compiles_for_any_size():
-    """Without activation between the enlarging convolutions Inductor meets views of unknown size."""
+def test_skip_rendering_compiles_for_any_size():
+    """Here no activation separates the upsampling convolutions, so Inductor sees views of unknown size."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     config = SDANConfig(input="packed", scale=2, features=8, blocks=1, packing_kernel=4, skip="rendering")
     model = SDAN(config)
-    nn.init.normal_(model.super_resolution.last.weight, std=0.1)  # it starts at 0, which would hide what comes before
+    nn.init.normal_(model.super_resolution.last.weight, std=0.1)  # it starts at 0, which hides all earlier layers
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     for num_images, height, width in ((2, 8, 12), (3, 16, 8)):
         shapes = (4, height, width), (3, height, width), (3, 2 * height, 2 * width)

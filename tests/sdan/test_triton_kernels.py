@@ -1,9 +1,8 @@
-"""The Triton kernels against the plain form: under Triton's interpreter (no GPU), compiled for several, and on one if
-there.
+"""The Triton kernels against plain PyTorch, under Triton's interpreter and on a GPU if present; compiled for several.
 
-The interpreter must be switched on before Triton is imported, so `test_under_the_interpreter` runs this file again in
-a process of its own with TRITON_INTERPRET=1, where only the tests marked `interpreted` are taken; they use the same
-launch code as a GPU.
+The interpreter must be enabled before Triton is imported, so `test_under_the_interpreter` runs this file again in a
+separate process with TRITON_INTERPRET=1. Only the tests marked `interpreted` run there, through the same launch code as
+on a GPU.
 """
 
 import os
@@ -17,7 +16,7 @@ from sdan import ops
 from sdan.ops import rows
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETING, reason="run by test_under_the_interpreter, in a process of its own")
+interpreted = pytest.mark.skipif(not INTERPRETING, reason="run by test_under_the_interpreter in a separate process")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA GPU")
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 # batch, channels, height, width, margin
@@ -47,20 +46,18 @@ def assert_near(got, expected, limit):
 
 
 def compare(launcher, shape, dtype, device="cpu", offset_dtype=None):
-    """Every option of the kernels against the plain form."""
+    """Compare every option of the kernels with plain PyTorch on the CPU."""
     input, offset, bias, grad = case(shape, dtype, offset_dtype)
     moved = [tensor.to(device) for tensor in (input, offset, bias, grad)]
     margin = shape[-1]
-    for with_bias, relu, with_mask in ((True, True, True), (False, False, False)):
-        options = {"margin": margin, "relu": relu, "with_mask": with_mask}
-        got, got_mask = launcher.warp(moved[0], moved[1], moved[2] if with_bias else None, **options)
-        expected, mask = rows.warp(input, offset, bias if with_bias else None, **options)
+    for with_bias in (True, False):
+        got = launcher.warp(moved[0], moved[1], moved[2] if with_bias else None, margin)
+        expected = rows.warp(input, offset, bias if with_bias else None, margin)
         assert_near(got.cpu(), expected, LIMITS[dtype])
-        assert torch.equal(got_mask.cpu(), mask)
     for need_input, need_offset in ((True, True), (True, False), (False, True)):
-        options = {"margin": margin, "need_input": need_input, "need_offset": need_offset}
-        got = launcher.warp_backward(moved[3], moved[0], moved[1], **options)
-        expected = rows.warp_backward(grad, input, offset, **options)
+        needs = {"need_input": need_input, "need_offset": need_offset}
+        got = launcher.warp_backward(moved[3], moved[0], moved[1], margin, **needs)
+        expected = rows.warp_backward(grad, input, offset, margin, **needs)
         for a, b in zip(got, expected, strict=True):
             if b.numel():
                 assert_near(a.cpu(), b, LIMITS[dtype])
@@ -70,7 +67,7 @@ def compare(launcher, shape, dtype, device="cpu", offset_dtype=None):
 
 def test_under_the_interpreter():
     if INTERPRETING:
-        pytest.skip("this is that process")
+        pytest.skip("this process runs under the interpreter already")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "interpreter", __file__]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -81,7 +78,7 @@ def test_under_the_interpreter():
 @interpreted
 @pytest.mark.parametrize("dtype", list(LIMITS))
 @pytest.mark.parametrize("shape", SHAPES)
-def test_interpreter_equals_the_plain_form(shape, dtype):
+def test_interpreter_equals_plain_pytorch(shape, dtype):
     from sdan.ops import triton_warp
 
     compare(triton_warp, shape, dtype)
@@ -97,7 +94,7 @@ def test_interpreter_reads_offsets_of_half_types(dtype):
 
 @interpreted
 def test_interpreter_runs_the_public_operator():
-    """The same entry as on a GPU: dispatch, custom operator, autograd, launch."""
+    """The same path as on a GPU: dispatch, custom operator, autograd, launch."""
     from sdan.ops import backend, triton_warp
     from sdan.ops.reference import squared_deform_repeated
 
@@ -116,18 +113,18 @@ def test_interpreter_runs_the_public_operator():
 
 @interpreted
 @pytest.mark.parametrize("layout", ["strided", "deterministic"])
-def test_interpreter_strided_inputs_and_the_deterministic_form(layout):
+def test_interpreter_strided_inputs_and_deterministic_mode(layout):
     from sdan.ops import triton_warp
 
     input, offset, _, grad = case(SHAPES[3], torch.float32)
-    expected = rows.warp_backward(grad, input, offset, margin=2, need_input=True, need_offset=True)
+    expected = rows.warp_backward(grad, input, offset, 2, need_input=True, need_offset=True)
     if layout == "strided":
         wide = [tensor.repeat_interleave(2, dim=-1)[..., ::2] for tensor in (grad, input, offset)]
-        got = triton_warp.warp_backward(*wide, margin=2, need_input=True, need_offset=True)
+        got = triton_warp.warp_backward(*wide, 2, need_input=True, need_offset=True)
     else:
         torch.use_deterministic_algorithms(True)
         try:
-            got = triton_warp.warp_backward(grad, input, offset, margin=2, need_input=True, need_offset=True)
+            got = triton_warp.warp_backward(grad, input, offset, 2, need_input=True, need_offset=True)
         finally:
             torch.use_deterministic_algorithms(False)
         assert torch.equal(got[0], expected[0])
@@ -147,7 +144,7 @@ def test_compiles_without_spills(kernel, architecture):
         assert built.spilled_bytes == built.stack_bytes == 0, built
         assert 16 <= built.registers <= 168, built
         if channels == 64 and (dtype == torch.float32 or kernel == "warp_forward_kernel"):
-            assert built.vector_loads >= 4, built  # every corner in 128-bit loads
+            assert built.vector_loads >= 4, built  # 128-bit loads for each of the four corners
 
 
 @pytest.mark.slow
@@ -166,17 +163,17 @@ def test_the_whole_report_has_no_spills(capsys):
 @on_gpu
 @pytest.mark.parametrize("dtype", list(LIMITS))
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gpu_equals_the_plain_form(shape, dtype):
+def test_gpu_equals_plain_pytorch(shape, dtype):
     triton_warp = pytest.importorskip("sdan.ops.triton_warp")
     if torch.cuda.get_device_capability() < (8, 0):
-        pytest.skip("the Triton kernels need sm_80; the plain form runs on this GPU")
+        pytest.skip("the Triton kernels need sm_80; this GPU uses plain PyTorch")
     compare(triton_warp, shape, dtype, device="cuda")
 
 
 @pytest.mark.gpu
 @on_gpu
 @pytest.mark.parametrize("dtype", list(LIMITS))
-def test_gpu_plain_form_equals_the_cpus(dtype):
+def test_plain_pytorch_on_a_gpu_equals_the_cpus(dtype):
     compare(rows, SHAPES[3], dtype, device="cuda")
 
 
@@ -184,6 +181,6 @@ def test_gpu_plain_form_equals_the_cpus(dtype):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 def test_gpu_launch_follows_the_tensors_device():
     image = torch.randn(1, 8, 6, 7, device="cuda:1")
-    output = ops.bilinear_warp(image, torch.zeros(1, 2, 6, 7, device="cuda:1"))
+    output = torch.ops.sdan.bilinear_warp(image, torch.zeros(1, 2, 6, 7, device="cuda:1"), None, 0)
     assert output.device == image.device
     assert torch.equal(output, image)
