@@ -23,7 +23,7 @@ $(READY): pyproject.toml constraints.txt .ci/preflight.py
 	@$(PYTHON) .ci/preflight.py
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing SDAN and its dependencies into $(VENV) (about 7 GB, a few minutes) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,dev]'
 	@touch $(READY)
 
 demo: setup  ## simulate -> preprocess -> train -> evaluate -> zoom, small, on this machine

@@ -126,6 +126,7 @@ def test_nodes_get_the_tested_versions(config):
     pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
     assert pins["ray"] == version("ray"), "cluster.yaml was validated with another Ray than the nodes will run"
     assert config["file_mounts"]["~/sdan"] == "." and "~/sdan" in install[0]
+    assert "'.[train]'" in install[0], "nodes need Ray and MLflow"
 
 
 def test_what_is_copied_leaves_data_and_caches_behind(config):
