@@ -1,7 +1,7 @@
-"""Where a pixel of one picture lies in another, as one affine; and sampling a picture through it, once.
+"""Affine maps between two pictures, and resampling a picture once through one.
 
-Conventions: a map is float64 [2, 3], (x, y) -> (X, Y); coordinates are continuous, pixel i covers [i, i + 1), so its
-centre is i + 0.5. Sizes are (height, width). Shapes end in HWC.
+Conventions: a map is float64 [2, 3], (x, y) -> (X, Y). Coordinates are continuous: pixel i covers [i, i + 1), so its
+centre is i + 0.5. Sizes are (height, width). Pictures are HWC.
 """
 
 import cv2
@@ -14,7 +14,9 @@ Size = tuple[int, int]
 
 LANCZOS_LOBES = 3
 _PHASES = 1024
+"""Steps per pixel of the tabulated Lanczos weights."""
 STRIP_ROWS = 64
+"""Target rows per pass, to bound memory."""
 
 
 def compose(outer: Map, inner: Map) -> Map:
@@ -40,7 +42,7 @@ def translation(x: float, y: float) -> Map:
 
 
 def about_centres(factor: float, from_size: Size, to_size: Size) -> Map:
-    """Scale by `factor`, the centre of one picture on the centre of the other."""
+    """Scale by `factor`, mapping the centre of one picture to the centre of the other."""
     (height, width), (to_height, to_width) = from_size, to_size
     return np.array(
         [[factor, 0, (to_width - factor * width) / 2], [0, factor, (to_height - factor * height) / 2]], np.float64
@@ -48,12 +50,12 @@ def about_centres(factor: float, from_size: Size, to_size: Size) -> Map:
 
 
 def units_per_px(size: Size) -> float:
-    """A pixel in half diagonals of the frame, the unit of radial models."""
+    """The length of a pixel in half diagonals of the frame, the unit of radial models."""
     return 2 / float(np.hypot(*size))
 
 
 def turn(flip: int, size: Size) -> Map:
-    """Sensor coordinates of a picture of `size` to those of `raw.upright(picture, flip)`."""
+    """Coordinates in a picture of `size` -> in `raw.decode.upright(picture, flip)`."""
     height, width = size
     x = [-1.0, 0.0, width] if flip & 1 else [1.0, 0.0, 0.0]
     y = [0.0, -1.0, height] if flip & 2 else [0.0, 1.0, 0.0]
@@ -61,10 +63,11 @@ def turn(flip: int, size: Size) -> Map:
 
 
 def stored_flip(orientation: int | None, flip: int, jpg_size: Size, frame_size: Size) -> int:
-    """How the stored pixels of a camera JPG are turned against the sensor, as a LibRaw flip.
+    """How the stored pixels of a camera JPG are turned relative to the sensor, as a LibRaw flip.
 
-    orientation: the JPG's EXIF tag (None: not there); flip: the RAW's. Cameras store the sensor's pixels and say in the
-    tag how to turn them; software that has turned the pixels writes 1. A tag that got lost is told by the JPG's shape.
+    orientation: the JPG's EXIF tag or None; flip: the RAW's. Cameras store pixels in the sensor's orientation and a tag
+    that says how to turn them; software that has turned the pixels writes 1. If the tag is missing, the JPG's shape
+    decides.
     """
     if orientation not in (None, 1) or flip == 0:
         return 0
@@ -77,26 +80,27 @@ def stored_flip(orientation: int | None, flip: int, jpg_size: Size, frame_size: 
 def jpg_scale(jpg_size: Size, frame_size: Size) -> float:
     """JPG pixels per sensor pixel; both sizes in sensor orientation.
 
-    1 for a full-size JPG (cameras crop up to a few per cent of the frame), else the ratio of the sides that the
-    JPG did not crop (a smaller in-camera JPG, perhaps 16:9).
+    1 for a full-size JPG (cameras crop up to a few per cent of the frame). For a smaller in-camera JPG, perhaps 16:9,
+    the ratio of the sides that are not cropped.
     """
     ratio = max(jpg_size[0] / frame_size[0], jpg_size[1] / frame_size[1])
     return 1.0 if 0.95 <= ratio <= 1.05 else ratio
 
 
 def frame_to_jpg(zoom: float, frame_size: Size, jpg_size: Size, flip: int) -> Map:
-    """LR mosaic (the camera's frame, `RawImage.camera_crop`, sensor orientation) -> stored pixels of a camera JPG with a
-    `zoom` times as long focal length, by the field of view about the centre. `flip` is the JPG's `stored_flip`,
-    jpg_size as stored.
+    """Map from the LR mosaic to the stored pixels of a JPG with `zoom` times its focal length, by the fields of view.
+
+    The mosaic's coordinates start at the camera's crop (`RawImage.camera_crop`), which has `frame_size`, in sensor
+    orientation. jpg_size: as stored; flip: the JPG's `stored_flip`.
     """
     size = (jpg_size[1], jpg_size[0]) if flip & 4 else jpg_size
     return compose(turn(flip, size), about_centres(zoom * jpg_scale(size, frame_size), frame_size, size))
 
 
 def footprint(mapping: Map, size: Size) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of the largest upright box whose points `mapping` takes into a picture of `size`.
+    """(left, top, right, bottom) of the largest upright box that `mapping` takes into a picture of `size`.
 
-    For maps that are nearly upright up to quarter turns. An empty box has right <= left or bottom <= top.
+    For maps that are nearly upright except for quarter turns. An empty box has right <= left or bottom <= top.
     """
     height, width = size
     corners = np.array([[0, 0], [width, 0], [0, height], [width, height]], np.float64)
@@ -108,8 +112,8 @@ def footprint(mapping: Map, size: Size) -> tuple[float, float, float, float]:
 def sample(image_HWC: NDArray[np.uint8] | Image.Image, to_source: Map, size: Size) -> NDArray[np.uint8]:
     """The picture of `size` whose pixel at (x, y) is `image_HWC` at to_source(x, y), uint8 [h, w, C].
 
-    A Lanczos window of three lobes, stretched where the map shrinks (the low-pass), placed exactly to a thousandth of a
-    pixel. Raises ValueError when the target reaches outside the source.
+    A Lanczos window of three lobes, stretched when the map shrinks the picture (low-pass), placed to a thousandth of a
+    pixel. Raises ValueError if the target reaches outside the source.
     """
     height, width = size
     source = image_HWC.size if isinstance(image_HWC, Image.Image) else image_HWC.shape[1::-1]
@@ -117,8 +121,8 @@ def sample(image_HWC: NDArray[np.uint8] | Image.Image, to_source: Map, size: Siz
     low, high = corners.min(0), corners.max(0)
     if (low < -1e-6).any() or (high > np.array(source) + 1e-6).any():
         raise ValueError(
-            f"target reaches from {low.round(2).tolist()} to {high.round(2).tolist()} in a source of "
-            f"{source[0]}x{source[1]}"
+            f"target: expected within the source's {source[0]}x{source[1]} px, got {low.round(2).tolist()} to "
+            f"{high.round(2).tolist()}"
         )
     stretch = max(1.0, float(np.abs(to_source[:, :2]).sum(1).max()))
     margin = int(np.ceil(LANCZOS_LOBES * stretch)) + 1
@@ -127,9 +131,9 @@ def sample(image_HWC: NDArray[np.uint8] | Image.Image, to_source: Map, size: Siz
     mapping = compose(translation(-left, -top), to_source)
     if isinstance(image_HWC, Image.Image):
         box = (int(left), int(top), min(int(right), source[0]), min(int(bottom), source[1]))
-        part = image_HWC if box == (0, 0, *source) else image_HWC.crop(box)  # Pillow would copy all of it
+        part = image_HWC if box == (0, 0, *source) else image_HWC.crop(box)  # cropping would copy the whole picture
         if _is_upright(mapping, size) and min(mapping[0, 0], mapping[1, 1]) > 0:
-            return _resize(part, mapping, size)  # without a detour through an array
+            return _resize(part, mapping, size)  # avoids a copy into an array
         crop = np.asarray(part)
     else:
         crop = image_HWC[top:bottom, left:right]
@@ -149,7 +153,7 @@ def _is_upright(mapping: Map, size: Size) -> bool:
 
 
 def _resize(picture: Image.Image, mapping: Map, size: Size) -> NDArray[np.uint8]:
-    """Scale and shift only: Pillow's resampler, whose box may start anywhere."""
+    """Scale and shift only: Pillow's resampler, whose box may start at a fraction of a pixel."""
     height, width = size
     box = (
         max(mapping[0, 2], 0.0),
@@ -161,8 +165,8 @@ def _resize(picture: Image.Image, mapping: Map, size: Size) -> NDArray[np.uint8]
 
 
 def _sample_sheared(crop: NDArray[np.float32], mapping: Map, size: Size) -> NDArray[np.uint8]:
-    """Any affine near upright in two one-dimensional passes (Catmull and Smith): columns first, then rows; in between
-    nothing is rounded. Column X of the source holds target row v at Y(X, v) = d/a X + (e - d b / a) v + ..."""
+    """Any nearly upright affine in two one-dimensional passes (Catmull and Smith), columns first, then rows, without
+    rounding in between. Column X of the source crosses target row v at Y(X, v) = d/a X + (e - d b / a) v + ..."""
     height, width = size
     (a, b, c), (d, e, f) = mapping
     slope, step, start = d / a, e - d * b / a, f - d * c / a
@@ -180,7 +184,7 @@ def _sample_sheared(crop: NDArray[np.float32], mapping: Map, size: Size) -> NDAr
 def resample_columns(
     image_HWC: NDArray[np.float32], position_MW: NDArray[np.float64], step: float
 ) -> NDArray[np.float32]:
-    """[M, W, C]: column w of the result is column w of the image at heights position_MW[:, w]; the border repeats."""
+    """[M, W, C]: column w of the result is column w of the image at rows position_MW[:, w]; the border repeats."""
     weights_PK, reach = _lanczos_table(abs(step))
     base = np.floor(position_MW - 0.5)
     phase = np.rint((position_MW - 0.5 - base) * _PHASES).astype(np.int32)
@@ -189,14 +193,14 @@ def resample_columns(
     column = np.ascontiguousarray(np.broadcast_to(np.arange(image.shape[1], dtype=np.float32), first.shape))
     out = np.zeros((*first.shape, image.shape[2]), np.float32)
     for tap in range(weights_PK.shape[1]):
-        row = first + np.float32(tap - reach + 1)  # whole numbers: OpenCV only fetches, in half the time of an index
+        row = first + np.float32(tap - reach + 1)  # at whole numbers remap only fetches, twice as fast as indexing
         taken = cv2.remap(image, column, row, cv2.INTER_NEAREST, borderMode=cv2.BORDER_REPLICATE)
         out += taken.reshape(out.shape) * weights_PK[phase, tap][..., None]
     return out
 
 
 def _lanczos_table(step: float) -> tuple[NDArray[np.float32], int]:
-    """([phases + 1, taps] weights, reach): row p weighs pixels floor - reach + 1 ... floor + reach at phase p/1024."""
+    """([phases + 1, taps] weights, reach): row p weights pixels floor - reach + 1 ... floor + reach at phase p/1024."""
     stretch = max(1.0, step)
     reach = int(np.ceil(LANCZOS_LOBES * stretch))
     offset = np.arange(-reach + 1, reach + 1)[None] - np.linspace(0, 1, _PHASES + 1)[:, None]

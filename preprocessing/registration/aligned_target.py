@@ -1,6 +1,6 @@
-"""The "aligned" target of an evaluation: the long-focal picture registered to the input, whose enlargement it is.
+"""The "aligned" target of an evaluation: the long-focal picture, registered to the input and resampled on its grid.
 
-Never to a method's output: every method is then judged against the same picture.
+It is never registered to a model's output, so all models are judged against the same picture.
 """
 
 import cv2
@@ -8,24 +8,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from preprocessing.registration.affine import apply, compose, scaling
-from preprocessing.registration.register import RegistrationError, luminance, register
+from preprocessing.registration.register import RegistrationError, register
+from preprocessing.registration.shift import luminance
 
 _EDGE_PX = 2
-"""Target pixels this near the source's border lean on pixels that are not there."""
+"""Target pixels within this distance of the source's border are invalid: their Lanczos window reaches outside."""
 
 
 def align_to(
     hr_3HW: NDArray[np.uint8], lr_3HW: NDArray[np.uint8], scale: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Register `hr` to `lr`, and show it on the grid of `lr` enlarged by `scale`.
+    """Register `hr` to `lr` and resample it on the grid of `lr` enlarged by `scale` (s).
 
     Args:
         hr_3HW: uint8 [3, s h, s w], the target as shot.
-        lr_3HW: uint8 [3, h, w], the camera JPG of the input's own frame.
+        lr_3HW: uint8 [3, h, w], the camera JPG of the input's frame.
 
     Returns:
-        (uint8 [3, s h, s w], bool [s h, s w]): the target in the input's view, and where it is valid; nowhere when the
-        two could not be registered.
+        (uint8 [3, s h, s w], bool [s h, s w]): the target in the input's view, and where it is valid. If the two cannot
+        be registered, `hr` unchanged and False everywhere.
     """
     target = np.ascontiguousarray(hr_3HW.transpose(1, 2, 0))
     height, width = target.shape[:2]

@@ -1,4 +1,4 @@
-"""A known shift, scale or turn goes in; the same comes out."""
+"""Pictures resampled through a known shift, scale or turn are where the map says."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ SIZE = (120, 160)
 
 
 def misplacement(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """(dx, dy) in pixels by which `found` is off, least squares on the expected picture's gradient."""
+    """(dx, dy) in pixels of `found` against `expected`, least squares on the expected picture's gradient."""
     inner = (slice(8, -8), slice(8, -8))
     expected, found = expected.astype(float).mean(-1), found.astype(float).mean(-1)
     grad_y, grad_x = np.gradient(expected)
@@ -39,7 +39,7 @@ def turned(degrees: float, factor: float, x: float, y: float) -> np.ndarray:
 )
 def test_sample_is_where_the_map_says(to_source):
     scene = Scene(1)
-    # Waves of 10 units and more (as seen here) are the picture; the source has twice their sampling rate.
+    # The scene has wavelengths of 10 px and more; the source samples it twice as densely.
     base = affine.scaling(2.0)
     source = to_8_bit(scene.view(base, (240, 320)))
     expected = scene.view(affine.compose(base, to_source), SIZE) * 255
@@ -53,24 +53,24 @@ def test_sample_at_whole_pixels_changes_nothing():
     assert np.array_equal(affine.sample(source, affine.translation(7, 5), (40, 50)), source[5:45, 7:57])
 
 
-def test_sample_low_passes_what_the_smaller_picture_cannot_hold():
+def test_sample_removes_detail_that_would_alias():
     checks = np.indices((240, 240)).sum(0) % 2 * 255
     source = np.repeat(checks[..., None], 3, -1).astype(np.uint8)
     shrunk = affine.sample(source, np.array([[1.3, 0, 3.1], [0, 1.3, 2.2]]), (170, 170))
-    assert shrunk[10:-10, 10:-10].std() < 6  # plain interpolation leaves a moire of about 40
+    assert shrunk[10:-10, 10:-10].std() < 6  # interpolation without low-pass leaves moire of about 40
 
 
-def test_turned_and_upright_paths_agree():
+def test_both_resampling_methods_agree():
     source = to_8_bit(Scene(2).view(affine.scaling(1.5), (200, 200)))
     upright_map = np.array([[1.17, 0, 12.3], [0, 1.11, 9.7]])
     sheared_map = upright_map.copy()
-    sheared_map[0, 1] = 1e-7  # too little to move a pixel, enough to take the two-pass way
+    sheared_map[0, 1] = 1e-7  # moves no pixel, but selects the two-pass resampling
     there = affine.sample(source, upright_map, (100, 120)).astype(int)
     assert np.abs(there - affine.sample(source, sheared_map, (100, 120))).max() <= 2
 
 
 @pytest.mark.parametrize("flip", range(8))
-def test_turn_is_what_upright_does(flip):
+def test_turn_matches_upright(flip):
     sensor = np.random.default_rng(flip).integers(0, 256, (30, 50, 3), dtype=np.uint8)
     stored = upright(sensor, flip)
     assert np.array_equal(affine.sample(stored, affine.turn(flip, (30, 50)), (30, 50)), sensor)
@@ -83,7 +83,7 @@ def test_upright_turns_as_viewers_do():
     assert np.array_equal(upright(arrow, 6), np.rot90(arrow, -1))
 
 
-def test_the_jpg_lies_centred_in_the_frame():
+def test_the_jpg_is_centred_in_the_frame():
     mapping = affine.frame_to_jpg(1.0, (2848, 4256), (2832, 4240), 0)
     assert np.array_equal(affine.apply(mapping, np.array([[8.0, 8.0], [2128.0, 1424.0]])), [[0, 0], [2120, 1416]])
 
@@ -105,10 +105,10 @@ def test_a_small_jpg_is_scaled_and_a_cropped_one_is_not():
     [
         (1, 0, (200, 300), 0),
         (None, 0, (200, 300), 0),
-        (6, 6, (200, 300), 0),  # the camera stores the sensor's pixels and says how to turn them
+        (6, 6, (200, 300), 0),  # the camera stores sensor orientation and a tag
         (1, 6, (300, 200), 6),  # software has turned the pixels
         (None, 5, (300, 200), 5),
-        (None, 5, (200, 300), 0),  # the tag got lost, the pixels were not turned
+        (None, 5, (200, 300), 0),  # no tag, pixels not turned
         (3, 3, (200, 300), 0),
         (1, 3, (200, 300), 3),
         (None, 3, (200, 300), 0),
@@ -126,6 +126,11 @@ def test_footprint_is_the_largest_box_inside():
     assert right - left > 280 and bottom - top > 180
 
 
+def test_footprint_of_a_scaling_is_exact():
+    mapping = affine.compose(affine.scaling(2.0), affine.translation(-30, -20))
+    assert affine.footprint(mapping, (400, 600)) == (30, 20, 330, 220)
+
+
 def test_outside_the_source_is_an_error():
-    with pytest.raises(ValueError, match="target reaches from"):
+    with pytest.raises(ValueError, match=r"target: expected within the source's 50x50 px, got \[1"):
         affine.sample(np.zeros((50, 50, 3), np.uint8), affine.translation(1, 0), (50, 50))

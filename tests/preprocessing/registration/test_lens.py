@@ -1,4 +1,4 @@
-"""A picture seen through a known lens: what lies where the map says."""
+"""A picture resampled through a known lens is where the map says."""
 
 import numpy as np
 import pytest
@@ -17,8 +17,8 @@ def lens(affine, **bend):
 
 
 @pytest.mark.parametrize("flip", range(8))
-def test_without_a_bend_it_is_the_affine_sampling(flip):
-    """Whichever way the stored picture is turned against the target."""
+def test_without_distortion_it_equals_affine_sampling(flip):
+    """For every orientation of the stored picture."""
     seen = to_8_bit(Scene(1).view(affine.scaling(2.0), SOURCE))
     stored = upright(seen, flip)
     base = np.array([[1.2, 0.02, 40.3], [-0.015, 1.15, 30.7]])
@@ -28,8 +28,8 @@ def test_without_a_bend_it_is_the_affine_sampling(flip):
     assert np.abs(found - affine.sample(seen, base, SIZE)).max() <= 1
 
 
-def test_a_bent_picture_lies_where_the_map_says():
-    """Tile by tile, against the scene seen through the affine that follows the lens there."""
+def test_a_distorted_picture_is_where_the_map_says():
+    """Tile by tile, compared with the scene seen through the local affine."""
     scene, base = Scene(2), affine.scaling(2.0)
     source = to_8_bit(scene.view(base, SOURCE))
     mapping = lens([[1.25, 0.01, 60.0], [-0.01, 1.25, 50.0]], radial=0.05, tilt=(0.02, -0.015))
@@ -49,8 +49,48 @@ def test_a_bent_picture_lies_where_the_map_says():
             assert np.abs(shift).max() < 0.05
 
 
-def test_numbers_are_the_whole_map():
+def test_numbers_restore_the_map():
     mapping = lens([[4.8, 0.02, -300.0], [-0.015, 4.79, -200.0]], radial=0.012, tilt=(0.001, -0.002))
     points = np.array([[70.0, 50.0], [200.0, 140.0]])
     assert np.array_equal(LensMap.from_numbers(mapping.numbers())(points), mapping(points))
     assert mapping.numbers().shape == (12,)
+
+
+def lens_map(**values):
+    matrix = np.array([[4.8, 0.02, -300.0], [-0.015, 4.79, -200.0]])
+    return LensMap(matrix, np.array([384.0, 256.0]), 461.5, **values)
+
+
+def test_a_lens_map_without_distortion_is_its_affine():
+    points = np.array([[70.0, 50.0], [200.0, 140.0]])
+    assert np.allclose(lens_map()(points), affine.apply(lens_map().affine, points))
+    assert np.allclose(lens_map().affine_over(60, 40, 220, 150), lens_map().affine)
+    assert lens_map().departure(lens_map().affine, 60, 40, 220, 150) < 1e-9
+
+
+def test_radial_distortion_is_radial_and_cubic():
+    mapping = lens_map(radial=0.012)
+    inner, outer = (affine.apply(affine.invert(mapping.affine), np.array([[384.0 + x, 256.0]])) for x in (100, 200))
+    assert np.allclose(mapping(inner), [[484 + 0.012 * 100**3 / 461.5**2, 256]])
+    assert np.allclose(mapping(outer)[0, 0] - 584, 8 * (mapping(inner)[0, 0] - 484))
+
+
+def test_jacobian_matches_finite_differences():
+    mapping = lens_map(radial=0.01, tilt=(0.001, -0.002))
+    points = np.array([[70.0, 50.0], [200.0, 140.0], [140.0, 60.0]])
+    for index in range(9):
+        step = np.zeros(9)
+        step[index] = 1e-4
+        change = (mapping.updated(step)(points) - mapping(points)) / 1e-4
+        derivative = mapping.jacobian(points)[:, :, index]
+        assert np.abs(change - derivative).max() < 0.05 * max(1, np.abs(derivative).max())
+
+
+@pytest.mark.parametrize("flip", range(8))
+def test_a_lens_map_composes_with_similarities(flip):
+    mapping = lens_map(radial=0.01, tilt=(0.001, -0.002))
+    similarity = affine.compose(affine.turn(flip, (512, 768)), affine.about_centres(1.3, (512, 768), (512, 768)))
+    points = np.array([[70.0, 50.0], [200.0, 140.0], [140.0, 60.0]])
+    assert np.allclose(mapping.then(similarity)(points), affine.apply(similarity, mapping(points)))
+    shift = affine.translation(3, -7)
+    assert np.allclose(mapping.after(shift)(points), mapping(affine.apply(shift, points)))
