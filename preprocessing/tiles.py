@@ -16,10 +16,12 @@ from PIL import Image
 from preprocessing import corrections
 from preprocessing.raw.decode import RawImage
 from preprocessing.raw.exif import read_exif
-from preprocessing.registration import affine, register
+from preprocessing.registration import affine
 from preprocessing.registration.affine import Map, Size
 from preprocessing.registration.lens import LensMap, sample_through
 from preprocessing.registration.raw_to_jpg import register_raw
+from preprocessing.registration.register import RegistrationError
+from preprocessing.registration.shift import correlation, local_detail, luminance, measure_shift
 
 Area = tuple[int, int, int, int]
 
@@ -102,7 +104,7 @@ def align(raw: RawImage, lr: Jpg, hr: Jpg, zoom: float, *, ecc: bool) -> Alignme
         return Alignment(to_lr, to_hr, "scale")
     try:
         lens = register_raw(raw, hr.pixels_HWC, to_hr)
-    except register.RegistrationError:
+    except RegistrationError:
         return Alignment(to_lr, to_hr, "scale_fallback")
     return Alignment(to_lr, lens.affine_over(*affine.footprint(lens.affine, hr.size)), "ecc", lens)
 
@@ -209,16 +211,16 @@ class _Quality:
     """Per tile: correlation and residual shift of the long-focal picture against the camera's short-focal one."""
 
     def __init__(self, lr_HWC: NDArray[np.uint8], low_HWC: NDArray[np.uint8], scale: int, tile_px: int) -> None:
-        self._lr, self._hr = register.luminance(lr_HWC), register.luminance(low_HWC)
-        self._lr_detail, self._hr_detail = map(register.local_detail, (self._lr, self._hr))
+        self._lr, self._hr = luminance(lr_HWC), luminance(low_HWC)
+        self._lr_detail, self._hr_detail = map(local_detail, (self._lr, self._hr))
         self._scale, self._side = scale, 2 * tile_px
 
     def of(self, row: int, col: int) -> tuple[float, float]:
         """(correlation, residual shift in HR pixels) of the tile at packed (row, col) of the area."""
         at = (slice(2 * row, 2 * row + self._side), slice(2 * col, 2 * col + self._side))
         wide = tuple(self._widened(span, length) for span, length in zip(at, self._lr.shape, strict=True))
-        shift = register.measure_shift(self._lr_detail[wide], self._hr_detail[wide])
-        return register.correlation(self._lr[at], self._hr[at]), float(np.hypot(*shift)) * self._scale
+        shift = measure_shift(self._lr_detail[wide], self._hr_detail[wide])
+        return correlation(self._lr[at], self._hr[at]), float(np.hypot(*shift)) * self._scale
 
     @staticmethod
     def _widened(span: slice, length: int) -> slice:
