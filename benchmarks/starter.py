@@ -171,19 +171,19 @@ def group_rows(held: HeldOut, score: Callable[[HeldOut], Evaluation]) -> list[st
 
 CARD = """# The starter model
 
-A small SDAN that zooms RAW photographs 4x out of the box: `sdan zoom PHOTO.ARW -o zoomed.png` takes it while the
-registry has no champion; `--model starter` and `--init starter` name it. **It was trained on simulated RAW alone**,
-made by `benchmarks/starter.py`; every score here is simulated, too.
+A small SDAN that zooms RAW photographs 4x without any training: `sdan zoom PHOTO.ARW -o zoomed.png` uses it while the
+registry has no champion; `--model starter` and `--init starter` select it. **It was trained only on simulated RAW**,
+by `benchmarks/starter.py`. All scores here are simulated, too.
 
 - Network: {network}; config `starter` (packed RAW, square-root encoding, skip through the
   rendering, direct upsampling).
 - Data: {sequences} simulated zoom sequences ({pairs} pairs, {tiles} tiles); presets perfect, tripod, default and
   handheld; two thirds procedural, one third from photographs.
-- Target: the simulator's ideal picture in the input's own view and tone (`loss.self_target=truth`), with the reference
-  that it has when deployed, {{X, X}}.
+- Target: the simulator's ideal picture in the input's own view and tone (`loss.self_target=truth`), with the same
+  reference as in use, {{X, X}}.
 - Budget: {crops} crops of 32 packed pixels on two CPU cores. Trained at commit {commit}.
 
-## Scores on sequences that it has never seen
+## Scores on sequences it has never seen
 
 {table}
 
@@ -195,8 +195,8 @@ PSNR in dB against the true picture, by kind of sequence:
 
 ## What limits it
 
-Its tones are those of the simulated camera: a real camera's JPG will differ. The oracle row is for comparison alone: it
-was never shown a target as reference. Detail that the lens did not resolve is not invented.
+Its tones are those of the simulated camera; a real camera's JPG differs. The oracle row is only for comparison: the
+model never saw a target as reference. It does not invent detail that the lens did not resolve.
 
 ## The photographs
 
