@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from preprocessing.colour import BT709_BYTE_TO_LINEAR, SRGB_BYTE_TO_LINEAR
-from preprocessing.registration import register
 from preprocessing.registration.affine import Map, apply, compose, translation
+from preprocessing.registration.shift import local_detail, luminance, measure_shift
 
 Plane = NDArray[np.float32]
 
@@ -79,13 +79,13 @@ def measure(pictures: Pictures) -> dict[str, float]:
 def _jpg_geometry(pictures: Pictures) -> dict[str, float]:
     """Shift, scale and radial coefficient of the camera's JPG against the rendering, by the shifts of small patches."""
     height, width = pictures.lr.shape[:2]
-    fixed, moving = (register.local_detail(register.luminance(p)) for p in (pictures.rendering, pictures.lr))
+    fixed, moving = (local_detail(luminance(p)) for p in (pictures.rendering, pictures.lr))
     side = min(_PATCH_PX, height, width)
     places, shifts = [], []
     for top in _starts(height, side):
         for left in _starts(width, side):
             at = (slice(top, top + side), slice(left, left + side))
-            dy, dx = register.measure_shift(fixed[at], moving[at])
+            dy, dx = measure_shift(fixed[at], moving[at])
             if np.isfinite(dx):
                 places.append((left + side / 2, top + side / 2))
                 shifts.append((dx, dy))
@@ -127,8 +127,8 @@ def _without_shift(pictures: Pictures) -> Pictures:
     height, width = pictures.lr.shape[:2]
     top, left = max(0, (height - _SHIFT_PX) // 2), max(0, (width - _SHIFT_PX) // 2)
     at = (slice(top, top + _SHIFT_PX), slice(left, left + _SHIFT_PX))
-    lr, hr = (register.local_detail(register.luminance(part[at])) for part in (pictures.lr, pictures.hr))
-    dy, dx = register.measure_shift(lr, hr)
+    lr, hr = (local_detail(luminance(part[at])) for part in (pictures.lr, pictures.hr))
+    dy, dx = measure_shift(lr, hr)
     if not np.isfinite(dx):
         return pictures
     shift = translation(dx, dy)
