@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
-from preprocessing.registration.register import luminance
+from preprocessing.registration.shift import luminance
 from preprocessing.report.inventory import Found, InspectError, Pair, ranking, read_inventory
 from preprocessing.schema import SCHEMA_VERSION, SPLITS, ShardInfo, decode
 from preprocessing.storage import Folder, one_line, open_folder
