@@ -1,4 +1,4 @@
-"""The attention layers of the offset learner (paper section 3.2)."""
+"""The attention layers of the offset learner (paper, section 3.2)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from sdan.ops import packed_attention
 
 
 class CrossPackingAttention(nn.Module):
-    """CPA: pack K x K neighbours into channels, attend between those channels, unpack; x + gamma * attention(x).
+    """CPA: pack K x K neighbours into channels, attend between the channels, unpack; x + gamma * attention(x).
 
-    Packing (space-to-depth) turns a neighbourhood into channels, so that cheap channel attention relates positions as
-    well as features: this is what widens the offset learner's receptive field. gamma is learnt and starts at 0, as
-    released. The attention has no other weights.
+    Packing (space-to-depth) turns a neighbourhood into channels, so cheap channel attention relates positions as well
+    as features. This widens the offset learner's receptive field. gamma is learnt and starts at 0, as in the released
+    code; the attention has no other weights.
     """
 
     def __init__(self, packing_kernel: int) -> None:
@@ -31,12 +31,12 @@ class CrossPackingAttention(nn.Module):
         check_packing(self.packing_kernel, *x_NCHW.shape[-2:])
         packed = F.pixel_unshuffle(x_NCHW, self.packing_kernel)  # [N, C K^2, H/K, W/K]
         attended = F.pixel_shuffle(packed_attention(packed.flatten(2)).view_as(packed), self.packing_kernel)
-        # In x's type: a float32 gamma would raise what follows to float32 under autocast.
+        # Cast to x's type: under autocast a float32 gamma would promote all following layers to float32.
         return x_NCHW + self.gamma.to(x_NCHW.dtype) * attended.to(x_NCHW.dtype)
 
 
 class ChannelAttention(nn.Module):
-    """RCAN's squeeze-and-excitation, reduction 16: the "CL-Attention" row of Table 2."""
+    """RCAN's squeeze-and-excitation with reduction 16: the "CL-Attention" row of Table 2."""
 
     def __init__(self, features: int, reduction: int = 16) -> None:
         super().__init__()
@@ -46,17 +46,17 @@ class ChannelAttention(nn.Module):
         )
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """[N, C, H, W] -> the same shape, every channel scaled by a factor in (0, 1)."""
+        """[N, C, H, W] -> the same shape, each channel scaled by a factor in (0, 1)."""
         return x_NCHW * self.excite(x_NCHW.mean(dim=(2, 3), keepdim=True))
 
 
 def check_packing(packing_kernel: int, height: int, width: int) -> None:
-    """Raises ValueError, with the remedy, unless K divides H and W."""
+    """Raise ValueError unless K divides H and W."""
     if height % packing_kernel or width % packing_kernel:
-        near = [k for k in (2, 4, 8, 16) if height % k == 0 and width % k == 0]
-        kernels = f"packing_kernel one of {near}" if near else "another crop"
+        divisors = [k for k in (2, 4, 8, 16) if height % k == 0 and width % k == 0]
+        kernels = f"packing_kernel one of {divisors}" if divisors else "another crop"
         raise ValueError(
-            f"packing_kernel={packing_kernel} must divide the input's height and width, got {height}x{width} "
+            f"packing_kernel={packing_kernel}: expected to divide the input's height and width, got {height}x{width} "
             f"(remainders {height % packing_kernel}, {width % packing_kernel}); "
             f"use a crop that is a multiple of {packing_kernel}, or {kernels}"
         )

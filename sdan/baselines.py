@@ -1,4 +1,8 @@
-"""What SDAN is compared with in Table 1: bicubic enlargement, and the same trunk without alignment."""
+"""SRResNet, Table 1's baseline network: SDAN's head and trunk without alignment.
+
+The other baseline, bicubic enlargement, is `sdan.resample.bicubic`. To add a network: give it SDAN's `forward`
+signature, `config` and `tile_px`, add it to `Network` here and to `ARCHITECTURES` in sdan/checkpoint.py.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,11 @@ from torch.nn import functional as F
 from sdan.network import CHANNELS, SDAN, SDANConfig, SDANOutput, SuperResolution, check_inputs
 from sdan.resample import bicubic
 
-__all__ = ["Network", "SRResNet", "bicubic"]
-
 
 class SRResNet(nn.Module):
-    """SDAN's head and trunk without the alignment module: what a pixel loss on misaligned pairs teaches.
+    """SDAN without the alignment module: shows what a pixel loss on misaligned pairs teaches.
 
-    The config's packing_kernel, offset, attention and flips are unused.
+    The config's packing_kernel, offset, attention and flips have no effect.
     """
 
     tile_px: int | None = None
@@ -28,14 +30,15 @@ class SRResNet(nn.Module):
         self.super_resolution = SuperResolution(config)
 
     def forward(self, x: Tensor, reference: Tensor, rendering: Tensor | None = None) -> SDANOutput:
-        """As SDAN.forward; nothing is aligned, so the offset is 0, M is 1 and X' is the reference itself.
+        """Arguments, result and errors as SDAN.forward, with offset 0, mask 1 and X' = reference.
 
-        X' = reference makes the alignment term of the loss exactly zero; the reference does not reach the output.
+        X' = reference makes the alignment term of the loss exactly zero. The reference does not affect the zoomed
+        output.
         """
         check_inputs(self.config, x, reference, rendering)
         zoomed = self.super_resolution(F.relu(self.head(x))).float()
         if self.config.skip == "rendering":
-            assert rendering is not None  # check_inputs
+            assert rendering is not None  # by check_inputs
             zoomed = zoomed + bicubic(rendering, self.config.scale)
         n, _, height, width = x.shape
         zeros = torch.zeros(n, 2, height, width, device=x.device)
@@ -43,4 +46,4 @@ class SRResNet(nn.Module):
 
 
 Network = SDAN | SRResNet
-"""Whatever a checkpoint can hold: the same inputs, the same SDANOutput."""
+"""The networks that can be trained, stored in a checkpoint and used for zooming."""

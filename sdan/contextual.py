@@ -1,13 +1,13 @@
-"""The contextual loss (CX) and its bilateral form (CoBi): how well each point of a target is met somewhere in an image.
+"""The contextual loss (CX) and its bilateral form (CoBi): how well each target point is matched somewhere in an image.
 
-CX (Mechrez et al. 2018), between N generated points x_i and M target points y_j, both centred by the targets' mean:
+CX (Mechrez et al. 2018), between N image points x_i and M target points y_j, both centred by the targets' mean:
 
     d_ij  = 1 - cos(x_i, y_j)
     A_ij  = softmax over j of -d_ij / (h (min_k d_ik + 1e-5))
     CX    = mean over j of max over i of A_ij,          loss = -log CX
 
-CoBi (Zhang et al. 2019) adds w_s |p_i - p_j| to d_ij, p the points' places as shares of the picture: a match far away
-costs. A is never stored: it is made row block by row block, and made again for the gradient.
+CoBi (Zhang et al. 2019) adds w_s |p_i - p_j| to d_ij, so that distant matches cost more; p are the points' positions
+as fractions of the picture. A is never stored whole: its rows are computed block by block, and again for the gradient.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from torch.nn import functional as F
 BANDWIDTH = 0.5
 """h, as in both papers' code."""
 EPSILON = 1e-5
+"""Added to the row's smallest distance, against division by zero."""
 BLOCK_ELEMENTS = 1 << 20
-"""Entries of A that are held at a time."""
+"""Entries of A in memory at a time."""
 GRID = 64
-"""At most so many points along each side of a picture: 4096 x 4096 pairs at most."""
+"""Maximum number of points along each side of a picture, so that A has at most 4096 x 4096 entries."""
 
 
 class Points(NamedTuple):
@@ -33,23 +34,23 @@ class Points(NamedTuple):
 
     features: Tensor
     """[B,N,C]"""
-    places: Tensor
-    """[N,2] row and column as shares of the picture, 0 to 1."""
+    positions: Tensor
+    """[N,2] row and column as fractions of the picture, 0 to 1."""
     weight: Tensor
-    """[B,N]: how much of each point's area counts, 0 to 1."""
+    """[B,N] mean of the mask over each point's area, 0 to 1."""
 
 
 def patch_points(image: Tensor, mask: Tensor, patch_px: int) -> Points:
-    """RGB patches as features, on a grid of at most GRID x GRID.
+    """Use RGB patches as features, on a grid of at most GRID x GRID points.
 
     Args:
         image: [B,3,H,W].
         mask: [B,1,H,W], 1 where a pixel counts.
-        patch_px: side of a patch.
+        patch_px: side of a patch, pixels.
     """
     height, width = image.shape[-2:]
     step = _stride(max(height, width) - patch_px + 1)
-    rows, cols = _places(height - patch_px + 1, step), _places(width - patch_px + 1, step)
+    rows, cols = _centred(height - patch_px + 1, step), _centred(width - patch_px + 1, step)
     window = (..., slice(rows[0], None), slice(cols[0], None))
     features = F.unfold(image[window], patch_px, stride=step).transpose(1, 2)
     weight = F.avg_pool2d(mask[window], patch_px, stride=step).flatten(1)
@@ -57,40 +58,40 @@ def patch_points(image: Tensor, mask: Tensor, patch_px: int) -> Points:
 
 
 def map_points(features: Tensor, mask: Tensor) -> Points:
-    """A network's feature map, thinned to a grid of at most GRID x GRID.
+    """Subsample a network's feature map to a grid of at most GRID x GRID points.
 
     Args:
         features: [B,C,h,w].
-        mask: [B,1,H,W] on the picture's own grid.
+        mask: [B,1,H,W] on the picture's grid.
     """
     height, width = features.shape[-2:]
     step = _stride(max(height, width))
-    rows, cols = _places(height, step), _places(width, step)
-    thinned = (..., slice(rows[0], None, step), slice(cols[0], None, step))
-    weight = F.interpolate(mask, size=(height, width), mode="area")[thinned].flatten(1)
-    return Points(features[thinned].flatten(2).transpose(1, 2), _grid(rows, cols, height, width, features), weight)
+    rows, cols = _centred(height, step), _centred(width, step)
+    chosen = (..., slice(rows[0], None, step), slice(cols[0], None, step))
+    weight = F.interpolate(mask, size=(height, width), mode="area")[chosen].flatten(1)
+    return Points(features[chosen].flatten(2).transpose(1, 2), _grid(rows, cols, height, width, features), weight)
 
 
 def contextual_loss(points: Points, target: Points, *, spatial_weight: float = 0.0) -> Tensor:
-    """-log CX of each picture, averaged over the batch; with `spatial_weight` > 0 CoBi.
+    """Compute -log CX of each picture, averaged over the batch; CoBi if `spatial_weight` > 0.
 
-    A target point counts by its weight; a picture without any counting point adds 0.
+    The mean over target points is weighted. A picture whose target weights are all 0 adds 0.
 
     Args:
-        points: of the generated picture; its weight is unused: any of its points may be the match.
-        target: of the picture to match, of the same grid.
+        points: of the output; its weight is ignored, since any of its points may be a match.
+        target: of the target, on the same grid.
         spatial_weight: w_s, 0.1 in the CoBi paper.
 
     Returns:
-        scalar, at least 0, in float32 (float64 for float64 features) whatever autocast is on.
+        scalar, at least 0, in float32 (float64 for float64 features), also under autocast.
 
     Raises:
-        ValueError: point sets that differ in size.
+        ValueError: point sets of different sizes.
     """
     if points.features.shape != target.features.shape:
         raise ValueError(
-            "the contextual loss compares point sets of one size, "
-            f"got {tuple(points.features.shape)} and {tuple(target.features.shape)}"
+            f"contextual loss: expected {tuple(target.features.shape)} points, the target's, "
+            f"got {tuple(points.features.shape)}"
         )
     with torch.autocast(points.features.device.type, enabled=False):
         dtype = torch.promote_types(points.features.dtype, torch.float32)
@@ -98,39 +99,39 @@ def contextual_loss(points: Points, target: Points, *, spatial_weight: float = 0
         centre = y.mean(1, keepdim=True)
         x = F.normalize(points.features.to(dtype) - centre, dim=2)
         y = F.normalize(y - centre, dim=2)
-        places, weight = spatial_weight * target.places.to(dtype), target.weight.to(dtype)
+        positions, weight = spatial_weight * target.positions.to(dtype), target.weight.to(dtype)
         losses = []
-        for number in range(x.shape[0]):
-            best = _BestMatch.apply(x[number], y[number], places)
-            share = weight[number] / weight[number].sum().clamp(min=1e-6)
-            missed = (share * (1 - best)).sum()  # 1 - CX: 0 where nothing counts
+        for image in range(x.shape[0]):
+            best = _BestMatch.apply(x[image], y[image], positions)
+            share = weight[image] / weight[image].sum().clamp(min=1e-6)
+            missed = (share * (1 - best)).sum()  # 1 - CX; 0 if all weights are 0
             losses.append(-torch.log1p(-missed))
         return torch.stack(losses).mean()
 
 
 class _BestMatch(torch.autograd.Function):
-    """max over i of A_ij for every j, with memory for one block of A's rows."""
+    """max over i of A_ij for every j, holding one block of A's rows at a time."""
 
     @staticmethod
-    def forward(ctx: Any, x_NC: Tensor, y_MC: Tensor, places_M2: Tensor) -> Tensor:
+    def forward(ctx: Any, x_NC: Tensor, y_MC: Tensor, positions_M2: Tensor) -> Tensor:
         best = torch.full_like(y_MC[:, 0], -1.0)
         chosen = torch.zeros(len(y_MC), dtype=torch.long, device=x_NC.device)
         for rows in torch.arange(len(x_NC), device=x_NC.device).split(_block_rows(y_MC)):
-            value, row = _affinity(x_NC, y_MC, places_M2, rows).similarity.max(0)
+            value, row = _affinity(x_NC, y_MC, positions_M2, rows).similarity.max(0)
             chosen = torch.where(value > best, rows[row], chosen)
             best = torch.maximum(value, best)
-        ctx.save_for_backward(x_NC, y_MC, places_M2, chosen)
+        ctx.save_for_backward(x_NC, y_MC, positions_M2, chosen)
         return best
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_best_M: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, places, chosen = ctx.saved_tensors
+        x, y, positions, chosen = ctx.saved_tensors
         grad_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         grad_y = torch.zeros_like(y) if ctx.needs_input_grad[1] else None
         with torch.autocast(x.device.type, enabled=False):
-            for rows in chosen.unique().split(_block_rows(y)):  # sorted; the other rows are no point's best match
-                grad_d = _distance_gradient(_affinity(x, y, places, rows), rows, chosen, grad_best_M)
+            for rows in chosen.unique().split(_block_rows(y)):  # sorted; other rows have no gradient
+                grad_d = _distance_gradient(_affinity(x, y, positions, rows), rows, chosen, grad_best_M)
                 if grad_x is not None:
                     grad_x[rows] = -grad_d @ y
                 if grad_y is not None:
@@ -142,30 +143,32 @@ class _Block(NamedTuple):
     """Some rows of d and A."""
 
     distance: Tensor
-    least: Tensor
-    """[rows,1] min over j of the distance."""
+    """[rows,M] d."""
+    smallest: Tensor
+    """[rows,1] min over j of d."""
     nearest: Tensor
-    """[rows,1] where it is."""
+    """[rows,1] argmin over j of d."""
     similarity: Tensor
+    """[rows,M] A."""
 
 
-def _affinity(x_NC: Tensor, y_MC: Tensor, places_M2: Tensor, rows: Tensor) -> _Block:
-    # Rounding may leave 1 - cos just below 0. Differences, not products, of places: exactly 0 at a point's own place.
-    distance = (1 - x_NC[rows] @ y_MC.T).clamp_(min=0)
-    distance += torch.cdist(places_M2[rows], places_M2, compute_mode="donot_use_mm_for_euclid_dist")
-    least, nearest = distance.min(1, keepdim=True)
-    return _Block(distance, least, nearest, torch.softmax(distance / (-BANDWIDTH * (least + EPSILON)), dim=1))
+def _affinity(x_NC: Tensor, y_MC: Tensor, positions_M2: Tensor, rows: Tensor) -> _Block:
+    distance = (1 - x_NC[rows] @ y_MC.T).clamp_(min=0)  # rounding may give 1 - cos < 0
+    # Without matrix products, so that the distance of a position from itself is exactly 0.
+    distance += torch.cdist(positions_M2[rows], positions_M2, compute_mode="donot_use_mm_for_euclid_dist")
+    smallest, nearest = distance.min(1, keepdim=True)
+    return _Block(distance, smallest, nearest, torch.softmax(distance / (-BANDWIDTH * (smallest + EPSILON)), dim=1))
 
 
 def _distance_gradient(block: _Block, rows: Tensor, chosen_M: Tensor, grad_best_M: Tensor) -> Tensor:
-    """d loss / d distance [rows,M], from the gradient of each column's best entry."""
+    """d loss / d distance [rows,M], from the gradient of each column's maximum."""
     owner = torch.searchsorted(rows, chosen_M).clamp_(max=len(rows) - 1)
     grad = torch.where(rows[owner] == chosen_M, grad_best_M, 0.0)
     upstream = torch.zeros_like(block.distance).scatter_(0, owner[None], grad[None])
     grad_logit = block.similarity * (upstream - (upstream * block.similarity).sum(1, keepdim=True))
-    scale = BANDWIDTH * (block.least + EPSILON)
-    grad_least = (grad_logit * block.distance).sum(1, keepdim=True) * BANDWIDTH / scale.square()
-    return (grad_logit / -scale).scatter_add_(1, block.nearest, grad_least)
+    scale = BANDWIDTH * (block.smallest + EPSILON)
+    grad_smallest = (grad_logit * block.distance).sum(1, keepdim=True) * BANDWIDTH / scale.square()
+    return (grad_logit / -scale).scatter_add_(1, block.nearest, grad_smallest)
 
 
 def _block_rows(y_MC: Tensor) -> int:
@@ -173,15 +176,16 @@ def _block_rows(y_MC: Tensor) -> int:
 
 
 def _stride(side: int) -> int:
-    """The step that keeps a side within GRID points; odd, so that every phase of the pixel shuffle is seen."""
+    """The step that limits a side to GRID points. It is odd, so that the points sample every pixel-shuffle phase."""
     return -(-side // GRID) | 1
 
 
-def _places(side: int, step: int) -> list[int]:
-    """Positions 0 ... side - 1 in steps, centred."""
+def _centred(side: int, step: int) -> list[int]:
+    """Every step-th index of 0 ... side - 1, with equal margins at both ends."""
     return list(range((side - 1) % step // 2, side, step))
 
 
 def _grid(rows: list[int], cols: list[int], height: int, width: int, like: Tensor) -> Tensor:
-    places = torch.cartesian_prod(torch.tensor(rows) / height, torch.tensor(cols) / width)
-    return places.to(like.device)
+    """[N,2] positions of a grid's points as fractions of the picture, on the device of `like`."""
+    positions = torch.cartesian_prod(torch.tensor(rows) / height, torch.tensor(cols) / width)
+    return positions.to(like.device)

@@ -1,9 +1,16 @@
-"""The paper's loss (eq. 6) and the two terms that train the deployed network, which has no target to look at.
+"""The training losses: the paper's eq. 6, and two terms (ours) for the deployed pass, which has no target as reference.
 
-Where the zoomed picture meets its target, the pixel term can be joined or replaced by terms that compare features
-(Table 1's "Perceptual" and "SRResNet+CX"). Every term crops `border_px` target pixels from each side: there
-convolutions saw zero padding and offsets reach out.
-All terms are computed in float32, whatever autocast is on.
+    sdan_loss             {X, Y'}: eq. 6
+    self_reference_loss   {X, X}: the output must agree with its own low-resolution picture
+    transfer_loss         {X, X}: the output, moved by the offset of the {X, Y'} pass, must match the target
+
+`_target_loss` compares the zoomed picture with its target by a pixel term, feature terms (Table 1's "Perceptual" and
+"SRResNet+CX"), or both. To add a term: add NAME_weight to LossConfig (field, `terms` check, `needs_vgg`, `min_px`) and
+compute parts["NAME"] in `_feature_terms` (features) or `_target_loss` (pixels). A loss for another forward pass is a
+new function here, called in pipelines/training/step.py.
+
+Every term crops `border_px` target pixels from each side, where convolutions saw zero padding and offsets point outside
+the crop. All terms are computed in float32, also under autocast.
 """
 
 from __future__ import annotations
@@ -18,41 +25,40 @@ from torch.nn import functional as F
 from sdan.contextual import contextual_loss, map_points, patch_points
 from sdan.network import SDANOutput
 from sdan.ops import offset_mask
-from sdan.perceptual import LEAST_PX, VGG19Features
+from sdan.perceptual import MIN_PX, VGG19Features
 from sdan.resample import enlarge_offset, low_pass, sample
-
-__all__ = ["LossConfig", "LossTerms", "low_pass", "sdan_loss", "self_reference_loss", "transfer_loss"]
 
 Kind = Literal["l1", "charbonnier"]
 SelfTarget = Literal["pair", "truth"]
 PERCEPTUAL_LAYERS = {"relu2_2": 1.0}
-"""Johnson et al.'s layer for super-resolution (in their VGG-16)."""
+"""Layer -> weight: the layer that Johnson et al. use for super-resolution (in their VGG-16)."""
 CONTEXTUAL_LAYERS = {"relu1_2": 1.0, "relu2_2": 1.0, "relu3_2": 0.5}
-"""The CoBi paper's layers, weighted as in its code."""
+"""Layer -> weight, as in the CoBi paper's code."""
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Which loss; checked when constructed (ValueError)."""
+    """Terms of the loss and their weights; the values are checked when constructed (ValueError)."""
 
     kind: Kind = "l1"
-    """l1 as printed; charbonnier sqrt(d^2 + epsilon^2) as released (there with an epsilon of 1e-6: all but L1)."""
+    """Pixel distance. l1: as printed. charbonnier: sqrt(d^2 + epsilon^2), as released (there with an epsilon of 1e-6,
+    nearly L1)."""
     align_weight: float = 1.0
     """Weight of |X' - Y'| M."""
     reference_weight: float = 1.0
-    """Weight of the samples that see Y' as reference, as in the paper; 0: none are run (needs self_target=truth)."""
+    """Weight of the {X, Y'} pass, as in the paper. 0: the pass is not run (requires self_target=truth)."""
     self_reference_weight: float = 0.0
-    """Weight of the samples that are trained as deployed, {X, X}; 0: none, as in the paper."""
+    """Weight of the {X, X} pass, as deployed. 0: the pass is not run, as in the paper."""
     self_target: SelfTarget = "pair"
-    """What those are held to. pair: the camera JPG of their own frame, and the pair's target through the offsets that
-    the other samples learn; truth: the ideal picture, which simulated shards alone hold."""
+    """Target of the {X, X} pass. pair: the camera JPG of its own frame (self_reference_loss), and the pair's target
+    through the offsets of the {X, Y'} pass (transfer_loss). truth: the ideal picture; simulated shards only."""
     border_px: int = 32
-    """Cropped from each side of the target, target pixels (32 as released); rounded up on coarser grids."""
+    """Cropped from each side, target pixels (32 as released); rounded up on coarser grids."""
     epsilon: float = 1e-3
-    """Charbonnier's rounding of the corner at 0."""
+    """Charbonnier's epsilon: smooths the corner at 0."""
     pixel_weight: float = 1.0
-    """Weight of the pixel term between the zoomed picture and its target; 0: feature terms alone, as in Table 1's
-    "Perceptual" and "SRResNet+CX". Terms at the input's size stay pixel terms of weight 1."""
+    """Weight of the pixel term between the zoomed picture and its target. 0: feature terms only, as in Table 1's
+    "Perceptual" and "SRResNet+CX". Terms at the input's size are always pixel terms of weight 1."""
     perceptual_weight: float = 0.0
     """Weight of the mean squared difference of VGG-19 features (Johnson et al. 2016)."""
     contextual_weight: float = 0.0
@@ -62,43 +68,43 @@ class LossConfig:
     cobi_vgg_weight: float = 0.0
     """Weight of CoBi between VGG-19 features."""
     cobi_spatial_weight: float = 0.1
-    """w_s: what a match a whole picture away costs in CoBi, in cosine distance."""
+    """CoBi's w_s: the cost, in cosine distance, of a match at a distance of one picture side."""
     cobi_patch_px: int = 10
     """Side of CoBi's RGB patches, target pixels."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
-            raise ValueError(f"kind: one of {', '.join(get_args(Kind))} expected, got {self.kind!r}")
+            raise ValueError(f"kind: expected one of {', '.join(get_args(Kind))}, got {self.kind!r}")
         if self.self_target not in get_args(SelfTarget):
             raise ValueError(
-                f"self_target: one of {', '.join(get_args(SelfTarget))} expected, got {self.self_target!r}"
+                f"self_target: expected one of {', '.join(get_args(SelfTarget))}, got {self.self_target!r}"
             )
         terms = ("pixel_weight", "perceptual_weight", "contextual_weight", "cobi_rgb_weight", "cobi_vgg_weight")
-        samples = ("align_weight", "reference_weight", "self_reference_weight")
-        for name in (*terms, *samples, "cobi_spatial_weight", "border_px"):
+        passes = ("align_weight", "reference_weight", "self_reference_weight")
+        for name in (*terms, *passes, "cobi_spatial_weight", "border_px"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: 0 or more expected, got {getattr(self, name)!r}")
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)!r}")
         if not any(getattr(self, name) > 0 for name in terms):
-            raise ValueError(f"one of {', '.join(terms)} above 0 expected, got 0 for each")
+            raise ValueError(f"{', '.join(terms)}: expected at least one above 0, got 0 for each")
         if self.cobi_patch_px < 1:
-            raise ValueError(f"cobi_patch_px: at least 1 expected, got {self.cobi_patch_px!r}")
+            raise ValueError(f"cobi_patch_px: expected at least 1, got {self.cobi_patch_px!r}")
         if self.reference_weight == 0 and not (self.self_target == "truth" and self.self_reference_weight > 0):
             raise ValueError(
-                "reference_weight: more than 0 expected, got 0; "
-                "only self_target=truth with a self_reference_weight above 0 can do without those samples"
+                "reference_weight: expected more than 0, got 0; "
+                "raise it, or set self_target=truth and a self_reference_weight above 0"
             )
         if not self.epsilon > 0:
-            raise ValueError(f"epsilon: more than 0 expected, got {self.epsilon!r}")
+            raise ValueError(f"epsilon: expected more than 0, got {self.epsilon!r}")
 
     @property
     def needs_vgg(self) -> bool:
-        """Whether a term compares VGG-19 features."""
+        """Whether any term compares VGG-19 features."""
         return max(self.perceptual_weight, self.contextual_weight, self.cobi_vgg_weight) > 0
 
     @property
-    def least_px(self) -> int:
-        """The smallest side of the target inside the border that every term can work on."""
-        return max(1, LEAST_PX if self.needs_vgg else 1, self.cobi_patch_px if self.cobi_rgb_weight > 0 else 1)
+    def min_px(self) -> int:
+        """Smallest side of the target, after cropping the border, that every term accepts."""
+        return max(1, MIN_PX if self.needs_vgg else 1, self.cobi_patch_px if self.cobi_rgb_weight > 0 else 1)
 
 
 class LossTerms(NamedTuple):
@@ -108,28 +114,28 @@ class LossTerms(NamedTuple):
     align: Tensor
     zoom: Tensor
     parts: dict[str, Tensor]
-    """zoom's terms, before their weights; empty where the pixel term is the only one."""
+    """Name -> unweighted term of `zoom`; empty if the pixel term is the only one."""
 
 
 def sdan_loss(
     output: SDANOutput, reference: Tensor, target: Tensor, config: LossConfig, vgg: VGG19Features | None = None
 ) -> LossTerms:
-    """Eq. 6: mean(|X' - Y'| M') * align_weight + mean(|zoomed - Y| M), the second term as `config` asks.
+    """Eq. 6: mean(|X' - Y'| M') * align_weight + mean(|zoomed - Y| M), the second term as configured.
 
-    M' is the mask at X's size and M the same, enlarged (nearest) to Y's; neither carries a gradient. As released, the
-    means run over the whole cropped area, not over the valid part of it.
+    M' is the mask at X's size, and M is M' enlarged (nearest) to Y's size; neither carries a gradient. As released,
+    the means are over the whole cropped area, not only where the mask is 1.
 
     Args:
         output: of SDAN.forward(x, reference, ...).
         reference: Y' [N,3,H,W], the target low-passed to x's size.
         target: Y [N,3,upscale H,upscale W].
         config: weights, kind, border.
-        vgg: for the terms that compare its features.
+        vgg: required if config.needs_vgg.
 
     Raises:
-        ValueError: sizes that do not fit, a border that leaves nothing, or no `vgg` where the config needs it.
+        ValueError: sizes that do not match, a border that leaves nothing, or a missing `vgg`.
     """
-    factor = _factor(target, output.aligned)
+    factor = _size_ratio(target, output.aligned)
     mask = output.mask.detach()
     align = _masked_mean(output.aligned, reference, mask, -(-config.border_px // factor), config)
     zoom, parts = _target_loss(output.zoomed, target, _enlarge_mask(mask, factor), config, vgg)
@@ -137,17 +143,17 @@ def sdan_loss(
 
 
 def self_reference_loss(output: SDANOutput, low: Tensor, config: LossConfig) -> LossTerms:
-    """The deployed pass {X, X} against its own low-resolution picture; no target (ours).
+    """Compare the deployed pass {X, X} with its own low-resolution picture; no target is used (ours).
 
-    X' must be the input's picture, and the zoomed output, low-passed, must be it too: this holds colour, brightness and
-    position, and asks nothing of detail above the input's resolution.
+    X' and the low-passed output must both equal the input's picture. This fixes colour, brightness and position, and
+    does not constrain detail above the input's resolution.
 
     Args:
         output: of SDAN.forward(x, self reference, ...).
-        low: [N,3,mosaic H,mosaic W], the camera's picture of the input's frame.
-        config: weights, kind, border (in pixels of the zoomed grid).
+        low: [N,3,mosaic H,mosaic W], the camera JPG of the input's frame.
+        config: weights, kind, border (in pixels of the zoomed output).
     """
-    scale, shrink = _factor(output.zoomed, low), _factor(low, output.aligned)
+    scale, shrink = _size_ratio(output.zoomed, low), _size_ratio(low, output.aligned)
     mask, border = output.mask.detach(), -(-config.border_px // scale)
     align = _masked_mean(output.aligned, low_pass(low.float(), shrink), mask, -(-border // shrink), config)
     shrunk = low_pass(output.zoomed.float(), scale)
@@ -158,33 +164,33 @@ def self_reference_loss(output: SDANOutput, low: Tensor, config: LossConfig) -> 
 def transfer_loss(
     zoomed: Tensor, offset: Tensor, target: Tensor, config: LossConfig, vgg: VGG19Features | None = None
 ) -> Tensor:
-    """The deployed output, moved by what the other pass learnt about the misalignment, against the target (ours).
+    """Compare the deployed output, moved by the offset of the {X, Y'} pass, with the target (ours).
 
-    Eq. 6 rewards detail only when the reference comes from the target. Here the output of the {X, X} pass, which stays
-    in the input's own view, is sampled at p + offset(p) - the offset of the {X, Y'} pass, without gradient, enlarged to
-    the target's grid in size and value - and compared with Y where that lies inside: so the deployed path learns detail
-    from real targets although the pair is misaligned.
+    Eq. 6 rewards detail only if the reference comes from the target. Here the output of the {X, X} pass, which is in
+    the input's own view, is sampled at p + offset(p) and compared with Y where that point is inside the image. So the
+    deployed pass learns detail from real targets although the pair is misaligned. The offset carries no gradient and
+    is enlarged to the target's grid, in size and value.
 
     Args:
         zoomed: [N,3,upscale H,upscale W], of the {X, X} pass.
         offset: [N,2,H,W] in pixels of x, of the {X, Y'} pass on the same crops.
-        target: Y, zoomed's size.
+        target: Y, the size of `zoomed`.
         config: kind, weights and border.
-        vgg: for the terms that compare its features.
+        vgg: required if config.needs_vgg.
 
     Returns:
-        scalar: as eq. 6's second term.
+        scalar, as eq. 6's second term.
     """
-    field = enlarge_offset(offset.detach().float(), _factor(target, offset))
-    # Bicubic, since bilinear sampling between pixels would blur the output and so teach it to sharpen too much.
+    field = enlarge_offset(offset.detach().float(), _size_ratio(target, offset))
+    # Bicubic: bilinear sampling between pixels would blur the output and so teach it to over-sharpen.
     moved = sample(zoomed, field, mode="bicubic")
-    return _target_loss(moved, target, offset_mask(field, 1), config, vgg)[0]
+    return _target_loss(moved, target, offset_mask(field), config, vgg)[0]
 
 
 def _target_loss(
     image: Tensor, target: Tensor, mask: Tensor, config: LossConfig, vgg: VGG19Features | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum of the terms that the config asks for, and each by name where there are several kinds."""
+    """(weighted sum of the configured terms, LossTerms.parts)."""
     parts = {}
     if config.pixel_weight > 0:
         parts["pixel"] = _masked_mean(image, target, mask, config.border_px, config)
@@ -198,45 +204,46 @@ def _target_loss(
 def _feature_terms(
     image: Tensor, target: Tensor, mask: Tensor, config: LossConfig, vgg: VGG19Features | None
 ) -> dict[str, Tensor]:
-    """The terms other than pixels, of cropped pictures.
+    """Name -> unweighted feature term, of cropped pictures.
 
-    M weighs the feature maps by its area mean over their pixels (a feature also sees what lies around those); in CX and
-    CoBi it weighs the target's points, while any point of the image may be the match.
+    The mask, area-averaged to each feature map's size, weights the perceptual term's pixels and, in CX and CoBi, the
+    target's points; any point of the image may be a match.
     """
     terms = {}
     with torch.autocast(image.device.type, enabled=False):
         if config.cobi_rgb_weight > 0:
-            points, goal = (patch_points(picture, mask, config.cobi_patch_px) for picture in (image, target))
-            terms["cobi_rgb"] = contextual_loss(points, goal, spatial_weight=config.cobi_spatial_weight)
+            patches = [patch_points(picture, mask, config.cobi_patch_px) for picture in (image, target)]
+            terms["cobi_rgb"] = contextual_loss(*patches, spatial_weight=config.cobi_spatial_weight)
         if not config.needs_vgg:
             return terms
         if vgg is None:
-            raise ValueError("vgg: VGG-19 features expected by this loss, got None; pass VGG19Features(load_vgg19())")
-        got = vgg(image)
+            raise ValueError("vgg: expected VGG-19 features for this loss, got None; pass VGG19Features(load_vgg19())")
+        maps = vgg(image)
         with torch.no_grad():
-            wanted = vgg(target)
+            target_maps = vgg(target)
         if config.perceptual_weight > 0:
-            terms["perceptual"] = _perceptual(got, wanted, mask)
+            terms["perceptual"] = _perceptual(maps, target_maps, mask)
         for name, spatial_weight in (("contextual", 0.0), ("cobi_vgg", config.cobi_spatial_weight)):
             if getattr(config, f"{name}_weight") > 0:
-                terms[name] = torch.stack(
-                    [
-                        weight
-                        * contextual_loss(
-                            map_points(got[layer], mask), map_points(wanted[layer], mask), spatial_weight=spatial_weight
-                        )
-                        for layer, weight in CONTEXTUAL_LAYERS.items()
-                    ]
-                ).sum()
+                terms[name] = _contextual(maps, target_maps, mask, spatial_weight)
     return terms
 
 
-def _perceptual(got: dict[str, Tensor], wanted: dict[str, Tensor], mask: Tensor) -> Tensor:
+def _perceptual(maps: dict[str, Tensor], target_maps: dict[str, Tensor], mask: Tensor) -> Tensor:
     """mean((Psi(image) - Psi(target))^2 M), over the whole map as in eq. 6."""
     terms = []
     for layer, weight in PERCEPTUAL_LAYERS.items():
-        shrunk = F.interpolate(mask, size=got[layer].shape[-2:], mode="area")
-        terms.append(weight * ((got[layer] - wanted[layer]).square() * shrunk).mean())
+        shrunk = F.interpolate(mask, size=maps[layer].shape[-2:], mode="area")
+        terms.append(weight * ((maps[layer] - target_maps[layer]).square() * shrunk).mean())
+    return torch.stack(terms).sum()
+
+
+def _contextual(maps: dict[str, Tensor], target_maps: dict[str, Tensor], mask: Tensor, spatial_weight: float) -> Tensor:
+    """CX (spatial_weight 0) or CoBi between feature maps, summed over the layers."""
+    terms = []
+    for layer, weight in CONTEXTUAL_LAYERS.items():
+        points, target_points = map_points(maps[layer], mask), map_points(target_maps[layer], mask)
+        terms.append(weight * contextual_loss(points, target_points, spatial_weight=spatial_weight))
     return torch.stack(terms).sum()
 
 
@@ -248,14 +255,14 @@ def _masked_mean(image: Tensor, target: Tensor, mask: Tensor, border: int, confi
 
 
 def _inside(image: Tensor, target: Tensor, border: int, config: LossConfig) -> tuple[Any, ...]:
-    """The index that crops the border, of pictures of one size."""
+    """The index that crops the border; checks that both images have the same size."""
     if image.shape != target.shape:
-        raise ValueError(f"the loss compares images of one size, got {tuple(image.shape)} and {tuple(target.shape)}")
+        raise ValueError(f"loss: expected images of one size, got {tuple(image.shape)} and {tuple(target.shape)}")
     height, width = image.shape[-2:]
     if 2 * border >= min(height, width):
         raise ValueError(
-            f"border_px={config.border_px} crops {border} of each side of {height}x{width} and leaves nothing; "
-            "set a smaller loss.border_px or a larger crop"
+            f"border_px={config.border_px}: expected to leave some of {height}x{width} pixels, "
+            f"got {border} cropped from each side; set a smaller loss.border_px or a larger crop"
         )
     return (..., slice(border, height - border), slice(border, width - border))
 
@@ -264,9 +271,9 @@ def _enlarge_mask(mask: Tensor, factor: int) -> Tensor:
     return mask if factor == 1 else F.interpolate(mask, scale_factor=factor, mode="nearest")
 
 
-def _factor(fine: Tensor, coarse: Tensor) -> int:
-    """How many times finer one grid is than another."""
+def _size_ratio(fine: Tensor, coarse: Tensor) -> int:
+    """Side of `fine` over side of `coarse`, a whole number."""
     factor = fine.shape[-1] // max(coarse.shape[-1], 1)
     if factor < 1 or tuple(factor * side for side in coarse.shape[-2:]) != tuple(fine.shape[-2:]):
-        raise ValueError(f"a whole multiple of size {tuple(coarse.shape[-2:])} expected, got {tuple(fine.shape[-2:])}")
+        raise ValueError(f"size: expected a multiple of {tuple(coarse.shape[-2:])}, got {tuple(fine.shape[-2:])}")
     return factor

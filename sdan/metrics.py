@@ -1,7 +1,9 @@
-"""How good a picture is: PSNR, SSIM, LPIPS; and how good an offset is: the end-point error. One value per image.
+"""Metrics of pictures (PSNR, SSIM, LPIPS) and of offsets (end-point error, statistics), one value per image.
 
-Pictures are [N,3,H,W] in [0, 1]; masks [N,1,H,W] (or [N,3,H,W]), 1 where a pixel counts. Scores are normalised by the
-number of pixels that count; an image in which none does scores NaN.
+Pictures are [N,3,H,W] in [0, 1]; masks [N,1,H,W] (or [N,3,H,W]), 1 where a pixel counts. Scores are means over the
+pixels that count; an image without any scores NaN.
+
+To add a metric: write a function here that returns [N], and call it in pipelines/scoring/scores.py.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 BACKBONE = "alexnet-owt-7be5be79.pth"
-"""torchvision's AlexNet (IMAGENET1K_V1), LPIPS v0.1 (alex)'s backbone; the name ends in its SHA-256's first digits."""
+"""The backbone of LPIPS v0.1 (alex): torchvision's AlexNet (IMAGENET1K_V1). The name ends with the first digits of the
+file's SHA-256."""
 
 
 def psnr(image: Tensor, target: Tensor, *, mask: Tensor | None = None, border_px: int = 0) -> Tensor:
@@ -27,7 +30,7 @@ def psnr(image: Tensor, target: Tensor, *, mask: Tensor | None = None, border_px
     Args:
         image, target: [N,3,H,W] in [0, 1].
         mask: pixels that count; None: all.
-        border_px: left out on each side.
+        border_px: cropped from each side.
 
     Returns:
         [N] float64, dB; infinite for equal pictures.
@@ -35,7 +38,7 @@ def psnr(image: Tensor, target: Tensor, *, mask: Tensor | None = None, border_px
     Raises:
         ValueError: sizes that differ, or a border that leaves nothing.
     """
-    image, target, mask = _prepared(image, target, mask, border_px)
+    image, target, mask = _crop(image, target, mask, border_px)
     error = _mean((image - target).square(), mask)
     return -10 * torch.log10(error)
 
@@ -43,16 +46,16 @@ def psnr(image: Tensor, target: Tensor, *, mask: Tensor | None = None, border_px
 def ssim(image: Tensor, target: Tensor, *, mask: Tensor | None = None, border_px: int = 0) -> Tensor:
     """Structural similarity (Wang et al. 2004): 11-tap Gaussian, sigma 1.5, K1 = 0.01, K2 = 0.03, mean over channels.
 
-    Only windows that lie wholly inside the picture, and whose pixels all count, are averaged.
+    Only windows inside the picture whose pixels all count are averaged.
 
-    Args, Raises: as psnr; pictures of at least 11 pixels.
+    Args, Raises: as psnr; pictures have at least 11x11 pixels inside the border.
 
     Returns:
         [N] float64, at most 1.
     """
-    image, target, mask = _prepared(image, target, mask, border_px)
+    image, target, mask = _crop(image, target, mask, border_px)
     if min(image.shape[-2:]) < 11:
-        raise ValueError(f"ssim: at least 11x11 pixels expected inside the border, got {tuple(image.shape[-2:])}")
+        raise ValueError(f"ssim: expected at least 11x11 pixels inside the border, got {tuple(image.shape[-2:])}")
     mean_a, mean_b = _blurred(image), _blurred(target)
     var_a = _blurred(image.square()) - mean_a.square()
     var_b = _blurred(target.square()) - mean_b.square()
@@ -60,27 +63,27 @@ def ssim(image: Tensor, target: Tensor, *, mask: Tensor | None = None, border_px
     c1, c2 = 0.01**2, 0.03**2
     similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
     similarity /= (mean_a.square() + mean_b.square() + c1) * (var_a + var_b + c2)
-    whole = None if mask is None else -F.max_pool2d(-mask, 11, stride=1)  # the least of the window's mask
+    whole = None if mask is None else -F.max_pool2d(-mask, 11, stride=1)  # minimum over the window
     return _mean(similarity, whole)
 
 
 def end_point_error(offset: Tensor, true_flow: Tensor, *, mask: Tensor | None = None, border_px: int = 0) -> Tensor:
-    """Mean distance between learnt and true displacement, in the pixels of their common grid.
+    """Mean distance between learnt and true displacement, in pixels of their common grid.
 
     Args:
         offset, true_flow: [N,2,H,W], (dy, dx) with output(p) = input(p + offset(p)).
         mask: [N,1,H,W]; None: all.
-        border_px: left out on each side.
+        border_px: cropped from each side.
 
     Returns:
         [N] float64.
     """
-    offset, true_flow, mask = _prepared(offset, true_flow, mask, border_px)
+    offset, true_flow, mask = _crop(offset, true_flow, mask, border_px)
     return _mean((offset - true_flow).square().sum(1, keepdim=True).sqrt(), mask)
 
 
 def resized_end_point_error(offset: Tensor, true_flow: Tensor) -> Tensor:
-    """End-point error between offsets and a true flow that live on grids of different density.
+    """End-point error between offsets and a true flow on grids of different density.
 
     Args:
         offset: [N,2,h,w], (dy, dx) in pixels of its own grid.
@@ -95,7 +98,7 @@ def resized_end_point_error(offset: Tensor, true_flow: Tensor) -> Tensor:
 
 
 def offset_statistics(offset: Tensor, mask: Tensor, px_per_offset: float) -> dict[str, list[float]]:
-    """Describe offsets without any truth, one value per image.
+    """Statistics of offsets that need no true flow, one value per image.
 
     Args:
         offset: [N,2,H,W], (dy, dx) in pixels of its own grid.
@@ -119,10 +122,12 @@ def offset_statistics(offset: Tensor, mask: Tensor, px_per_offset: float) -> dic
 
 
 def lpips_distance(image: Tensor, target: Tensor) -> Tensor | None:
-    """LPIPS v0.1 with AlexNet (Zhang et al. 2018): [N] float32, 0 for equal pictures; no mask.
+    """LPIPS v0.1 with AlexNet (Zhang et al. 2018), without mask.
 
-    None where the backbone's weights are not at hand; `lpips_unavailable` says why and what to do. Nothing is ever
-    downloaded and no random weights are used.
+    Nothing is downloaded, and random weights are never used.
+
+    Returns:
+        [N] float32, 0 for equal pictures; None if the backbone's weights are missing (see `lpips_unavailable`).
     """
     if lpips_unavailable() is not None:
         return None
@@ -136,9 +141,11 @@ def lpips_unavailable() -> str | None:
     path = _backbone_path()
     remedy = f"download https://download.pytorch.org/models/{BACKBONE} there, or set SDAN_LPIPS_BACKBONE to its path"
     if not path.is_file():
-        return f"LPIPS n/a: AlexNet weights expected at {path}, got no such file; {remedy}"
+        return f"LPIPS n/a: {path}: expected AlexNet weights, got no such file; {remedy}"
     if not _sha256(path, path.stat().st_mtime_ns).startswith(_expected_hash()):
-        return f"LPIPS n/a: {path} is not torchvision's AlexNet (SHA-256 {_expected_hash()}... expected); {remedy}"
+        return (
+            f"LPIPS n/a: {path}: expected torchvision's AlexNet, SHA-256 {_expected_hash()}..., got another; {remedy}"
+        )
     return None
 
 
@@ -159,34 +166,35 @@ def _sha256(path: Path, modified_ns: int) -> str:
 
 @lru_cache(maxsize=1)
 def _lpips(path: Path) -> nn.Module:
-    import lpips  # it imports half of torchvision
+    import lpips  # `import sdan` must not need lpips and torchvision
 
-    # pnet_rand=True only keeps it from downloading: every backbone weight is replaced below (strict).
-    with warnings.catch_warnings(action="ignore"):  # of torchvision, about how the package calls it
+    # pnet_rand=True prevents a download; all backbone weights are replaced below (strict).
+    with warnings.catch_warnings(action="ignore"):  # torchvision's, about deprecated arguments in lpips
         model = lpips.LPIPS(net="alex", version="0.1", pnet_rand=True, verbose=False)
     stored = torch.load(path, map_location="cpu", weights_only=True)
-    wanted = model.net.state_dict()  # e.g. slice2.3.weight for torchvision's features.3.weight
-    model.net.load_state_dict({name: stored["features." + name.split(".", 1)[1]] for name in wanted})
+    names = model.net.state_dict()  # e.g. slice2.3.weight for torchvision's features.3.weight
+    model.net.load_state_dict({name: stored["features." + name.split(".", 1)[1]] for name in names})
     return model.eval().requires_grad_(False)
 
 
-def _prepared(image: Tensor, target: Tensor, mask: Tensor | None, border: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def _crop(image: Tensor, target: Tensor, mask: Tensor | None, border: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The three without the border, as float64; checks their sizes."""
     if image.dim() != 4 or image.shape != target.shape:
         raise ValueError(
-            f"two images [N,C,H,W] of one size expected, got {tuple(image.shape)} and {tuple(target.shape)}"
+            f"metric: expected two images [N,C,H,W] of one size, got {tuple(image.shape)} and {tuple(target.shape)}"
         )
     n, _, height, width = image.shape
     if mask is not None and (mask.shape[0], *mask.shape[2:]) != (n, height, width):
-        raise ValueError(f"mask: [{n},1,{height},{width}] expected, got {tuple(mask.shape)}")
+        raise ValueError(f"mask: expected [{n},1,{height},{width}], got {tuple(mask.shape)}")
     if border < 0 or 2 * border >= min(height, width):
-        raise ValueError(f"border_px: 0 to {(min(height, width) - 1) // 2} expected for {height}x{width}, got {border}")
+        raise ValueError(f"border_px: expected 0 to {(min(height, width) - 1) // 2} for {height}x{width}, got {border}")
     inside = (..., slice(border, height - border), slice(border, width - border))
     cropped = None if mask is None else mask[inside].double()
     return image[inside].double(), target[inside].double(), cropped
 
 
 def _mean(value: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over channels and the pixels that count; NaN where none does."""
+    """Mean over channels and the pixels that count; NaN if none does."""
     if mask is None:
         return value.mean(dim=(1, 2, 3))
     weight = mask.expand_as(value)
@@ -196,14 +204,14 @@ def _mean(value: Tensor, mask: Tensor | None) -> Tensor:
 def _blurred(image: Tensor) -> Tensor:
     """The 11-tap Gaussian mean of every window inside the picture: [N,C,H-10,W-10].
 
-    Sums of shifted pictures: on a CPU several times faster than float64 convolutions of one channel each.
+    Sums of shifted pictures, which are several times faster on a CPU than depthwise float64 convolutions.
     """
     height, width = image.shape[-2:]
-    weights = [math.exp(-((place - 5) ** 2) / (2 * 1.5**2)) for place in range(11)]
+    weights = [math.exp(-((tap - 5) ** 2) / (2 * 1.5**2)) for tap in range(11)]
     rows = torch.zeros_like(image[..., 10:, :])
-    for place, weight in enumerate(weights):
-        rows.add_(image[..., place : height - 10 + place, :], alpha=weight / sum(weights))
+    for tap, weight in enumerate(weights):
+        rows.add_(image[..., tap : height - 10 + tap, :], alpha=weight / sum(weights))
     blurred = torch.zeros_like(rows[..., 10:])
-    for place, weight in enumerate(weights):
-        blurred.add_(rows[..., place : width - 10 + place], alpha=weight / sum(weights))
+    for tap, weight in enumerate(weights):
+        blurred.add_(rows[..., tap : width - 10 + tap], alpha=weight / sum(weights))
     return blurred

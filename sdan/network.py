@@ -1,7 +1,7 @@
 """SDAN, the Squared Deformable Alignment Network: the paper's figures 1 and 2.
 
-Axes: N batch, C features, (H, W) the size of the input x. The mosaic's size is (H, W) for mosaic and RGB input and
-(2H, 2W) for packed RAW; s is the scale, and the zoomed output is s times the mosaic's size.
+Axes: N batch, C features, (H, W) the size of the input x. The mosaic has size (H, W) for mosaic and RGB input and
+(2H, 2W) for packed RAW. The zoomed output is `scale` times as large as the mosaic.
 
     x ---------> head ---> F^X ----------------------------+
                             |                              |
@@ -32,7 +32,7 @@ Skip = Literal["none", "rendering"]
 Upsampling = Literal["stages", "direct"]
 Encoding = Literal["linear", "sqrt"]
 CHANNELS = {"mosaic": 1, "packed": 4, "rgb": 3}
-
+"""Channels of the input x."""
 
 _CHOICES = {
     "input": Input,
@@ -46,45 +46,52 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class SDANConfig:
-    """What the network is made of; checked when constructed (ValueError). Table 2 is values of this class."""
+    """Architecture of SDAN and SRResNet; the values are checked when constructed (ValueError).
+
+    The rows of Table 2 are different values of this class.
+    """
 
     input: Input = "mosaic"
-    """mosaic [N,1,H,W] (as released), packed RGGB [N,4,H,W] at half the mosaic's size (a trunk 4x cheaper), or rgb."""
+    """mosaic: [N,1,H,W], as released. packed: RGGB [N,4,H,W] at half the mosaic's size (the trunk is 4x cheaper).
+    rgb: [N,3,H,W]."""
     encoding: Encoding = "linear"
-    """How the network sees RAW values: linear (the paper's), or their square root, which gives photon noise the same
-    strength in shadows and highlights and stands nearer to the sRGB of the output (ours)."""
+    """Encoding of RAW values for the head. linear: the paper's. sqrt: their square root, which makes photon noise equal
+    in shadows and highlights and is closer to the output's sRGB (ours)."""
     scale: int = 4
-    """Zoom of the mosaic: 2, 4, 8, ..."""
+    """Size of the output over size of the mosaic: 2, 4, 8 or 16."""
     features: int = 64
+    """Channels of the feature maps."""
     blocks: int = 16
+    """Residual blocks of the trunk."""
     packing_kernel: int = 8
     """K of cross packing attention; must divide the input's height and width."""
     offset: Offset = "squared"
-    """squared: one offset for the whole window (SDCN); per_point: one for each of its points (vanilla DCN)."""
+    """squared: one offset for the whole window (SDCN). per_point: one per window tap (vanilla DCN)."""
     attention: Attention = "cross_packing"
+    """Attention of the offset learner. none; channel: squeeze-and-excitation; cross_packing: CPA."""
     flips: bool = True
-    """Show the offset learner the reference's three flips as well."""
+    """Whether the offset learner also sees the reference's three flips."""
     skip: Skip = "none"
-    """rendering: add the input's own rendering, moved by the learnt offset and enlarged, to the output (ours)."""
+    """rendering: the input's rendering, moved by the learnt offset and enlarged, is added to the output (ours)."""
     upsampling: Upsampling = "stages"
-    """stages: pixel shuffle by two a stage, all features kept (the paper's); direct: one convolution to all the pixels
-    of the output and one pixel shuffle (ESPCN's), at a tenth of the cost from packed RAW (ours, for small models)."""
+    """stages: pixel shuffle by 2 per stage, all features kept (the paper's). direct: one convolution and one pixel
+    shuffle (as ESPCN), a tenth of the cost from packed RAW (ours, for small models)."""
 
     def __post_init__(self) -> None:
         for name, kind in _CHOICES.items():
             if getattr(self, name) not in get_args(kind):
-                raise ValueError(f"{name}: one of {', '.join(get_args(kind))} expected, got {getattr(self, name)!r}")
+                raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
         if self.encoding != "linear" and self.input == "rgb":
-            raise ValueError(f"encoding: linear expected for rgb input, which is sRGB already, got {self.encoding!r}")
+            raise ValueError(f"encoding: expected linear for rgb input, which is already sRGB, got {self.encoding!r}")
         for name in ("features", "blocks", "packing_kernel"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name}: a whole number of at least 1 expected, got {getattr(self, name)!r}")
+                raise ValueError(f"{name}: expected a whole number of at least 1, got {getattr(self, name)!r}")
         if self.scale not in (2, 4, 8, 16):
-            raise ValueError(f"scale: one of 2, 4, 8, 16 expected (pixel-shuffle stages double), got {self.scale!r}")
+            raise ValueError(f"scale: expected one of 2, 4, 8, 16 (each pixel shuffle doubles), got {self.scale!r}")
 
     @property
     def upscale(self) -> int:
-        """Side of the zoomed output over side of the input x: packed RAW has half the mosaic's size to begin with."""
+        """Side of the zoomed output over side of the input x: twice the scale for packed RAW."""
         return self.scale * self.mosaic_factor
 
     @property
@@ -97,28 +104,29 @@ class SDANConfig:
         return packed_px if self.input == "packed" else 2 * packed_px
 
     def check_crop(self, crop_px: int) -> None:
-        """Raise ValueError, with the remedy, unless crops of crop_px x crop_px input pixels suit the network."""
+        """Raise ValueError unless the network accepts crops of crop_px x crop_px input pixels."""
         if self.input == "mosaic" and crop_px % 2:
-            raise ValueError(f"mosaic crops must be even, so that each holds whole RGGB cells; got {crop_px}")
+            raise ValueError(f"mosaic crop: expected an even side, for whole RGGB cells, got {crop_px}")
         if self.attention == "cross_packing":
             check_packing(self.packing_kernel, crop_px, crop_px)
 
 
 class SDANOutput(NamedTuple):
-    """What forward returns."""
+    """Output of forward; (H, W) is the size of x."""
 
     zoomed: Tensor
-    """[N, 3, upscale H, upscale W], sRGB about [0, 1], not clipped."""
+    """[N, 3, upscale H, upscale W], sRGB, not clipped to [0, 1]."""
     aligned: Tensor
-    """X' [N, 3, H, W]: the input seen from the reference's view."""
+    """X' [N, 3, H, W], sRGB: the input moved to the reference's view."""
     mask: Tensor
     """M [N, 1, H, W], 1 where p + offset(p) is inside the image, else 0; no gradient."""
     offset: Tensor
-    """Theta [N, 2, H, W] = (dy, dx), pixels of x: X'(p) comes from x(p + offset(p)). Per-point: the window's centre."""
+    """Theta [N, 2, H, W] = (dy, dx), pixels of x: X'(p) comes from x(p + offset(p)). For per_point offsets this is the
+    offset of the window's centre."""
 
 
 class OffsetLearner(nn.Module):
-    """f_offset, figure 2 top: conv, attention, ReLU, conv, attention, ReLU, conv -> offsets in pixels (float32)."""
+    """f_offset (figure 2, top): conv, attention, ReLU, conv, attention, ReLU, conv -> offsets in pixels (float32)."""
 
     def __init__(self, config: SDANConfig, offset_channels: int) -> None:
         super().__init__()
@@ -126,7 +134,7 @@ class OffsetLearner(nn.Module):
         self.conv1, self.attention1 = nn.Conv2d(2 * c, c, 3, padding=1), _attention(config)
         self.conv2, self.attention2 = nn.Conv2d(c, c, 3, padding=1), _attention(config)
         self.conv3 = nn.Conv2d(c, offset_channels, 3, padding=1)
-        for conv in (self.conv1, self.conv2, self.conv3):  # as released
+        for conv in (self.conv1, self.conv2, self.conv3):  # initialised as in the released code
             nn.init.kaiming_normal_(conv.weight, a=0.02)
             nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
         if config.skip == "rendering":
@@ -135,7 +143,7 @@ class OffsetLearner(nn.Module):
     def forward(self, features_N2CHW: Tensor) -> Tensor:
         hidden = F.relu(self.attention1(self.conv1(features_N2CHW)))
         hidden = F.relu(self.attention2(self.conv2(hidden)))
-        # An offset of 30 px in bfloat16 is good to 1/8 px only: the last layer keeps float32.
+        # bfloat16 rounds an offset of 30 px to 1/8 px, so the last layer runs in float32.
         with torch.autocast(hidden.device.type, enabled=False):
             return self.conv3(hidden.float()) if self.conv3.weight.dtype == torch.float32 else self.conv3(hidden)
 
@@ -153,7 +161,7 @@ class AlignmentModule(nn.Module):
         self.to_rgb = nn.Conv2d(c, 3, 3, padding=1)
 
     def forward(self, features_NCHW: Tensor, reference_N3HW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """F^X, Y' -> F^X', X', M, Theta."""
+        """(F^X, Y') -> (F^X', X', M, Theta), in the paper's symbols."""
         views = with_flips(reference_N3HW) if self.flips else reference_N3HW
         reference_features = F.relu(self.reference_conv(views))
         offset = self.offset_learner(torch.cat((features_NCHW, reference_features), dim=1))
@@ -164,12 +172,12 @@ class AlignmentModule(nn.Module):
         else:
             moved = squared_deform_conv2d(features_NCHW, offset, self.deform.weight, self.deform.bias)
         aligned_features = F.relu(moved)
-        mask = offset_mask(offset.detach(), self.kernel)
+        mask = offset_mask(offset.detach())
         return aligned_features, self.to_rgb(aligned_features), mask, offset
 
 
 class ResidualBlock(nn.Module):
-    """SRResNet's block without normalisation: x + conv(ReLU(conv(x))), no biases (as released)."""
+    """SRResNet's block without normalisation: x + conv(ReLU(conv(x))); no biases, as released."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -181,8 +189,10 @@ class ResidualBlock(nn.Module):
 
 
 class SuperResolution(nn.Module):
-    """Figure 1 right: residual blocks with a global skip, pixel-shuffle upsampling by two a stage, conv -> RGB
-    (or the last two in one: upsampling="direct")."""
+    """The trunk (figure 1, right): residual blocks with a global skip, pixel-shuffle upsampling, conv -> RGB.
+
+    With upsampling="direct" the last convolution also upsamples.
+    """
 
     def __init__(self, config: SDANConfig) -> None:
         super().__init__()
@@ -193,8 +203,8 @@ class SuperResolution(nn.Module):
         enlarging = stages if config.upsampling == "stages" else 0
         self.enlarge = nn.ModuleList(nn.Conv2d(c, 4 * c, 3, padding=1) for _ in range(enlarging))
         self.last = nn.Conv2d(c, 3 * self.shuffle**2, 3, padding=1)
-        # skip="rendering" starts with a last convolution of zero. Behind a ReLU all its inputs are positive, and Adam's
-        # first steps add up to one large change of the mean: so this form has no activation here (as EDSR has none).
+        # skip="rendering" starts with a zero last convolution. After a ReLU all its inputs would be positive, and
+        # Adam's first steps would add up to a large change of the mean. So this form has no activation, as in EDSR.
         self.activation = nn.Identity() if config.skip == "rendering" else nn.ReLU(inplace=True)
         if config.skip == "rendering":
             nn.init.zeros_(self.last.weight)
@@ -204,7 +214,7 @@ class SuperResolution(nn.Module):
         x = features_NCHW + self.join(self.blocks(features_NCHW))
         for conv in self.enlarge:
             x = self.activation(F.pixel_shuffle(conv(x), 2))
-            # torch 2.14's Inductor cannot sort the symbolic strides of a view that it keeps for the backward pass.
+            # torch 2.14's Inductor cannot sort the symbolic strides of a view that it saves for the backward pass.
             if torch.compiler.is_dynamo_compiling():
                 x = x.contiguous(memory_format=torch.channels_last)
         return F.pixel_shuffle(self.last(x), self.shuffle)
@@ -229,47 +239,54 @@ class SDAN(nn.Module):
         Args:
             x: RAW or RGB in [0, 1], white-balanced: [N,1,H,W] (mosaic), [N,4,H,W] (packed) or [N,3,H,W] (rgb).
             reference: [N,3,H,W] sRGB in [0, 1]. Y' in training; the rendering at x's size ({X, X}) when deployed.
-            rendering: [N,3,H,W] ([N,3,2H,2W] for packed) sRGB in [0, 1]; needed, and used, by skip="rendering" alone.
+            rendering: [N,3,H,W] ([N,3,2H,2W] for packed) sRGB in [0, 1]; required for skip="rendering", else unused.
 
         Returns:
             SDANOutput(zoomed, aligned, mask, offset).
 
         Raises:
-            ValueError: shapes that do not fit each other or the config.
+            ValueError: shapes that do not match each other or the config.
         """
         check_inputs(self.config, x, reference, rendering)
         features = F.relu(self.head(x.clamp_min(0).sqrt() if self.config.encoding == "sqrt" else x))
         aligned_features, aligned, mask, offset = self.alignment(features, reference)
         zoomed = self.super_resolution(aligned_features).float()
         if self.config.skip == "rendering":
-            assert rendering is not None  # check_inputs
-            zoomed = zoomed + moved_and_enlarged(rendering, offset, self.config)
+            assert rendering is not None  # by check_inputs
+            zoomed = zoomed + move_and_enlarge(rendering, offset, self.config)
         return SDANOutput(zoomed, aligned.float(), mask, offset)
 
 
 def with_flips(image_NCHW: Tensor) -> Tensor:
-    """The image, flipped top to bottom, left to right, and both: [N, 4C, H, W] (flip augmentation, section 3.2)."""
+    """Stack the image and its flips: top to bottom, left to right, both; [N, 4C, H, W] (paper, section 3.2)."""
     flips = (image_NCHW.flip(2), image_NCHW.flip(3), image_NCHW.flip(2, 3))
     return torch.cat((image_NCHW, *flips), dim=1)
 
 
-def moved_and_enlarged(rendering: Tensor, offset: Tensor, config: SDANConfig) -> Tensor:
-    """The rendering sampled at p + offset(p) - the offset brought to its grid - and enlarged bicubically; float32."""
+def move_and_enlarge(rendering: Tensor, offset: Tensor, config: SDANConfig) -> Tensor:
+    """The skip: the rendering sampled at p + offset(p), then enlarged bicubically by the scale; float32.
+
+    Args:
+        rendering: [N,3,mosaic H,mosaic W].
+        offset: [N,2,H,W] in pixels of x; enlarged to the rendering's grid first.
+    """
     return bicubic(sample(rendering, enlarge_offset(offset.float(), config.mosaic_factor)), config.scale)
 
 
 def check_inputs(config: SDANConfig, x: Tensor, reference: Tensor, rendering: Tensor | None) -> None:
-    """Raise ValueError unless the three inputs fit the config and each other."""
+    """Raise ValueError unless the inputs' shapes match the config and each other."""
     n, channels, height, width = x.shape if x.dim() == 4 else (0, 0, 0, 0)
     if x.dim() != 4 or channels != CHANNELS[config.input]:
-        raise ValueError(f"input={config.input!r}: x [N,{CHANNELS[config.input]},H,W] expected, got {tuple(x.shape)}")
+        raise ValueError(
+            f"x: expected [N,{CHANNELS[config.input]},H,W] for input={config.input!r}, got {tuple(x.shape)}"
+        )
     if reference.shape != (n, 3, height, width):
-        raise ValueError(f"reference: {(n, 3, height, width)} expected, x's size; got {tuple(reference.shape)}")
+        raise ValueError(f"reference: expected {(n, 3, height, width)}, x's size, got {tuple(reference.shape)}")
     if config.skip == "rendering":
         expected = (n, 3, height * config.mosaic_factor, width * config.mosaic_factor)
         got = None if rendering is None else tuple(rendering.shape)
         if got != expected:
-            raise ValueError(f'skip="rendering": rendering {expected} expected, got {got}')
+            raise ValueError(f'rendering: expected {expected} for skip="rendering", got {got}')
 
 
 def _attention(config: SDANConfig) -> nn.Module:

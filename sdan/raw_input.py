@@ -1,7 +1,7 @@
-"""Sensor counts to the network's input, and the two layouts of RAW.
+"""Convert sensor counts to the network's input, and between the two layouts of RAW.
 
-mosaic: [N, 1, 2h, 2w], one value per photosite, as the released code feeds it.
-packed: [N, 4, h, w], channels R, G1, G2, B of one RGGB cell: R G1 / G2 B.
+mosaic: [N, 1, 2h, 2w], one value per photosite, as in the released code.
+packed: [N, 4, h, w], channels R, G1, G2, B of one RGGB cell (R G1 / G2 B).
 """
 
 from __future__ import annotations
@@ -38,10 +38,13 @@ class Photo(Protocol):
 
 
 def from_photo(photo: Photo) -> tuple[Tensor, Tensor]:
-    """The two tensors that `sdan.zoom` takes.
+    """Convert a decoded RAW photo to the inputs of `sdan.zoom`.
 
     Returns:
-        packed RAW, float32 [4, h, w] in [0, 1], and the rendering, float32 [3, 2h, 2w] in [0, 1].
+        raw, float32 [4, h, w] in [0, 1] (packed), and rendering, float32 [3, 2h, 2w] in [0, 1].
+
+    Raises:
+        ValueError: a white level that is not above the black level.
     """
     raw = normalise(
         torch.from_numpy(photo.packed)[None],
@@ -53,9 +56,9 @@ def from_photo(photo: Photo) -> tuple[Tensor, Tensor]:
 
 
 def normalise(packed_N4HW: Tensor, black_N4: Tensor, white_N: Tensor, wb_N4: Tensor) -> Tensor:
-    """Sensor counts to white-balanced values in [0, 1].
+    """Convert sensor counts to white-balanced values in [0, 1].
 
-    The released code leaves the input unbalanced and divides the gains out of the *target* instead; balancing the input
+    The released code leaves the input unbalanced and divides the *target* by the gains. Balancing the input instead
     keeps the target as the camera shot it.
 
     Args:
@@ -68,25 +71,23 @@ def normalise(packed_N4HW: Tensor, black_N4: Tensor, white_N: Tensor, wb_N4: Ten
         float32 [N, 4, H, W], clipped to [0, 1].
 
     Raises:
-        ValueError: shapes that do not fit, or a white level that is not above the black level.
+        ValueError: shapes that do not match, or a white level that is not above the black level.
     """
     n = packed_N4HW.shape[0]
     shapes = [tuple(t.shape) for t in (packed_N4HW, black_N4, white_N, wb_N4)]
     if packed_N4HW.dim() != 4 or packed_N4HW.shape[1] != 4 or shapes[1:] != [(n, 4), (n,), (n, 4)]:
-        raise ValueError(f"expected packed [N,4,H,W], black [N,4], white [N], wb [N,4]; got {shapes}")
+        raise ValueError(f"RAW: expected packed [N,4,H,W], black [N,4], white [N], wb [N,4], got {shapes}")
     black = black_N4.float()[:, :, None, None]
     span = white_N.float()[:, None, None, None] - black
     if n and float(span.min()) <= 0:
-        raise ValueError(
-            f"white level must exceed black level; got white {white_N.tolist()}, black {black_N4.tolist()}"
-        )
+        raise ValueError(f"white level: expected above the black level {black_N4.tolist()}, got {white_N.tolist()}")
     gain = wb_N4.float()[:, :, None, None] / span
     return (packed_N4HW.float() - black).mul_(gain).clamp_(0, 1)
 
 
 def packed_to_mosaic(packed_N4HW: Tensor) -> Tensor:
     """[N, 4, h, w] (R, G1, G2, B) -> [N, 1, 2h, 2w]; any dtype."""
-    if packed_N4HW.dtype == torch.uint16:  # pixel_shuffle has no uint16 kernel; the bits only move
+    if packed_N4HW.dtype == torch.uint16:  # pixel_shuffle has no uint16 kernel; it only moves values
         return F.pixel_shuffle(packed_N4HW.view(torch.int16), 2).view(torch.uint16)
     return F.pixel_shuffle(packed_N4HW, 2)
 
@@ -99,9 +100,9 @@ def mosaic_to_packed(mosaic_N1HW: Tensor) -> Tensor:
 
 
 def mosaic_from_srgb(image_N3HW: Tensor) -> Tensor:
-    """A stand-in for RAW where only a picture is left: its linearised pixels, seen through a Bayer pattern.
+    """Make a synthetic mosaic from a picture without RAW: linearise it and sample one colour per photosite.
 
-    The camera's colour matrix and tone curve are not undone (a JPG does not say what they were).
+    The camera's colour matrix and tone curve are not undone, since a JPG does not contain them.
 
     Args:
         image_N3HW: sRGB in [0, 1], even H and W.

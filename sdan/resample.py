@@ -1,4 +1,4 @@
-"""The few ways in which SDAN changes an image's grid. Pixel i covers [i, i + 1): half-pixel centres everywhere."""
+"""Resampling of images and offset fields. Pixel i covers [i, i + 1): half-pixel centres everywhere."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ from torch.nn import functional as F
 
 
 def low_pass(image_NCHW: Tensor, factor: int) -> Tensor:
-    """Area average by an integer factor: THE low-pass that makes Y' and the packed reference.
+    """Average over factor x factor pixels. Every low-resolution reference (Y' and packed input's) is made by this.
 
-    The released code shrinks Y with bicubic interpolation that is not antialiased, so that Y' aliases; a departure.
+    A departure: the released code shrinks Y by bicubic interpolation without antialiasing, so its Y' aliases.
 
     Raises:
-        ValueError: H or W is no multiple of `factor`.
+        ValueError: H or W is not a multiple of `factor`.
     """
     if factor == 1:
         return image_NCHW
     height, width = image_NCHW.shape[-2:]
     if factor < 1 or height % factor or width % factor:
-        raise ValueError(f"low_pass: a size divisible by the factor expected, got {height}x{width} and factor {factor}")
+        raise ValueError(f"low_pass: expected a size divisible by factor {factor}, got {height}x{width}")
     return F.avg_pool2d(image_NCHW, factor)
 
 
 def bicubic(image_NCHW: Tensor, scale: int) -> Tensor:
-    """Bicubic enlargement by an integer factor, float32, not clipped."""
+    """Enlarge bicubically by an integer factor; float32, not clipped. Table 1's bicubic baseline."""
     return F.interpolate(image_NCHW.float(), scale_factor=scale, mode="bicubic", align_corners=False)
 
 
 def enlarge_offset(offset_N2HW: Tensor, factor: int) -> Tensor:
-    """An offset field on a grid `factor` times finer: larger in size and, being in pixels, in value."""
+    """Resample an offset field to a grid `factor` times finer; its values, in pixels, grow by the same factor."""
     if factor == 1:
         return offset_N2HW
     return factor * F.interpolate(offset_N2HW, scale_factor=factor, mode="bilinear", align_corners=False)
 
 
 def sample(image_NCHW: Tensor, offset_N2HW: Tensor, *, mode: str = "bilinear") -> Tensor:
-    """image(p + offset(p)) with the border replicated, so that offset 0 is the image itself; float32.
+    """Sample image(p + offset(p)), with the border replicated; offset 0 returns the image. float32.
 
     Args:
         image_NCHW: any float image.
@@ -47,8 +47,8 @@ def sample(image_NCHW: Tensor, offset_N2HW: Tensor, *, mode: str = "bilinear") -
     height, width = image.shape[-2:]
     rows = torch.arange(height, device=image.device, dtype=torch.float32)[:, None] + offset[:, 0]
     cols = torch.arange(width, device=image.device, dtype=torch.float32) + offset[:, 1]
-    # align_corners=True maps -1 and 1 to the centres of the outer pixels; a single pixel has only one centre.
+    # align_corners=True maps -1 and 1 to the centres of the outer pixels; max(..., 1) is for images one pixel wide.
     grid_NHW2 = torch.stack((cols * (2 / max(width - 1, 1)) - 1, rows * (2 / max(height - 1, 1)) - 1), dim=-1)
-    # PyTorch's CPU kernel (2.14) takes NaN for an index in the backward pass of a replicated border, and crashes.
+    # PyTorch 2.14's CPU kernel crashes in the backward pass of a replicated border if a coordinate is NaN.
     grid_NHW2 = torch.nan_to_num(grid_NHW2, nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     return F.grid_sample(image, grid_NHW2, mode=mode, padding_mode="border", align_corners=True)

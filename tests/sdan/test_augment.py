@@ -1,7 +1,7 @@
 """Every crop, flip and transpose keeps the Bayer phase and keeps all pictures registered.
 
-The scene is a function of continuous position and colour; each picture of the tile samples it. After augmentation each
-picture must still sample one common, turned scene.
+The scene is a linear function of continuous position and colour, and each picture of the tile samples it. After
+augmentation all pictures must still sample one common, flipped and transposed scene.
 """
 
 import itertools
@@ -13,12 +13,12 @@ import torch
 from sdan.augment import CropPlan, apply, random_plan
 
 TILE, CROP, SCALE = 12, 8, 4
-SLOPES = torch.tensor([[3.0, 7.0], [-2.0, 5.0], [4.0, -6.0]])  # value of R, G, B per mosaic row and column
+SLOPES = torch.tensor([[3.0, 7.0], [-2.0, 5.0], [4.0, -6.0]])  # of R, G, B, per mosaic row and column
 OFFSETS = torch.tensor([1000.0, 3000.0, 5000.0])
 
 
 def centres(count, step):
-    """Positions of pixel centres, in mosaic pixels, of a grid of `step` mosaic pixels."""
+    """Positions of pixel centres, in mosaic pixels, of a grid with `step` mosaic pixels per pixel."""
     return (torch.arange(count) + 0.5) * step
 
 
@@ -50,7 +50,7 @@ def tile():
 
 
 def plans():
-    """Every turn, at the corners of the tile and somewhere inside."""
+    """Every combination of flips and transpose, at two corners of the tile and inside it."""
     last = 2 * (TILE - CROP)
     for flip_rows, flip_cols, transpose in itertools.product((False, True), repeat=3):
         for row, col in ((0, 0), (last, last), (2, 4)):
@@ -60,34 +60,34 @@ def plans():
 
 
 def source_axes(plan, positions):
-    """Where in the tile the crop's positions (in its own mosaic pixels) come from: its rows and its columns."""
+    """(rows, cols) in the tile of the crop's `positions`, both in mosaic pixels."""
     rows = plan.row + (2 * CROP - positions if plan.flip_rows else positions)
     cols = plan.col + (2 * CROP - positions if plan.flip_cols else positions)
     return rows, cols
 
 
 def seen(plan, positions):
-    """The scene as the turned crop must show it on a grid with these centres."""
+    """The scene that the augmented crop must show on a grid with these centres."""
     image = ramp(*source_axes(plan, positions))
     return image.transpose(1, 2) if plan.transpose else image
 
 
 @pytest.mark.parametrize("plan", list(plans()), ids=str)
-def test_every_turn_keeps_the_pictures_registered_and_the_phase(plan):
+def test_every_plan_keeps_pictures_registered_and_the_phase(plan):
     result = apply(tile(), plan, CROP, SCALE)
     middle, fine = centres(2 * CROP, 1.0), centres(2 * CROP * SCALE, 1 / SCALE)
     assert torch.allclose(result["lr_render"], seen(plan, middle))
     assert torch.allclose(result["lr_rgb"], seen(plan, middle) + 1)
     assert torch.allclose(result["hr_rgb"], seen(plan, fine))
     assert torch.allclose(result["true_rgb"], seen(plan, fine) + 2)
-    # The phase: each photosite still samples its own colour, at the place where the rendering has it.
+    # Phase: each photosite still samples its own colour, at the same position as in the rendering.
     assert torch.equal(result["lr_raw"], mosaic_channels(result["lr_render"]))
     assert all(value.is_contiguous() for value in result.values())
 
 
 @pytest.mark.parametrize("plan", list(plans()), ids=str)
-def test_the_true_flow_still_points_at_the_same_place(plan):
-    """A displacement field turned with the picture: from the same place in the scene to the same place in the scene."""
+def test_the_true_flow_still_points_at_the_same_position(plan):
+    """The field is flipped and transposed with the pictures: both ends of a displacement keep their scene position."""
     flow = apply(tile(), plan, CROP, SCALE)["true_flow"]
     assert flow.shape == (2, CROP, CROP) and flow.dtype == torch.float64
     here = centres(CROP, 2.0)
@@ -100,7 +100,7 @@ def test_the_true_flow_still_points_at_the_same_place(plan):
     assert torch.allclose(flow.float(), expected, atol=1e-4)
 
 
-def test_integer_pictures_keep_their_dtype_and_the_greens_swap_their_levels():
+def test_dtypes_are_kept_and_a_transpose_swaps_the_greens():
     sample = {name: value.round().to(torch.uint8) for name, value in tile().items() if name.startswith(("lr_r", "hr_"))}
     sample["lr_raw"] = tile()["lr_raw"].round().int().to(torch.uint16)
     sample["true_flow"] = tile()["true_flow"].half()
@@ -115,7 +115,7 @@ def test_integer_pictures_keep_their_dtype_and_the_greens_swap_their_levels():
     assert untransposed["black_level"].tolist() == [1, 2, 3, 4]
 
 
-def test_random_plans_reach_every_turn_and_every_start_and_no_other():
+def test_random_plans_reach_every_flip_and_valid_start():
     generator = np.random.default_rng(0)
     drawn = [random_plan(generator, TILE, CROP) for _ in range(3000)]
     assert {(p.flip_rows, p.flip_cols, p.transpose) for p in drawn} == set(itertools.product((False, True), repeat=3))
@@ -126,7 +126,7 @@ def test_random_plans_reach_every_turn_and_every_start_and_no_other():
     assert 0.45 < share < 0.55
 
 
-def test_random_plans_are_reproducible_and_can_be_plain():
+def test_random_plans_are_reproducible_and_flips_optional():
     first = [random_plan(np.random.default_rng(seed), TILE, CROP) for seed in range(20)]
     assert first == [random_plan(np.random.default_rng(seed), TILE, CROP) for seed in range(20)]
     for seed in range(20):
@@ -134,18 +134,19 @@ def test_random_plans_are_reproducible_and_can_be_plain():
         assert not (plan.flip_rows or plan.flip_cols or plan.transpose)
 
 
-def test_a_tile_of_the_crops_size_is_only_transposed():
+def test_a_crop_as_large_as_the_tile_is_only_transposed():
     for seed in range(20):
         plan = random_plan(np.random.default_rng(seed), CROP, CROP)
         assert (plan.row, plan.col, plan.flip_rows, plan.flip_cols) == (0, 0, False, False)
+    assert {random_plan(np.random.default_rng(seed), CROP, CROP).transpose for seed in range(20)} == {False, True}
 
 
 def test_wrong_plans_and_tiles_are_refused():
-    with pytest.raises(ValueError, match="even start"):
+    with pytest.raises(ValueError, match="row: expected an even start of 0 or more, to keep the phase, got 1"):
         CropPlan(1, 0, False, False, False)
-    with pytest.raises(ValueError, match="odd start"):
+    with pytest.raises(ValueError, match="col: expected an odd start of 0 or more, to keep the phase, got 2"):
         CropPlan(0, 2, False, True, False)
-    with pytest.raises(ValueError, match="1 to 12 packed pixels"):
+    with pytest.raises(ValueError, match="crop_px: expected 1 to 12 packed pixels"):
         random_plan(np.random.default_rng(0), 12, 13)
-    with pytest.raises(ValueError, match="leaves the tile"):
+    with pytest.raises(ValueError, match=r"lr_raw .* expected at least 26x16 mosaic pixels for this window, got 24x24"):
         apply(tile(), CropPlan(10, 0, False, False, False), CROP, SCALE)

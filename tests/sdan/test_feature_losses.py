@@ -1,4 +1,4 @@
-"""The terms of LossConfig that compare features: what each sums up, masks, borders, and what they are good for."""
+"""The feature terms of the loss: values, weights, masks, borders, and their effect on a picture."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def vgg(vgg_weights):
 
 
 def weights(**given):
-    """A config with these term weights and no border; terms not named are off."""
+    """A config with these term weights and no border; other terms have weight 0."""
     terms = {f"{name}_weight": given.pop(name, 0.0) for name in ALL}
     return LossConfig(**{"border_px": 0, "cobi_patch_px": 5} | terms | given)
 
@@ -37,7 +37,7 @@ def loss(zoomed, target, config, vgg=None, mask=None):
     return sdan_loss(output(zoomed, mask), F.avg_pool2d(zoomed, 4), target, config, vgg)
 
 
-def test_the_terms_add_up_with_their_weights(vgg):
+def test_zoom_is_the_weighted_sum_of_the_terms(vgg):
     image, target = picture(0, batch=2), picture(1, batch=2)
     alone = {name: loss(image, target, weights(**{name: 1.0}), vgg).zoom for name in ALL}
     factors = dict(zip(ALL, (0.5, 0.25, 2.0, 0.125, 1.5), strict=True))
@@ -64,8 +64,8 @@ def test_cobi_without_a_spatial_weight_is_cx(vgg):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_each_term_is_least_at_the_target_and_moves_the_picture_towards_it(vgg, name):
-    """From a blurred picture, a few steps of plain descent on the picture itself lower the term."""
+def test_descent_on_each_term_approaches_the_target(vgg, name):
+    """The term is smallest at the target, and a few steps on the pixels of a blurred picture lower it."""
     target = picture(1)
     blurred = F.interpolate(F.avg_pool2d(target, 4), scale_factor=4.0, mode="bilinear")
     config = weights(**{name: 1.0})
@@ -82,8 +82,8 @@ def test_each_term_is_least_at_the_target_and_moves_the_picture_towards_it(vgg, 
     assert values[-1] < 0.95 * values[0]
 
 
-def test_on_a_shifted_target_l1_prefers_blur_and_cobi_the_sharp_picture():
-    """Why the CoBi paper's authors left pixels, and Table 1's row."""
+def test_for_a_shifted_target_l1_prefers_blur_and_cobi_does_not():
+    """The reason for CoBi: a pixel loss on misaligned pairs rewards blur."""
     scene = F.interpolate(picture(2, side=24), scale_factor=2.0, mode="bicubic")
     sharp, shifted = scene[..., 4:44, 4:44], scene[..., 6:46, 7:47]
     blurred = F.avg_pool2d(F.pad(sharp, (4, 4, 4, 4), mode="replicate"), 9, stride=1)
@@ -93,7 +93,7 @@ def test_on_a_shifted_target_l1_prefers_blur_and_cobi_the_sharp_picture():
 
 
 @pytest.mark.parametrize("name", ["perceptual", "contextual", "cobi_rgb", "cobi_vgg"])
-def test_what_the_mask_or_the_border_leave_out_does_not_count(vgg, name):
+def test_masked_and_border_pixels_do_not_count(vgg, name):
     image, target = picture(0), picture(1)
     changed = target.clone()
     changed[..., :4, :] = 0.5
@@ -108,14 +108,14 @@ def test_what_the_mask_or_the_border_leave_out_does_not_count(vgg, name):
     assert float(loss(image, right, weights(**{name: 1.0}), vgg, half).zoom) < 0.7 * float(whole)
 
 
-def test_the_deployed_output_is_held_to_the_target_by_the_same_terms(vgg):
+def test_transfer_loss_uses_the_same_terms(vgg):
     image, target = picture(0), picture(1)
     config = weights(cobi_rgb=1.0, perceptual=0.5)
     got = transfer_loss(image, torch.zeros(1, 2, SIDE // 4, SIDE // 4), target, config, vgg)
     assert float(got) == pytest.approx(float(loss(image, target, config, vgg).zoom), rel=1e-4)
 
 
-def test_it_is_computed_in_float32_under_autocast(vgg):
+def test_feature_terms_are_float32_under_autocast(vgg):
     image, target = picture(0), picture(1)
     config = weights(**dict.fromkeys(ALL, 1.0))
     expected = loss(image, target, config, vgg)
@@ -124,21 +124,21 @@ def test_it_is_computed_in_float32_under_autocast(vgg):
     assert got.total == expected.total and got.total.dtype == torch.float32
 
 
-def test_a_loss_on_features_without_their_network_is_refused():
-    with pytest.raises(ValueError, match="load_vgg19"):
+def test_a_feature_loss_without_vgg_is_refused():
+    with pytest.raises(ValueError, match=r"vgg: expected VGG-19 features .*load_vgg19"):
         loss(picture(0), picture(1), weights(perceptual=1.0))
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"pixel_weight": 0.0}, "pixel_weight, perceptual_weight, .* above 0 expected"),
-        ({"cobi_rgb_weight": -1.0}, "cobi_rgb_weight: 0 or more expected, got -1.0"),
-        ({"perceptual_weight": float("nan")}, "perceptual_weight: 0 or more"),
-        ({"cobi_spatial_weight": -0.1}, "cobi_spatial_weight: 0 or more"),
-        ({"cobi_patch_px": 0}, "cobi_patch_px: at least 1"),
+        ({"pixel_weight": 0.0}, "pixel_weight, perceptual_weight, .*: expected at least one above 0"),
+        ({"cobi_rgb_weight": -1.0}, "cobi_rgb_weight: expected 0 or more, got -1.0"),
+        ({"perceptual_weight": float("nan")}, "perceptual_weight: expected 0 or more"),
+        ({"cobi_spatial_weight": -0.1}, "cobi_spatial_weight: expected 0 or more"),
+        ({"cobi_patch_px": 0}, "cobi_patch_px: expected at least 1"),
     ],
 )
-def test_weights_that_cannot_be_used_are_refused(values, message):
+def test_wrong_weights_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         LossConfig(**values)

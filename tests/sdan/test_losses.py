@@ -1,4 +1,4 @@
-"""Eq. 6 and the two terms for the deployed path, against small cases worked out by hand."""
+"""Eq. 6 and the two losses of the deployed pass, against small cases computed by hand."""
 
 import pytest
 import torch
@@ -24,10 +24,10 @@ def random(*shape, seed=0):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_equation_6_term_by_term():
+def test_equation_6_equals_its_terms():
     aligned, zoomed = random(1, 3, 4, 4), random(1, 3, 16, 16, seed=1)
     mask = torch.ones(1, 1, 4, 4)
-    mask[..., 2:] = 0  # the right half does not count, but it does divide
+    mask[..., 2:] = 0  # the right half adds 0 but counts in the mean
     terms = sdan_loss(
         output(zoomed, aligned, mask), aligned - 0.5, zoomed + 0.25, LossConfig(border_px=0, align_weight=3)
     )
@@ -36,7 +36,7 @@ def test_equation_6_term_by_term():
     assert float(terms.total) == pytest.approx(3 * 0.25 + 0.125)
 
 
-def test_a_constant_charbonnier():
+def test_charbonnier_of_a_constant_difference():
     a, b = torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 8, 8)
     config = LossConfig(kind="charbonnier", border_px=0, epsilon=0.3)
     terms = sdan_loss(output(b + 0.4, a), a, b, config)
@@ -44,7 +44,7 @@ def test_a_constant_charbonnier():
     assert float(terms.align) == pytest.approx(0.3)
 
 
-def test_the_border_does_not_count_on_either_grid():
+def test_the_border_is_cropped_on_both_grids():
     aligned, zoomed = torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 32, 32)
     reference, target = aligned.clone(), zoomed.clone()
     reference[..., :2], target[..., :7] = 9, 9
@@ -62,7 +62,7 @@ def test_the_mask_is_detached_and_gradients_reach_both_outputs():
     assert aligned.grad.abs().min() > 0 and zoomed.grad.abs().min() > 0
 
 
-def test_self_reference_is_zero_for_an_answer_that_averages_to_the_input():
+def test_self_reference_is_zero_if_the_output_averages_to_low():
     low = random(2, 3, 8, 8)
     detail = random(2, 3, 32, 32, seed=2)
     zoomed = low.repeat_interleave(4, 2).repeat_interleave(4, 3) + detail
@@ -76,8 +76,8 @@ def test_self_reference_is_zero_for_an_answer_that_averages_to_the_input():
 
 
 @pytest.mark.parametrize("factor", [4, 8])
-def test_transfer_is_zero_at_the_right_answer_of_a_shifted_pair(factor):
-    """The target shows what the input's view has `shift` coarse pixels further on; the offset says so."""
+def test_transfer_is_zero_for_the_right_output_and_offset(factor):
+    """The target is the input's view shifted by whole pixels of x, and the offset is that shift."""
     scene = bicubic(random(1, 3, 12, 12), 8)
     rows, cols = 2, -1
     shift = (rows * factor, cols * factor)
@@ -86,10 +86,10 @@ def test_transfer_is_zero_at_the_right_answer_of_a_shifted_pair(factor):
     assert float(transfer_loss(mine, offset, target, L1)) < 1e-5
     assert float(transfer_loss(mine, torch.zeros_like(offset), target, L1)) > 0.01
     assert float(transfer_loss(mine, -offset, target, L1)) > 0.01
-    assert float(transfer_loss(target, offset, target, L1)) > 0.01  # it must not teach the target's view
+    assert float(transfer_loss(target, offset, target, L1)) > 0.01  # the output must stay in the input's view
 
 
-def test_transfer_finds_a_subpixel_shift_better_than_its_neighbours():
+def test_transfer_is_smallest_at_the_true_subpixel_shift():
     scene = bicubic(random(1, 3, 12, 12), 8)
     mine, target = scene[:, :, 16:80, 16:80], scene[:, :, 22:86, 16:80]  # 1.5 coarse pixels
 
@@ -109,7 +109,7 @@ def test_transfer_trains_the_output_and_not_the_offset():
     assert offset.grad is None and zoomed.grad.abs().sum() > 0
 
 
-def test_transfer_ignores_what_the_offset_finds_outside():
+def test_transfer_ignores_points_outside_the_image():
     zoomed, target = torch.zeros(1, 3, 16, 16), torch.ones(1, 3, 16, 16)
     offset = torch.zeros(1, 2, 4, 4)
     offset[:, 1] = 2.0  # two of four columns leave the picture
@@ -127,12 +127,12 @@ def test_losses_are_float32_under_autocast():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"kind": "l2"}, "kind: one of l1, charbonnier"),
-        ({"align_weight": -1}, "align_weight: 0 or more"),
-        ({"self_reference_weight": float("nan")}, "self_reference_weight: 0 or more"),
-        ({"epsilon": 0}, "epsilon: more than 0"),
-        ({"self_target": "sky"}, "self_target: one of pair, truth"),
-        ({"reference_weight": 0}, "only self_target=truth"),
+        ({"kind": "l2"}, "kind: expected one of l1, charbonnier"),
+        ({"align_weight": -1}, "align_weight: expected 0 or more"),
+        ({"self_reference_weight": float("nan")}, "self_reference_weight: expected 0 or more"),
+        ({"epsilon": 0}, "epsilon: expected more than 0"),
+        ({"self_target": "sky"}, "self_target: expected one of pair, truth"),
+        ({"reference_weight": 0}, "reference_weight: expected more than 0, got 0; raise it, or set self_target=truth"),
         ({"reference_weight": 0, "self_target": "truth"}, "self_reference_weight above 0"),
     ],
 )
@@ -141,11 +141,11 @@ def test_wrong_settings_are_refused(setting, message):
         LossConfig(**setting)
 
 
-def test_a_border_that_leaves_nothing_and_wrong_sizes_are_refused():
+def test_too_large_borders_and_wrong_sizes_are_refused():
     aligned, zoomed = torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 16, 16)
-    with pytest.raises(ValueError, match="leaves nothing; set a smaller"):
+    with pytest.raises(ValueError, match=r"border_px=8: expected to leave some of 4x4 pixels, got 2 .*; set a smaller"):
         sdan_loss(output(zoomed, aligned), aligned, zoomed, LossConfig(border_px=8))
-    with pytest.raises(ValueError, match="whole multiple"):
+    with pytest.raises(ValueError, match=r"size: expected a multiple of \(4, 4\), got \(18, 18\)"):
         sdan_loss(output(zoomed, aligned), aligned, torch.zeros(1, 3, 18, 18), L1)
-    with pytest.raises(ValueError, match="images of one size"):
+    with pytest.raises(ValueError, match="loss: expected images of one size"):
         sdan_loss(output(zoomed, aligned), aligned[..., :2], zoomed, L1)

@@ -1,4 +1,4 @@
-"""Scores against their definitions, written as plain loops."""
+"""Metrics against their definitions, written as plain loops."""
 
 import hashlib
 import math
@@ -9,7 +9,7 @@ import torch
 from torchvision.models import alexnet
 
 from sdan import metrics
-from sdan.metrics import end_point_error, psnr, ssim
+from sdan.metrics import end_point_error, offset_statistics, psnr, resized_end_point_error, ssim
 
 
 def pair(height=17, width=19, n=2):
@@ -19,7 +19,7 @@ def pair(height=17, width=19, n=2):
 
 
 def ssim_by_definition(a, b, valid):
-    """Wang et al. 2004, window by window."""
+    """Wang et al. 2004, one window after the other."""
     taps = [math.exp(-((i - 5) ** 2) / (2 * 1.5**2)) for i in range(11)]
     window = torch.tensor([[p * q for p in taps] for q in taps], dtype=torch.float64)
     window /= window.sum()
@@ -27,10 +27,10 @@ def ssim_by_definition(a, b, valid):
     for channel in range(a.shape[0]):
         for row in range(a.shape[1] - 10):
             for col in range(a.shape[2] - 10):
-                place = (slice(row, row + 11), slice(col, col + 11))
-                if valid[place].min() == 0:
+                inside = (slice(row, row + 11), slice(col, col + 11))
+                if valid[inside].min() == 0:
                     continue
-                x, y = a[channel][place].double(), b[channel][place].double()
+                x, y = a[channel][inside].double(), b[channel][inside].double()
                 mx, my = (window * x).sum(), (window * y).sum()
                 vx, vy = (window * (x - mx) ** 2).sum(), (window * (y - my) ** 2).sum()
                 cov = (window * (x - mx) * (y - my)).sum()
@@ -39,14 +39,14 @@ def ssim_by_definition(a, b, valid):
     return float(torch.stack(values).mean())
 
 
-def test_psnr_is_its_definition_per_image():
+def test_psnr_equals_its_definition_for_each_image():
     image, target = pair()
     for n in range(2):
         errors = [(float(a) - float(b)) ** 2 for a, b in zip(image[n].flatten(), target[n].flatten(), strict=True)]
         assert float(psnr(image, target)[n]) == pytest.approx(10 * math.log10(len(errors) / sum(errors)), abs=1e-6)
 
 
-def test_psnr_counts_only_the_mask_and_the_inside_of_the_border():
+def test_psnr_counts_pixels_in_the_mask_and_the_border():
     image, target = pair()
     mask = torch.zeros(2, 1, 17, 19)
     mask[0, :, 4:9, 5:12] = 1
@@ -59,7 +59,7 @@ def test_psnr_counts_only_the_mask_and_the_inside_of_the_border():
     assert torch.allclose(psnr(spoilt, target, mask=mask, border_px=3)[1], expected[0])
 
 
-def test_scores_of_equal_pictures_and_of_nothing():
+def test_scores_of_equal_pictures_and_of_empty_masks():
     image, target = pair()
     assert torch.isinf(psnr(image, image)).all()
     assert torch.allclose(ssim(image, image), torch.ones(2, dtype=torch.float64))
@@ -68,7 +68,7 @@ def test_scores_of_equal_pictures_and_of_nothing():
     assert torch.isnan(ssim(image, target, mask=nothing)).all()
 
 
-def test_masked_pixels_may_be_anything():
+def test_masked_pixels_may_be_nan():
     image, target = pair()
     mask = torch.ones(2, 1, 17, 19)
     mask[:, :, :3] = 0
@@ -77,7 +77,7 @@ def test_masked_pixels_may_be_anything():
     assert torch.allclose(ssim(image, poisoned, mask=mask), ssim(image[:, :, 3:], target[:, :, 3:]))
 
 
-def test_ssim_is_its_definition():
+def test_ssim_equals_its_definition():
     image, target = pair()
     mask = torch.ones(2, 1, 17, 19)
     mask[1, :, 2, 3] = 0
@@ -87,7 +87,7 @@ def test_ssim_is_its_definition():
     assert torch.allclose(ssim(image, target, border_px=3), ssim(image[:, :, 3:-3, 3:-3], target[:, :, 3:-3, 3:-3]))
 
 
-def test_end_point_error():
+def test_end_point_error_is_the_mean_distance():
     true = torch.zeros(1, 2, 4, 6)
     offset = true.clone()
     offset[:, 0], offset[:, 1] = 3.0, -4.0
@@ -99,13 +99,39 @@ def test_end_point_error():
     assert float(end_point_error(offset, true, mask=mask)) == pytest.approx(5.0)
 
 
-def test_sizes_that_do_not_fit_are_refused():
+def test_resized_end_point_error_is_in_pixels_of_the_true_flow():
+    true = torch.zeros(2, 2, 8, 12)
+    true[:, 0], true[:, 1] = 3.0, -4.0
+    offset = true[:, :, ::2, ::2] / 2  # half as many pixels, twice as large
+    assert resized_end_point_error(offset, true).tolist() == [0, 0]
+    offset[1] = 0
+    assert resized_end_point_error(offset, true).tolist() == pytest.approx([0, 5])
+
+
+def test_offset_statistics_of_a_known_field():
+    offset = torch.zeros(1, 2, 10, 10)
+    offset[:, 0] = 3.0
+    offset[:, 1, :, 5:] = 4.0  # one step of 4 px between columns
+    mask = torch.ones(1, 1, 10, 10)
+    mask[..., :2, :] = 0
+    found = {name: values[0] for name, values in offset_statistics(offset, mask, px_per_offset=2.0).items()}
+    assert found == pytest.approx(
+        {
+            "offset_px": 2 * (3 + 5) / 2,
+            "offset_p95_px": 2 * 5,
+            "offset_outside": 0.2,
+            "offset_roughness": (4 / 9) / 2,
+        }
+    )
+
+
+def test_sizes_that_do_not_match_are_refused():
     image, target = pair()
-    with pytest.raises(ValueError, match="one size"):
+    with pytest.raises(ValueError, match=r"expected two images .* of one size"):
         psnr(image, target[..., :-1])
-    with pytest.raises(ValueError, match="mask"):
+    with pytest.raises(ValueError, match=r"mask: expected \[2,1,17,19\], got"):
         psnr(image, target, mask=torch.ones(2, 1, 4, 4))
-    with pytest.raises(ValueError, match="border_px"):
+    with pytest.raises(ValueError, match="border_px: expected 0 to 8 for 17x19, got 9"):
         psnr(image, target, border_px=9)
     with pytest.raises(ValueError, match="11x11"):
         ssim(image[..., :10], target[..., :10])
@@ -113,7 +139,7 @@ def test_sizes_that_do_not_fit_are_refused():
 
 @pytest.fixture
 def backbone(tmp_path, monkeypatch):
-    """Seeded weights in the place of torchvision's download, whose hash the module is told to expect."""
+    """A file of seeded weights whose hash the module expects in place of torchvision's."""
     torch.manual_seed(0)
     path = tmp_path / "alexnet.pth"
     torch.save(alexnet(weights=None).state_dict(), path)
@@ -123,7 +149,7 @@ def backbone(tmp_path, monkeypatch):
     return path
 
 
-def test_lpips_uses_the_given_backbone_and_the_packages_heads(backbone):
+def test_lpips_uses_the_given_backbone_and_lpips_heads(backbone):
     generator = torch.Generator().manual_seed(1)
     image, target = (torch.rand(2, 3, 64, 64, generator=generator) for _ in range(2))
     assert metrics.lpips_unavailable() is None
@@ -138,17 +164,18 @@ def test_lpips_uses_the_given_backbone_and_the_packages_heads(backbone):
     assert torch.allclose(metrics.lpips_distance(image, image), torch.zeros(2), atol=1e-6)
 
 
-def test_lpips_without_its_backbone_is_none_with_a_remedy(tmp_path, monkeypatch):
+def test_lpips_without_its_backbone_is_none_with_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("SDAN_LPIPS_BACKBONE", str(tmp_path / "none.pth"))
     image, target = pair(64, 64)
     assert metrics.lpips_distance(image, target) is None
     line = metrics.lpips_unavailable()
-    assert "SDAN_LPIPS_BACKBONE" in line and metrics.BACKBONE in line and "\n" not in line
+    assert "none.pth: expected AlexNet weights, got no such file" in line and "SDAN_LPIPS_BACKBONE" in line
+    assert metrics.BACKBONE in line and "\n" not in line
 
 
 def test_lpips_refuses_other_weights(tmp_path, monkeypatch):
     path = tmp_path / "other.pth"
     torch.save({"features.0.weight": torch.zeros(1)}, path)
     monkeypatch.setenv("SDAN_LPIPS_BACKBONE", str(path))
-    assert "not torchvision's AlexNet" in metrics.lpips_unavailable()
+    assert "other.pth: expected torchvision's AlexNet, SHA-256 7be5be79..., got another" in metrics.lpips_unavailable()
     assert metrics.lpips_distance(*pair(64, 64)) is None

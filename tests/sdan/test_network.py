@@ -1,4 +1,4 @@
-"""The network's shapes, its two figures, Table 2 as configs, the exact start, and that it learns."""
+"""The network: sizes, figures 1 and 2, Table 2 as configs, the untrained output, and that it learns."""
 
 import itertools
 from dataclasses import replace
@@ -10,12 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import deform_conv2d
 
 from sdan.attention import CrossPackingAttention
-from sdan.baselines import SRResNet, bicubic
+from sdan.baselines import SRResNet
 from sdan.losses import LossConfig, sdan_loss
 from sdan.metrics import psnr
 from sdan.network import CHANNELS, SDAN, SDANConfig, with_flips
 from sdan.ops import per_point_deform_conv2d
-from sdan.resample import enlarge_offset, low_pass, sample
+from sdan.resample import bicubic, low_pass
 
 SMALL = SDANConfig(features=8, blocks=2, packing_kernel=4)
 INPUTS = ("mosaic", "packed", "rgb")
@@ -44,7 +44,7 @@ def test_output_sizes(kind, scale, skip):
     assert not output.mask.requires_grad
 
 
-def test_direct_upsampling_gives_the_same_sizes_for_fewer_operations():
+def test_direct_upsampling_is_cheaper_for_the_same_sizes():
     config = replace(SMALL, input="packed", upsampling="direct")
     inputs = batch(config)
     direct, stages = SDAN(config), SDAN(replace(config, upsampling="stages"))
@@ -57,7 +57,7 @@ def test_direct_upsampling_gives_the_same_sizes_for_fewer_operations():
     assert operations[0] < operations[1] / 3
 
 
-def test_the_square_root_encoding_is_the_network_on_square_roots():
+def test_sqrt_encoding_equals_the_network_on_square_roots():
     config = replace(SMALL, encoding="sqrt")
     model, (x, reference, rendering) = SDAN(config), batch(config)
     plain = SDAN(replace(config, encoding="linear"))
@@ -84,7 +84,7 @@ def test_every_row_of_table_2_trains_every_weight(row, skip, upsampling):
     model, (x, reference, rendering) = SDAN(config), batch(config)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = {name: value.clone() for name, value in model.named_parameters()}
-    for _ in range(3):  # what lies behind weights that start at zero moves at the second or third step
+    for _ in range(3):  # layers before zero weights move only from the second or third step on
         output = model(x, reference, rendering)
         terms = sdan_loss(output, reference, bicubic(rendering, 4) ** 2, LossConfig(border_px=8))
         optimizer.zero_grad()
@@ -94,15 +94,15 @@ def test_every_row_of_table_2_trains_every_weight(row, skip, upsampling):
     assert not unmoved
 
 
-def test_squared_offsets_have_fewer_weights_than_per_point_ones():
+def test_per_point_offsets_need_16_more_output_channels():
     def count(config):
         return sum(p.numel() for p in SDAN(config).parameters())
 
-    per_offset = 9 * 64 + 1  # the last offset convolution's weights for one output channel
-    assert count(SDANConfig(offset="per_point")) - count(SDANConfig()) == 16 * per_offset
+    per_channel = 9 * 64 + 1  # weights and bias of one output channel of the last offset convolution
+    assert count(SDANConfig(offset="per_point")) - count(SDANConfig()) == 16 * per_channel
 
 
-def test_flips_show_the_image_and_its_three_mirror_images():
+def test_flips_are_the_image_and_its_three_mirror_images():
     image = torch.arange(2 * 3 * 4 * 5.0).view(2, 3, 4, 5)
     views = with_flips(image)
     assert views.shape == (2, 12, 4, 5)
@@ -112,7 +112,7 @@ def test_flips_show_the_image_and_its_three_mirror_images():
     assert views[1, 9, 0, 0] == image[1, 0, 3, 4]
 
 
-def test_cpa_is_its_equation_and_starts_as_the_identity():
+def test_cpa_equals_its_equation_and_starts_as_the_identity():
     torch.manual_seed(0)
     attention = CrossPackingAttention(4)
     x = 0.3 * torch.randn(2, 3, 8, 12)
@@ -126,8 +126,8 @@ def test_cpa_is_its_equation_and_starts_as_the_identity():
     assert torch.allclose(attention(x), x + 0.7 * attended, atol=1e-5)
 
 
-def test_squared_and_per_point_agree_when_all_points_share_one_offset():
-    """A per-point network whose last offset layer repeats one (dy, dx) is the squared network."""
+def test_squared_equals_per_point_with_repeated_offsets():
+    """A per-point network whose last offset layer repeats one (dy, dx) equals the squared network."""
     torch.manual_seed(0)
     squared = SDAN(SMALL)
     point = SDAN(replace(SMALL, offset="per_point"))
@@ -153,7 +153,7 @@ def test_per_point_is_torchvisions_under_autocast_too():
 
 
 @pytest.mark.parametrize(("kind", "model"), list(itertools.product(INPUTS, (SDAN, SRResNet))))
-def test_an_untrained_network_with_the_skip_is_bicubic_of_the_rendering(kind, model):
+def test_untrained_with_skip_equals_bicubic_of_the_rendering(kind, model):
     config = replace(SMALL, input=kind, skip="rendering")
     x, reference, rendering = batch(config)
     output = model(config)(x, reference, rendering)
@@ -163,7 +163,7 @@ def test_an_untrained_network_with_the_skip_is_bicubic_of_the_rendering(kind, mo
 
 
 @pytest.mark.parametrize("kind", INPUTS)
-def test_the_skip_moves_the_rendering_by_the_offset_on_its_own_grid(kind):
+def test_the_skip_moves_the_rendering_by_the_offset(kind):
     config = replace(SMALL, input=kind, skip="rendering")
     model, (x, reference, rendering) = SDAN(config), batch(config)
     with torch.no_grad():
@@ -184,48 +184,26 @@ def test_autocast_keeps_offsets_and_output_in_float32(offset):
     config = replace(SMALL, offset=offset, skip="rendering")
     model, (x, reference, rendering) = SDAN(config), batch(config)
     with torch.no_grad():
-        model.alignment.offset_learner.conv3.bias.fill_(30.0625)  # bfloat16 knows 30 and 30.125 only
+        model.alignment.offset_learner.conv3.bias.fill_(30.0625)  # bfloat16 rounds to 30 or 30.125
     with torch.autocast("cpu", torch.bfloat16):
         output = model(x, reference, rendering)
     assert output.offset.dtype == output.zoomed.dtype == output.aligned.dtype == torch.float32
     assert torch.equal(output.offset, torch.full_like(output.offset, 30.0625))
 
 
-def test_sampling_and_offsets_change_grid_as_documented():
-    torch.manual_seed(0)
-    image, offset = torch.rand(1, 2, 6, 7), torch.zeros(1, 2, 6, 7)
-    assert torch.allclose(sample(image, offset), image, atol=1e-6)
-    offset[:, 0], offset[:, 1] = 1.0, 0.5
-    expected = (image[:, :, 3, 2] + image[:, :, 3, 3]) / 2
-    assert torch.allclose(sample(image, offset)[:, :, 2, 2], expected, atol=1e-6)
-    assert torch.allclose(sample(image, offset + 100)[:, :, 0, 0], image[:, :, -1, -1])  # the border goes on
-    # A field linear in position stays linear: half-pixel centres, values in pixels of the finer grid.
-    field = (torch.arange(6.0) + 0.5).view(1, 1, 6, 1).expand(1, 2, 6, 7)
-    fine = (torch.arange(24.0) + 0.5) / 4
-    assert torch.allclose(enlarge_offset(field, 4)[0, 0, 4:-4, 3], 4 * fine[4:-4])
-
-
-def test_low_pass_is_an_area_average():
-    image = torch.rand(2, 3, 8, 12)
-    assert torch.allclose(low_pass(image, 4)[1, 2, 1, 2], image[1, 2, 4:8, 8:12].mean())
-    assert low_pass(image, 1) is image
-    with pytest.raises(ValueError, match="8x12 and factor 3"):
-        low_pass(image, 3)
-
-
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"input": "bayer"}, "input: one of mosaic, packed, rgb"),
-        ({"offset": "round"}, "offset: one of squared, per_point"),
-        ({"attention": "self"}, "attention: one of"),
-        ({"skip": True}, "skip: one of"),
-        ({"upsampling": "cubic"}, "upsampling: one of stages, direct"),
-        ({"encoding": "log"}, "encoding: one of linear, sqrt"),
-        ({"encoding": "sqrt", "input": "rgb"}, "encoding: linear expected for rgb"),
-        ({"scale": 3}, "scale: one of 2, 4, 8, 16"),
-        ({"features": 0}, "features: a whole number"),
-        ({"packing_kernel": 2.5}, "packing_kernel: a whole number"),
+        ({"input": "bayer"}, "input: expected one of mosaic, packed, rgb"),
+        ({"offset": "round"}, "offset: expected one of squared, per_point"),
+        ({"attention": "self"}, "attention: expected one of none, channel, cross_packing"),
+        ({"skip": True}, "skip: expected one of none, rendering"),
+        ({"upsampling": "cubic"}, "upsampling: expected one of stages, direct"),
+        ({"encoding": "log"}, "encoding: expected one of linear, sqrt"),
+        ({"encoding": "sqrt", "input": "rgb"}, "encoding: expected linear for rgb"),
+        ({"scale": 3}, "scale: expected one of 2, 4, 8, 16"),
+        ({"features": 0}, "features: expected a whole number of at least 1, got 0"),
+        ({"packing_kernel": 2.5}, "packing_kernel: expected a whole number of at least 1, got 2.5"),
     ],
 )
 def test_wrong_settings_are_refused_when_constructed(setting, message):
@@ -233,37 +211,37 @@ def test_wrong_settings_are_refused_when_constructed(setting, message):
         SDANConfig(**setting)
 
 
-def test_a_packing_kernel_that_does_not_divide_is_refused_with_all_numbers():
+def test_a_packing_kernel_must_divide_the_size():
     config = replace(SMALL, packing_kernel=5)
-    with pytest.raises(ValueError, match=r"packing_kernel=5 .* 16x24 \(remainders 1, 4\).*multiple of 5.*\[2, 4, 8\]"):
+    with pytest.raises(ValueError, match=r"packing_kernel=5: .* 16x24 \(remainders 1, 4\).*multiple of 5.*\[2, 4, 8\]"):
         SDAN(config)(*batch(config))
-    with pytest.raises(ValueError, match="packing_kernel=8 must divide"):
+    with pytest.raises(ValueError, match="packing_kernel=8: expected to divide"):
         SDANConfig().check_crop(100)
     SDANConfig().check_crop(128)
     replace(SDANConfig(), attention="none").check_crop(100)
-    with pytest.raises(ValueError, match="even"):
+    with pytest.raises(ValueError, match="mosaic crop: expected an even side"):
         replace(SDANConfig(), attention="none").check_crop(99)
 
 
-def test_inputs_that_do_not_fit_are_refused():
+def test_inputs_of_wrong_sizes_are_refused():
     config = replace(SMALL, input="packed", skip="rendering")
     model, (x, reference, rendering) = SDAN(config), batch(config)
-    with pytest.raises(ValueError, match=r"x \[N,4,H,W\] expected"):
+    with pytest.raises(ValueError, match=r"x: expected \[N,4,H,W\] for input='packed', got"):
         model(x[:, :1], reference, rendering)
-    with pytest.raises(ValueError, match="reference: "):
+    with pytest.raises(ValueError, match=r"reference: expected \(2, 3, 16, 24\)"):
         model(x, rendering, rendering)
-    with pytest.raises(ValueError, match=r"rendering .* got None"):
+    with pytest.raises(ValueError, match=r"rendering: expected \(2, 3, 32, 48\) .* got None"):
         model(x, reference)
 
 
 def picture(generator, n, side):
-    """Smooth random texture whose contrast the low-pass lessens and bicubic interpolation does not bring back."""
+    """Smooth random texture; the low-pass reduces its contrast, and bicubic interpolation does not restore it."""
     coarse = torch.rand(n, 3, side // 4, side // 4, generator=generator)
     return F.interpolate(coarse, size=(side, side), mode="bicubic", align_corners=False)
 
 
-def test_a_network_that_starts_at_bicubic_learns_to_beat_it():
-    """The deployed path ({X, X}) on aligned pairs: a few steps must gain on fresh pictures."""
+def test_training_beats_bicubic_on_new_pictures():
+    """A few steps of the deployed pass ({X, X}) on aligned pairs, starting at bicubic."""
     torch.manual_seed(0)
     config = SDANConfig(input="rgb", scale=2, features=8, blocks=1, packing_kernel=4, skip="rendering")
     model, generator = SDAN(config), torch.Generator().manual_seed(0)
@@ -287,9 +265,9 @@ def test_a_network_that_starts_at_bicubic_learns_to_beat_it():
 
 @pytest.mark.parametrize(("skip", "tolerance"), [("rendering", 0.3), ("none", 1.3)])
 def test_the_loss_pulls_the_offset_to_the_true_shift(skip, tolerance):
-    """One pair, the target's view 1 px lower and 2 px to the left: X'(p) comes from x(p + offset(p)).
+    """One pair whose target's view is 1 px lower and 2 px to the left: X'(p) comes from x(p + offset(p)).
 
-    Without the skip, the convolutions themselves may take over a pixel of a shift that is always the same.
+    Without the skip, the convolutions themselves may learn up to a pixel of a constant shift.
     """
     torch.manual_seed(0)
     config = SDANConfig(input="rgb", scale=2, features=8, blocks=1, packing_kernel=4, skip=skip)

@@ -1,4 +1,4 @@
-"""Where VGG-19's weights come from, and that the stack is torchvision's own."""
+"""VGG-19's feature maps equal torchvision's; its weights are loaded, or refused in one line."""
 
 import urllib.error
 
@@ -12,7 +12,7 @@ from sdan.perceptual import TAPS, PerceptualError, VGG19Features, load_vgg19
 
 @pytest.fixture
 def no_network(monkeypatch, tmp_path):
-    """torchvision's cache is empty and its download fails as without a network."""
+    """An empty torchvision cache, and downloads that fail as without a network; returns the cache folder."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
 
     def refuse(*args, **kwargs):
@@ -22,7 +22,7 @@ def no_network(monkeypatch, tmp_path):
     return tmp_path / "torch" / "hub" / "checkpoints"
 
 
-def test_the_maps_are_those_of_torchvisions_network(vgg_weights):
+def test_the_maps_equal_torchvisions(vgg_weights):
     with torch.device("meta"):
         theirs = torchvision.models.vgg19().features[:14]
     theirs.load_state_dict({name.removeprefix("features."): w for name, w in vgg_weights.items()}, assign=True)
@@ -33,12 +33,12 @@ def test_the_maps_are_those_of_torchvisions_network(vgg_weights):
     )
     values = (image - torch.tensor(mean)[:, None, None]) / deviation[:, None, None]
     maps = VGG19Features(vgg_weights)(image)
-    for place, name in TAPS.items():
-        torch.testing.assert_close(maps[name], theirs[: place + 1](values.clone()))
+    for index, name in TAPS.items():
+        torch.testing.assert_close(maps[name], theirs[: index + 1](values.clone()))
     assert [tuple(value.shape[1:]) for value in maps.values()] == [(64, 20, 28), (128, 10, 14), (256, 5, 7)]
 
 
-def test_it_stays_float32_under_autocast_and_frozen(vgg_weights):
+def test_features_are_float32_under_autocast_and_frozen(vgg_weights):
     features = VGG19Features(vgg_weights)
     image = torch.rand(1, 3, 8, 8, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -50,7 +50,7 @@ def test_it_stays_float32_under_autocast_and_frozen(vgg_weights):
 
 
 @pytest.mark.parametrize("name", ["vgg.pth", "vgg.safetensors"])
-def test_a_named_file_is_read(vgg_weights, tmp_path, name):
+def test_a_given_file_is_read(vgg_weights, tmp_path, name):
     whole = {**vgg_weights, "classifier.6.bias": torch.zeros(1000)}
     save_file(whole, tmp_path / name) if name.endswith("safetensors") else torch.save(whole, tmp_path / name)
     loaded = load_vgg19(tmp_path / name)
@@ -67,7 +67,7 @@ def test_torchvisions_cache_is_used(vgg_weights, no_network):
         load_vgg19()
 
 
-def test_without_weights_the_error_says_what_to_do(no_network):
+def test_missing_weights_are_one_line_with_the_remedy(no_network):
     with pytest.raises(PerceptualError) as error:
         load_vgg19()
     line = str(error.value)
@@ -75,7 +75,7 @@ def test_without_weights_the_error_says_what_to_do(no_network):
     assert "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth" in line
 
 
-def test_files_that_are_something_else_are_refused_by_name(vgg_weights, tmp_path):
+def test_files_that_are_not_vgg_weights_are_refused(vgg_weights, tmp_path):
     def refused(path, words):
         with pytest.raises(PerceptualError, match=words) as error:
             load_vgg19(path)
@@ -85,12 +85,12 @@ def test_files_that_are_something_else_are_refused_by_name(vgg_weights, tmp_path
     refused(tmp_path / "missing.safetensors", "No such file")
     for name in ("text.pth", "text.safetensors"):
         (tmp_path / name).write_text("not weights")
-        refused(tmp_path / name, "cannot be read")
+        refused(tmp_path / name, "expected weights, got")
     torch.save([1, 2], tmp_path / "list.pth")
     refused(tmp_path / "list.pth", "got list")
     torch.save({"model": vgg_weights}, tmp_path / "nested.pth")
     refused(tmp_path / "nested.pth", r"features.0.weight \(64, 3, 3, 3\), got none")
     torch.save({**vgg_weights, "features.7.weight": torch.full((128, 128, 3, 3), torch.nan)}, tmp_path / "nan.pth")
     refused(tmp_path / "nan.pth", "not finite")
-    torch.save(torch.nn.Linear(2, 2), tmp_path / "code.pth")  # a pickled module: code, which is never run
-    refused(tmp_path / "code.pth", "cannot be read")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "code.pth")  # a pickled module, which is never unpickled
+    refused(tmp_path / "code.pth", "expected weights, got UnpicklingError")

@@ -1,0 +1,56 @@
+"""Resampling against values computed by hand: half-pixel centres, borders, offsets in pixels."""
+
+import pytest
+import torch
+
+from sdan.resample import bicubic, enlarge_offset, low_pass, sample
+
+
+def test_low_pass_is_an_area_average():
+    image = torch.rand(2, 3, 8, 12)
+    assert torch.allclose(low_pass(image, 4)[1, 2, 1, 2], image[1, 2, 4:8, 8:12].mean())
+    assert low_pass(image, 1) is image
+    with pytest.raises(ValueError, match="low_pass: expected a size divisible by factor 3, got 8x12"):
+        low_pass(image, 3)
+
+
+def test_bicubic_keeps_a_ramp_at_half_pixel_centres():
+    ramp = (torch.arange(12.0) + 0.5).view(1, 1, 1, 12).expand(1, 1, 12, 12)
+    expected = (torch.arange(48.0) + 0.5) / 4
+    # PyTorch's kernel (a = -0.75) bends a ramp by up to 0.04 px; a wrong centre would move it by 0.125 px or more.
+    assert torch.allclose(bicubic(ramp, 4)[0, 0, 20, 8:-8], expected[8:-8], atol=0.05)
+    assert bicubic(ramp.bfloat16(), 4).dtype == torch.float32
+
+
+def test_an_enlarged_linear_field_stays_linear():
+    """Half-pixel centres, and values in pixels of the finer grid."""
+    field = (torch.arange(6.0) + 0.5).view(1, 1, 6, 1).expand(1, 2, 6, 7)
+    fine = (torch.arange(24.0) + 0.5) / 4
+    assert torch.allclose(enlarge_offset(field, 4)[0, 0, 4:-4, 3], 4 * fine[4:-4])
+
+
+def test_sample_reads_at_p_plus_offset():
+    image, offset = torch.rand(1, 2, 6, 7), torch.zeros(1, 2, 6, 7)
+    assert torch.allclose(sample(image, offset), image, atol=1e-6)
+    offset[:, 0], offset[:, 1] = 1.0, 0.5
+    expected = (image[:, :, 3, 2] + image[:, :, 3, 3]) / 2
+    assert torch.allclose(sample(image, offset)[:, :, 2, 2], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_sample_replicates_the_border(mode):
+    image = torch.rand(1, 2, 6, 7)
+    far = torch.full((1, 2, 6, 7), 100.0)
+    assert torch.allclose(sample(image, far, mode=mode), image[:, :, -1:, -1:].expand_as(image))
+    assert torch.allclose(sample(image, -far, mode=mode), image[:, :, :1, :1].expand_as(image))
+    pixel = torch.rand(1, 1, 1, 1)
+    assert torch.allclose(sample(pixel, torch.full((1, 2, 1, 1), 0.7), mode=mode), pixel)
+
+
+def test_sample_survives_offsets_that_are_not_finite():
+    image = torch.rand(1, 2, 6, 7, requires_grad=True)
+    offset = torch.zeros(1, 2, 6, 7)
+    offset[:, :, 0], offset[:, :, 1] = torch.nan, torch.inf
+    sample(image, offset).sum().backward()
+    assert image.grad.isfinite().all()
+    assert torch.allclose(image.grad[0, :, 2:-1], torch.ones(()))  # other pixels are sampled as usual
