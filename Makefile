@@ -1,4 +1,4 @@
-# Everything goes through .venv; `make setup` builds it once and costs nothing when nothing changed.
+# Every target uses .venv. `make setup` builds it once and rebuilds it only if its inputs change.
 PYTHON ?= python3
 DATA ?= data
 PORT ?= 5000
@@ -26,7 +26,7 @@ $(READY): pyproject.toml constraints.txt .ci/preflight.py
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,dev]'
 	@touch $(READY)
 
-demo: setup  ## simulate -> preprocess -> train -> evaluate -> zoom, small, on this machine
+demo: setup  ## simulate, preprocess, train, evaluate, zoom: small, on this machine
 	@$(BIN)/sdan --data $(DATA) demo
 
 test: setup  ## the test suite (under 12 minutes on 2 cores)
@@ -35,7 +35,7 @@ test: setup  ## the test suite (under 12 minutes on 2 cores)
 test-slow: setup  ## kills, restarts, sweeps over the real trainer (under 40 minutes on 2 cores)
 	@$(BIN)/python -m pytest -m slow tests
 
-fuzz: setup  ## damaged RAW and JPG files through the decoders, by SEED= and COUNT= (2,000 files: about a minute)
+fuzz: setup  ## damaged RAW and JPG files through the decoders; SEED= and COUNT= (2,000 files: about a minute)
 	@$(BIN)/python tests/preprocessing/fuzz.py --seed $(SEED) --count $(COUNT)
 
 check: setup  ## lint, formatting, types, spelling
@@ -47,7 +47,7 @@ check: setup  ## lint, formatting, types, spelling
 ui: setup  ## the MLflow UI on http://127.0.0.1:$(PORT)
 	@$(BIN)/sdan --data $(DATA) ui --port $(PORT)
 
-constraints: setup  ## write the versions now in .venv to constraints.txt
+constraints: setup  ## write the versions installed in .venv to constraints.txt
 	@{ head -n 1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sort -f; } > constraints.new
 	@mv constraints.new constraints.txt
 
