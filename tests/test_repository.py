@@ -103,7 +103,7 @@ def test_files_are_named_after_what_they_do(tracked):
     assert [name for name in tracked if Path(name).name in vague] == []
 
 
-def test_test_files_have_names_of_their_own(tracked):
+def test_test_file_names_are_unique(tracked):
     names = Counter(Path(name).name for name in tracked if name.startswith("tests/") and "test_" in name)
     assert [name for name, count in names.items() if count > 1] == []
     assert [name for name in tracked if re.match(r"(tests|benchmarks)/(.*/)?__init__\.py", name)] == []
