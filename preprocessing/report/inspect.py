@@ -1,6 +1,6 @@
-"""`sdan inspect`: what a SHARDS folder holds, as one self-contained page to look at and to pass on.
+"""`sdan inspect`: a report on a SHARDS folder, as one self-contained HTML page.
 
-The page (inspect.html.j2, inspect.css) has no script, and its Content-Security-Policy lets nothing in from elsewhere.
+The page (inspect.html.j2, inspect.css) has no script, and its Content-Security-Policy blocks external content.
 """
 
 import base64
@@ -21,35 +21,35 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from preprocessing.registration.shift import luminance
-from preprocessing.report.inventory import Found, InspectError, Pair, ranking, read_inventory
+from preprocessing.report.inventory import InspectError, Inventory, Pair, ranking, read_inventory
 from preprocessing.schema import SCHEMA_VERSION, SPLITS, ShardInfo, decode
 from preprocessing.storage import Folder, one_line, open_folder
 
 __all__ = ["InspectError", "check_output", "inspect"]
 
 _SHOWN_WORST = _SHOWN_REST = 12
-"""Pairs on the contact sheet."""
+"""Number of pairs with pictures: the worst-aligned, and a selection of the rest."""
 _LISTED = 300
-"""Rows of a list before it is cut off."""
+"""Maximum rows of a list."""
 _PICTURE_PX = 360
-"""Side of a picture, HR pixels as they are: a shift would drown if they were shrunk."""
+"""Side of a picture, HR pixels. Pictures are not scaled, because that would hide small shifts."""
 _PICTURE_BYTES = 6_000_000
-"""What all pictures may take before base64 adds a third."""
+"""Limit for all pictures together, before base64 adds a third."""
 _MOST_BINS = 36
 _STEPS = [factor * 10.0**power for power in range(-3, 6) for factor in (1, 2, 5)]
 _MEASUREMENTS = {
-    "exposure_ratio": "light of HR / LR",
-    "exposure_ratio_exif": "light of HR / LR by the tags",
-    "exposure_falloff": "HR's vignetting: light lost in its corner",
-    "jpg_scale": "LR's JPG against its RAW: scale",
-    "jpg_k1": "LR's JPG against its RAW: radial coefficient",
-    "jpg_falloff": "LR's JPG against its RAW: light lost in the corner",
+    "exposure_ratio": "exposure ratio HR / LR, measured",
+    "exposure_ratio_exif": "exposure ratio HR / LR, from EXIF",
+    "exposure_falloff": "HR's vignetting: light lost in the corner",
+    "jpg_scale": "LR's JPG vs its RAW: scale",
+    "jpg_k1": "LR's JPG vs its RAW: radial coefficient",
+    "jpg_falloff": "LR's JPG vs its RAW: light lost in the corner",
 }
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One pair on the contact sheet; pictures are data: URIs."""
+class ShownPair:
+    """A pair with its pictures as data: URIs."""
 
     pair: Pair
     lr: str
@@ -60,15 +60,17 @@ class Shown:
 def inspect(shards: str, *, progress: Callable[[int, int], None] | None = None) -> str:
     """The report on the folder or `s3://` URI `shards`, HTML of at most about 10 MB.
 
-    progress: called with (files read, files in all).
+    progress: called with (files read, total files).
     Raises InspectError, one line, as `read_inventory` does.
     """
-    found = read_inventory(shards, progress)
+    inventory = read_inventory(shards, progress)
     try:
-        worst, rest = _sheet(open_folder(shards), found)
+        worst, rest = _sheet(open_folder(shards), inventory)
     except (OSError, pa.ArrowException) as error:
-        raise InspectError(f"{shards}: cannot be read ({one_line(error)}); is it being written? run again") from error
-    return _page(found, worst, rest)
+        raise InspectError(
+            f"{shards}: expected readable shards, got an error ({one_line(error)}); run again when nothing writes there"
+        ) from error
+    return _render(inventory, worst, rest)
 
 
 def check_output(path: Path) -> None:
@@ -82,24 +84,24 @@ def check_output(path: Path) -> None:
         raise InspectError(f"-o {path}: expected a file in an existing folder, got {got}; e.g. -o report.html")
 
 
-def _sheet(folder: Folder, found: Found) -> tuple[list[Shown], list[Shown]]:
-    """(the worst-aligned pairs, some spread evenly over the rest), worst first, as many as the page may weigh."""
-    ranked = ranking(found.pairs)
+def _sheet(folder: Folder, inventory: Inventory) -> tuple[list[ShownPair], list[ShownPair]]:
+    """(the worst-aligned pairs, a selection of the rest), both worst first, until the pictures reach their limit."""
+    ranked = ranking(inventory.pairs)
     rest = ranked[_SHOWN_WORST:]
     places = np.unique(np.linspace(0, len(rest) - 1, min(_SHOWN_REST, len(rest))).round().astype(int))
     wanted = [*ranked[:_SHOWN_WORST], *(rest[place] for place in places)]
-    shown: list[Shown] = []
+    shown: list[ShownPair] = []
     left = _PICTURE_BYTES
     for pair in wanted:
-        if found.info is None or left <= 0:
+        if inventory.info is None or left <= 0:
             break
-        shown.append(_show(folder, pair, found.info))
+        shown.append(_show(folder, pair, inventory.info))
         left -= sum(len(picture) for picture in (shown[-1].lr, shown[-1].hr, shown[-1].difference)) * 3 // 4
     return shown[:_SHOWN_WORST], shown[_SHOWN_WORST:]
 
 
-def _show(folder: Folder, pair: Pair, info: ShardInfo) -> Shown:
-    """The pair's most typical tile: the one nearest its median."""
+def _show(folder: Folder, pair: Pair, info: ShardInfo) -> ShownPair:
+    """Pictures of the pair's most typical tile, whose residual is nearest to the median."""
     known = np.isfinite(pair.residual_px)
     distance = np.abs(np.where(known, pair.residual_px, np.inf) - pair.median_px) if known.any() else np.zeros(1)
     tile = int(np.argmin(distance))
@@ -113,7 +115,7 @@ def _show(folder: Folder, pair: Pair, info: ShardInfo) -> Shown:
     at = (slice(start, start + side), slice(start, start + side))
     difference = luminance(np.ascontiguousarray(hr[at])) - luminance(np.ascontiguousarray(enlarged[at]))
     grey = np.clip(128 + difference, 0, 255).astype(np.uint8)
-    return Shown(pair, _jpg(enlarged[at]), _jpg(hr[at]), _jpg(grey))
+    return ShownPair(pair, _jpg(enlarged[at]), _jpg(hr[at]), _jpg(grey))
 
 
 def _jpg(picture: NDArray[np.uint8]) -> str:
@@ -124,18 +126,18 @@ def _jpg(picture: NDArray[np.uint8]) -> str:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Bars of equal width; the last may stand for all that is larger."""
+    """Bars of equal width, and the number of values beyond them."""
 
     width: float
     counts: list[int]
     overflow: int
-    """Tiles beyond the last bar."""
+    """Number of values beyond the last bar."""
     median: float
     p95: float
 
     @property
     def top(self) -> int:
-        """The end of the y axis: 1, 2 or 5 times a power of ten that holds every bar, or a quarter of one less."""
+        """End of the y axis: a round number, at least as high as every bar."""
         return _round_up(max(*self.counts, self.overflow, 1))
 
     @property
@@ -144,13 +146,13 @@ class Histogram:
 
     @property
     def ticks(self) -> list[float]:
-        """About six round numbers from 0 to the end."""
+        """At most eight round numbers from 0 to the end."""
         step = next(step for step in _STEPS if self.end / step <= 7)
         return [number * step for number in range(int(self.end / step + 1e-6) + 1)]
 
 
 def histogram(values: NDArray[np.floating]) -> Histogram | None:
-    """Of the finite values up to their 99th percentile; None when there are none."""
+    """Bars up to the 99th percentile of the finite values; None if there are none."""
     known = values[np.isfinite(values)]
     if not known.size:
         return None
@@ -162,12 +164,13 @@ def histogram(values: NDArray[np.floating]) -> Histogram | None:
 
 
 def _round_up(value: int) -> int:
+    """The next 1, 2, 4, 5, 8 or 10 times a power of ten."""
     power = 10 ** (len(str(value)) - 1)
     return next(step * power for step in (1, 2, 4, 5, 8, 10) if step * power >= value)
 
 
-def _page(found: Found, worst: list[Shown], rest: list[Shown]) -> str:
-    pairs = found.pairs
+def _render(inventory: Inventory, worst: list[ShownPair], rest: list[ShownPair]) -> str:
+    pairs = inventory.pairs
     residual = _residuals(pairs)
     here = Path(__file__).parent
     style = (here / "inspect.css").read_text()
@@ -176,7 +179,7 @@ def _page(found: Found, worst: list[Shown], rest: list[Shown]) -> str:
     )
     pages.filters |= {"number": _number, "count": _count, "size": _size}
     return pages.get_template("inspect.html.j2").render(
-        found=found,
+        inventory=inventory,
         schema_version=SCHEMA_VERSION,
         simulated=sum(pair.simulated for pair in pairs),
         tiles=len(residual),
@@ -184,14 +187,14 @@ def _page(found: Found, worst: list[Shown], rest: list[Shown]) -> str:
         sequences=len({pair.columns["sequence"] for pair in pairs}),
         bytes=sum(pair.bytes for pair in pairs),
         histogram=histogram(residual),
-        splits=_by(pairs, lambda pair: pair.split, SPLITS),
-        cameras=_by(pairs, lambda pair: pair.columns["camera"] or "unknown"),
-        focals=_by(pairs, lambda pair: (pair.columns["focal_hr_mm"], pair.columns["focal_lr_mm"])),
-        isos=_by(pairs, lambda pair: pair.columns["iso_lr"] or 0),
+        splits=_groups(pairs, lambda pair: pair.split, SPLITS),
+        cameras=_groups(pairs, lambda pair: pair.columns["camera"] or "unknown"),
+        focals=_groups(pairs, lambda pair: (pair.columns["focal_hr_mm"], pair.columns["focal_lr_mm"])),
+        isos=_groups(pairs, lambda pair: pair.columns["iso_lr"] or 0),
         aligned=Counter(pair.columns["aligned_by"] for pair in pairs),
         rendered=sum("rendering" in (pair.columns["lr_source"], pair.columns["hr_source"]) for pair in pairs),
         measurements={
-            meaning: _measured(pair.columns[name] for pair in pairs) for name, meaning in _MEASUREMENTS.items()
+            meaning: _percentiles(pair.columns[name] for pair in pairs) for name, meaning in _MEASUREMENTS.items()
         },
         worst=worst,
         rest=rest,
@@ -201,8 +204,10 @@ def _page(found: Found, worst: list[Shown], rest: list[Shown]) -> str:
     )
 
 
-def _by(pairs: Iterable[Pair], key: Callable[[Pair], Any], order: Sequence[Any] | None = None) -> list[dict[str, Any]]:
-    """Counts per group: key, pairs, tiles, sequences, median residual; sorted by key, or in `order`."""
+def _groups(
+    pairs: Iterable[Pair], key: Callable[[Pair], Any], order: Sequence[Any] | None = None
+) -> list[dict[str, Any]]:
+    """Per group: key, number of pairs and tiles, median residual; sorted by key, or in `order`."""
     groups: dict[Any, list[Pair]] = defaultdict(list)
     for pair in pairs:
         groups[key(pair)].append(pair)
@@ -211,7 +216,6 @@ def _by(pairs: Iterable[Pair], key: Callable[[Pair], Any], order: Sequence[Any] 
             "key": name,
             "pairs": len(groups[name]),
             "tiles": sum(len(pair.residual_px) for pair in groups[name]),
-            "sequences": len({pair.columns["sequence"] for pair in groups[name]}),
             "median": _median(_residuals(groups[name])),
         }
         for name in (order or sorted(groups))
@@ -227,8 +231,8 @@ def _median(values: NDArray[np.floating]) -> float:
     return float(np.median(known)) if known.size else float("nan")
 
 
-def _measured(values: Iterable[float | None]) -> dict[str, float]:
-    """Number of finite values, their median, 5 % and 95 %."""
+def _percentiles(values: Iterable[float | None]) -> dict[str, float]:
+    """Number of finite values, their median and their 5 % and 95 % percentiles."""
     known = np.array([value for value in values if value is not None and np.isfinite(value)])
     if not known.size:
         return {"count": 0}
@@ -237,7 +241,7 @@ def _measured(values: Iterable[float | None]) -> dict[str, float]:
 
 
 def _number(value: float | None) -> str:
-    """About three digits; a dash for what is not known."""
+    """About three digits; a dash for an unknown value."""
     if value is None or not np.isfinite(value):
         return "–"
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
@@ -245,7 +249,7 @@ def _number(value: float | None) -> str:
 
 
 def _count(value: float) -> str:
-    """12345 -> "12 345", with narrow spaces that do not break."""
+    """12345 -> "12 345", with narrow no-break spaces."""
     return f"{value:,.0f}".replace(",", "\u202f")
 
 

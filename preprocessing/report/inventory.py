@@ -1,4 +1,4 @@
-"""What a SHARDS folder holds, read from every shard's footer and measurements: no picture, at most a few KB a shard."""
+"""Reads what a SHARDS folder holds from the shards' footers and measurements: no pictures, a few KB per shard."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -21,11 +21,11 @@ PAIR_COLUMNS = (
     *("jpg_scale", "jpg_k1", "jpg_shift_x", "jpg_shift_y", "jpg_falloff"),
 )
 _NULL_CHUNK_BYTES = 128
-"""A column chunk of one null is smaller, one of the smallest true_flow larger."""
+"""A column chunk of one null is smaller than this, one with the smallest true_flow larger."""
 
 
 class InspectError(ValueError):
-    """A folder that there is nothing to say of; the message is one line."""
+    """A folder without anything to report on; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -35,23 +35,22 @@ class Pair:
     path: str
     split: str
     columns: dict[str, Any]
-    """`PAIR_COLUMNS`."""
+    """The values of `PAIR_COLUMNS`."""
     residual_px: NDArray[np.float32]
-    """Of each tile; NaN where it was not measurable."""
-    score: NDArray[np.float32]
+    """Of each tile; NaN if not measurable."""
     simulated: bool
     bytes: int
 
     @property
     def median_px(self) -> float:
-        """Of its tiles' residuals; infinite when no tile could be measured, which is no good sign."""
+        """Median of the tiles' residuals; infinite, the worst rank, if no tile could be measured."""
         known = self.residual_px[np.isfinite(self.residual_px)]
         return float(np.median(known)) if known.size else float("inf")
 
 
 @dataclass
-class Found:
-    """All that a SHARDS folder holds."""
+class Inventory:
+    """The contents of a SHARDS folder."""
 
     label: str
     info: ShardInfo | None = None
@@ -61,74 +60,75 @@ class Found:
     """Shard files that are damaged or of another schema version."""
 
 
-def read_inventory(shards: str, progress: Callable[[int, int], None] | None = None) -> Found:
-    """All that the folder or `s3://` URI `shards` holds.
+def read_inventory(shards: str, progress: Callable[[int, int], None] | None = None) -> Inventory:
+    """The contents of the folder or `s3://` URI `shards`.
 
-    progress: called with (files read, files in all).
-    Raises InspectError, one line, for a folder with neither shards nor quarantine, one that cannot be read, and shards
-    of another schema version.
+    progress: called with (files read, total files).
+    Raises InspectError, one line, for an unreadable folder, a folder with neither shards nor quarantine, and shards of
+    another schema version.
     """
     try:
         folder = open_folder(shards)
         return _read(folder, list_shards(shards), progress)
     except (OSError, pa.ArrowException) as error:
         raise InspectError(
-            f"{shards}: cannot be read ({one_line(error)}); expected SHARDS of sdan preprocess"
+            f"{shards}: expected a SHARDS folder of sdan preprocess, got an error ({one_line(error)}); check the path"
         ) from error
 
 
 def ranking(pairs: Iterable[Pair]) -> list[Pair]:
-    """Worst-aligned first; pairs of which no tile could be measured before all others."""
+    """Worst-aligned first; pairs without a measurable tile lead."""
     return sorted(pairs, key=lambda pair: (-pair.median_px, pair.path))
 
 
-def _read(folder: Folder, paths: list[str], progress: Callable[[int, int], None] | None) -> Found:
-    found = Found(folder.label)
+def _read(folder: Folder, paths: list[str], progress: Callable[[int, int], None] | None) -> Inventory:
+    inventory = Inventory(folder.label)
     with ThreadPoolExecutor(_READERS) as readers:
         for done, (path, pair) in enumerate(
             zip(paths, readers.map(lambda path: _read_pair(folder, path), paths), strict=True), 1
         ):
             if isinstance(pair, Pair):
-                found.pairs.append(pair)
+                inventory.pairs.append(pair)
             else:
-                found.unreadable.append({"file": folder.relative(path), "reason": pair})
+                inventory.unreadable.append({"file": folder.relative(path), "reason": pair})
             if progress:
                 progress(done, len(paths))
-    if found.unreadable and not found.pairs:
-        raise InspectError(found.unreadable[0]["reason"])
-    if found.pairs:
-        path = found.pairs[0].path
-        found.info = info_of(pq.read_schema(path, filesystem=folder.filesystem), path)
+    if inventory.unreadable and not inventory.pairs:
+        raise InspectError(inventory.unreadable[0]["reason"])
+    if inventory.pairs:
+        path = inventory.pairs[0].path
+        inventory.info = info_of(pq.read_schema(path, filesystem=folder.filesystem), path)
     names = sorted(entry.path for entry in folder.files("quarantine") if entry.base_name.endswith(".json"))
     for path in names:
-        found.quarantine.append(_note(folder, path))
-    if not found.pairs and not found.quarantine:
-        raise InspectError(f"{folder.label}: no shards and no quarantine; make them with: sdan preprocess RAW SHARDS")
-    return found
+        inventory.quarantine.append(_note(folder, path))
+    if not inventory.pairs and not inventory.quarantine:
+        raise InspectError(
+            f"{folder.label}: expected shards or a quarantine, got neither; make them with sdan preprocess RAW SHARDS"
+        )
+    return inventory
 
 
 def _read_pair(folder: Folder, path: str) -> Pair | str:
-    """The shard, or why it cannot be read."""
+    """The shard, or the reason why it cannot be read."""
     try:
         with pq.ParquetFile(path, filesystem=folder.filesystem, pre_buffer=True) as file:
             info_of(file.schema_arrow, path)
             flow = file.metadata.row_group(0).column(file.schema_arrow.names.index("true_flow"))
             last = file.metadata.row_group(file.num_row_groups - 1)
             end = last.column(last.num_columns - 1)
-            tiles = file.read(columns=["align_score", "residual_px"])
+            tiles = file.read(columns=["residual_px"])
             return Pair(
                 path=path,
                 split=folder.relative(path).partition("/")[0].removeprefix("split="),
                 columns=file.read_row_group(0, columns=list(PAIR_COLUMNS)).to_pylist()[0],
                 residual_px=tiles["residual_px"].to_numpy(),
-                score=tiles["align_score"].to_numpy(),
                 simulated=flow.total_uncompressed_size > _NULL_CHUNK_BYTES,
                 bytes=end.data_page_offset + end.total_compressed_size,
             )
     except SchemaError as error:
         return str(error)
     except (OSError, ValueError, IndexError, pa.ArrowException) as error:
-        return f"{path}: damaged ({one_line(error)}); delete it and run sdan preprocess again"
+        return f"{path}: expected a complete shard, got an error ({one_line(error)}); delete it and preprocess again"
 
 
 def _note(folder: Folder, path: str) -> dict[str, str]:
@@ -137,4 +137,4 @@ def _note(folder: Folder, path: str) -> dict[str, str]:
         note = json.loads(folder.read(name))
         return {key: str(note.get(key, "")) for key in ("sequence", "pair", "reason")}
     except (json.JSONDecodeError, AttributeError):
-        return {"sequence": name, "pair": "", "reason": "the note itself is damaged; run sdan preprocess again"}
+        return {"sequence": name, "pair": "", "reason": "this quarantine note is damaged; run sdan preprocess again"}

@@ -103,7 +103,7 @@ def sawtooth(density):
 
 @pytest.mark.parametrize(("blur_px", "limit_px"), [(0.75, 0.1), (0.85, 0.16)])
 def test_tone_curve_and_sharpening_do_not_move_edges(blur_px, limit_px):
-    """All edges fall in one direction; the short picture has a plain gamma, the long one a tone curve and sharpening."""
+    """All edges fall in one direction; the short picture has a gamma, the long one a tone curve and sharpening."""
     lens = cv2.GaussianBlur(sawtooth(4), (0, 0), 16 * blur_px)
     short = 255 * cv2.resize(lens, SIZE[::-1], interpolation=cv2.INTER_AREA) ** (1 / 2.2)
     short += np.random.default_rng(0).normal(0, 1, short.shape).astype(np.float32)

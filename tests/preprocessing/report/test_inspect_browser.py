@@ -1,4 +1,4 @@
-"""The report as people see it: in Chromium, at a phone's and a desk's width."""
+"""The report in Chromium, at the widths of a phone, a tablet and a desktop."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def test_it_fits_and_shows_its_pictures(browser, page, width, dark):
     assert (sum(map(int, shade[4:-1].split(","))) < 150) == dark
 
 
-def test_pointing_at_a_pair_swaps_lr_and_hr_and_leaving_stops(browser, page):
+def test_pointing_at_a_pair_swaps_lr_and_hr(browser, page):
     browser.open(page, 1280)
     browser.point_at(".two")
     seen = set()
@@ -64,7 +64,7 @@ def test_pointing_at_a_pair_swaps_lr_and_hr_and_leaving_stops(browser, page):
     assert {round(browser.run(LEFT)) for _ in range(40)} <= {round(browser.run(LEFT))}
 
 
-def test_a_tap_blinks_on_a_phone(browser, page):
+def test_a_tap_swaps_lr_and_hr_on_a_phone(browser, page):
     browser.open(page, 360)
     before = round(browser.run(LEFT))
     browser.tap(".two")
@@ -73,8 +73,8 @@ def test_a_tap_blinks_on_a_phone(browser, page):
         assert time.monotonic() < until
 
 
-def test_nothing_from_elsewhere_is_let_in(browser, page):
-    """What an escape that failed could do is stopped by the policy, too."""
+def test_the_policy_blocks_injected_content(browser, page):
+    """Even if escaping failed, scripts, styles and external pictures would not run or load."""
     harmed = page.with_name("harmed.html")
     harm = "<script>document.title='harmed'</script><img src='https://example.com/x.png'><p style='color:red'>x</p>"
     harmed.write_text(page.read_text().replace("<footer>", harm + "<footer>"))
