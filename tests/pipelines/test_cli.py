@@ -45,7 +45,7 @@ def run_here(monkeypatch, *arguments, data):
         (["preprocess", "nosuch", "out"], "nosuch"),
         (["preprocess", "EMPTY", "out"], "EMPTY"),
         (["preprocess", "EMPTY", "out", "--missing-jpg", "maybe"], "quarantine or render"),
-        (["inspect", "EMPTY", "-o", "OUT"], "EMPTY: no shards and no quarantine"),
+        (["inspect", "EMPTY", "-o", "OUT"], "EMPTY: expected shards or a quarantine, got neither"),
         (["inspect", "SHARDS", "-o", "EMPTY"], "report.html"),
         (["simulate", "OUT", "--preset", "earthquake"], "handheld"),
     ],
