@@ -26,11 +26,11 @@ def bt709_to_linear(encoded: NDArray[np.floating[Any]]) -> NDArray[np.floating[A
 
 _GAMMA = 2.2
 _BYTES = np.arange(256) / 255
+# Look-up tables for cv2.LUT: (256,) float32, linear light of each byte.
 SRGB_BYTE_TO_LINEAR = srgb_to_linear(_BYTES).astype(np.float32)
-"""(256,) float32; these three are look-up tables for cv2.LUT."""
 BT709_BYTE_TO_LINEAR = bt709_to_linear(_BYTES).astype(np.float32)
 GAMMA_BYTE_TO_LINEAR = (_BYTES**_GAMMA).astype(np.float32)
-"""Of a pure power, for JPGs whose camera applied a curve that no standard describes."""
+"""A pure power. Registration uses it for JPGs, because the tone curves of cameras are unknown."""
 _SRGB_STEPS = 4095
 _LINEAR_TO_SRGB_BYTE = np.rint(255 * linear_to_srgb(np.arange(_SRGB_STEPS + 1) / _SRGB_STEPS)).astype(np.uint8)
 
@@ -49,8 +49,8 @@ def linear_to_gamma(linear: NDArray[np.float32]) -> NDArray[np.float32]:
 def divide_exposure(image: NDArray[np.uint8], ratio: float | None) -> NDArray[np.uint8]:
     """An sRGB picture with its light divided by `ratio`; unchanged if the ratio is unknown (None or NaN).
 
-    A target that got `ratio` times the input's light comes to the input's exposure. Exact for sRGB; the curves of
-    cameras differ from it, which matters little for the small ratios within one sequence.
+    Applied to a target with `ratio` times the input's light, it gives the input's exposure. Exact for sRGB; cameras'
+    curves differ from it, which matters little for the small ratios within one sequence.
     """
     if ratio is None or not ratio > 0:
         return image
