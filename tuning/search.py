@@ -1,6 +1,6 @@
-"""The search itself, by Ray Tune: Optuna proposes, ASHA stops early, trials hold a slot instead of a CPU.
+"""The search by Ray Tune: Optuna proposes values and ASHA stops weak trials early.
 
-A trial holds one unit of the resource `trial_slot` and no CPU, so that what it starts (a Ray Train run) gets the CPUs.
+A trial holds one unit of the resource `trial_slot` and no CPU, so that the Ray Train run that it starts gets the CPUs.
 """
 
 import logging
@@ -22,28 +22,43 @@ from tuning.space import Choice, Distribution, Space, SweepError, Uniform, Value
 from tuning.tracking import EndOfTrial, SweepRun
 
 SLOT = "trial_slot"
+"""The Ray resource that limits how many trials run at once."""
 REDUCTION_FACTOR = 3
-"""ASHA: at epochs grace, 3 grace, 9 grace, ... the best third goes on."""
+"""ASHA: after grace, 3 grace, 9 grace, ... epochs only the best third of the trials continues."""
 
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """How many trials, how patiently, in what order, how many at once."""
+    """The size of the search."""
 
     num_trials: int
     grace_epochs: int
+    """ASHA stops no trial before this epoch."""
     seed: int
     max_concurrent: int
+
+
+def require_slots() -> None:
+    """Raise SweepError unless Ray runs and offers the resource SLOT, without which trials would wait forever.
+
+    Ray's dashboard must be on (the default): without it later trials hang (Ray 2.60).
+    """
+    if not ray.is_initialized():
+        got = "no running Ray"
+    elif ray.cluster_resources().get(SLOT, 0) < 1:
+        got = "a Ray without it"
+    else:
+        return
+    raise SweepError(
+        f"sweep: expected a running Ray with the resource {SLOT!r}, got {got}; start Ray with that resource"
+    )
 
 
 def search(
     trial: Callable[[dict[str, Value]], None], space: Space, run: SweepRun, plan: SearchPlan, folder: Path
 ) -> None:
-    """Runs all trials, or those that are left where `folder` holds a search that was cut off.
-
-    Ray is started with trial slots when it is not running; a running Ray must offer them (SweepError).
-    """
-    with _ray_with_slots(plan.max_concurrent), _tune_settings(), _quiet():
+    """Run all trials, or the remaining ones if `folder` holds an interrupted search. Needs `require_slots`."""
+    with _tune_settings(), _quiet():
         slotted = tune.with_resources(trial, {SLOT: 1})
         if tune.Tuner.can_restore(str(folder)):
             tuner = tune.Tuner.restore(str(folder), slotted, resume_unfinished=True, restart_errored=True)
@@ -55,7 +70,7 @@ def search(
 def _new_tuner(trial: Any, space: Space, run: SweepRun, plan: SearchPlan, folder: Path) -> tune.Tuner:
     optuna_space = {name: _optuna(distribution) for name, distribution in space.items()}
     asha = ASHAScheduler(
-        time_attr="epoch",  # training_iteration starts again after a restore
+        time_attr="epoch",  # training_iteration restarts after a restore
         max_t=run.max_epochs,
         grace_period=plan.grace_epochs,
         reduction_factor=REDUCTION_FACTOR,
@@ -77,7 +92,7 @@ def _new_tuner(trial: Any, space: Space, run: SweepRun, plan: SearchPlan, folder
 
 
 def _sampler(plan: SearchPlan) -> samplers.TPESampler:
-    """TPE that begins to learn after a third of the trials: its default of ten random ones is all of a small sweep."""
+    """TPE with random values for the first third of the trials; its default of ten could be all of a small sweep."""
     random_trials = min(10, max(3, plan.num_trials // 3))
     return samplers.TPESampler(n_startup_trials=random_trials, seed=plan.seed, constant_liar=plan.max_concurrent > 1)
 
@@ -91,39 +106,11 @@ def _optuna(distribution: Distribution) -> distributions.BaseDistribution:
 
 
 @contextmanager
-def _ray_with_slots(max_concurrent: int) -> Iterator[None]:
-    """Ray with trial slots: the one that runs, the cluster of RAY_ADDRESS, or a local one for the sweep's time."""
-    started = not ray.is_initialized()
-    if started and os.environ.get("RAY_ADDRESS"):
-        ray.init()
-    elif started:
-        # The dashboard stays on: without it later trials hang (Ray 2.60).
-        ray.init(
-            address="local",
-            resources={SLOT: max_concurrent},
-            include_dashboard=True,
-            log_to_driver=False,
-            _node_ip_address="127.0.0.1",
-        )
-    try:
-        slots = ray.cluster_resources().get(SLOT, 0)
-        if slots < 1:
-            raise SweepError(
-                f"Ray runs without the resource {SLOT!r}, so trials could never start; "
-                f"start it with resources={{'{SLOT}': {max_concurrent}}} or let the sweep start Ray"
-            )
-        yield
-    finally:
-        if started:
-            ray.shutdown()
-
-
-@contextmanager
 def _tune_settings() -> Iterator[None]:
-    """What Tune takes from the environment only.
+    """Settings that Tune reads only from the environment.
 
-    A kill loses what Tune has not yet snapshot, by default up to the last 10 seconds or more; and its boxes and tables
-    are not ours.
+    Tune saves its state every second: a kill loses everything since the last save, by default 10 seconds or more. Its
+    progress tables are off.
     """
     settings = {"TUNE_GLOBAL_CHECKPOINT_S": "1", "RAY_AIR_NEW_OUTPUT": "0"}
     missing = {key: value for key, value in settings.items() if key not in os.environ}
@@ -137,7 +124,7 @@ def _tune_settings() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Tune prints a failed trial's whole traceback; its reason stands in the table and its traceback in error.txt."""
+    """Do not print the traceback of a failed trial: the table has its reason, and error.txt the traceback."""
     optuna_level = optuna_logging.get_verbosity()
     optuna_logging.set_verbosity(optuna_logging.WARNING)
     loggers = [logging.getLogger(name) for name in ("ray.tune.execution.tune_controller", "ray.tune.tune")]

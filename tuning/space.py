@@ -2,7 +2,8 @@
 
     SPACE = {"model.packing_kernel": choice([2, 4, 8]), "loss.align_weight": loguniform(0.1, 10.0)}
 
-The names are the ones of `sdan train --set NAME=VALUE`; this module does not know which exist: the train function does.
+The names are those of `sdan train --set NAME=VALUE`. This module does not know which names exist; the train function
+checks them.
 """
 
 import math
@@ -17,28 +18,28 @@ _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
 class SweepError(ValueError):
-    """A sweep that cannot start, go on or end with a result; the message is one line that says what to do."""
+    """A sweep cannot start, resume or give a result; the message is one line that says what to do."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One of `values`, which have no order."""
+    """One of `values`; they are unordered."""
 
     values: tuple[Value, ...]
 
     def __post_init__(self) -> None:
         if not self.values:
-            raise SweepError("choice([]): got no values, expected at least one")
+            raise SweepError("choice([]): expected at least one value, got none")
         for value in self.values:
             if not isinstance(value, bool | int | float | str):
-                raise SweepError(f"choice: got {value!r}, expected only bool, int, float or str values")
+                raise SweepError(f"choice: expected only bool, int, float or str values, got {value!r}")
         if len({repr(value) for value in self.values}) < len(self.values):
-            raise SweepError(f"choice({list(self.values)}): a value stands there twice; name each once")
+            raise SweepError(f"choice({list(self.values)}): expected each value once, got a duplicate")
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """A float in [low, high]; with `log` each factor is equally likely instead of each difference."""
+    """A float in [low, high], uniform or (with `log`) log-uniform."""
 
     low: float
     high: float
@@ -50,7 +51,7 @@ class Uniform:
 
 @dataclass(frozen=True)
 class IntUniform:
-    """A whole number in [low, high], both ends included."""
+    """An integer in [low, high], both included, uniform or (with `log`) log-uniform."""
 
     low: int
     high: int
@@ -58,8 +59,8 @@ class IntUniform:
 
     def __post_init__(self) -> None:
         kind = "logint" if self.log else "integer"
-        if not _is_whole(self.low) or not _is_whole(self.high):
-            raise SweepError(f"{kind}({self.low!r}, {self.high!r}): expected two whole numbers")
+        if not _is_integer(self.low) or not _is_integer(self.high):
+            raise SweepError(f"{kind}({self.low!r}, {self.high!r}): expected two integers")
         _check_range(kind, self.low, self.high, self.log)
 
 
@@ -80,42 +81,45 @@ def uniform(low: float, high: float) -> Uniform:
 
 
 def loguniform(low: float, high: float) -> Uniform:
-    """A float in [low, high], low > 0, evenly spread on a logarithmic axis: for weights and learning rates."""
+    """A float in [low, high], low > 0, log-uniform: for weights and learning rates."""
     return Uniform(low, high, log=True)
 
 
 def integer(low: int, high: int) -> IntUniform:
-    """A whole number in [low, high], both included."""
+    """An integer in [low, high], both included."""
     return IntUniform(low, high)
 
 
 def logint(low: int, high: int) -> IntUniform:
-    """A whole number in [low, high], low > 0, both included, evenly spread on a logarithmic axis."""
+    """An integer in [low, high], both included, low > 0, log-uniform."""
     return IntUniform(low, high, log=True)
 
 
 def default_space() -> dict[str, Distribution]:
-    """The paper's two open questions: how coarsely CPA packs, and how much the aligned image X' weighs in eq. 6."""
+    """The paper's two open questions: CPA's packing kernel and the weight of the aligned image X' in eq. 6."""
     return {"model.packing_kernel": choice([2, 4, 8]), "loss.align_weight": loguniform(0.1, 10.0)}
 
 
 def load_space(path: str | Path) -> dict[str, Distribution]:
-    """Runs the Python file that the user named and returns the SPACE it defines.
+    """Run the user's Python file and return the SPACE that it defines.
 
-    Raises SweepError when the file is missing, does not run, or defines no valid SPACE.
+    Raises:
+        SweepError: the file is missing, fails to run, or defines no valid SPACE.
     """
     path = Path(path)
     if not path.is_file():
-        raise SweepError(f"{path}: no such file; expected a Python file that defines SPACE = {{name: distribution}}")
+        raise SweepError(
+            f"{path}: expected a Python file that defines SPACE = {{name: distribution}}, got no such file"
+        )
     try:
-        # The same name on every load, and never __main__: a script's own main block stays asleep.
+        # A fixed module name, never __main__, so that the file's `if __name__ == "__main__"` block does not run.
         names = runpy.run_path(str(path), run_name="sdan_sweep_space")
     except SweepError as error:
         raise SweepError(f"{path}: {error}") from error
     except (Exception, SystemExit) as error:
         raise SweepError(f"{path}: {_where(error, path)}{type(error).__name__}: {_first_line(error)}") from error
     if "SPACE" not in names:
-        raise SweepError(f"{path}: defines no SPACE; expected SPACE = {{'loss.align_weight': loguniform(0.1, 10.0)}}")
+        raise SweepError(f"{path}: expected SPACE = {{'loss.align_weight': loguniform(0.1, 10.0)}}, got no SPACE")
     try:
         return check_space(names["SPACE"])
     except SweepError as error:
@@ -123,24 +127,27 @@ def load_space(path: str | Path) -> dict[str, Distribution]:
 
 
 def check_space(space: object) -> dict[str, Distribution]:
-    """The space as a plain dict sorted by name, or SweepError when it is empty or a name or distribution is wrong."""
+    """The space as a plain dict sorted by name.
+
+    Raises:
+        SweepError: the space is not a dict, is empty, or has an invalid name or distribution.
+    """
     if not isinstance(space, Mapping):
-        raise SweepError(f"SPACE: got {type(space).__name__}, expected a dict from dotted names to distributions")
+        raise SweepError(f"SPACE: expected a dict from dotted names to distributions, got {type(space).__name__}")
     if not space:
-        raise SweepError("the search space is empty; expected at least one name such as 'loss.align_weight'")
+        raise SweepError("SPACE: expected at least one name such as 'loss.align_weight', got an empty dict")
     for name, distribution in space.items():
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise SweepError(f"search space: got the name {name!r}, expected a dotted name such as 'loss.align_weight'")
+            raise SweepError(f"SPACE: expected a dotted name such as 'loss.align_weight', got {name!r}")
         if not isinstance(distribution, Choice | Uniform | IntUniform):
             raise SweepError(
-                f"search space: {name}: got {distribution!r}, "
-                "expected one of choice, uniform, loguniform, integer, logint"
+                f"SPACE, {name}: expected one of choice, uniform, loguniform, integer, logint, got {distribution!r}"
             )
     return dict(sorted(space.items()))
 
 
 def describe(space: Space) -> dict[str, str]:
-    """The space as text, for MLflow and for telling whether a resumed sweep still has the same space."""
+    """The space as text, for MLflow and for checking that a resumed sweep has the same space."""
     return {name: _describe(space[name]) for name in sorted(space)}
 
 
@@ -159,10 +166,10 @@ def _check_range(kind: str, low: float, high: float, log: bool) -> None:
     if low >= high:
         raise SweepError(f"{kind}({low!r}, {high!r}): expected low < high")
     if log and low <= 0:
-        raise SweepError(f"{kind}({low!r}, {high!r}): a logarithmic axis needs low > 0")
+        raise SweepError(f"{kind}({low!r}, {high!r}): expected low > 0 for a logarithmic axis")
 
 
-def _is_whole(value: object) -> bool:
+def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -171,7 +178,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _where(error: BaseException, path: Path) -> str:
-    """'line 3: ' when the error arose in the user's own file."""
+    """'line 3: ', the line of the user's file where the error occurred; '' if unknown."""
     line = error.lineno if isinstance(error, SyntaxError) else None
     step = error.__traceback__
     while step is not None:

@@ -1,5 +1,4 @@
-"""A sweep at a glance: the table of its trials as text, and two pictures, the metric over the epochs and over each
-parameter."""
+"""The summary of a sweep: its trials as a text table, and plots of the metric over epochs and over each parameter."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +15,10 @@ _COLOURS = {"finished": "tab:blue", "stopped": "tab:orange"}
 
 
 def write(trials: Sequence[TrialRow], folder: Path, *, metric: str, mode: str) -> list[Path]:
-    """Writes trials.txt, epochs.png and parameters.png to `folder` and returns their paths.
+    """Write trials.txt, epochs.png and parameters.png to `folder` and return their paths.
 
-    `trials` is sorted best first (tuning.tracking.read_trials).
+    Args:
+        trials: best first, as sorted by tuning.tracking.read_trials.
     """
     text = folder / "trials.txt"
     text.write_text(table(trials, metric=metric) + "\n")
@@ -30,9 +30,12 @@ def write(trials: Sequence[TrialRow], folder: Path, *, metric: str, mode: str) -
 
 
 def table(trials: Sequence[TrialRow], *, metric: str) -> str:
-    """The trials in the order given: trial, overrides, metric, epochs, status and, where one failed, why."""
-    names = parameter_names(trials)
-    best = best_trial(list(trials))
+    """One line per trial, in the given order: trial, overrides, metric, epochs, status and the reason of a failure.
+
+    The best trial is marked by an asterisk.
+    """
+    names = _parameter_names(trials)
+    best = best_trial(trials)
     head = ["", "trial", *names, metric, "epochs", "status", "reason"]
     rows = [head]
     for row in trials:
@@ -47,10 +50,10 @@ def table(trials: Sequence[TrialRow], *, metric: str) -> str:
 
 
 def plot_epochs(trials: Sequence[TrialRow], *, metric: str) -> Figure:
-    """One line per trial: the metric over its epochs; the best is drawn thick, those ASHA stopped in orange."""
+    """The metric over epochs, one curve per trial: the best one is thick, those that ASHA stopped are orange."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    best = best_trial(list(trials))
+    best = best_trial(trials)
     for row in trials:
         if row.history:
             epochs, values = zip(*row.history, strict=True)
@@ -67,11 +70,11 @@ def plot_epochs(trials: Sequence[TrialRow], *, metric: str) -> Figure:
 
 
 def plot_parameters(trials: Sequence[TrialRow], *, metric: str, mode: str) -> Figure:
-    """One panel per parameter: each trial's best metric over the parameter's value."""
-    names = parameter_names(trials) or ["-"]
+    """Each trial's best metric over the parameter's value, one panel per parameter."""
+    names = _parameter_names(trials) or ["-"]
     figure = Figure(figsize=(4.5 * len(names), 4), layout="constrained")
     panels = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
-    best = best_trial(list(trials))
+    best = best_trial(trials)
     for name, axes in zip(names, panels, strict=True):
         _plot_parameter(axes, name, trials, best)
         axes.set_xlabel(name)
@@ -79,7 +82,8 @@ def plot_parameters(trials: Sequence[TrialRow], *, metric: str, mode: str) -> Fi
     return figure
 
 
-def parameter_names(trials: Sequence[TrialRow]) -> list[str]:
+def _parameter_names(trials: Sequence[TrialRow]) -> list[str]:
+    """All overridden names, sorted."""
     return sorted({name for row in trials for name in row.overrides})
 
 

@@ -1,4 +1,4 @@
-"""One trial: runs the train function with its overrides and carries its reports to Ray Tune and to MLflow."""
+"""One trial: runs the train function with its overrides and passes its reports to Ray Tune and MLflow."""
 
 import math
 import os
@@ -15,18 +15,18 @@ from tuning.tracking import STATUS_TAG, SweepRun, close_child, log_metrics, open
 
 
 class Report:
-    """What a train function calls once per epoch: report({"epoch": 3, "val_psnr": 27.1, "loss": 0.04}).
+    """The train function calls it once per epoch: report({"epoch": 3, "val_psnr": 27.1, "loss": 0.04}).
 
-    Without "epoch" the reports are counted from 1. Every report holds the sweep's metric, and that must be finite:
-    a diverged trial ends there as failed. It may be pickled and called in any process of the Ray cluster, such as a
-    Ray Train controller; only in the trial's own process does it return after ASHA's verdict (a stopped trial leaves
-    by SystemExit), elsewhere it returns at once and a stopped trial's processes are ended from outside.
+    Without "epoch" the reports are counted from 1. Every report must contain the sweep's metric; if that is not finite,
+    the trial has diverged and fails. A report may be pickled and called in any process of the Ray cluster, such as a
+    Ray Train controller. In the trial's process it returns after ASHA has decided, and raises SystemExit if the trial
+    is stopped. In other processes it returns at once, and Ray ends the processes of a stopped trial.
 
     Attributes:
-        run_id: the trial's MLflow run. A train function that logs more than it reports writes there and creates no
-            run of its own; what it has written at an epoch is not written again. It should not end the run.
+        run_id: the trial's MLflow run. A train function that logs more than it reports writes to this run instead of
+            creating one; a metric that it has written at an epoch is not written again. It should not end the run.
         parent_run_id: the sweep's MLflow run.
-        trial_id: stays the same when a killed sweep is resumed: a name for checkpoints to go on from.
+        trial_id: stays the same when a killed sweep is resumed, so checkpoints can be named after it.
     """
 
     def __init__(self, run: SweepRun, run_id: str, trial_id: str, deliver: Callable[[dict[str, float]], None]) -> None:
@@ -40,16 +40,22 @@ class Report:
         self._pump_error: BaseException | None = None
 
     def __call__(self, metrics: Mapping[str, float]) -> None:
-        """Raises SweepError when the metric is missing or not finite."""
-        values = as_numbers(metrics)
+        """Deliver the metrics of one epoch.
+
+        Raises:
+            SweepError: a value is not a number, or the sweep's metric is missing or not finite.
+        """
+        values = _as_numbers(metrics)
         if self._metric not in values:
-            raise SweepError(f"report: got {sorted(values)}, expected the sweep's metric {self._metric!r} among them")
+            raise SweepError(f"report: expected the sweep's metric {self._metric!r}, got only {sorted(values)}")
         if not math.isfinite(values[self._metric]):
-            raise SweepError(f"report: {self._metric} is {values[self._metric]}; the trial diverged")
+            raise SweepError(
+                f"report, {self._metric}: expected a finite number, got {values[self._metric]}; the trial diverged"
+            )
         self._deliver(values)
 
     def close(self) -> None:
-        """Waits until every report from other processes has been delivered."""
+        """Wait until every report from other processes has been delivered."""
         if self._queue is not None and self._pump is not None:
             self._queue.put(None)
             self._pump.join()
@@ -58,7 +64,7 @@ class Report:
             raise self._pump_error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy for another process puts its reports into a queue, which is made when the first copy is."""
+        """A copy for another process puts its reports into a queue. The first copy creates the queue."""
         if self._queue is None:
             self._queue = Queue(actor_options={"num_cpus": 0})
             self._pump = threading.Thread(target=self._forward, args=(self._queue,), daemon=True)
@@ -87,7 +93,7 @@ Train = Callable[[dict[str, Value], Report], Mapping[str, float] | None]
 
 
 def make_trial(train: Train, run: SweepRun, working_folder: Path) -> Callable[[dict[str, Value]], None]:
-    """The function that Ray Tune runs for each trial. Its name must not change: a restore compares it."""
+    """The function that Ray Tune runs for each trial. Tune compares its name on a restore, so it must not change."""
 
     def sdan_trial(config: dict[str, Value]) -> None:
         run_trial(train, run, working_folder, config)
@@ -96,25 +102,25 @@ def make_trial(train: Train, run: SweepRun, working_folder: Path) -> Callable[[d
 
 
 def run_trial(train: Train, run: SweepRun, working_folder: Path, overrides: dict[str, Value]) -> None:
-    """Runs one trial to its end, or raises what the train function raised after noting the reason in MLflow."""
+    """Run one trial to its end. If the train function raises, record the reason in MLflow and raise it again."""
     if working_folder.is_dir():
-        os.chdir(working_folder)  # Tune moves trials to a folder of their own, where relative paths lead nowhere
+        os.chdir(working_folder)  # Tune changes the working folder, which breaks relative paths
     trial_id = tune.get_context().get_trial_id()
     client = run.client()
     child = open_child(run, trial_id, overrides)
     run_id = child.info.run_id
     delivery = _Delivery(run, run_id)
     if child.data.tags.get(STATUS_TAG) == "finished":
-        # Finished after Tune's last snapshot, so Tune asks again: answer from the record.
+        # It finished after Tune's last save, so Tune runs it again: report the recorded result.
         delivery.replay()
         return
     report = Report(run, run_id, trial_id, delivery)
     try:
         returned = train(dict(overrides), report)
         report.close()
-        delivery.take_returned(returned)
+        delivery.record_returned(returned)
     except Exception as error:
-        # ASHA ends a trial by ending its processes, which the train function may see as a failure of its workers.
+        # ASHA ends a trial's processes, which the train function may see as a failure of its workers.
         if not delivery.stopped:
             close_child(client, run_id, "failed", reason_of(error))
         raise
@@ -123,10 +129,10 @@ def run_trial(train: Train, run: SweepRun, working_folder: Path, overrides: dict
 
 
 class _Delivery:
-    """Takes reports in the trial's process: to MLflow, then to Tune, which may stop the trial there.
+    """Passes reports, in the trial's process, to MLflow and then to Tune, which may stop the trial.
 
-    The last epoch's report is kept back until the train function has returned, since ASHA ends a trial at its last
-    epoch, and what comes after it (the final evaluation, the checkpoint) would be cut off.
+    The last epoch's report is held back until the train function has returned: ASHA ends a trial at its last epoch,
+    which would cut off the final evaluation and the checkpoint.
     """
 
     def __init__(self, run: SweepRun, run_id: str) -> None:
@@ -136,7 +142,7 @@ class _Delivery:
         self._epoch = 0
         self._reported = False
         self.stopped = False
-        self._kept: dict[str, Any] | None = None
+        self._held: dict[str, Any] | None = None
 
     def __call__(self, metrics: dict[str, float]) -> None:
         with self._lock:
@@ -145,43 +151,44 @@ class _Delivery:
             values = {name: value for name, value in metrics.items() if name != "epoch"}
             log_metrics(self._client, self._run_id, values, self._epoch)
             if self._epoch < 1:
-                return  # before training: nothing to judge the trial by
+                return  # the untrained network says nothing about the trial
             result = {"epoch": self._epoch, self._run.metric: values[self._run.metric]}
             if self._epoch >= self._run.max_epochs:
-                self._kept = result
+                self._held = result
                 return
-            self._kept = None
+            self._held = None
             try:
                 tune.report(result)
             except SystemExit:
                 self.stopped = True
                 raise
 
-    def take_returned(self, returned: Mapping[str, float] | None) -> None:
-        """Records the returned metrics; they are the trial's only report where the train function made none."""
-        values = {name: value for name, value in as_numbers(returned or {}).items() if name != "epoch"}
+    def record_returned(self, returned: Mapping[str, float] | None) -> None:
+        """Record the returned metrics. If the train function has reported nothing, they are its only report."""
+        values = {name: value for name, value in _as_numbers(returned or {}).items() if name != "epoch"}
         if self._reported:
             log_metrics(self._client, self._run_id, values, self._epoch)
             return
         metric = self._run.metric
-        if last := self._last_recorded():  # resumed after its last epoch: nothing was left to train
+        if last := self._last_recorded():  # resumed after its last epoch, so nothing was left to train
             log_metrics(self._client, self._run_id, values, last["epoch"])
-            self._kept = last
+            self._held = last
             return
         if metric not in values:
-            raise SweepError(f"train reported nothing and returned {sorted(values)}; expected {metric!r}")
+            raise SweepError(f"train: expected a report or a returned {metric!r}, got only {sorted(values)}")
         if not math.isfinite(values[metric]):
-            raise SweepError(f"train returned {metric} = {values[metric]}; the trial diverged")
+            raise SweepError(f"train, {metric}: expected a finite number, got {values[metric]}; the trial diverged")
         log_metrics(self._client, self._run_id, values, 1)
-        self._kept = {"epoch": 1, metric: values[metric]}
+        self._held = {"epoch": 1, metric: values[metric]}
 
     def finish(self) -> None:
-        if self._kept is not None:
-            tune.report(self._kept)
+        """Report the last epoch, which was held back, to Tune."""
+        if self._held is not None:
+            tune.report(self._held)
 
     def replay(self) -> None:
-        """Gives Tune the result that stands in MLflow."""
-        self._kept = self._last_recorded()
+        """Report the result that is recorded in MLflow to Tune."""
+        self._held = self._last_recorded()
         self.finish()
 
     def _last_recorded(self) -> dict[str, Any] | None:
@@ -190,19 +197,27 @@ class _Delivery:
         return {"epoch": last.step, self._run.metric: last.value} if last else None
 
 
-def as_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics as floats (0-d arrays and tensors count as numbers), or SweepError that names what is not one."""
+def _as_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics as floats; 0-d arrays and tensors count as numbers.
+
+    Raises:
+        SweepError: a value is not a number.
+    """
     values: dict[str, float] = {}
     for name, value in metrics.items():
         try:
             values[name] = float(value)
         except (TypeError, ValueError):
-            raise SweepError(f"report: {name} is {value!r}, expected a number") from None
+            raise SweepError(f"report, {name}: expected a number, got {value!r}") from None
     return values
 
 
 def reason_of(error: BaseException) -> str:
-    """One line that names the cause; for a failed Ray Train run that is the first worker's error."""
+    """One line, 'ValueError: crop too large', for the root cause of an error.
+
+    Ray wraps errors: this unwraps a failed Ray Train run to the error of its first failed worker (or its controller),
+    and a Ray task error to its cause. Of a message with several lines only the first is kept.
+    """
     failures: dict[int, BaseException] = getattr(error, "worker_failures", None) or {}
     if failures:
         return reason_of(failures[min(failures)])

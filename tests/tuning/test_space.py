@@ -23,7 +23,7 @@ def test_default_space_is_the_papers_two_questions():
     }
 
 
-def test_space_is_sorted_so_that_a_seed_means_the_same():
+def test_a_space_is_sorted_so_that_a_seed_repeats_it():
     space = {"b": uniform(0, 1), "a": integer(1, 3)}
     assert list(check_space(space)) == ["a", "b"]
     assert describe(space) == describe(dict(reversed(space.items())))
@@ -32,20 +32,20 @@ def test_space_is_sorted_so_that_a_seed_means_the_same():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: choice([]), "no values"),
+        (lambda: choice([]), "at least one value, got none"),
         (lambda: choice("abc"), "expected a list"),
         (lambda: choice([[1], [2]]), "only bool, int, float or str"),
-        (lambda: choice([2, 2]), "twice"),
+        (lambda: choice([2, 2]), "expected each value once"),
         (lambda: uniform(1, 1), "low < high"),
         (lambda: uniform("0", 1), "two finite numbers"),
         (lambda: uniform(0, math.inf), "two finite numbers"),
         (lambda: loguniform(0, 1), "low > 0"),
-        (lambda: integer(1, 2.5), "two whole numbers"),
+        (lambda: integer(1, 2.5), "two integers"),
         (lambda: logint(0, 4), "low > 0"),
-        (lambda: integer(True, 4), "two whole numbers"),
+        (lambda: integer(True, 4), "two integers"),
     ],
 )
-def test_wrong_distributions(make, message):
+def test_wrong_distributions_are_refused(make, message):
     with pytest.raises(SweepError, match=message):
         make()
 
@@ -53,19 +53,19 @@ def test_wrong_distributions(make, message):
 @pytest.mark.parametrize(
     ("space", "message"),
     [
-        ({}, "empty"),
-        ([("a", uniform(0, 1))], "got list, expected a dict"),
-        ({"a b": uniform(0, 1)}, "'a b', expected a dotted name"),
+        ({}, "got an empty dict"),
+        ([("a", uniform(0, 1))], "expected a dict .* got list"),
+        ({"a b": uniform(0, 1)}, "expected a dotted name .* got 'a b'"),
         ({"loss..x": uniform(0, 1)}, "dotted name"),
-        ({"loss.align_weight": 3}, "got 3, expected one of choice"),
+        ({"loss.align_weight": 3}, "SPACE, loss.align_weight: expected one of choice.*, got 3"),
     ],
 )
-def test_wrong_spaces(space, message):
+def test_wrong_spaces_are_refused(space, message):
     with pytest.raises(SweepError, match=message):
         check_space(space)
 
 
-def test_file_that_defines_space(tmp_path):
+def test_a_file_defines_the_space_and_its_main_is_not_run(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
         "from tuning.space import choice, loguniform\n"
@@ -79,18 +79,18 @@ def test_file_that_defines_space(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "no such file"),
-        ("x = 1\n", "defines no SPACE"),
-        ("SPACE = {}\n", "empty"),
-        ("SPACE = {'a': 1}\n", "a: got 1"),
+        (None, "got no such file"),
+        ("x = 1\n", "got no SPACE"),
+        ("SPACE = {}\n", "got an empty dict"),
+        ("SPACE = {'a': 1}\n", "SPACE, a: expected .*, got 1"),
         ("\nimport nowhere_to_be_found\n", "line 2: ModuleNotFoundError"),
         ("SPACE = {\n", "SyntaxError"),
         ("x = 1\ny = 1 / 0\n", "line 2: ZeroDivisionError: division by zero"),
-        ("from tuning.space import choice\nSPACE = {'a': choice([])}\n", "no values"),
+        ("from tuning.space import choice\nSPACE = {'a': choice([])}\n", "at least one value"),
         ("raise SystemExit(3)\n", "SystemExit"),
     ],
 )
-def test_wrong_files_are_one_line_with_the_files_name(tmp_path, text, message):
+def test_wrong_files_give_one_line_with_the_files_name(tmp_path, text, message):
     file = tmp_path / "mine.py"
     if text is not None:
         file.write_text(text)

@@ -19,7 +19,7 @@ def test_table_shows_every_trial_in_order_with_its_reason():
     assert lines[3].split() == ["t2", "0.1", "x", "-", "0", "failed", "ValueError:", "diverged"]
 
 
-def test_pictures_show_the_trials(tmp_path):
+def test_plots_show_every_trial(tmp_path):
     epochs = summary.plot_epochs(TRIALS, metric="val_psnr").axes[0]
     assert [list(line.get_ydata()) for line in epochs.lines] == [[25.0, 27.5, 27.0], [21.0]]
     rate, name = summary.plot_parameters(TRIALS, metric="val_psnr", mode="max").axes
@@ -31,7 +31,7 @@ def test_pictures_show_the_trials(tmp_path):
     assert all(Image.open(file).size[0] > 400 for file in files[1:])
 
 
-def test_nothing_but_failures_still_makes_a_summary(tmp_path):
+def test_a_sweep_of_failures_still_has_a_summary(tmp_path):
     assert best_trial(TRIALS[2:]) is None
     assert all(file.stat().st_size > 0 for file in summary.write(TRIALS[2:], tmp_path, metric="m", mode="min"))
 

@@ -12,6 +12,7 @@ import ray
 from mlflow import MlflowClient
 from ray import cloudpickle
 
+from tuning.search import SLOT
 from tuning.space import SweepError, choice, uniform
 from tuning.sweep import run_sweep
 from tuning.tracking import PARENT_TAG, STATUS_TAG
@@ -22,9 +23,9 @@ SEED = 2949
 
 @pytest.fixture(scope="module")
 def slots():
-    """A local Ray with trial slots; sweeps share it instead of starting one each."""
+    """One local Ray with a trial slot, shared by all tests of this module."""
     ray.shutdown()
-    resources = {"trial_slot": 1.0}
+    resources = {SLOT: 1.0}
     ray.init(address="local", num_cpus=2, resources=resources, log_to_driver=False, _node_ip_address="127.0.0.1")
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
     yield
@@ -34,12 +35,12 @@ def slots():
 
 @ray.remote(num_cpus=0)
 class Elsewhere:
-    """Stands for a Ray Train controller: reports from a process that is not the trial's."""
+    """Reports from a process that is not the trial's, as a Ray Train controller does."""
 
     def train(self, report, level):
         for epoch in range(1, EPOCHS + 1):
             report({"epoch": epoch, "val_psnr": level + epoch, "loss": 1 / epoch})
-            time.sleep(0 if level > 20 else 5)  # time to be stopped in, as a real epoch is
+            time.sleep(0 if level > 20 else 5)  # as long as a real epoch, so that ASHA can stop it
 
 
 def train(overrides, report):
@@ -47,13 +48,13 @@ def train(overrides, report):
     if kind == "raises":
         raise RuntimeError("packing kernel 4 does not divide 62\nsecond line")
     if kind == "dies":
-        os._exit(1)  # as the kernel's out-of-memory killer does
+        os._exit(1)  # like the out-of-memory killer
     if kind == "elsewhere":
         ray.get(Elsewhere.remote().train.remote(report, 30.0))
         return {"val_psnr": 30.0 + EPOCHS, "ssim": 0.9}
     if kind == "weak":
         ray.get(Elsewhere.remote().train.remote(report, 10.0))
-    report({"epoch": 0, "val_psnr": 99.0})  # before training: the same for all, not a result
+    report({"epoch": 0, "val_psnr": 99.0})  # the untrained network, which is not a result
     for epoch in range(1, EPOCHS + 1):
         psnr = 20.0 + shift + epoch
         if kind == "diverges":
@@ -84,7 +85,7 @@ def sweep(slots, tmp_path_factory):
             name="first",
             storage_path="sweeps",
             tracking_uri=uri,
-            experiment="sweeps",
+            experiment_id=experiment_id(uri),
             num_trials=7,
             max_epochs=EPOCHS,
             seed=SEED,
@@ -120,7 +121,7 @@ def test_every_trial_is_a_child_run_with_params_and_ended(sweep):
         assert run.info.status == ("FAILED" if row.status == "failed" else "FINISHED")
 
 
-def test_metrics_stand_at_their_epochs_from_both_kinds_of_process(sweep):
+def test_metrics_of_both_processes_have_their_epochs(sweep):
     client = sweep[1]
     for row in trials_of(sweep, "here") + trials_of(sweep, "elsewhere"):
         history = client.get_metric_history(row.run_id, "loss")
@@ -128,7 +129,7 @@ def test_metrics_stand_at_their_epochs_from_both_kinds_of_process(sweep):
         assert [entry.value for entry in history] == [1 / epoch for epoch in range(1, row.epochs + 1)]
 
 
-def test_finished_trials_ran_on_after_their_last_report(sweep):
+def test_finished_trials_run_on_after_their_last_report(sweep):
     client = sweep[1]
     finished = [row for row in trials_of(sweep, "here") if row.status == "finished"]
     assert finished
@@ -138,7 +139,7 @@ def test_finished_trials_ran_on_after_their_last_report(sweep):
         assert run.data.metrics["ssim"] == 0.8  # returned, not reported
 
 
-def test_asha_stops_the_weak_and_says_so(sweep):
+def test_asha_stops_weak_trials_and_they_are_marked(sweep):
     client = sweep[1]
     stopped = [row for row in sweep[0].trials if row.status == "stopped"]
     assert {"here", "weak"} == {row.overrides["kind"] for row in stopped}  # in the trial's process, and elsewhere
@@ -148,18 +149,18 @@ def test_asha_stops_the_weak_and_says_so(sweep):
         assert run.data.tags[STATUS_TAG] == "stopped" and run.info.end_time is not None
 
 
-def test_failed_trials_give_their_reason_and_stop_nothing(sweep):
+def test_failed_trials_have_a_reason_and_stop_no_other(sweep):
     assert {row.reason for row in trials_of(sweep, "raises")} == {
         "RuntimeError: packing kernel 4 does not divide 62",
     }
-    assert "SweepError: report: val_psnr is nan; the trial diverged" in {
-        row.reason for row in trials_of(sweep, "diverges")
+    assert {row.reason for row in trials_of(sweep, "diverges")} == {
+        "SweepError: report, val_psnr: expected a finite number, got nan; the trial diverged",
     }
     for row in trials_of(sweep, "dies"):
         assert row.reason.startswith("the trial's process died: ") and "died unexpectedly" in row.reason
 
 
-def test_summary_lies_in_the_folder_and_at_the_parent(sweep):
+def test_summary_is_in_the_folder_and_at_the_parent_run(sweep):
     result, client, folder = sweep
     names = {"trials.txt", "epochs.png", "parameters.png"}
     assert result.folder == folder / "sweeps" / "first"
@@ -170,10 +171,16 @@ def test_summary_lies_in_the_folder_and_at_the_parent(sweep):
     assert not (folder / "mlruns").exists()
 
 
-def test_ray_without_trial_slots_is_said_at_once(slots, sweep, monkeypatch):
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
-    with pytest.raises(SweepError, match="without the resource 'trial_slot'"):
-        run_other(sweep[2], name="no-slots")
+@pytest.mark.parametrize("missing", ["Ray", "slot"])
+def test_ray_without_a_slot_is_refused_at_once(slots, tmp_path, monkeypatch, missing):
+    if missing == "Ray":
+        monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    else:
+        monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    with pytest.raises(SweepError, match="expected a running Ray with the resource 'trial_slot', got") as caught:
+        run_other(tmp_path, name="no-slots", experiment_id="0")
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_all_trials_failed_gives_the_first_reason(slots, sweep):
@@ -181,7 +188,8 @@ def test_all_trials_failed_gives_the_first_reason(slots, sweep):
         raise ValueError("no shards in data/shards")
 
     with pytest.raises(
-        SweepError, match=r"no trial of 1 ended with a result; the first: ValueError: no shards in data/shards"
+        SweepError,
+        match=r"expected a trial with a result, got 1 without; the first: ValueError: no shards in data/shards",
     ):
         run_other(sweep[2], name="broken", train=broken, num_trials=1)
     (parent,) = [run for run in runs(sweep) if run.data.tags.get("mlflow.runName") == "broken"]
@@ -189,7 +197,7 @@ def test_all_trials_failed_gives_the_first_reason(slots, sweep):
 
 
 def test_resuming_a_finished_sweep_redoes_nothing(slots, sweep):
-    """The train function only returns its metrics, and the metric is minimised."""
+    """Here the train function reports nothing, only returns its metrics, and the metric is minimised."""
     folder = sweep[2]
 
     def returns(overrides, report):
@@ -203,47 +211,59 @@ def test_resuming_a_finished_sweep_redoes_nothing(slots, sweep):
     assert [row.epochs for row in first.trials] == [1, 1]
     assert run_other(folder, **same, resume=True) == first
     assert (folder / "calls").read_text() == "xx"
-    with pytest.raises(SweepError, match=r"started with num_trials 2, got 3"):
+    with pytest.raises(SweepError, match=r"num_trials: expected 2 as at its start, got 3"):
         run_other(folder, **same, resume=True, num_trials=3)
-    with pytest.raises(SweepError, match=r"started with space"):
+    with pytest.raises(SweepError, match=r"space: expected .*uniform\(0, 1\).*, got .*uniform\(0, 2\)"):
         run_other(folder, {"a": uniform(0, 2)}, **same, resume=True)
-    with pytest.raises(SweepError, match="exists"):
+    with pytest.raises(SweepError, match="expected no sweep 'again', got an existing one"):
         run_other(folder, **same)
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"num_trials": 0}, "got 0 trials, expected at least 1"),
-        ({"max_epochs": 0}, "got 0 epochs"),
-        ({"max_concurrent": 0}, "got 0 concurrent trials"),
+        ({"num_trials": 0}, "trials: expected at least 1, got 0"),
+        ({"max_epochs": 0}, "epochs: expected at least 1, got 0"),
+        ({"max_concurrent": 0}, "concurrent trials: expected at least 1, got 0"),
         ({"mode": "highest"}, "expected 'min' or 'max'"),
         ({"name": "../elsewhere"}, "sweep name"),
-        ({"name": "unknown", "resume": True}, r"no sweep 'unknown' in .* to resume; there: none"),
-        ({"space": {}}, "empty"),
-        ({"space": {"a": 1}}, "a: got 1"),
+        ({"name": "unknown", "resume": True}, r"expected a sweep 'unknown' to resume, got none"),
+        ({"space": {}}, "got an empty dict"),
+        ({"space": {"a": 1}}, "SPACE, a: expected .*, got 1"),
     ],
 )
-def test_wrong_arguments_are_one_line_and_leave_nothing(tmp_path, changed, message):
-    arguments = {"name": "s", "num_trials": 2, "space": {"a": uniform(0, 1)}} | changed
+def test_wrong_arguments_are_one_line_and_leave_nothing(slots, tmp_path, changed, message):
+    arguments = {"name": "s", "num_trials": 2, "space": {"a": uniform(0, 1)}, "experiment_id": "0"} | changed
     with pytest.raises(SweepError, match=message) as caught:
         run_other(tmp_path, **arguments)
     assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
 
 
-def test_unwritable_storage(tmp_path):
+def test_unwritable_storage_is_refused(slots, tmp_path):
     (tmp_path / "sweeps").write_text("a file where the folder should be")
-    with pytest.raises(SweepError, match="cannot write there"):
-        run_other(tmp_path, name="s")
+    with pytest.raises(SweepError, match="sweeps/s: expected a writable folder, got"):
+        run_other(tmp_path, name="s", experiment_id="0")
+
+
+def experiment_id(uri):
+    client = MlflowClient(tracking_uri=uri)
+    found = client.get_experiment_by_name("sweeps")
+    return found.experiment_id if found else client.create_experiment("sweeps", artifact_location=artifacts_of(uri))
+
+
+def artifacts_of(uri):
+    return Path(uri.removeprefix("sqlite:///")).with_name("mlartifacts").as_uri()
 
 
 def run_other(folder, space=None, *, train=train, num_trials=2, max_epochs=2, **arguments):
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    if "experiment_id" not in arguments:
+        arguments["experiment_id"] = experiment_id(uri)
     return run_sweep(
         train,
         {"a": uniform(0, 1)} if space is None else space,
         storage_path=folder / "sweeps",
-        tracking_uri=f"sqlite:///{folder / 'mlflow.db'}",
-        experiment="sweeps",
+        tracking_uri=uri,
         num_trials=num_trials,
         max_epochs=max_epochs,
         **arguments,
@@ -258,6 +278,8 @@ def runs(sweep):
 KILLED = """
 import sys, time
 from pathlib import Path
+import ray
+from mlflow import MlflowClient
 from tuning.space import uniform
 from tuning.sweep import run_sweep
 
@@ -270,21 +292,25 @@ def train(overrides, report):
         time.sleep(0.5)
         report({"val_psnr": overrides["a"] + epoch})
 
+uri = f"sqlite:///{folder / 'mlflow.db'}"
+resume = len(sys.argv) > 2
+client = MlflowClient(tracking_uri=uri)
+experiment_id = client.get_experiment_by_name("sweeps").experiment_id if resume else client.create_experiment("sweeps")
+ray.init(address="local", resources={"trial_slot": 1}, log_to_driver=False, _node_ip_address="127.0.0.1")
 run_sweep(train, {"a": uniform(0, 1)}, name="killed", storage_path=folder / "sweeps", num_trials=4, max_epochs=3,
-          grace_epochs=3, tracking_uri=f"sqlite:///{folder / 'mlflow.db'}", experiment="sweeps",
-          resume=len(sys.argv) > 2)
+          grace_epochs=3, tracking_uri=uri, experiment_id=experiment_id, resume=resume)
 """
 
 
 @pytest.mark.slow
-def test_killed_sweep_goes_on_without_redoing_finished_trials(tmp_path):
+def test_a_killed_sweep_resumes_after_its_finished_trials(tmp_path):
     calls = tmp_path / "calls"
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_until(lambda: calls.exists() and len(calls.read_text().split()) == 3, process)
-    time.sleep(0.7)  # inside the third trial
+    time.sleep(0.7)  # during the third trial
     everyone = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for each in everyone:  # as a power cut: Ray's processes too
+    for each in everyone:  # Ray's processes too, as a power cut would
         with contextlib.suppress(psutil.NoSuchProcess):
             each.kill()
     process.wait()
@@ -292,12 +318,12 @@ def test_killed_sweep_goes_on_without_redoing_finished_trials(tmp_path):
     done = subprocess.run([*command, "resume"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     after = calls.read_text().split()
-    assert after[:3] == before and set(before[:2]).isdisjoint(after[3:])  # the two finished ones were not redone
+    assert after[:3] == before and set(before[:2]).isdisjoint(after[3:])  # the two finished trials were not repeated
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
     every = client.search_runs([client.get_experiment_by_name("sweeps").experiment_id])
     children = [run for run in every if PARENT_TAG in run.data.tags]
     assert sum(run.data.tags[STATUS_TAG] in ("finished", "stopped") for run in children) == 4
-    assert len(every) - len(children) == 1  # one parent, found again
+    assert len(every) - len(children) == 1  # one parent run, reused
     for run in children:
         steps = [entry.step for entry in client.get_metric_history(run.info.run_id, "val_psnr")]
         assert len(steps) == len(set(steps)) and run.info.status in ("FINISHED", "KILLED")
@@ -313,8 +339,8 @@ def wait_until(condition, process, timeout_s=120):
 
 @pytest.mark.slow
 def test_sweep_over_a_torch_trainer(slots, tmp_path, monkeypatch):
-    """The real shape: each trial runs Ray Train with its own controller, which reports; and ASHA can stop it."""
-    monkeypatch.chdir(tmp_path)  # trials work in the caller's folder
+    """As in `sdan tune`: each trial starts Ray Train, whose controller reports, and ASHA can stop it."""
+    monkeypatch.chdir(tmp_path)  # trials run in the caller's working folder
     space = {"lr": choice([0.1, 0.01])}
     result = run_other(tmp_path, space, name="torch", train=torch_train, num_trials=3, max_epochs=3)
     assert {row.status for row in result.trials} <= {"finished", "stopped"}
