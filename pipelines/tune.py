@@ -108,7 +108,7 @@ def tune(
         name=name,
         storage_path=data / "sweeps",
         tracking_uri=uri,
-        experiment="sdan-sweeps",
+        experiment_id=registry.open_experiment(uri, "sdan-sweeps"),
         num_trials=trials,
         max_epochs=config.train.epochs,
         metric=SELECT_BY,
