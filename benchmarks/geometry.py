@@ -116,8 +116,8 @@ def tile_boxes(
 ) -> Iterator[tuple[float, float, float, float]]:
     """The tiles that `cut` makes; one as large as the area where that is smaller than a tile."""
     tile_px = min(tile_px, area[2], area[3])
-    for row in tiles.spread(area[2], tile_px, stride_px):
-        for col in tiles.spread(area[3], tile_px, stride_px):
+    for row in tiles.tile_starts(area[2], tile_px, stride_px):
+        for col in tiles.tile_starts(area[3], tile_px, stride_px):
             yield box_of(image, (area[0] + row, area[1] + col, tile_px, tile_px))
 
 

@@ -94,7 +94,7 @@ def bare(work: Path, seconds: float) -> Measured:
 
     cv2.setNumThreads(1)
     job, source, options = the_pair(work)
-    rows, info = pair_rows(source, job, options), ShardInfo(options.tile_px, options.scale, options.of_shards)
+    rows, info = pair_rows(source, job, options), ShardInfo(options.tile_px, options.scale, options.shard_options)
     target = open_folder(str(work / "bare"))
     tiles = io.BytesIO(_parquet(rows, info).to_pybytes())
     del rows

@@ -1,8 +1,8 @@
-"""What one pair's pictures say about the camera: how much light each frame got, and what the camera corrected in its
-JPG alone (distortion, vignetting) and not in the RAW that lies beside it.
+"""Measure exposure and in-camera corrections of one pair from its pictures.
 
-All pictures here are uint8 [H, W, 3] on one grid, the LR mosaic's over the pair's shared area. Positions are also told
-in units: from a frame's centre, in half diagonals of that frame.
+Exposure is the ratio of HR's light to LR's. The corrections are those that the camera applied to its JPG but not to the
+RAW: distortion and vignetting. All pictures are uint8 [H, W, 3] on the LR mosaic's grid over the pair's shared area.
+"Units" are distances from a frame's centre in half diagonals of that frame.
 """
 
 from dataclasses import dataclass, replace
@@ -24,24 +24,27 @@ COLUMNS = (
 )
 
 _PATCH_PX = 96
+"""Side of the patches whose shifts give the JPG's geometry."""
 _MAX_PATCHES = 7
-"""Along one side."""
+"""Number of patches along one side."""
 _SHIFT_PX = 384
-"""Side of the central window by which the frames' shift is measured."""
+"""Side of the central window in which the shift between the frames is measured."""
 _CELL_PX = 4
-"""Side of the cells whose mean light is compared: small, since the camera's tone curve is not linear in a mean."""
+"""Side of the cells whose mean light is compared. Small, because the tone curve is not linear in a mean."""
 _MAX_SIDE_CELLS = 192
 _BLOCKS = 8
-"""Blocks of cells along the shorter side: what misalignment is left must be small against one."""
+"""Blocks of cells along the shorter side. Large blocks, so that the remaining misalignment matters little."""
 _TONE_DEGREE = 4
+"""Degree of the polynomial fitted to the tone curve."""
 _DARK, _BRIGHT = 4, 250
-"""Outside these values a picture says little about the light."""
+"""Pixels outside this range are too dark or too close to clipping to measure light."""
 _LUMINANCE = np.array([0.2126, 0.7152, 0.0722], np.float32)
 _ROUNDS = 5
+"""Iterations of the robust fit."""
 _OUTLIER = 4.0
-"""Tukey's limit in standard deviations (from the median)."""
+"""Tukey's limit, in standard deviations estimated from the median."""
 MAX_ERROR = {"shift_px": 0.25, "scale": 0.002, "k1": 0.01, "jpg_falloff": 0.03, "ratio": 0.05, "falloff": 0.1}
-"""A value whose standard error is larger counts as not measurable."""
+"""A value with a larger standard error counts as not measurable."""
 
 
 @dataclass(frozen=True)
@@ -49,20 +52,20 @@ class Pictures:
     """One pair on the LR mosaic's grid over the shared area, uint8 [H, W, 3] each."""
 
     rendering: NDArray[np.uint8]
-    """LR's RAW by LibRaw: `RENDER_OPTIONS`, so linear light through BT.709's curve."""
+    """LibRaw's rendering of LR's RAW with `RENDER_OPTIONS`: linear light encoded with BT.709's curve."""
     lr: NDArray[np.uint8]
     hr: NDArray[np.uint8]
-    """Low-passed to this grid."""
+    """Low-passed and sampled on this grid."""
     lr_is_jpg: bool
-    """The camera's own; False: a rendering, too."""
+    """True for a camera JPG, False for a rendering."""
     hr_is_jpg: bool
     to_lr_units: Map
-    """(x, y) of this grid -> units of the LR frame."""
+    """Pixel (x, y) of this grid -> units of the LR frame."""
     to_hr_units: Map
 
 
 def measure(pictures: Pictures) -> dict[str, float]:
-    """The schema's columns of these names, for one pair; NaN where it does not say."""
+    """Measure the columns `COLUMNS` of one pair (schema.py has their meaning); NaN if not measurable."""
     found = dict.fromkeys(COLUMNS, float("nan"))
     tone = None
     if pictures.lr_is_jpg:
@@ -77,7 +80,7 @@ def measure(pictures: Pictures) -> dict[str, float]:
 
 
 def _jpg_geometry(pictures: Pictures) -> dict[str, float]:
-    """Shift, scale and radial coefficient of the camera's JPG against the rendering, by the shifts of small patches."""
+    """Fit shift, scale and radial distortion of the JPG against the rendering to the measured shifts of patches."""
     height, width = pictures.lr.shape[:2]
     fixed, moving = (local_detail(luminance(p)) for p in (pictures.rendering, pictures.lr))
     side = min(_PATCH_PX, height, width)
@@ -108,7 +111,7 @@ def _jpg_geometry(pictures: Pictures) -> dict[str, float]:
 
 
 def _undistorted(pictures: Pictures, found: dict[str, float]) -> Pictures:
-    """The camera's JPG brought to the RAW's geometry, where that was measured."""
+    """Resample the camera's JPG to the RAW's geometry, if that was measured."""
     if not np.isfinite(found["jpg_scale"]):
         return pictures
     (step, _, left), (_, _, top) = pictures.to_lr_units
@@ -123,7 +126,7 @@ def _undistorted(pictures: Pictures, found: dict[str, float]) -> Pictures:
 
 
 def _without_shift(pictures: Pictures) -> Pictures:
-    """hr moved by the shift that alignment left, where that can be measured: light is compared place by place."""
+    """Remove the residual shift of hr, if it can be measured, so that light is compared at the same place."""
     height, width = pictures.lr.shape[:2]
     top, left = max(0, (height - _SHIFT_PX) // 2), max(0, (width - _SHIFT_PX) // 2)
     at = (slice(top, top + _SHIFT_PX), slice(left, left + _SHIFT_PX))
@@ -132,13 +135,13 @@ def _without_shift(pictures: Pictures) -> Pictures:
     if not np.isfinite(dx):
         return pictures
     shift = translation(dx, dy)
-    # What comes from outside is black, and black says nothing about the light.
+    # Pixels from outside become black, and black pixels are ignored.
     moved = cv2.warpAffine(pictures.hr, shift, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
     return replace(pictures, hr=np.asarray(moved, np.uint8), to_hr_units=compose(pictures.to_hr_units, shift))
 
 
 class _Cells:
-    """Mean light per cell, and where it can be trusted."""
+    """Mean light per cell, and a mask of the cells without dark or clipped pixels."""
 
     def __init__(self, pictures: Pictures) -> None:
         height, width = pictures.lr.shape[:2]
@@ -174,21 +177,21 @@ class _Cells:
 
 @dataclass(frozen=True)
 class _Tone:
-    """The camera's curve undone: log light in the RAW's units as a polynomial of the log of sRGB-decoded values."""
+    """The inverse of the camera's tone curve: log light, in RAW units, as a polynomial of the log sRGB-decoded JPG."""
 
     coefficients: NDArray[np.float64]
     low: float
     high: float
 
     def light(self, decoded: Plane) -> NDArray[np.float64]:
-        """NaN outside the values that the curve was fitted to."""
+        """Light of sRGB-decoded values; NaN outside the range of the fit."""
         x = np.log(np.maximum(decoded, 1e-6)).astype(np.float64)
         inside = (x >= self.low) & (x <= self.high)
         return np.where(inside, np.exp(np.polynomial.polynomial.polyval(x, self.coefficients)), np.nan)
 
 
 def _tone_curve(cells: _Cells) -> tuple[_Tone | None, float]:
-    """The curve, and how the JPG's light falls against the RAW's: log raw = curve(log jpg) - log(1 - f r2)."""
+    """Fit the tone curve and the JPG's falloff f against the RAW: log raw = curve(log jpg) - log(1 - f r2)."""
     good = cells.lr_good
     if good.sum() < 30 * (_TONE_DEGREE + 2):
         return None, float("nan")
@@ -197,7 +200,7 @@ def _tone_curve(cells: _Cells) -> tuple[_Tone | None, float]:
     columns = [x**power for power in range(_TONE_DEGREE + 1)]
     value, _ = _radial_fit(columns, y, cells.lr_r2[good], sign=-1.0)
     tone = _Tone(value[:-1], float(np.percentile(x, 0.5)), float(np.percentile(x, 99.5)))
-    # Neighbouring cells err alike (a leaf's colour): how well the falloff is known, only larger blocks tell.
+    # Errors of neighbouring cells are correlated (e.g. a leaf's colour), so the error of f is estimated from blocks.
     known = tone.light(cells.lr)
     ratio, r2 = _block_ratios(cells.rendering, known, good & np.isfinite(known), cells.lr_r2)
     falloff, error = _radial_fit([np.ones(len(r2))], ratio, r2, sign=-1.0)
@@ -207,7 +210,7 @@ def _tone_curve(cells: _Cells) -> tuple[_Tone | None, float]:
 def _block_ratios(
     a: NDArray[Any], b: NDArray[Any], good: NDArray[np.bool_], r2: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(log of the mean of a / the mean of b, mean r2) of blocks of cells, of those at least half good."""
+    """(log(mean of a / mean of b), mean r2) per block of cells, for blocks that are more than half good."""
     block = max(1, min(good.shape) // _BLOCKS)
     size = (max(1, good.shape[1] // block), max(1, good.shape[0] // block))
     sum_a, sum_b, share, mean_r2 = (
@@ -219,7 +222,7 @@ def _block_ratios(
 
 
 def _exposure(cells: _Cells, tone: _Tone | None) -> tuple[float, float]:
-    """(ratio at the centre, falloff to HR's corner) of HR's light to LR's. tone None: hr is a rendering itself."""
+    """(HR's light / LR's at the centre, falloff of that ratio to HR's corner). tone is None if hr is a rendering."""
     bright = cells.hr.astype(np.float64) if tone is None else tone.light(cells.hr)
     ratio, r2 = _block_ratios(bright, cells.rendering, cells.hr_good & np.isfinite(bright), cells.hr_r2)
     one = np.ones(len(ratio))
@@ -234,7 +237,7 @@ def _exposure(cells: _Cells, tone: _Tone | None) -> tuple[float, float]:
 def _radial_fit(
     columns: list[NDArray[np.float64]], target: NDArray[np.float64], r2: NDArray[np.float64], *, sign: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Fit target = columns . c + sign log(1 - f r2): ([c..., f], standard errors)."""
+    """Fit target = columns . c + sign log(1 - f r2). Returns ([c..., f], standard errors)."""
     falloff = 0.0
     value, error = np.zeros(len(columns) + 1), np.full(len(columns) + 1, np.nan)
     for _ in range(3):
@@ -248,7 +251,7 @@ def _radial_fit(
 def _robust_fit(
     columns: list[NDArray[np.float64]], target: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Least squares with Tukey's weights: (values, standard errors); errors are infinite where the data cannot say."""
+    """Least squares with Tukey's weights: (values, standard errors). Errors are infinite if the data are too few."""
     matrix = np.stack(columns, 1)
     count = matrix.shape[1]
     infinite = np.full(count, np.inf)

@@ -1,7 +1,7 @@
-"""Find zoom sequences by listing, and pair their frames by focal length.
+"""Find zoom sequences in a directory listing, and pair their frames by focal length.
 
-Layout (SR-RAW's): RAW/NNNNN/NNNNN.ARW + NNNNN.JPG, or the same below RAW/train and RAW/test. Any RAW suffix, any case;
-everything else in a folder (tform.txt, truth/) is left alone.
+Layout, as in SR-RAW: RAW/NNNNN/NNNNN.ARW + NNNNN.JPG, or the same below RAW/train, RAW/val and RAW/test. Any RAW suffix
+in upper or lower case. Other files (e.g. tform.txt) are ignored.
 """
 
 from collections import defaultdict
@@ -42,7 +42,7 @@ class File:
 
 @dataclass(frozen=True)
 class Frame:
-    """One exposure: its files by stem. More than one file of a kind is ambiguous and makes the frame unusable."""
+    """One exposure: the files that share a stem. With more than one RAW, or more than one JPG, it is unusable."""
 
     stem: str
     raws: tuple[File, ...]
@@ -55,17 +55,17 @@ class Sequence:
 
     name: str
     folder: str
-    """Its path below the RAW folder ("" when RAW is the sequence itself)."""
+    """Path below the RAW folder; "" if RAW itself is the sequence."""
     split: str | None
-    """train, val or test when the layout says so."""
+    """train, val or test if it lies in a folder of that name, else None."""
     frames: tuple[Frame, ...]
     truth: tuple[File, ...] = ()
-    """What the simulator left in truth/."""
+    """The simulator's ground truth, in the sequence's truth/ folder."""
 
 
 @dataclass(frozen=True)
 class Shot:
-    """A frame and what its tags say."""
+    """A frame and its EXIF tags."""
 
     frame: Frame
     exif: Exif
@@ -78,7 +78,7 @@ class _Listing:
 
 
 def discover(raw: Folder) -> list[Sequence]:
-    """All sequences below `raw`, sorted by folder, from one recursive listing: no file is opened."""
+    """All sequences below `raw`, sorted by folder. Uses one recursive listing and opens no file."""
     listing = _Listing()
     for entry in raw.files(recursive=True):
         folder, _, name = raw.relative(entry.path).rpartition("/")
@@ -101,11 +101,10 @@ def discover(raw: Folder) -> list[Sequence]:
 
 
 def pair(shots: Iterable[Shot], scale: int, *, render_missing: bool = False) -> list[tuple[Shot, Shot]]:
-    """(LR, HR) pairs: for each HR frame the LR frame with the smallest focal ratio from scale to 1.3 scale.
+    """(LR, HR) pairs. Each HR frame gets the LR frame with the smallest focal ratio in [1, MAX_ZOOM_EXCESS] x scale.
 
-    An LR frame needs a RAW and a JPG, an HR frame a JPG; with `render_missing` a RAW serves where the JPG is missing.
-    Of frames with equal focal lengths the first by name serves as LR; each of them is an HR frame of its own. Shots
-    without a focal length are in no pair.
+    An LR frame needs a RAW and a JPG, an HR frame a JPG; with `render_missing` a missing JPG is rendered from the RAW.
+    Of several LR frames with equal focal lengths, the first by name is used. Shots without a focal length are ignored.
     """
     known = sorted((shot for shot in shots if shot.exif.focal_mm), key=lambda shot: shot.frame.stem)
     pairs = []
@@ -138,9 +137,9 @@ def is_excluded(sequence: str, stem: str, excluded: Iterable[str]) -> bool:
 
 
 def read_exclusions(path: str | Path) -> tuple[str, ...]:
-    """Names to leave out, one a line: a sequence ("00350") or a frame ("00350/00001", a suffix is ignored). # comments.
+    """Read names to exclude, one per line: a sequence ("00350") or a frame ("00350/00001", with or without suffix).
 
-    Raises OSError when the file cannot be read and ValueError for a line that is neither.
+    "#" starts a comment. Raises OSError if the file cannot be read, ValueError for a malformed line.
     """
     names = []
     for number, line in enumerate(Path(path).read_text().splitlines(), 1):
@@ -149,7 +148,7 @@ def read_exclusions(path: str | Path) -> tuple[str, ...]:
             continue
         sequence, _, frame = text.partition("/")
         if not sequence or "/" in frame:
-            raise ValueError(f"{path}, line {number}: {text!r}, expected SEQUENCE or SEQUENCE/FRAME, e.g. 00350/00001")
+            raise ValueError(f"{path}, line {number}: expected SEQUENCE or SEQUENCE/FRAME (00350/00001), got {text!r}")
         stem = frame.rpartition(".")[0] if _suffix(frame) in RAW_SUFFIXES | JPG_SUFFIXES else frame
         names.append(f"{sequence}/{stem}" if stem else sequence)
     return tuple(names)

@@ -1,7 +1,7 @@
-"""Run `process` in a child process: a decoder that crashes or never ends costs one pair, and leaves evidence.
+"""Run `process` in a child process, so that a decoder that crashes or hangs costs only one pair.
 
-RAW and JPG files come from anywhere, and LibRaw is C++. The child's exit says whose fault it was: a crash signal is the
-files' (quarantined), a kill is somebody else's (too little memory, an operator) and the pair is worth another run.
+LibRaw is C++ and reads untrusted files. The child's exit status decides what happens to the pair: after a crash signal
+its files are quarantined; after a kill (out of memory, an operator) the next run tries the pair again.
 """
 
 import contextlib
@@ -21,14 +21,14 @@ from preprocessing.plan import PairJob, PreprocessOptions
 from preprocessing.storage import Folder, open_folder
 
 LIMIT_S = 900.0
-"""No pair takes so long: 150 megapixels and three slow downloads fit several times."""
-_TRIES = 3
+"""Time limit per pair, seconds: several times what 150 megapixels and three slow downloads need."""
+_ATTEMPTS = 3
 _CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP})
 _PR_SET_PDEATHSIG = 1
 
 
-class Worker:
-    """A child that works through pairs one by one; started when needed, and again after it died."""
+class IsolatedProcess:
+    """A child process that handles one pair at a time. Started at the first pair, and restarted after it dies."""
 
     def __init__(self, limit_s: float = LIMIT_S) -> None:
         self._limit_s = limit_s
@@ -36,20 +36,23 @@ class Worker:
 
     @property
     def pid(self) -> int | None:
-        """The child's process id while there is one."""
+        """The child's process id; None if it is not running."""
         return self._child.pid if self._child else None
 
     def run(self, job: PairJob, source: Folder, target: Folder, options: PreprocessOptions) -> PairResult:
-        """What `process` says of the pair, or what became of the child. Raises OSError when none can be started."""
+        """Run `process` in the child. Returns its result, or one that tells how the child died.
+
+        Raises OSError if no child can be started.
+        """
         request = json.dumps(
             {
                 "job": asdict(job),
                 "source": source.uri,
                 "target": target.uri,
-                "options": asdict(replace(options, exclude=(), val=())),  # of the plan, and long
+                "options": asdict(replace(options, exclude=(), val=())),  # may be long, and only the plan needs them
             }
         )
-        for _ in range(_TRIES):
+        for _ in range(_ATTEMPTS):
             began = time.monotonic()
             answer, code = self._ask(request)
             if answer:
@@ -58,25 +61,25 @@ class Worker:
                 reason = f"took longer than {self._limit_s:g} s; copy the files again or exclude them"
                 return PairResult(job.key, "died", f"{job.lr_raw}: {reason}")
         if -code in _CRASHES:
-            reason = f"the decoder crashed on it or on its JPGs ({signal.Signals(-code).name}); exclude it"
+            reason = f"the decoder crashed on it or its JPGs ({signal.Signals(-code).name}); exclude the frame"
             return PairResult(job.key, "quarantined", f"{job.lr_raw}: {reason}")
         ended = f"killed, {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
-        reason = f"its process died each time ({ended}): too little memory, or ended from outside; run again"
+        reason = f"its process died in {_ATTEMPTS} attempts ({ended}): out of memory, or killed; run again"
         return PairResult(job.key, "died", f"{job.lr_raw}: {reason}")
 
     def close(self) -> None:
-        """End the child."""
+        """Kill the child."""
         if self._child is not None:
             self._child.kill()
             self._child.communicate()
             self._child = None
 
     def _ask(self, request: str) -> tuple[str, int]:
-        """(answer, 0), or ("", the child's exit code) when it died over the request."""
+        """Send a request: (answer, 0), or ("", exit code) if the child died."""
         child = self._child = self._child or self._start()
         assert child.stdin and child.stdout
         answer = ""
-        with contextlib.suppress(BrokenPipeError):  # it may have been killed while it waited
+        with contextlib.suppress(BrokenPipeError):  # the child may have been killed while idle
             print(request, file=child.stdin, flush=True)
             answer = child.stdout.readline()
         if answer.endswith("\n"):
@@ -97,8 +100,9 @@ class Worker:
 
 
 def _serve(requests: IO[str], replies: IO[str], limit_s: float) -> None:
+    """The child's loop: one JSON request per line, one JSON result per line."""
     for line in requests:
-        # A thread without Python's lock ends the process even where a decoder holds that lock for ever.
+        # This timer's thread needs no GIL, so it ends the process even if a hanging decoder holds the GIL.
         faulthandler.dump_traceback_later(limit_s, exit=True)
         request = json.loads(line)
         job = PairJob.from_dict(request["job"])
@@ -109,10 +113,10 @@ def _serve(requests: IO[str], replies: IO[str], limit_s: float) -> None:
 
 
 def _main(parent: int, limit_s: float) -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed parent leaves no child behind
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # die with the parent
     if os.getppid() == parent:
         replies = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # what a decoder prints is no answer
+        os.dup2(2, 1)  # decoders print to stdout; keep that out of the replies
         _serve(sys.stdin, replies, limit_s)
 
 

@@ -1,9 +1,9 @@
-"""What a SHARDS folder holds: its options, finished pairs and quarantine; read before a run, kept true during it.
+"""The state of a SHARDS folder: options, finished pairs and quarantine. Read before a run and updated during it.
 
 SHARDS/dataset.json                                                   options, splits, and the sequences forced to val
 SHARDS/split=train|val|test/<sequence>_<pair>_<fingerprint>.parquet   one finished pair
-SHARDS/quarantine/<sequence>_<pair>.json                              why a pair, frame or sequence is not among them
-SHARDS/rate.json                                                      what the last run took (estimate.py)
+SHARDS/quarantine/<sequence>_<pair>.json                              why a pair, frame or sequence could not be used
+SHARDS/rate.json                                                      time and size of the last run (estimate.py)
 """
 
 import contextlib
@@ -29,13 +29,13 @@ class Ledger:
     dataset: dict[str, Any] = field(default_factory=dict)
     """dataset.json; {} for a new folder."""
     shards: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    """Paths in SHARDS by the pair's key."""
+    """Paths of the shards in SHARDS, by the pair's key."""
     quarantine: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Content by path in SHARDS."""
+    """Content of the quarantine notes, by path in SHARDS."""
 
     @classmethod
     def read(cls, target: Folder, options: PreprocessOptions) -> "Ledger":
-        """Raises PreprocessError when the shards were made with other options, OSError when they cannot be read."""
+        """Raises PreprocessError if the shards were made with other options, OSError if SHARDS cannot be read."""
         ledger = cls(target)
         if target.exists(_DATASET):
             ledger.dataset = _checked(target, target.read(_DATASET), options)
@@ -43,45 +43,45 @@ class Ledger:
         for entry in target.files("quarantine"):
             if entry.base_name.endswith(".json") and not entry.base_name.startswith("."):
                 path = target.relative(entry.path)
-                # A damaged note is written anew; one that is gone was mended by a run beside us.
+                # A damaged note will be rewritten. A missing one was removed by a concurrent run.
                 with contextlib.suppress(json.JSONDecodeError, FileNotFoundError):
                     ledger.quarantine[path] = json.loads(target.read(path))
         return ledger
 
     @property
     def splits(self) -> Mapping[str, str]:
-        """Where earlier runs put each sequence."""
+        """The split that earlier runs gave each sequence."""
         return self.dataset.get("splits", {})
 
     @property
     def val(self) -> tuple[str, ...]:
-        """What `--val` of earlier runs named."""
+        """The sequences named by `--val` in this or earlier runs."""
         return tuple(self.dataset.get("val", ()))
 
-    def sort_out(self, plan: Plan) -> tuple[list[PairJob], list[PairJob], list[QuarantineEntry]]:
-        """(to do, done, given up by an earlier run with the same inputs)."""
-        todo, done, given_up = [], [], []
+    def classify(self, plan: Plan) -> tuple[list[PairJob], list[PairJob], list[QuarantineEntry]]:
+        """Sort the plan's pairs into (to do, done, quarantined by an earlier run with the same inputs)."""
+        todo, done, quarantined = [], [], []
         for job in plan.jobs:
             note = self.quarantine.get(job.quarantine, {})
             if any(path.endswith(f"_{job.fingerprint}.parquet") for path in self.shards[job.key]):
                 done.append(job)
             elif note.get("fingerprint") == job.fingerprint:
-                given_up.append(QuarantineEntry(job.sequence, job.pair, note["reason"]))
+                quarantined.append(QuarantineEntry(job.sequence, job.pair, note["reason"]))
             else:
                 todo.append(job)
-        return todo, done, given_up
+        return todo, done, quarantined
 
     def prepare(self, plan: Plan, options: PreprocessOptions) -> None:
-        """Write dataset.json; remove leftovers of killed runs and the shards of what is excluded or paired anew now."""
+        """Write dataset.json. Remove temporary files of killed runs, and shards that the plan makes obsolete."""
 
         def merge(stored: bytes | None) -> bytes:
-            # Another run may have begun since we read it: what it holds out must stay held out.
+            # A run that began since we read the file may have added to `val`: keep its sequences there.
             self.dataset = _checked(self.target, stored, options) if stored else {}
             val = sorted({*self.val, *options.val})
             splits = {**self.splits, **{job.sequence: job.split for job in plan.jobs}}
             dataset = {
                 "schema_version": SCHEMA_VERSION,
-                "options": options.of_shards,
+                "options": options.shard_options,
                 "val": val,
                 "splits": {name: "val" if name in val else split for name, split in sorted(splits.items())},
             }
@@ -93,7 +93,7 @@ class Ledger:
             self._delete(self.shards.pop(key))
 
     def _outdated(self, plan: Plan) -> list[str]:
-        """Keys of shards with a frame that is excluded now, or whose long frame has another short frame now."""
+        """Keys of shards with a frame that is now excluded, or whose HR frame is now paired with another LR frame."""
         excluded = defaultdict(set)
         for name in plan.excluded:
             sequence, _, stem = name.partition("/")
@@ -110,20 +110,23 @@ class Ledger:
                 found.append(key)
         return found
 
-    def settle(self, job: PairJob, result: PairResult) -> QuarantineEntry | None:
-        """Keep the folder true to what became of a pair; its entry if it is quarantined."""
+    def record(self, job: PairJob, result: PairResult) -> QuarantineEntry | None:
+        """Update SHARDS with a pair's result. Returns an entry if the pair was not written."""
         if result.status == "written":
-            self.tidy(job, [*self.shards[job.key], job.shard])
+            self.keep_one_shard(job, [*self.shards[job.key], job.shard])
             return None
         note = {"sequence": job.sequence, "pair": job.pair, "fingerprint": None, "reason": result.reason}
         if result.status == "quarantined":
-            self._delete(self.shards[job.key])  # made from inputs that are no longer there
-            note["fingerprint"] = job.fingerprint  # not tried again while its inputs stay the same
+            self._delete(self.shards[job.key])  # older versions of the pair, from inputs that have changed
+            note["fingerprint"] = job.fingerprint  # skip the pair until its inputs change
         self._write(job.quarantine, note)
         return QuarantineEntry(job.sequence, job.pair, result.reason)
 
-    def tidy(self, job: PairJob, paths: Iterable[str] | None = None) -> None:
-        """Leave one finished file of a pair, in its split (`--val` may have moved it), without older siblings."""
+    def keep_one_shard(self, job: PairJob, paths: Iterable[str] | None = None) -> None:
+        """Keep only the pair's current shard, and move it to its split if `--val` has changed that.
+
+        `paths`: all shards of the pair; by default those listed in `shards`.
+        """
         found = list(self.shards[job.key] if paths is None else paths)
         if job.shard not in found:
             same = next(path for path in found if path.endswith(f"_{job.fingerprint}.parquet"))
@@ -132,15 +135,15 @@ class Ledger:
         self._delete([path for path in found if path != job.shard])
 
     def finish(self, plan: Plan) -> None:
-        """Once more one file a pair and no leftovers: a killed run, or one beside us, may have written late."""
+        """Clean up again at the end: a concurrent or killed run may have written files since `prepare`."""
         self.shards = self._listed()
         for job in plan.jobs:
             if any(path.endswith(f"_{job.fingerprint}.parquet") for path in self.shards[job.key]):
-                self.tidy(job)
+                self.keep_one_shard(job)
         self._sweep()
 
-    def quarantine_only(self, entries: Iterable[QuarantineEntry], plan: Plan) -> None:
-        """Keep notes about the plan's sequences for `entries` alone: new faults come, what is mended goes."""
+    def update_quarantine(self, entries: Iterable[QuarantineEntry], plan: Plan) -> None:
+        """Write notes for the plan's faults, and remove notes of its sequences that are not among `entries`."""
         current = {(entry.sequence, entry.pair) for entry in entries}
         for fault in plan.faults:
             path = f"quarantine/{fault.sequence}_{fault.pair}.json"
@@ -151,7 +154,7 @@ class Ledger:
                 self.target.delete(path)
 
     def count(self) -> dict[str, int]:
-        """Finished pairs by split, as they are now."""
+        """Number of shards now in each split."""
         return {
             split: sum(is_shard(file.base_name) for file in self.target.files(f"split={split}")) for split in SPLITS
         }
@@ -177,12 +180,12 @@ class Ledger:
 
 
 def _checked(target: Folder, stored: bytes, options: PreprocessOptions) -> dict[str, Any]:
-    """The content of dataset.json. Raises PreprocessError when it is damaged or was made with other options."""
+    """Parse dataset.json. Raises PreprocessError if it is damaged or was made with other options."""
     try:
         dataset = json.loads(stored)
     except json.JSONDecodeError as error:
         where = f"{target.label}/{_DATASET}"
-        raise PreprocessError(f"{where}: damaged ({error}); restore it or use another SHARDS folder") from error
+        raise PreprocessError(f"{where}: expected JSON ({error}); restore it or use another SHARDS folder") from error
     _require_same_options(target, dataset, options)
     return dataset
 
@@ -190,21 +193,22 @@ def _checked(target: Folder, stored: bytes, options: PreprocessOptions) -> dict[
 def _require_same_options(target: Folder, made: Mapping[str, Any], options: PreprocessOptions) -> None:
     if made.get("schema_version") != SCHEMA_VERSION:
         raise PreprocessError(
-            f"{target.label}: its shards have schema version {made.get('schema_version')}, this sdan writes "
-            f"{SCHEMA_VERSION}; preprocess into another (empty) SHARDS folder"
+            f"{target.label}: expected schema version {SCHEMA_VERSION}, got {made.get('schema_version')}; "
+            "preprocess into another (empty) SHARDS folder"
         )
-    was, now = made.get("options", {}), options.of_shards
+    was, now = made.get("options", {}), options.shard_options
     different = [name for name in now if was.get(name) != now[name]]
     if different:
         raise PreprocessError(
-            f"{target.label}: its shards were made with {', '.join(f'{name}={was.get(name)}' for name in different)}, "
-            f"this run asks for {', '.join(f'{name}={now[name]}' for name in different)}; "
+            f"{target.label}: expected the options of its shards, "
+            f"{', '.join(f'{name}={was.get(name)}' for name in different)}, "
+            f"got {', '.join(f'{name}={now[name]}' for name in different)}; "
             "use the same options, or another (empty) SHARDS folder"
         )
 
 
 def _sequence_of(key: str, known: Collection[str]) -> str:
-    """The longest known sequence whose name the key begins with: "a_1_x-y" is of "a_1" where that is one, else "a"."""
+    """The longest known sequence name that starts the key, "" if there is none. "a_1_x-y" belongs to "a_1" if known."""
     parts = key.split("_")
     names = ("_".join(parts[:length]) for length in range(len(parts) - 1, 0, -1))
     return next((name for name in names if name in known), "")

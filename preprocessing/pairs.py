@@ -1,4 +1,4 @@
-"""One pair from its files to its shard: what a task of the preprocessing job does."""
+"""Turn one pair's files into one shard: a task of the preprocessing job."""
 
 import itertools
 import time
@@ -17,35 +17,41 @@ from preprocessing.raw import decode as raw_files
 from preprocessing.registration.lens import LensMap
 from preprocessing.schema import ShardInfo, encode
 from preprocessing.storage import Folder, one_line
-from preprocessing.tiles import Jpg, TileError, cut, decode_jpg
+from preprocessing.tiles import Jpg, TileError, cut_tiles, decode_jpg
 from preprocessing.truth.reader import Truth, load_truth
 
 
 class _Unreadable(Exception):
-    """A file could not be fetched: the storage's fault and not the pair's."""
+    """A file could not be read from storage; the file itself may be fine."""
 
 
 @dataclass(frozen=True)
 class PairResult:
-    """What became of one pair."""
+    """The outcome of one pair."""
 
     key: str
     status: str
-    """written; quarantined (its files are at fault); unreadable (they could not be fetched) and died (its process was
-    ended from outside): worth another run; unwritable (SHARDS could not be written: the run cannot go on)."""
+    """
+    written
+    quarantined: its files are at fault; not tried again until they change
+    unreadable: its files could not be read from storage; the next run tries again
+    died: its process was killed, took too long or ran out of memory; the next run tries again
+    unwritable: SHARDS could not be written; ends the run
+    """
     reason: str = ""
+    """One line, unless written."""
     rows: int = 0
     bytes: int = 0
     seconds: float = 0.0
-    """How long a written one took."""
+    """If written: rows and size of the shard, and the time taken."""
 
 
 def process(job: PairJob, source: Folder, target: Folder, options: PreprocessOptions) -> PairResult:
-    """Turn one pair into its shard and put that in place. Never raises for a fault of the pair."""
+    """Turn one pair into its shard and write it to `target`. Errors of the pair are returned, not raised."""
     began = time.monotonic()
-    cv2.setNumThreads(1)  # the task has one CPU; OpenCV would take them all
+    cv2.setNumThreads(1)  # a task has one CPU; OpenCV would use all
     try:
-        info = ShardInfo(options.tile_px, options.scale, options.of_shards)
+        info = ShardInfo(options.tile_px, options.scale, options.shard_options)
         rows = pair_rows(source, job, options)
         data = _parquet(rows, info)
     except (raw_files.RawError, TileError) as error:
@@ -53,8 +59,8 @@ def process(job: PairJob, source: Folder, target: Folder, options: PreprocessOpt
     except _Unreadable as error:
         return PairResult(job.key, "unreadable", one_line(error))
     except MemoryError:
-        return PairResult(job.key, "died", f"{job.lr_raw}: too little memory; run again with more")
-    except Exception as error:  # whatever else a damaged file provokes in a decoder costs this pair alone
+        return PairResult(job.key, "died", f"{job.lr_raw}: out of memory; run again with more memory")
+    except Exception as error:  # damaged files raise all kinds of errors in decoders
         return PairResult(job.key, "quarantined", f"{job.lr_raw}: {type(error).__name__}: {one_line(error)}")
     try:
         target.put(job.shard, data)
@@ -64,11 +70,11 @@ def process(job: PairJob, source: Folder, target: Folder, options: PreprocessOpt
 
 
 def pair_rows(source: Folder, job: PairJob, options: PreprocessOptions) -> list[dict[str, Any]]:
-    """All rows of one pair. Raises RawError or TileError when it cannot be used."""
+    """All rows of one pair. Raises RawError or TileError if it cannot be used, _Unreadable if storage fails."""
     raw = raw_files.load(_read(source, job.lr_raw), name=job.lr_raw)
     lr_jpg = _picture(source, job.lr_jpg, job.lr_raw)
     hr_jpg = _picture(source, job.hr_jpg, job.hr_raw)
-    tiles = cut(
+    tiles = cut_tiles(
         raw,
         lr_jpg,
         hr_jpg,
@@ -104,7 +110,7 @@ def _read(source: Folder, path: str) -> bytes:
 
 
 def _picture(source: Folder, jpg: str | None, raw: str | None) -> Jpg:
-    """The camera's JPG, or the rendering that stands in for it."""
+    """The camera's JPG; without one, LibRaw's rendering of the RAW."""
     if jpg is not None:
         return decode_jpg(_read(source, jpg), jpg)
     assert raw is not None
@@ -112,7 +118,7 @@ def _picture(source: Folder, jpg: str | None, raw: str | None) -> Jpg:
 
 
 def _exposure_ratio(columns: Mapping[str, Any]) -> float | None:
-    """HR's light per pixel to LR's by the tags; None when one of them is missing."""
+    """HR's light per pixel / LR's, from the EXIF tags; None if one is missing."""
     seconds, iso, f_number = (
         (columns[hr], columns[lr])
         for hr, lr in (("exposure_hr_s", "exposure_lr_s"), ("iso_hr", "iso_lr"), ("f_number_hr", "f_number_lr"))
@@ -123,14 +129,18 @@ def _exposure_ratio(columns: Mapping[str, Any]) -> float | None:
 
 
 def _truth(source: Folder, job: PairJob) -> Truth:
-    """What the simulator left beside the sequence."""
+    """The simulator's ground truth for this sequence. Raises TileError if it is damaged or incomplete."""
     prefix = f"{job.folder}/" if job.folder else ""
     try:
         truth = load_truth(f"{source.label}/{job.folder}", read=lambda name: source.read(prefix + name))
     except (ValueError, OSError) as error:
         raise TileError(one_line(error)) from error
     if truth is None or not {job.lr, job.hr} <= truth.frames.keys():
-        raise TileError(f"{prefix}{TRUTH_FOLDER}: lacks {job.lr} or {job.hr}; simulate the sequence again or delete it")
+        found = ", ".join(truth.frames) if truth else "none"
+        raise TileError(
+            f"{prefix}{TRUTH_FOLDER}: expected frames {job.lr} and {job.hr}, got {found}; "
+            "simulate the sequence again or delete this folder"
+        )
     return truth
 
 
@@ -151,8 +161,11 @@ def _true_columns(
 
 
 def _parquet(rows: Sequence[Mapping[str, Any]], info: ShardInfo) -> pa.Buffer:
-    """The shard's bytes. A tile a row group, since training reads single tiles at random; and one encoded at a time,
-    since all of them at once would take most of the task's memory."""
+    """The shard as Parquet bytes.
+
+    Each tile is a row group, because training reads single tiles at random. Tiles are encoded one at a time, because
+    all of them at once would take most of the task's memory.
+    """
     sink = pa.BufferOutputStream()
     tables = (encode([row], info) for row in rows)
     first = next(tables)

@@ -1,5 +1,7 @@
-"""What there is to do: pairs with their inputs' fingerprint, and what cannot become a pair, from listings and the
-files' ends alone. No picture is decoded here."""
+"""Plan a run: list RAW, read the frames' tags, pair them, and fingerprint each pair's inputs.
+
+Reads only the first and last 64 KB of most files; no picture is decoded.
+"""
 
 import hashlib
 import json
@@ -26,16 +28,18 @@ from preprocessing.schema import SCHEMA_VERSION
 from preprocessing.storage import Folder
 
 _READERS = 16
+"""Threads that read tags."""
 _MORE_TAGS_BYTES = 1 << 20
+"""Bytes searched for tags if the first 64 KB hold none."""
 
 
 class PreprocessError(ValueError):
-    """A fault of the whole run (not of one pair); the message is one line: expected, got, what to do."""
+    """An error that ends the whole run. The message is one line and says what to do."""
 
 
 @dataclass(frozen=True)
 class PreprocessOptions:
-    """How pairs become tiles. Checked when constructed (PreprocessError)."""
+    """How pairs become tiles. Raises PreprocessError for a wrong value."""
 
     scale: int = 4
     """Zoom from the LR mosaic to the target, 2 to 16."""
@@ -44,66 +48,70 @@ class PreprocessOptions:
     tile_px: int = 96
     """Tile side, packed pixels."""
     stride_px: int = 64
-    """At most so far from tile to tile, packed pixels; at most tile_px, or pixels between tiles would be lost."""
+    """Largest distance between the starts of neighbouring tiles, packed pixels; at most tile_px, to leave no gaps."""
     missing_jpg: str = "quarantine"
-    """What becomes of a RAW without a JPG beside it: "quarantine", or "render": LibRaw's rendering stands in."""
+    """For a RAW without a JPG: "quarantine" the frame, or "render" a picture from the RAW with LibRaw."""
     exclude: tuple[str, ...] = ()
-    """Sequences ("00350") and frames ("00350/00001") to leave out, beside SR-RAW's known bad ones."""
+    """Sequences ("00350") and frames ("00350/00001") to leave out, in addition to `frames.KNOWN_BAD`."""
     val: tuple[str, ...] = ()
-    """Sequences that go to val whatever their hash says."""
+    """Sequences to put into the val split; this overrides the folder layout and the hash."""
 
     def __post_init__(self) -> None:
         for name, low, high in (("scale", 2, 16), ("tile_px", 8, 2048), ("stride_px", 1, self.tile_px)):
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:
-                raise PreprocessError(f"{name}={value!r}, expected a whole number from {low} to {high}")
+                raise PreprocessError(f"{name}: expected a whole number from {low} to {high}, got {value!r}")
         if self.align not in ("scale", "ecc"):
-            raise PreprocessError(f"align={self.align!r}, expected scale or ecc")
+            raise PreprocessError(f"align: expected scale or ecc, got {self.align!r}")
         if self.missing_jpg not in ("quarantine", "render"):
-            raise PreprocessError(f"missing_jpg={self.missing_jpg!r}, expected quarantine or render")
+            raise PreprocessError(f"missing_jpg: expected quarantine or render, got {self.missing_jpg!r}")
 
     @property
-    def of_shards(self) -> dict[str, int | str]:
-        """Those that all shards of a folder share."""
+    def shard_options(self) -> dict[str, int | str]:
+        """The options that all shards of a folder must share."""
         names = ("scale", "align", "tile_px", "stride_px", "missing_jpg")
         return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
 class QuarantineEntry:
-    """Something that could not be used: a pair ("00006-00002"), a frame ("00002") or a whole sequence ("-")."""
+    """Something that could not be used, and why."""
 
     sequence: str
     pair: str
+    """A pair ("00006-00002"), a frame ("00002") or the whole sequence ("-")."""
     reason: str
 
 
 @dataclass(frozen=True)
 class PairJob:
-    """All that a task needs to know to turn one pair into one shard."""
+    """One pair to turn into one shard. Frames are named by stem, files by path below RAW."""
 
     sequence: str
     lr: str
     hr: str
     split: str
     fingerprint: str
+    """Hash of the input files, the options and the schema version; part of the shard's name."""
     lr_raw: str
     lr_jpg: str | None
-    """None: the rendering of lr_raw stands in."""
+    """None: use LibRaw's rendering of lr_raw."""
     hr_jpg: str | None
     hr_raw: str | None
-    """Only where there is no hr_jpg: its rendering stands in."""
+    """Set only if hr_jpg is None: use LibRaw's rendering of it."""
     lr_exif: Exif
     hr_exif: Exif
     zoom: float
+    """HR focal length / LR focal length."""
     folder: str
+    """The sequence's folder below RAW."""
     has_truth: bool
     pixels: int
-    """Of the largest of its pictures, about: what a task's memory depends on."""
+    """Approximate size of the pair's largest picture; a task's memory depends on it."""
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "PairJob":
-        """The way back from `dataclasses.asdict`."""
+        """The inverse of `dataclasses.asdict`."""
         return cls(**{**fields, "lr_exif": Exif(**fields["lr_exif"]), "hr_exif": Exif(**fields["hr_exif"])})
 
     @property
@@ -112,46 +120,52 @@ class PairJob:
 
     @property
     def key(self) -> str:
-        """What the pair's files are called, without the fingerprint."""
+        """Identifies the pair in SHARDS; its files' names start with it."""
         return f"{self.sequence}_{self.pair}"
 
     @property
     def shard(self) -> str:
-        """The shard's path in SHARDS."""
+        """Path of the shard in SHARDS."""
         return f"split={self.split}/{self.key}_{self.fingerprint}.parquet"
 
     @property
     def quarantine(self) -> str:
+        """Path of the pair's quarantine note in SHARDS."""
         return f"quarantine/{self.key}.json"
 
 
 @dataclass
 class Plan:
+    """Everything that a run may have to do."""
+
     jobs: list[PairJob] = field(default_factory=list)
     faults: list[QuarantineEntry] = field(default_factory=list)
-    """Frames and sequences that no pair could be made of."""
+    """Frames, pairs and sequences that cannot be used."""
     notes: list[str] = field(default_factory=list)
-    """What was left out on purpose."""
+    """One line for the user per excluded frame."""
     sequences: set[str] = field(default_factory=set)
+    """Names of all sequences in RAW."""
     excluded: set[str] = field(default_factory=set)
-    """Sequences and sequence/frame names that were left out."""
+    """Excluded frames, as "sequence/frame"."""
 
 
 def make_plan(raw: Folder, options: PreprocessOptions, splits: Mapping[str, str]) -> Plan:
-    """List RAW, read the frames' tags, pair them. `splits`: where earlier runs put a sequence.
+    """List RAW, read the frames' tags and pair them. `splits`: the split that earlier runs gave each sequence.
 
-    Raises PreprocessError when RAW holds no sequence at all, or two sequences or pairs that would share a file name.
+    Raises PreprocessError if RAW holds no sequence, or if two sequences or two pairs would get the same shard names.
     """
     sequences = discover(raw)
     if not sequences:
-        state = "holds no zoom sequence" if raw.exists() else "does not exist"
-        raise PreprocessError(f"{raw.label}: {state}; expected folders like 00001/00001.ARW + 00001.JPG")
+        got = "no zoom sequence" if raw.exists() else "no such folder"
+        raise PreprocessError(f"{raw.label}: expected folders like 00001/00001.ARW + 00001.JPG, got {got}")
     plan = Plan(sequences={sequence.name for sequence in sequences})
     seen: dict[str, str] = {}
     for sequence in sequences:
         if sequence.name in seen:
-            where = f"{seen[sequence.name]} and {sequence.folder}"
-            raise PreprocessError(f"{raw.label}: sequence {sequence.name} is in both {where}; rename one of them")
+            got = f"{seen[sequence.name]} and {sequence.folder}"
+            raise PreprocessError(
+                f"{raw.label}: expected one folder named {sequence.name}, got {got}; rename one of them"
+            )
         seen[sequence.name] = sequence.folder
     with ThreadPoolExecutor(_READERS) as readers:
         for part in readers.map(lambda sequence: _plan_sequence(raw, sequence, options, splits), sequences):
@@ -164,14 +178,14 @@ def make_plan(raw: Folder, options: PreprocessOptions, splits: Mapping[str, str]
         other = keys.setdefault(job.key, job)
         if other is not job:
             raise PreprocessError(
-                f"{raw.label}: {other.pair} of sequence {other.sequence} and {job.pair} of {job.sequence} would share "
-                "a file name; rename one of the sequences"
+                f"{raw.label}: expected distinct shard names, got {job.key} for sequence {other.sequence} and for "
+                f"sequence {job.sequence}; rename one of them"
             )
     return plan
 
 
 def split_of(name: str) -> str:
-    """80/10/10 by the name's SHA-256: new sequences never move old ones."""
+    """Split 80/10/10 by the name's SHA-256, so that new sequences never change the split of old ones."""
     place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
     return "train" if place < 0.8 else "val" if place < 0.9 else "test"
 
@@ -187,10 +201,10 @@ def _plan_sequence(raw: Folder, sequence: Sequence, options: PreprocessOptions, 
             plan.notes.append(f"{name}: excluded")
             continue
         try:
-            shot = _look(raw, frame, digests)
+            shot = _read_tags(raw, frame, digests)
         except OSError as error:
             if not raw.is_local:
-                raise  # after all retries: the bucket's fault rather than the frame's
+                raise  # all retries failed: the storage is at fault, not this frame
             plan.faults.append(QuarantineEntry(sequence.name, frame.stem, f"cannot be read: {error}"))
             continue
         reasons = list(_faults(shot, render_missing=options.missing_jpg == "render"))
@@ -215,8 +229,11 @@ def _plan_sequence(raw: Folder, sequence: Sequence, options: PreprocessOptions, 
     return plan
 
 
-def _look(raw: Folder, frame: Frame, digests: dict[str, str]) -> Shot:
-    """The frame's tags: the JPG's, what it lacks from the RAW's. What was read on the way goes into `digests`."""
+def _read_tags(raw: Folder, frame: Frame, digests: dict[str, str]) -> Shot:
+    """Read the frame's tags: the JPG's, completed from the RAW's if the JPG has no focal length.
+
+    Adds the digests of the files read to `digests`, by path.
+    """
     found = Exif()
     for file in (*frame.jpgs, *frame.raws):
         if found.focal_mm is None:
@@ -224,7 +241,7 @@ def _look(raw: Folder, frame: Frame, digests: dict[str, str]) -> Shot:
             digests[file.path] = _digest(first, last)
             more = read_exif(first)
             if more.focal_mm is None and file.size > len(first):
-                # Without a JPG the RAW is all there is, and some writers put their tags behind the picture.
+                # Some RAW files have their tags behind the picture. Without a JPG, search the whole file.
                 more = read_exif(raw.read(file.path, _MORE_TAGS_BYTES if frame.jpgs else None))
             known = {name: value for name, value in asdict(found).items() if value is not None}
             found = replace(more, **known)
@@ -232,27 +249,28 @@ def _look(raw: Folder, frame: Frame, digests: dict[str, str]) -> Shot:
 
 
 def _faults(shot: Shot, *, render_missing: bool) -> Iterator[str]:
+    """Why the frame cannot be used, or only partly."""
     frame = shot.frame
     for kind, files in (("RAW", frame.raws), ("JPG", frame.jpgs)):
         if not files and not (kind == "JPG" and render_missing):
             remedy = "add it, or exclude the frame" + (", or use --missing-jpg render" if kind == "JPG" else "")
-            yield f"no {kind} file beside {(frame.raws + frame.jpgs)[0].name}; {remedy}"
+            yield f"expected a {kind} file beside {(frame.raws + frame.jpgs)[0].name}, got none; {remedy}"
         elif len(files) > 1:
-            yield f"{len(files)} {kind} files ({', '.join(file.name for file in files)}), expected one; keep one"
+            yield f"expected one {kind} file, got {', '.join(file.name for file in files)}; keep one"
     if shot.exif.focal_mm is None:
-        yield "no focal length in the tags of JPG or RAW (EXIF FocalLength); restore the tags or exclude the frame"
+        yield "expected EXIF FocalLength in JPG or RAW, got none; restore the tags or exclude the frame"
 
 
 def _why_no_pair(shots: list[Shot], scale: int) -> str:
     if len(shots) == 1:
-        return "only one frame, expected at least two of different focal lengths"
+        return "expected at least two frames of different focal lengths, got one"
     known = [shot for shot in shots if shot.exif.focal_mm]
     if len(known) < 2:
-        return f"{len(known)} of {len(shots)} frames have a focal length, expected at least two"
+        return f"expected a focal length in at least two frames, got {len(known)} of {len(shots)}"
     focals = ", ".join(f"{value:g}" for value in sorted({shot.exif.focal_mm or 0.0 for shot in known}))
     return (
-        f"no two usable frames {scale} to {MAX_ZOOM_EXCESS * scale:g} times apart (focal lengths: {focals} mm); "
-        "use another --scale"
+        f"expected two usable frames with a focal ratio of {scale} to {MAX_ZOOM_EXCESS * scale:g}, got focal lengths "
+        f"{focals} mm; use another --scale"
     )
 
 
@@ -268,7 +286,7 @@ def _job(
     inputs = (*lr.frame.raws, *lr.frame.jpgs, *(hr.frame.jpgs or hr.frame.raws))
     identity = {
         "schema": SCHEMA_VERSION,
-        "options": options.of_shards,
+        "options": options.shard_options,
         "sequence": sequence.name,
         "pair": [lr.frame.stem, hr.frame.stem],
         "focal_mm": [lr.exif.focal_mm, hr.exif.focal_mm],
@@ -296,12 +314,13 @@ def _job(
 
 
 def _truth_of(sequence: Sequence, *stems: str) -> list[File]:
-    """The truth files of these frames, and those that belong to no frame."""
+    """The truth files of these frames, and those that belong to no single frame."""
     others = {frame.stem for frame in sequence.frames} - set(stems)
     return [file for file in sequence.truth if file.name.partition(".")[0] not in others]
 
 
 def _identity(raw: Folder, file: File, digests: dict[str, str]) -> list[str | int]:
+    """[name, size in bytes, digest of both ends]: changes if the file does."""
     if file.path not in digests:
         digests[file.path] = _digest(*raw.read_ends(file.path))
     return [file.name, file.size, digests[file.path]]
@@ -312,6 +331,9 @@ def _digest(first: bytes, last: bytes) -> str:
 
 
 def _pixels(shot: Shot) -> int:
-    """Of a frame: its JPG's, or what its RAW can hold (two bytes each as a rule, one where nothing else is known)."""
+    """An upper estimate of the frame's pixels.
+
+    The size in the tags, or one pixel per two bytes of RAW if that is more. Without a size, one pixel per byte of RAW.
+    """
     from_raw = max((file.size for file in shot.frame.raws), default=0)
     return max(math.prod(shot.exif.size), from_raw // 2) if shot.exif.size else from_raw

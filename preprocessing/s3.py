@@ -1,6 +1,7 @@
-"""Changes to S3 by single requests: an object is put whole or not at all, and on wish only if nobody else changed it.
+"""Changes to S3, each a single boto3 request: an object is written completely or not at all.
 
-pyarrow uploads in parts, which a killed writer leaves behind to be paid for, and has no conditional requests.
+pyarrow.fs reads and lists. It does not write, because it uploads in parts: a killed writer would leave parts behind,
+which are billed, and it has no conditional requests.
 """
 
 from functools import lru_cache
@@ -14,21 +15,29 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 _CHANGED = (409, 412)
+"""HTTP status of a conditional write that lost to another writer."""
 _RETRIES = Config(connect_timeout=5, read_timeout=30, retries={"mode": "standard", "total_max_attempts": 6})
+"""Total time after which a request fails for good:
+
+| request | client | the server returns errors | the server does not answer |
+|---|---|---|---|
+| read, list | pyarrow, its defaults | 6 s | 100 s |
+| write, update, delete | boto3, these settings | 30 s | 180 s |
+"""
 
 
 def put(uri: str, path: str, data: bytes | pa.Buffer) -> None:
-    """Put `data` at `path` ("bucket/key") of the storage that `uri` names. Raises OSError after finite retries."""
+    """Write `data` to `path` ("bucket/key"); `uri` selects the storage. Raises OSError after the last retry."""
     _put(uri, path, data, {})
 
 
-def put_instead(uri: str, path: str, data: bytes, version: str | None) -> bool:
-    """`put` over this `version` alone (None: where there is no object); False when there is another by now."""
+def put_if_unchanged(uri: str, path: str, data: bytes, version: str | None) -> bool:
+    """`put`, if the object still has this `version` (None: if it does not exist). Returns whether it was written."""
     return _put(uri, path, data, {"IfMatch": version} if version else {"IfNoneMatch": "*"})
 
 
 def get(uri: str, path: str) -> tuple[bytes | None, str | None]:
-    """The object and its version, (None, None) where there is none. Raises OSError after finite retries."""
+    """(content, version) of an object, (None, None) if missing. Raises OSError after the last retry."""
     bucket, _, key = path.partition("/")
     try:
         answer = _client(uri).get_object(Bucket=bucket, Key=key)
@@ -42,9 +51,9 @@ def get(uri: str, path: str) -> tuple[bytes | None, str | None]:
 
 
 def delete(uri: str, path: str) -> None:
-    """Remove the object if it is there. Raises OSError after finite retries.
+    """Remove the object; no error if it is missing. Raises OSError after the last retry.
 
-    pyarrow would leave an empty object in place of the "folder" that lost its last file.
+    pyarrow would leave an empty object as a placeholder for the "folder" that lost its last file.
     """
     bucket, _, key = path.partition("/")
     try:
@@ -68,11 +77,11 @@ def _put(uri: str, path: str, data: bytes | pa.Buffer, condition: dict[str, str]
 
 @lru_cache
 def _client(uri: str) -> Any:
-    """boto3's client for what pyarrow understands of an s3:// URI."""
+    """A boto3 client with the endpoint, region and credentials that pyarrow would use for this s3:// URI."""
     parts = urlsplit(uri)
     query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
     endpoint, scheme = query.get("endpoint_override"), query.get("scheme", "https")
-    filesystem, _ = pyarrow.fs.FileSystem.from_uri(uri)  # it finds out the bucket's region
+    filesystem, _ = pyarrow.fs.FileSystem.from_uri(uri)  # looks up the bucket's region
     return boto3.client(
         "s3",
         region_name=filesystem.region,

@@ -1,7 +1,7 @@
-"""One shard row: one tile of one pair. The contract between preprocessing and everything that trains on its shards.
+"""The shard format, the contract between preprocessing and training. One row is one tile of one pair.
 
-Arrays are binary columns (Parquet would store uint8 tensors as int32, measured 12 times slower to write); their shapes
-and dtypes stand in the file's metadata, so a shard is readable without us: np.frombuffer(value, dtype).reshape(shape).
+Arrays are binary columns (Parquet would store uint8 tensors as int32, measured 12 times slower to write). Their shapes
+and dtypes are in the file's metadata, so any reader can decode them: np.frombuffer(value, dtype).reshape(shape).
 t = tile size in packed pixels, s = scale.
 """
 
@@ -28,7 +28,7 @@ ARRAYS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "true_rgb": ("uint8", ("3", "2ts", "2ts")),
     "true_flow": ("float16", ("2", "t", "t")),
 }
-"""Binary columns: dtype (little-endian) and shape. true_rgb and true_flow are null where the truth is not known."""
+"""Binary columns: dtype (little-endian) and shape. true_rgb and true_flow are null except for simulated pairs."""
 
 _LEVELS = pa.list_(pa.float32(), 4)
 COLUMNS: Mapping[str, tuple[pa.DataType, str]] = {
@@ -42,51 +42,51 @@ COLUMNS: Mapping[str, tuple[pa.DataType, str]] = {
     "true_flow": (
         pa.binary(),
         "float16 [2, t, t] or null: simulated only, (dy, dx) in packed pixels:"
-        " what hr_rgb shows at p lies at p + flow(p) in lr_raw",
+        " the content of hr_rgb at p is at p + flow(p) in lr_raw",
     ),
-    "lr_source": (pa.string(), "camera: lr_rgb is the camera's JPG; rendering: there was none, LibRaw's rendering"),
-    "hr_source": (pa.string(), "camera or rendering: the same of hr_rgb"),
+    "lr_source": (pa.string(), "camera (lr_rgb is the camera's JPG) or rendering (no JPG: LibRaw's rendering)"),
+    "hr_source": (pa.string(), "camera or rendering, the same for hr_rgb"),
     "black_level": (_LEVELS, "counts, R G1 G2 B, from the file"),
     "wb": (_LEVELS, "white balance gains, R G1 G2 B, green = 1, from the file"),
     "white_level": (pa.float32(), "counts at which the sensor clips, from the file"),
     "focal_lr_mm": (pa.float32(), "EXIF focal length of the LR frame"),
     "focal_hr_mm": (pa.float32(), "EXIF focal length of the HR frame"),
     "scale": (pa.int32(), "s: hr_rgb has s times the mosaic's resolution"),
-    "iso_lr": (pa.float32(), "null when the file does not say"),
-    "iso_hr": (pa.float32(), "null when the file does not say"),
-    "exposure_lr_s": (pa.float32(), "null when the file does not say"),
-    "exposure_hr_s": (pa.float32(), "null when the file does not say"),
-    "f_number_lr": (pa.float32(), "null when the file does not say"),
-    "f_number_hr": (pa.float32(), "null when the file does not say"),
+    "iso_lr": (pa.float32(), "ISO of the LR frame; null if not in the file"),
+    "iso_hr": (pa.float32(), "ISO of the HR frame; null if not in the file"),
+    "exposure_lr_s": (pa.float32(), "exposure time of the LR frame; null if not in the file"),
+    "exposure_hr_s": (pa.float32(), "exposure time of the HR frame; null if not in the file"),
+    "f_number_lr": (pa.float32(), "aperture of the LR frame; null if not in the file"),
+    "f_number_hr": (pa.float32(), "aperture of the HR frame; null if not in the file"),
     "exposure_ratio_exif": (
         pa.float32(),
-        "light per pixel of HR / LR by the tags: time x ISO / f-number squared; null when one is missing",
+        "light per pixel of HR / LR from the tags: time x ISO / f-number squared; null if one is missing",
     ),
     "exposure_ratio": (
         pa.float32(),
-        "the same as measured, at the frames' centre, in linear light, this pair; NaN when not measurable",
+        "the same as measured in linear light at the frames' centre, this pair; NaN if not measurable",
     ),
     "exposure_falloff": (
         pa.float32(),
         "HR's vignetting against LR, this pair: the ratio falls by 1 - exposure_falloff r^2, r from HR's centre in half"
-        " diagonals; NaN when not measurable",
+        " diagonals; NaN if not measurable",
     ),
     "jpg_scale": (
         pa.float32(),
-        "LR's camera JPG against its RAW, this pair: what the RAW shows at q, from the frame's centre, the JPG shows at"
-        " jpg_scale q (1 + jpg_k1 r^2) + jpg_shift, r the length of q in half diagonals; NaN when not measurable",
+        "LR's camera JPG against its RAW, this pair: the content of the RAW at q, from the frame's centre, is in the"
+        " JPG at jpg_scale q (1 + jpg_k1 r^2) + jpg_shift, r the length of q in half diagonals; NaN if not measurable",
     ),
     "jpg_k1": (
         pa.float32(),
-        "in-camera distortion correction, see jpg_scale; NaN when not measurable (jpg_scale is then a mean over the"
+        "in-camera distortion correction, see jpg_scale; NaN if not measurable (jpg_scale is then a mean over the"
         " area)",
     ),
-    "jpg_shift_x": (pa.float32(), "see jpg_scale, mosaic pixels; NaN when not measurable"),
-    "jpg_shift_y": (pa.float32(), "see jpg_scale, mosaic pixels; NaN when not measurable"),
+    "jpg_shift_x": (pa.float32(), "see jpg_scale, mosaic pixels; NaN if not measurable"),
+    "jpg_shift_y": (pa.float32(), "see jpg_scale, mosaic pixels; NaN if not measurable"),
     "jpg_falloff": (
         pa.float32(),
-        "LR's camera JPG against its RAW, this pair: its light falls by 1 - jpg_falloff r^2 (below 0: in-camera"
-        " vignetting correction); NaN when not measurable",
+        "LR's camera JPG against its RAW, this pair: the JPG's light falls by 1 - jpg_falloff r^2 (below 0: in-camera"
+        " vignetting correction); NaN if not measurable",
     ),
     "camera": (pa.string(), "make and model of the LR frame"),
     "row": (pa.int32(), "tile's first row, packed pixels of the LR frame after the phase crop"),
@@ -98,13 +98,13 @@ COLUMNS: Mapping[str, tuple[pa.DataType, str]] = {
     "origin_col": (pa.int32(), "columns dropped by the phase crop"),
     "lr_to_hr": (
         pa.list_(pa.float64(), 6),
-        "a b c d e f: X = a x + b y + c, Y = d x + e y + f; LR mosaic (x, y) in LibRaw's visible area, sensor"
+        "a b c d e f: X = a x + b y + c, Y = d x + e y + f; from LR mosaic (x, y) in LibRaw's visible area, sensor"
         " orientation, to the stored pixels of the HR JPG; pixel i covers [i, i + 1); with ecc the affine nearest to"
         " lr_to_hr_lens over this tile",
     ),
     "lr_to_hr_lens": (
         pa.list_(pa.float64(), 12),
-        "the map that hr_rgb was sampled through, this pair: a b c d e f as in lr_to_hr give h; then centre (2), unit,"
+        "the map used to sample hr_rgb, this pair: a b c d e f as in lr_to_hr give h; then centre (2), unit,"
         " k, tilt (2): q = (h - centre) / unit, (X, Y) = h + unit q (k r^2 + tilt . q), r the length of q; k and tilt"
         " are 0 without ecc",
     ),
@@ -114,29 +114,32 @@ COLUMNS: Mapping[str, tuple[pa.DataType, str]] = {
     ),
     "align_score": (
         pa.float32(),
-        "correlation of lr_rgb and the low-passed hr_rgb, luminance, this tile; NaN when flat",
+        "correlation of lr_rgb and the low-passed hr_rgb, luminance, this tile; NaN if a picture is flat",
     ),
-    "residual_px": (pa.float32(), "measured shift left between them, HR pixels, this tile; NaN when not measurable"),
+    "residual_px": (
+        pa.float32(),
+        "measured residual shift between lr_rgb and hr_rgb, HR pixels, this tile; NaN if not measurable",
+    ),
 }
-"""Every column, in the file's order: Arrow type and meaning."""
+"""Every column in file order: Arrow type and meaning. docs/shards.md repeats this table; a test compares them."""
 
 SCHEMA = pa.schema([pa.field(name, kind) for name, (kind, _) in COLUMNS.items()])
 
 
 class SchemaError(ValueError):
-    """A shard folder or file that this version cannot read; the message is one line that says why."""
+    """This version cannot read a shard folder or file. The message is one line and says why."""
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """What all shards of one folder have in common."""
+    """The properties that all shards of one folder share."""
 
     tile_px: int
     """t, packed pixels."""
     scale: int
     """s."""
     options: Mapping[str, Any]
-    """The options that made the shards, as `preprocess` was given them."""
+    """The options of `preprocess` that made the shards (`PreprocessOptions.shard_options`)."""
     schema_version: int = SCHEMA_VERSION
 
     def shape(self, column: str) -> tuple[int, ...]:
@@ -146,9 +149,9 @@ class ShardInfo:
 
 
 def encode(rows: Iterable[Mapping[str, Any]], info: ShardInfo) -> pa.Table:
-    """Rows (column name -> numpy array, scalar or None) as an Arrow table whose metadata describes the arrays.
+    """Convert rows (column name -> numpy array, scalar or None) to an Arrow table whose metadata describes the arrays.
 
-    Raises SchemaError when an array's dtype or shape is not the column's.
+    Raises SchemaError if an array has the wrong dtype or shape.
     """
     table = pa.Table.from_pylist([_encode_row(row, info) for row in rows], schema=SCHEMA)
     arrays = {name: {"dtype": dtype, "shape": info.shape(name)} for name, (dtype, _) in ARRAYS.items()}
@@ -164,31 +167,31 @@ def encode(rows: Iterable[Mapping[str, Any]], info: ShardInfo) -> pa.Table:
 
 
 def decode(row_or_batch: Mapping[str, Any], info: ShardInfo) -> dict[str, Any]:
-    """Encoded columns as numpy: one row (a binary value each) or a batch (a sequence of them each, stacked on axis 0).
+    """Decode columns to numpy: of one row, or of a batch (column name -> sequence of values), stacked on axis 0.
 
-    Arrays are copied only when batched; a lone row's are read-only views. Columns that are null, in a batch those where
-    any row is null, come back as None (arrays) or NaN (scalars). Strings and unknown columns pass through.
+    Arrays of a single row are read-only views; a batch is copied. Null arrays become None, also if any row of a batch
+    is null; null scalars become NaN. Strings and unknown columns are returned unchanged.
     """
     return {name: _decode_column(name, value, info) for name, value in row_or_batch.items()}
 
 
 def read_info(shards: str) -> ShardInfo:
-    """What the shards in the folder or `s3://` URI `shards` have in common, from the first one's metadata.
+    """Read the properties that all shards in the folder or `s3://` URI `shards` share, from the first shard's metadata.
 
-    Raises SchemaError when there is none, or when it was written by another schema version.
+    Raises SchemaError if there are no shards, or if they have another schema version.
     """
     paths = list_shards(shards)
     if not paths:
-        raise SchemaError(f"{shards}: no shards (split=*/*.parquet); make them with: sdan preprocess RAW {shards}")
+        raise SchemaError(f"{shards}: expected shards (split=*/*.parquet), got none; run: sdan preprocess RAW {shards}")
     return info_of(pq.read_schema(paths[0], filesystem=open_folder(shards).filesystem), paths[0])
 
 
 def info_of(schema: pa.Schema, path: str) -> ShardInfo:
-    """The ShardInfo in a shard's Arrow schema; `path` stands for it in messages."""
+    """The ShardInfo in a shard's Arrow schema; `path` is for messages."""
     described = json.loads((schema.metadata or {}).get(_METADATA_KEY, b"{}"))
     if described.get("schema_version") != SCHEMA_VERSION:
         raise SchemaError(
-            f"{path}: schema version {described.get('schema_version', 'none')}, expected {SCHEMA_VERSION}; "
+            f"{path}: expected schema version {SCHEMA_VERSION}, got {described.get('schema_version', 'none')}; "
             "preprocess again into an empty folder"
         )
     return ShardInfo(described["tile_px"], described["scale"], described["options"])
@@ -197,11 +200,10 @@ def info_of(schema: pa.Schema, path: str) -> ShardInfo:
 def list_shards(shards: str, split: str | None = None) -> list[str]:
     """Sorted paths of the finished shards of `split` (train, val, test; None: all) in a folder or `s3://` URI.
 
-    The paths are for pyarrow's filesystem of `shards` (an `s3://` URI's come without the scheme). A folder that does
-    not exist has none.
+    The paths are for the pyarrow filesystem of `shards`: on S3 they have no scheme. [] if the folder does not exist.
     """
     if split is not None and split not in SPLITS:
-        raise SchemaError(f"split {split!r}, expected one of {', '.join(SPLITS)}")
+        raise SchemaError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
     folder = open_folder(shards)
     paths = []
     for name in SPLITS if split is None else (split,):
@@ -210,13 +212,13 @@ def list_shards(shards: str, split: str | None = None) -> list[str]:
 
 
 def is_shard(name: str) -> bool:
-    """Whether a file of this name is a finished shard: files being written start with a dot."""
+    """Whether a file of this name is a finished shard; files being written start with a dot."""
     return name.endswith(".parquet") and not name.startswith(".")
 
 
 def _encode_row(row: Mapping[str, Any], info: ShardInfo) -> dict[str, Any]:
     if set(row) != set(COLUMNS):
-        raise SchemaError(f"row has columns {sorted(row)}, expected {sorted(COLUMNS)}")
+        raise SchemaError(f"row: expected columns {sorted(COLUMNS)}, got {sorted(row)}")
     return {name: _encode_value(name, row[name], info) for name in COLUMNS}
 
 
@@ -225,7 +227,7 @@ def _encode_value(name: str, value: Any, info: ShardInfo) -> Any:
         return value.tolist() if isinstance(value, np.ndarray) else value
     dtype, shape = np.dtype(ARRAYS[name][0]), info.shape(name)
     if value.dtype != dtype or value.shape != shape:
-        raise SchemaError(f"{name}: {value.dtype}{list(value.shape)}, expected {dtype}{list(shape)}")
+        raise SchemaError(f"{name}: expected {dtype}{list(shape)}, got {value.dtype}{list(value.shape)}")
     return value.astype(dtype.newbyteorder("<"), copy=False).tobytes()
 
 

@@ -1,7 +1,7 @@
-"""The preprocessing job: RAW sequences -> one Parquet file per pair, through Ray Data.
+"""The preprocessing job: RAW sequences -> one Parquet file per pair, with Ray Data.
 
-A pair's file is named by what it was made from and put in place in one step, so a run that is killed and started again
-redoes nothing that was finished, and runs side by side overwrite each other with the same bytes.
+A pair's file is named by a fingerprint of its inputs and written atomically. So a run that was killed can be restarted
+without repeating finished pairs, and concurrent runs overwrite each other's files with identical bytes.
 """
 
 import contextlib
@@ -33,31 +33,33 @@ from preprocessing.storage import Folder, one_line, open_folder
 __all__ = ["PreprocessError", "PreprocessOptions", "PreprocessReport", "QuarantineEntry", "preprocess"]
 
 _RETRIES = 2
-_READ_FAULTS = 8
-"""So many pairs in a row that a bucket does not give us end the run: each has cost all of a request's retries."""
+"""Retries of a task whose Ray worker died."""
+_MAX_READ_FAILURES = 8
+"""Stop after this many consecutive pairs that S3 could not deliver; each has already been retried."""
 _CHUNK_PAIRS = 1000
 _CHUNK_PAIRS_PER_CPU = 16
-"""Enough that CPUs which have nothing to do while the last pairs of a chunk end hardly count."""
+"""Large enough that CPUs idling at the end of a chunk cost little."""
 _PROCESS = IsolatedProcess()
-"""In a Ray worker: the child that serves its tasks. Other processes never start it."""
-_DEATHS = (
+"""In each Ray worker, the child that handles its pairs. It starts with the first one, so not in the driver."""
+_WORKER_DEATHS = (
     ray.exceptions.WorkerCrashedError,
     ray.exceptions.OutOfMemoryError,
     ray.exceptions.NodeDiedError,
     ray.exceptions.ObjectLostError,
 )
+_RUN_AGAIN = "fix this and run again; finished pairs are kept"
 _EXECUTOR = "ray.data._internal.execution.streaming_executor_state"
-"""The logger by which Ray Data 2.60 tells of tasks that it goes on without."""
+"""The logger to which Ray Data 2.60 reports failed tasks that it skips."""
 
 
 @dataclass
 class PreprocessReport:
-    """What one run did, and what SHARDS holds after it."""
+    """What one run did, and the content of SHARDS afterwards."""
 
     pairs: int = 0
     """Pairs found in RAW."""
     todo: int = 0
-    """Those that were neither finished nor given up by an earlier run."""
+    """Pairs that no earlier run has finished or quarantined."""
     written: int = 0
     skipped: int = 0
     """Pairs finished by an earlier run."""
@@ -66,20 +68,20 @@ class PreprocessReport:
     bytes: int = 0
     """Size of the files written by this run."""
     raw_bytes: int = 0
-    """Of the same tiles, uncompressed."""
+    """Size of the same tiles uncompressed."""
     task_seconds: float = 0.0
-    """Summed over the tasks that wrote them."""
+    """Sum over the tasks that wrote them."""
     quarantined: list[QuarantineEntry] = field(default_factory=list)
-    """All that could not be used, now or in earlier runs."""
+    """Everything that could not be used, in this run or earlier ones."""
     notes: list[str] = field(default_factory=list)
-    """What was left out on purpose, and what else a user should know."""
+    """Excluded frames, and advice for the user; one line each."""
     new_sequences: list[str] = field(default_factory=list)
-    """Sequences that had no shard before this run and have one now."""
+    """Sequences that got their first shard in this run."""
     splits: dict[str, int] = field(default_factory=dict)
     """Finished pairs in SHARDS by split: train, val, test."""
     seconds: float = 0.0
     estimate: Estimate | None = None
-    """With dry_run: what the pairs to do will come to."""
+    """With dry_run: tiles, bytes and time that the pairs to do will take."""
 
 
 def preprocess(
@@ -93,8 +95,8 @@ def preprocess(
 ) -> PreprocessReport:
     """Turn the zoom sequences below `raw` into shards below `shards` (local folders or `s3://` URIs).
 
-    Pairs already finished are skipped; what cannot be used is quarantined with the reason, reported, and skipped while
-    its inputs stay the same.
+    Finished pairs are skipped. Pairs that cannot be used are quarantined with the reason, reported, and skipped until
+    their inputs change.
 
     Args:
         dry_run: count and estimate; write nothing.
@@ -102,46 +104,47 @@ def preprocess(
         start_ray: starts or joins Ray; called if there is work and Ray is not running, after all checks.
 
     Raises:
-        PreprocessError: the run as a whole is impossible; one line.
+        PreprocessError: the whole run failed; one line.
     """
     began = time.monotonic()
     source, target = _open(raw), _open(shards)
-    with _storage_fault(target, "read"):
+    with _storage_errors(target, "read"):
         ledger = Ledger.read(target, options)
-    # What --val held out once must not slip into training in a later run that does not repeat it.
+    # A sequence once held out with --val must not return to training in a later run without that option.
     asked_val = options.val
     options = replace(options, val=tuple(sorted({*options.val, *ledger.val})))
-    with _storage_fault(source, "read"):
+    with _storage_errors(source, "read"):
         plan = make_plan(source, options, ledger.splits)
-    todo, done, given_up = ledger.sort_out(plan)
+    todo, done, quarantined = ledger.classify(plan)
     had_shards = {job.sequence for job in plan.jobs if ledger.shards[job.key]}
     report = PreprocessReport(pairs=len(plan.jobs), todo=len(todo), skipped=len(done), notes=list(plan.notes))
-    report.quarantined = [*plan.faults, *given_up]
+    report.quarantined = [*plan.faults, *quarantined]
     if dry_run:
-        with _storage_fault(target, "read"):
+        with _storage_errors(target, "read"):
             report.estimate = estimate(todo, options, Rate.read(target), _cpus(start_ray))
     else:
         if todo and not ray.is_initialized():
             start_ray()
-        with _storage_fault(target, "written"):
+        with _storage_errors(target, "written"):
             ledger.prepare(plan, options)
             for job in done:
-                ledger.tidy(job)
-            written = _work(source, ledger, todo, options, report, progress=progress)
+                ledger.keep_one_shard(job)
+            written = _run_jobs(source, ledger, todo, options, report, progress=progress)
             ledger.finish(plan)
-            ledger.quarantine_only(report.quarantined, plan)
+            ledger.update_quarantine(report.quarantined, plan)
             if report.rows:
                 Rate(report.rows, report.bytes, report.raw_bytes, report.task_seconds).write(target)
         report.new_sequences = sorted(written - had_shards)
-    with _storage_fault(target, "read"):
+    with _storage_errors(target, "read"):
         report.splits = ledger.count()
-    report.notes += [f"--val {name}: no such sequence in RAW" for name in asked_val if name not in plan.sequences]
-    report.notes += _advice(report, plan, dry_run=dry_run)
+    unknown = [name for name in asked_val if name not in plan.sequences]
+    report.notes += [f"--val: expected a sequence in RAW, got {name}" for name in unknown]
+    report.notes += _val_advice(report, plan, dry_run=dry_run)
     report.seconds = time.monotonic() - began
     return report
 
 
-def _work(
+def _run_jobs(
     source: Folder,
     ledger: Ledger,
     todo: list[PairJob],
@@ -150,22 +153,20 @@ def _work(
     *,
     progress: bool,
 ) -> set[str]:
-    """Run the jobs and settle each as it ends; the sequences that got a shard. A failed run keeps what is finished."""
+    """Run the jobs, record each result when it arrives, and return the sequences that got a shard."""
     waiting = {job.key: job for job in todo}
     written: set[str] = set()
-    read_faults = 0
+    read_failures = 0
     with tqdm(total=len(todo), desc="preprocess", unit="pair", disable=not progress or not todo) as bar:
 
-        def settle(job: PairJob, result: PairResult) -> None:
-            entry = ledger.settle(job, result)
+        def record(job: PairJob, result: PairResult) -> None:
+            entry = ledger.record(job, result)
             if entry is not None:
                 report.quarantined.append(entry)
             else:
-                report.written, report.rows, report.bytes = (
-                    report.written + 1,
-                    report.rows + result.rows,
-                    report.bytes + result.bytes,
-                )
+                report.written += 1
+                report.rows += result.rows
+                report.bytes += result.bytes
                 report.raw_bytes += result.rows * tile_bytes(options, truth=job.has_truth)
                 report.task_seconds += result.seconds
                 written.add(job.sequence)
@@ -174,21 +175,21 @@ def _work(
         for result in _results(source, ledger.target, todo, options):
             if result.status == "unwritable":
                 raise OSError(result.reason)
-            read_faults = read_faults + 1 if result.status == "unreadable" and not source.is_local else 0
-            if read_faults == _READ_FAULTS:
+            read_failures = read_failures + 1 if result.status == "unreadable" and not source.is_local else 0
+            if read_failures == _MAX_READ_FAILURES:
                 raise PreprocessError(
-                    f"{source.label}: {read_faults} pairs in a row could not be read (the last: {result.reason}); what "
-                    "is finished stays: mend that and run again"
+                    f"{source.label}: {read_failures} consecutive pairs could not be read (the last: {result.reason}); "
+                    f"{_RUN_AGAIN}"
                 )
-            settle(waiting.pop(result.key), result)
+            record(waiting.pop(result.key), result)
         for job in waiting.values():
-            reason = "its Ray worker died each time: too little memory, or ended from outside; run again"
-            settle(job, PairResult(job.key, "died", f"{job.lr_raw}: {reason}"))
+            reason = f"its Ray worker died in {1 + _RETRIES} attempts: out of memory, or killed; run again"
+            record(job, PairResult(job.key, "died", f"{job.lr_raw}: {reason}"))
     return written
 
 
 def _results(source: Folder, target: Folder, todo: list[PairJob], options: PreprocessOptions) -> Iterator[PairResult]:
-    """One task per pair, in the order they end; none for a pair whose Ray worker died in each of three tries."""
+    """Run one task per pair and yield results as they arrive; none for a pair whose Ray worker died every time."""
     if not todo:
         return
     with _quiet_ray_data() as failures:
@@ -196,8 +197,8 @@ def _results(source: Folder, target: Folder, todo: list[PairJob], options: Prepr
             blocks = [{"job": json.dumps(asdict(job))} for job in chunk]
             jobs = ray.data.from_items(blocks, override_num_blocks=len(blocks))
             with warnings.catch_warnings():
-                # Ray 2.64 drops max_retries here and names no successor; without it too little memory is retried for
-                # ever.
+                # Ray 2.64 will remove max_retries without a replacement. Without it, a task that runs out of memory is
+                # retried for ever.
                 warnings.simplefilter("ignore")
                 results = jobs.map(
                     partial(_task, source=source, target=target, options=options),
@@ -206,20 +207,20 @@ def _results(source: Folder, target: Folder, todo: list[PairJob], options: Prepr
                 )
             for row in results.iter_rows():
                 yield PairResult(**row)
-            _require_deaths(failures)
+            _require_only_deaths(failures)
 
 
 def _chunks(todo: list[PairJob]) -> Iterator[tuple[list[PairJob], float]]:
-    """(pairs for one Ray Data job, memory of a task in bytes): what it plans for all pairs at once, the driver holds.
+    """(pairs of one Ray Data job, bytes of memory per task). Chunks limit what the driver holds of Ray Data's plan.
 
-    A task that asks for more than any node has would wait for ever: it gets the largest node for itself.
+    A request for more memory than any node has would wait for ever, so it is reduced to that of the largest node.
     """
-    most = max(node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"])
+    largest = max(node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"])
     length = max(_CHUNK_PAIRS, int(_CHUNK_PAIRS_PER_CPU * ray.cluster_resources().get("CPU", 1)))
     by_memory = sorted(todo, key=memory_bytes)
     for memory, group in itertools.groupby(by_memory, memory_bytes):
         while chunk := list(itertools.islice(group, length)):
-            yield chunk, min(float(memory), most)
+            yield chunk, min(float(memory), largest)
 
 
 def _task(row: dict[str, Any], source: Folder, target: Folder, options: PreprocessOptions) -> dict[str, Any]:
@@ -235,7 +236,7 @@ def _cpus(start_ray: Callable[[], object]) -> float:
 
 
 class _Failures(logging.Handler):
-    """Collects what Ray Data only logs when it goes on without a failed task: the exceptions."""
+    """Collects the exceptions of failed tasks, which Ray Data only logs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -248,9 +249,9 @@ class _Failures(logging.Handler):
 
 @contextlib.contextmanager
 def _quiet_ray_data() -> Iterator[_Failures]:
-    """Ray Data goes on without failed tasks, and shows no bars, plans or tracebacks: we have one bar and a report.
+    """Make Ray Data continue after failed tasks and print nothing. Yields the failures, collected as they occur.
 
-    Yields the failures as they come. The caller's settings come back afterwards.
+    Restores the caller's settings at the end.
     """
     context = ray.data.DataContext.get_current()
     ours = {"enable_progress_bars": False, "print_on_execution_start": False, "max_errored_blocks": -1}
@@ -275,35 +276,36 @@ def _quiet_ray_data() -> Iterator[_Failures]:
             setattr(context, name, value)
 
 
-def _require_deaths(failures: _Failures) -> None:
-    """A process that dies is its pair's affair; a task that fails in any other way is a fault of the installation."""
+def _require_only_deaths(failures: _Failures) -> None:
+    """Raise PreprocessError if a task failed in any way but its worker's death: the installation is broken then."""
     for error in failures.found:
-        if not isinstance(error, _DEATHS):
+        if not isinstance(error, _WORKER_DEATHS):
             named = re.findall(r"^(?!ray\.)[\w.]*(?:Error|Exception)\b.*", str(error), re.MULTILINE) or [
                 type(error).__name__
             ]
-            raise PreprocessError(f"Ray's workers cannot run the tasks ({named[-1]}); install this sdan on every node")
+            raise PreprocessError(f"Ray workers cannot run the tasks ({named[-1]}); install this sdan on every node")
 
 
 def _open(uri: str) -> Folder:
     try:
         return open_folder(uri)
     except (OSError, pa.ArrowException) as error:
-        raise PreprocessError(f"{uri}: {one_line(error)}; expected a folder or an s3:// URI") from error
+        raise PreprocessError(f"{uri}: expected a folder or an s3:// URI ({one_line(error)})") from error
 
 
 @contextlib.contextmanager
-def _storage_fault(folder: Folder, deed: str) -> Iterator[None]:
+def _storage_errors(folder: Folder, action: str) -> Iterator[None]:
+    """Turn storage errors into a PreprocessError; `action` is "read" or "written"."""
     try:
         yield
     except (OSError, pa.ArrowException) as error:
-        remedy = "what is finished stays: mend that and run again" if deed == "written" else "mend that and run again"
-        raise PreprocessError(f"{folder.label}: cannot be {deed} ({one_line(error)}); {remedy}") from error
+        remedy = _RUN_AGAIN if action == "written" else "fix this and run again"
+        raise PreprocessError(f"{folder.label}: cannot be {action} ({one_line(error)}); {remedy}") from error
 
 
-def _advice(report: PreprocessReport, plan: Plan, *, dry_run: bool) -> list[str]:
+def _val_advice(report: PreprocessReport, plan: Plan, *, dry_run: bool) -> list[str]:
     in_val = report.splits["val"] or (dry_run and any(job.split == "val" for job in plan.jobs))
     train = sorted({job.sequence for job in plan.jobs if job.split == "train"})
     if in_val or not train:
         return []
-    return [f"no sequence fell into val, so training cannot be judged: name some, e.g. --val {train[0]}"]
+    return [f"no sequence is in val, so training cannot be evaluated; add one, e.g. --val {train[0]}"]

@@ -1,6 +1,6 @@
-"""Local folders and `s3://` URIs alike: open a folder, read a file or its two ends, put a file in place in one step.
+"""One interface to local folders and `s3://` URIs: list, read, write atomically, move, delete.
 
-Through pyarrow.fs, but for what is written to S3 (s3.py).
+Everything uses pyarrow.fs, except changes to S3 (s3.py) and `write_atomically`.
 """
 
 import contextlib
@@ -20,7 +20,9 @@ import pyarrow.fs
 from preprocessing import s3
 
 ENDS_BYTES = 64 * 1024
+"""Bytes that `read_ends` reads at each end of a file."""
 _STALE_S = 24 * 3600
+"""Temporary files of other machines are abandoned at this age."""
 _TEMPORARY_NAME_CHARS = 32
 """Part of the target's name in a temporary file's name, which may have 255 bytes in all."""
 
@@ -32,18 +34,18 @@ class Folder:
     filesystem: pyarrow.fs.FileSystem
     root: str
     label: str
-    """What the user called it, for messages."""
+    """The path or URI that the user gave, for messages."""
 
     @property
     def uri(self) -> str:
-        """What `open_folder` makes this folder of in another process, whatever its working directory."""
+        """Opens this folder in another process, whose working directory may differ."""
         return self.root if self.is_local else self.label
 
     def path(self, relative: str) -> str:
         return f"{self.root}/{relative}" if relative else self.root
 
     def files(self, relative: str = "", *, recursive: bool = False) -> list[pyarrow.fs.FileInfo]:
-        """The files (not folders) below `relative`, by listing alone; [] where the folder does not exist."""
+        """List the files (not folders) below `relative` without opening any; [] if the folder does not exist."""
         selector = pyarrow.fs.FileSelector(self.path(relative), allow_not_found=True, recursive=recursive)
         return [entry for entry in self.filesystem.get_file_info(selector) if entry.type == pyarrow.fs.FileType.File]
 
@@ -60,7 +62,7 @@ class Folder:
             return file.read(limit) if limit is not None else file.read()
 
     def read_ends(self, relative: str) -> tuple[bytes, bytes]:
-        """(first, last) 64 KB of a file; a short file is all in the first."""
+        """(first, last) `ENDS_BYTES` of a file. They do not overlap: `last` is shorter for a file below twice that."""
         with self.filesystem.open_input_file(self.path(relative)) as file:
             size = file.size()
             first = file.read_at(min(size, ENDS_BYTES), 0)
@@ -68,7 +70,7 @@ class Folder:
         return first, last
 
     def put(self, relative: str, data: bytes | pa.Buffer) -> None:
-        """Write a file so that readers see either none (or the old one) or all of it, even if we are killed.
+        """Write a file so that readers see the old file (or none) or the complete new one, even if we are killed.
 
         Local files go through `write_atomically`; on S3 it is a single request. Raises OSError.
         """
@@ -80,7 +82,10 @@ class Folder:
         write_atomically(Path(target), data)
 
     def update(self, relative: str, change: Callable[[bytes | None], bytes]) -> None:
-        """Put change(content, None for no file) in the file's place; no other `update` comes in between."""
+        """Replace a file's content by change(content), content None if there is no file. Concurrent updates are safe.
+
+        Locally a lock serialises them. On S3 the write is conditional, and `change` is called again after a conflict.
+        """
         if self.is_local:
             with self._locked():
                 old = self.read(relative) if self.exists(relative) else None
@@ -92,11 +97,11 @@ class Folder:
         while not done:
             old, version = s3.get(self.uri, self.path(relative))
             new = change(old)
-            done = new == old or s3.put_instead(self.uri, self.path(relative), new, version)
+            done = new == old or s3.put_if_unchanged(self.uri, self.path(relative), new, version)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold the folder's lock, which the kernel frees when we die; network file systems may not have it."""
+        """Hold the folder's lock; the kernel releases it if we die. Some network file systems have no locks."""
         self.filesystem.create_dir(self.root, recursive=True)
         folder = os.open(self.root, os.O_RDONLY)
         try:
@@ -107,7 +112,7 @@ class Folder:
             os.close(folder)
 
     def move(self, source: str, target: str) -> None:
-        """Move a file within the folder; on S3 a copy, then a deletion. Fine if another run was faster."""
+        """Move a file within the folder; on S3, copy then delete. No error if another run has already moved it."""
         try:
             if self.is_local:
                 self.filesystem.create_dir(self.path(target).rpartition("/")[0], recursive=True)
@@ -120,7 +125,7 @@ class Folder:
         self.delete(source)
 
     def delete(self, relative: str) -> None:
-        """Remove a file; one that is already gone is fine (another run may have removed it)."""
+        """Remove a file. No error if it is missing: another run may have removed it."""
         self._delete_path(self.path(relative))
 
     def _delete_path(self, path: str) -> None:
@@ -134,7 +139,10 @@ class Folder:
                 raise
 
     def sweep(self, relative: str) -> None:
-        """Remove what killed runs left half-written: asides of this host's dead processes, of others' after a day."""
+        """Remove temporary files that killed runs left in local folder `relative`.
+
+        A file is removed if its writer ran on this machine and is dead, or ran elsewhere and the file is a day old.
+        """
         if not self.is_local:
             return
         for entry in self.files(relative):
@@ -147,9 +155,9 @@ class Folder:
 
 
 def open_folder(uri: str) -> Folder:
-    """The folder at a local path or `s3://bucket/prefix` (credentials and endpoint from AWS's usual variables).
+    """Open a local path or `s3://bucket/prefix`. S3 credentials and endpoint come from AWS's environment variables.
 
-    Raises OSError or pyarrow.ArrowInvalid when the URI cannot be understood; the folder need not exist.
+    The folder need not exist. Raises OSError or pyarrow.ArrowInvalid for a malformed or unsupported URI.
     """
     if "://" in uri:
         if not uri.startswith(("s3://", "file://")):
@@ -166,7 +174,7 @@ def write_atomically(path: Path, data: bytes | str | pa.Buffer) -> None:
     The data goes to a temporary file in the same folder, which is then renamed. The folder must exist. Text is encoded
     as UTF-8. When several processes write the same path, the last one wins. Raises OSError.
     """
-    temporary = path.with_name(f".{path.name[:_TEMPORARY_NAME_CHARS]}~{_writer()}")
+    temporary = path.with_name(f".{path.name[:_TEMPORARY_NAME_CHARS]}~{writer_id()}")
     try:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
         temporary.replace(path)
@@ -176,11 +184,12 @@ def write_atomically(path: Path, data: bytes | str | pa.Buffer) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message for one of ours: without line breaks, never empty."""
+    """An exception's message without line breaks; its type's name if the message is empty."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _writer() -> str:
+def writer_id() -> str:
+    """Suffix of a temporary file's name: machine, process and a random part, separated by "~"."""
     return f"{_machine()}~{_process('self')}~{uuid.uuid4().hex[:8]}"
 
 
@@ -192,7 +201,7 @@ def _machine() -> str:
 
 
 def _process(pid: str) -> str:
-    """The process's id and the time it started, since ids are used again; "" when it does not run (any more)."""
+    """The process's id and start time, since ids are reused; "" if it is not running."""
     try:
         number, _, rest = Path(f"/proc/{pid}/stat").read_text().partition(" ")
     except (FileNotFoundError, ProcessLookupError):
@@ -202,6 +211,7 @@ def _process(pid: str) -> str:
 
 
 def _abandoned(name: str, modified_s: float) -> bool:
+    """Whether a temporary file of this name, last modified at `modified_s` (Unix time), has lost its writer."""
     parts = name.rsplit("~", 3)
     if len(parts) != 4:
         return False

@@ -1,6 +1,6 @@
-"""Cut one pair into tiles: everything of a shard's row that comes from the pictures themselves.
+"""Cut one pair into tiles: computes the columns of a shard's row that come from the pictures.
 
-Areas are (top, left, height, width). Packed pixels unless said otherwise; the mosaic has twice as many each way.
+Areas are (top, left, height, width) in packed pixels unless stated otherwise; a packed pixel is 2 x 2 mosaic pixels.
 """
 
 import io
@@ -26,27 +26,26 @@ from preprocessing.registration.shift import correlation, local_detail, luminanc
 Area = tuple[int, int, int, int]
 
 _MEASURE_PX = 96
-"""Least side of the window in which a tile's residual shift is measured: a shift must be small against the window."""
-
-
+"""Minimum side, packed pixels, of the window in which a tile's residual shift is measured. It must exceed any shift."""
 _MAX_PIXELS_PER_BYTE = 256
-"""A JPG spends at least two bits on a block of 64 pixels: one that declares more pixels is damaged."""
+"""A JPG stores at least two bits per block of 64 pixels, so a file that declares more pixels is damaged."""
 
 
 class TileError(ValueError):
-    """A pair that cannot be cut; the message is one line that says why."""
+    """A pair cannot be cut into tiles. The message is one line and says why."""
 
 
 @dataclass(frozen=True)
 class Jpg:
-    """A camera JPG as stored: pixels [H, W, 3] uint8 without EXIF's turn, and the turn.
+    """A camera JPG: pixels [H, W, 3] uint8 as stored, not rotated by EXIF.
 
-    Or the rendering that stands in for one: the camera's frame in the sensor's orientation, orientation None.
+    Without a JPG, LibRaw's rendering: the camera's crop in sensor orientation, with orientation None.
     """
 
     stored: Image.Image | NDArray[np.uint8]
-    """As decoded: turning all of a Pillow picture into an array takes half as long as decoding it."""
+    """As decoded. A Pillow image is converted only where needed: a full copy takes half as long as decoding."""
     orientation: int | None
+    """EXIF Orientation, 1 to 8; None if not stated."""
     source: str = "camera"
     """camera or rendering."""
 
@@ -63,27 +62,28 @@ class Jpg:
 
 @dataclass(frozen=True)
 class Alignment:
-    """The maps of one pair, from the LR mosaic (LibRaw's visible area, sensor orientation) to stored JPG pixels."""
+    """Maps from the LR mosaic (LibRaw's visible area, sensor orientation) to the stored pixels of both JPGs."""
 
     lr_to_lr_jpg: Map
     lr_to_hr: Map
-    """The affine over the whole shared area."""
+    """One affine for the whole shared area."""
     aligned_by: str
+    """scale, ecc or scale_fallback (schema.py)."""
     found: LensMap | None = None
-    """What registration found, where it did."""
+    """The registered map; None if not registered."""
 
     @property
     def lens(self) -> LensMap:
-        """LR mosaic -> HR JPG, the map that is sampled through: without registration, the affine."""
+        """LR mosaic -> HR JPG, used for sampling: the registered map, or else the affine."""
         return self.found or LensMap(self.lr_to_hr, np.zeros(2), 1.0)
 
     def over(self, left: float, top: float, right: float, bottom: float) -> Map:
-        """LR mosaic -> HR JPG: the affine for a box of the mosaic. A lens bends, so it differs from tile to tile."""
+        """LR mosaic -> HR JPG: the affine fitted to one box of the mosaic. Lens distortion makes it vary by tile."""
         return self.found.affine_over(left, top, right, bottom) if self.found else self.lr_to_hr
 
 
 def decode_jpg(data: bytes, name: str) -> Jpg:
-    """Raises TileError for a file that is no JPG, is damaged or ends early."""
+    """Decode a JPG; `name` is for messages. Raises TileError if it is not a JPG, damaged or truncated."""
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as picture:
             if picture.width * picture.height > _MAX_PIXELS_PER_BYTE * len(data):
@@ -91,13 +91,16 @@ def decode_jpg(data: bytes, name: str) -> Jpg:
             picture.load()
             pixels = picture if picture.mode == "RGB" else picture.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "no JPG" if isinstance(error, Image.UnidentifiedImageError) else str(error).strip() or "damaged"
+        reason = "not a JPG" if isinstance(error, Image.UnidentifiedImageError) else str(error).strip() or "damaged"
         raise TileError(f"{name}: cannot be decoded ({reason}); copy it again or exclude it") from error
     return Jpg(pixels, read_exif(data).orientation)
 
 
 def align(raw: RawImage, lr: Jpg, hr: Jpg, zoom: float, *, ecc: bool) -> Alignment:
-    """The maps by the focal ratio `zoom`; with `ecc`, HR's by registration to the mosaic (or "scale_fallback")."""
+    """Compute the maps from the focal ratio `zoom`. With `ecc`, HR's map is refined by registration to the mosaic.
+
+    If registration fails, the unrefined map is used and marked "scale_fallback".
+    """
     to_lr = _nominal(raw, lr, 1.0)
     to_hr = _nominal(raw, hr, zoom)
     if not ecc:
@@ -110,7 +113,7 @@ def align(raw: RawImage, lr: Jpg, hr: Jpg, zoom: float, *, ecc: bool) -> Alignme
 
 
 def shared_area(raw: RawImage, alignment: Alignment, lr_size: Size, hr_size: Size) -> Area:
-    """The packed area that all three pictures cover; height or width can be 0 or less."""
+    """The packed area covered by the RAW and both JPGs; height or width is 0 or less if they do not overlap."""
     rows, cols = raw.size
     boxes = [affine.footprint(alignment.lr_to_lr_jpg, lr_size), _hr_footprint(alignment, hr_size)]
     top, left = raw.origin
@@ -123,7 +126,7 @@ def shared_area(raw: RawImage, alignment: Alignment, lr_size: Size, hr_size: Siz
 
 
 def _hr_footprint(alignment: Alignment, hr_size: Size) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of what HR shows, less what the lens's map may reach farther than the affine."""
+    """(left, top, right, bottom) of HR in mosaic pixels, inset by how far the lens map may deviate from the affine."""
     left, top, right, bottom = affine.footprint(alignment.lr_to_hr, hr_size)
     if alignment.found is None:
         return left, top, right, bottom
@@ -133,34 +136,35 @@ def _hr_footprint(alignment: Alignment, hr_size: Size) -> tuple[float, float, fl
 
 
 def mosaic_origin(raw: RawImage, area: Area) -> Map:
-    """Mosaic pixels counted from the area's corner -> LibRaw's visible area."""
+    """Map from mosaic pixels counted from the area's corner to LibRaw's visible area."""
     return affine.translation(raw.origin[1] + 2 * area[1], raw.origin[0] + 2 * area[0])
 
 
-def spread(length: int, tile: int, stride: int) -> list[int]:
-    """Starts of tiles that cover `length` from end to end, evenly, at most `stride` apart; [] when not one fits."""
+def tile_starts(length: int, tile: int, stride: int) -> list[int]:
+    """Evenly spaced starts of tiles that cover all of `length`, at most `stride` apart; [] if no tile fits."""
     if length < tile:
         return []
     count = -(-(length - tile) // stride) + 1
     return [round(start) for start in np.linspace(0, length - tile, count).tolist()]
 
 
-def cut(
+def cut_tiles(
     raw: RawImage, lr: Jpg, hr: Jpg, zoom: float, *, scale: int, tile_px: int, stride_px: int, ecc: bool
 ) -> list[dict[str, Any]]:
-    """The picture columns of each tile's row. Raises TileError when the shared area does not hold one tile."""
+    """The picture columns of each tile's row. Raises TileError if the shared area is smaller than one tile."""
     alignment = align(raw, lr, hr, zoom, ecc=ecc)
     area = shared_area(raw, alignment, lr.size, hr.size)
-    rows, cols = spread(area[2], tile_px, stride_px), spread(area[3], tile_px, stride_px)
+    rows, cols = tile_starts(area[2], tile_px, stride_px), tile_starts(area[3], tile_px, stride_px)
     if not rows or not cols:
         shared = f"{max(area[3], 0)}x{max(area[2], 0)}"
         raise TileError(
-            f"the frames share {shared} packed pixels, a tile has {tile_px}x{tile_px}; use a smaller --tile"
+            f"expected a shared area of at least {tile_px}x{tile_px} packed pixels, got {shared}; use a smaller --tile"
         )
     place = mosaic_origin(raw, area)
     size = (2 * area[2], 2 * area[3])
     lr_HWC = affine.sample(lr.stored, affine.compose(alignment.lr_to_lr_jpg, place), size)
-    hr_HWC = _fine(alignment, hr, affine.compose(place, affine.scaling(1 / scale)), (scale * size[0], scale * size[1]))
+    hr_place = affine.compose(place, affine.scaling(1 / scale))
+    hr_HWC = _resample_hr(alignment, hr, hr_place, (scale * size[0], scale * size[1]))
     low_HWC = np.asarray(cv2.resize(hr_HWC, size[::-1], interpolation=cv2.INTER_AREA), np.uint8)
     counts_4HW, render_HWC = raw.counts(*area), raw.render(*area)
     quality = _Quality(lr_HWC, low_HWC, scale, tile_px)
@@ -200,15 +204,15 @@ def cut(
     return tiles
 
 
-def _fine(alignment: Alignment, hr: Jpg, to_mosaic: Map, size: Size) -> NDArray[np.uint8]:
-    """HR on a grid that `to_mosaic` takes to the LR mosaic: each pixel of the JPG is resampled once."""
+def _resample_hr(alignment: Alignment, hr: Jpg, to_mosaic: Map, size: Size) -> NDArray[np.uint8]:
+    """Resample HR, once, onto a grid of `size`; `to_mosaic` maps that grid to the LR mosaic."""
     if alignment.found is None:
         return affine.sample(hr.stored, affine.compose(alignment.lr_to_hr, to_mosaic), size)
     return sample_through(hr.pixels_HWC, alignment.found.after(to_mosaic), size)
 
 
 class _Quality:
-    """Per tile: correlation and residual shift of the long-focal picture against the camera's short-focal one."""
+    """Alignment of each tile: correlation and residual shift of the low-passed HR picture against LR's."""
 
     def __init__(self, lr_HWC: NDArray[np.uint8], low_HWC: NDArray[np.uint8], scale: int, tile_px: int) -> None:
         self._lr, self._hr = luminance(lr_HWC), luminance(low_HWC)
@@ -216,7 +220,7 @@ class _Quality:
         self._scale, self._side = scale, 2 * tile_px
 
     def of(self, row: int, col: int) -> tuple[float, float]:
-        """(correlation, residual shift in HR pixels) of the tile at packed (row, col) of the area."""
+        """(correlation, residual shift in HR pixels) of the tile at packed (row, col), relative to the area."""
         at = (slice(2 * row, 2 * row + self._side), slice(2 * col, 2 * col + self._side))
         wide = tuple(self._widened(span, length) for span, length in zip(at, self._lr.shape, strict=True))
         shift = measure_shift(self._lr_detail[wide], self._hr_detail[wide])
@@ -238,10 +242,9 @@ def _corrections(
     lr_HWC: NDArray[np.uint8],
     low_HWC: NDArray[np.uint8],
 ) -> dict[str, Any]:
-    """The columns of corrections.py; render_HWC, lr_HWC and low_HWC (HR, low-passed) on the mosaic's grid over the
-    area."""
+    """The columns of corrections.py. render_HWC, lr_HWC and low_HWC (low-passed HR) are on the area's mosaic grid."""
     place = mosaic_origin(raw, area)
-    # LR's frame in the sensor's orientation, HR's as stored: only its radius is asked for.
+    # HR's frame may stay in stored orientation, because only its radius is used. LR's is in sensor orientation.
     hr_frame = affine.about_centres(affine.units_per_px(hr.size), hr.size, (0, 0))
     lr_scale = float(np.abs(alignment.lr_to_lr_jpg[0, :2]).sum())
     top, left, height, width = raw.camera_crop
@@ -261,6 +264,7 @@ def _corrections(
 
 
 def _nominal(raw: RawImage, jpg: Jpg, zoom: float) -> Map:
+    """LR mosaic -> stored JPG pixels, by the focal ratio about the image centre."""
     top, left, *size = raw.camera_crop
     frame_size = (size[0], size[1])
     flip = affine.stored_flip(jpg.orientation, raw.flip, jpg.size, frame_size)
@@ -268,6 +272,6 @@ def _nominal(raw: RawImage, jpg: Jpg, zoom: float) -> Map:
 
 
 def _window(image_HWC: NDArray[np.uint8], row: int, col: int, factor: int, tile_px: int) -> NDArray[np.uint8]:
-    """[C, factor t, factor t] of a picture with `factor` pixels per packed pixel."""
+    """One tile [C, factor t, factor t] of a picture that has `factor` pixels per packed pixel."""
     top, left, side = factor * row, factor * col, factor * tile_px
     return image_HWC[top : top + side, left : left + side].transpose(2, 0, 1)

@@ -24,7 +24,7 @@ from queue import SimpleQueue
 from known_scene import write_sequence
 from mutants import mutants
 
-from preprocessing.isolation import Worker
+from preprocessing.isolation import IsolatedProcess
 from preprocessing.pairs import PairResult
 from preprocessing.plan import PairJob, PreprocessOptions, make_plan
 from preprocessing.storage import open_folder
@@ -53,7 +53,7 @@ class Bench:
             folder / "raw" / "00001", seed=7, size=(128, 192), focals_mm=(200, 50), raw_format=raw_format, cfa=cfa
         )
         self._source, self._target = open_folder(str(folder / "raw")), open_folder(str(folder / "shards"))
-        self._worker = Worker(LIMIT_S)
+        self._worker = IsolatedProcess(LIMIT_S)
         names = {"raw": next(path.name for path in self._sequence.glob("00002.*") if path.suffix != ".JPG")}
         self._names = {**names, "jpg": "00002.JPG"}
         self.good = {kind: (self._sequence / name).read_bytes() for kind, name in self._names.items()}

@@ -93,7 +93,7 @@ def test_a_damaged_rate_is_none(tmp_path):
     rate.write(folder)
     assert Rate.read(folder) == rate
     for text in (b"", b"{", b"[]", b'{"tiles": 3}'):
-        folder.put(estimates._RATE, text)
+        folder.put(estimates.RATE_FILE, text)
         assert Rate.read(folder) is None
 
 

@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from fake_decoder import fake_decoder_path, mark_file
 from known_scene import write_sequence
-from stand_in import mark_file, stand_in_path
 
-from preprocessing.isolation import Worker
+from preprocessing.isolation import IsolatedProcess
 from preprocessing.plan import PreprocessOptions, make_plan
 from preprocessing.schema import list_shards
 from preprocessing.storage import open_folder
@@ -23,14 +23,14 @@ OPTIONS = PreprocessOptions(tile_px=24, stride_px=16)
 def pair(tmp_path, monkeypatch):
     """(job, source, target) of the first pair of a sequence; `order(text)` marks its RAW."""
     write_sequence(tmp_path / "raw" / "00001", seed=1)
-    monkeypatch.setenv("PYTHONPATH", stand_in_path(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", fake_decoder_path(tmp_path))
     source, target = open_folder(str(tmp_path / "raw")), open_folder(str(tmp_path / "shards"))
     return make_plan(source, OPTIONS, {}).jobs[0], source, target
 
 
 @pytest.fixture
 def worker():
-    worker = Worker()
+    worker = IsolatedProcess()
     yield worker
     worker.close()
 
@@ -72,7 +72,7 @@ def test_a_child_killed_while_it_waits_is_replaced(pair, worker):
 
 def test_a_decoder_that_never_ends_is_ended(pair):
     began = time.monotonic()
-    result = Worker(limit_s=3).run(*mark(pair, "hang"), OPTIONS)
+    result = IsolatedProcess(limit_s=3).run(*mark(pair, "hang"), OPTIONS)
     assert result.status == "died" and "took longer than 3 s" in result.reason
     assert time.monotonic() - began < 10
 
@@ -84,7 +84,7 @@ def test_what_a_decoder_prints_is_no_answer(pair, worker):
 def test_a_child_does_not_outlive_its_parent(pair):
     owner = os.fork()
     if owner == 0:
-        worker = Worker()
+        worker = IsolatedProcess()
         worker.run(*pair, OPTIONS)
         Path(pair[2].root, "pid").write_text(str(worker.pid))
         os.kill(os.getpid(), signal.SIGKILL)

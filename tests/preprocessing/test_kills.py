@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from fake_decoder import fake_decoder_path, mark_file
 from known_scene import write_sequence
-from stand_in import mark_file, stand_in_path
 
 from preprocessing import shards
 from preprocessing.pairs import process
 from preprocessing.schema import list_shards
 from preprocessing.shards import PreprocessOptions, preprocess
-from preprocessing.storage import Folder, _writer
+from preprocessing.storage import Folder, writer_id
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -76,7 +76,7 @@ def in_process(raw, out, options=NOW, die_at=None):
         with suppress(BaseException):
             shards._results = lambda source, target, todo, options: (process(j, source, target, options) for j in todo)
             _die(die_at)
-            preprocess(str(raw), str(out), options, progress=False)
+            preprocess(str(raw), str(out), options, progress=False, start_ray=lambda: None)
             code = 0
         os._exit(code)
     status = os.waitpid(pid, 0)[1]
@@ -100,7 +100,7 @@ def _die(moment):
         def deed(self, *arguments):
             tick()
             if name == "put":
-                half = self.path(f"{arguments[0].rpartition('/')[0]}/.half~{_writer()}".lstrip("/"))
+                half = self.path(f"{arguments[0].rpartition('/')[0]}/.half~{writer_id()}".lstrip("/"))
                 Path(half).parent.mkdir(parents=True, exist_ok=True)
                 Path(half).write_bytes(bytes(arguments[1])[:100])
                 tick()
@@ -243,13 +243,13 @@ def test_a_decoder_that_crashes(raw, undisturbed, tmp_path):
     good = (bad / "00004" / "00006.dng").read_bytes()
     mark_file(bad / "00004" / "00006.dng", "SIGSEGV")
     mark_file(bad / "00005" / "00006.dng", "SIGKILL")
-    environment = os.environ | {"PYTHONPATH": stand_in_path(tmp_path)}
+    environment = os.environ | {"PYTHONPATH": fake_decoder_path(tmp_path)}
     for expected in ("24 pairs: 20 written", "24 pairs: 0 written"):
         run = start(bad, out, stdout=subprocess.PIPE, env=environment)
         said, _ = run.communicate()
         assert run.returncode == 0 and expected in said, said
         assert "set aside: 00004 00006-00002: 00004/00006.dng: the decoder crashed" in said and "SIGSEGV" in said
-        assert "set aside: 00005 00006-00002: 00005/00006.dng: its process died each time (killed, SIGKILL)" in said
+        assert "set aside: 00005 00006-00002: 00005/00006.dng: its process died in 3 attempts (killed, SIGKILL)" in said
     for number in (4, 5):
         (bad / f"{number:05d}" / "00006.dng").write_bytes(good)
     assert start(bad, out).wait() == 0 and content(out) == undisturbed

@@ -1,4 +1,4 @@
-"""Shards are readable without us: the README's own lines run, and its table is the schema."""
+"""Shards can be read without this package: the examples in docs/shards.md run, and its table matches the schema."""
 
 import re
 from pathlib import Path
@@ -9,11 +9,10 @@ import pytest
 
 from preprocessing import schema
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-SECTION = README.partition("## The shards")[2].partition("\n## ")[0]
+DOCS = (Path(__file__).parents[2] / "docs" / "shards.md").read_text()
 EXAMPLES = {
     next(name for name in ("polars", "duckdb", "pyarrow") if name in code): code
-    for code in re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
+    for code in re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
 }
 
 
@@ -22,16 +21,16 @@ def type_name(kind) -> str:
     return re.sub(r"fixed_size_list<item: (\w+)>\[(\d+)\]", r"\2 x \1", text)
 
 
-def test_the_readmes_table_is_the_schema():
-    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.+) \|$", SECTION, re.MULTILINE)
+def test_documented_table_matches_the_schema():
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.+) \|$", DOCS, re.MULTILINE)
     expected = [(name, type_name(kind), meaning) for name, (kind, meaning) in schema.COLUMNS.items()]
     assert rows == expected
-    assert f"Schema version {schema.SCHEMA_VERSION}" in SECTION
+    assert f"Schema version {schema.SCHEMA_VERSION}" in DOCS
 
 
 @pytest.mark.parametrize("library", ["pyarrow", "polars", "duckdb"])
-def test_the_readmes_lines_read_a_picture(library, tiny_shards, tmp_path, monkeypatch):
-    """Nothing of ours is imported: the metadata alone says how to decode."""
+def test_documented_examples_read_a_picture(library, tiny_shards, tmp_path, monkeypatch):
+    """The examples import nothing from this package; the file's metadata describes the arrays."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "SHARDS").symlink_to(tiny_shards)
     code = EXAMPLES[library]
@@ -47,7 +46,7 @@ def test_the_readmes_lines_read_a_picture(library, tiny_shards, tmp_path, monkey
 
 
 @pytest.mark.parametrize("library", ["polars", "duckdb"])
-def test_every_column_comes_through(library, tiny_shards):
+def test_every_column_is_readable(library, tiny_shards):
     pattern = f"{tiny_shards}/split=*/*.parquet"
     if library == "polars":
         import polars

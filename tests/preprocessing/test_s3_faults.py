@@ -163,7 +163,7 @@ def test_writes_that_fail_end_the_run_and_what_is_finished_stays(proxy, undistur
     proxy.fault = full
     began = time.monotonic()
     with pytest.raises(
-        PreprocessError, match=r"s3://zoom/full: cannot be written \([^\n]+what is finished stays"
+        PreprocessError, match=r"s3://zoom/full: cannot be written \([^\n]+finished pairs are kept"
     ) as told:
         run("full")
     assert time.monotonic() - began < 120 and "\n" not in str(told.value)
@@ -183,7 +183,7 @@ def test_reads_that_fail_end_the_run_after_a_few_pairs(proxy, undisturbed):
 
     proxy.fault = gone
     began = time.monotonic()
-    with pytest.raises(PreprocessError, match="s3://zoom/raw: 8 pairs in a row could not be read"):
+    with pytest.raises(PreprocessError, match="s3://zoom/raw: 8 consecutive pairs could not be read"):
         run("unread")
     assert time.monotonic() - began < 240
     proxy.fault = lambda method, path: None

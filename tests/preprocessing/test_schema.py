@@ -88,11 +88,11 @@ def test_unknown_truth_is_none():
 
 
 def test_the_wrong_array_is_refused():
-    with pytest.raises(schema.SchemaError, match=r"lr_raw: uint8\[4, 4, 4\], expected uint16\[4, 4, 4\]"):
+    with pytest.raises(schema.SchemaError, match=r"lr_raw: expected uint16\[4, 4, 4\], got uint8\[4, 4, 4\]"):
         schema.encode([row(0, lr_raw=np.zeros((4, 4, 4), np.uint8))], INFO)
-    with pytest.raises(schema.SchemaError, match=r"hr_rgb: uint8\[16, 16, 3\], expected uint8\[3, 16, 16\]"):
+    with pytest.raises(schema.SchemaError, match=r"hr_rgb: expected uint8\[3, 16, 16\], got uint8\[16, 16, 3\]"):
         schema.encode([row(0, hr_rgb=np.zeros((16, 16, 3), np.uint8))], INFO)
-    with pytest.raises(schema.SchemaError, match="columns"):
+    with pytest.raises(schema.SchemaError, match=r"row: expected columns .*, got \['sequence'\]"):
         schema.encode([{"sequence": "x"}], INFO)
 
 
@@ -125,12 +125,12 @@ def test_shards_are_listed_by_split(tmp_path):
     ]
     assert len(schema.list_shards(str(tmp_path))) == 3
     assert schema.list_shards(str(tmp_path / "absent")) == []
-    with pytest.raises(schema.SchemaError, match="'dev', expected one of train, val, test"):
+    with pytest.raises(schema.SchemaError, match="split: expected one of train, val, test, got 'dev'"):
         schema.list_shards(str(tmp_path), "dev")
 
 
 def test_other_versions_and_empty_folders_are_one_clear_line(tmp_path):
-    with pytest.raises(schema.SchemaError, match="no shards"):
+    with pytest.raises(schema.SchemaError, match=r"expected shards \(.*\), got none; run: sdan preprocess RAW "):
         schema.read_info(str(tmp_path))
-    with pytest.raises(schema.SchemaError, match="schema version none, expected 2"):
+    with pytest.raises(schema.SchemaError, match="expected schema version 2, got none"):
         schema.info_of(pa.schema([]), "x.parquet")

@@ -132,7 +132,7 @@ def test_dry_run_writes_nothing(folders):
 def test_other_options_are_refused_with_both_values(folders):
     run(folders)
     with pytest.raises(
-        PreprocessError, match=r"made with tile_px=24, this run asks for tile_px=32; use the same options"
+        PreprocessError, match=r"expected the options of its shards, tile_px=24, got tile_px=32; use the same options"
     ):
         run(folders, PreprocessOptions(tile_px=32, stride_px=16))
     with pytest.raises(PreprocessError, match=r"scale=4, .*scale=8, "):
@@ -143,15 +143,16 @@ def test_other_options_are_refused_with_both_values(folders):
     "wrong", [{"scale": 1}, {"scale": 4.0}, {"align": "sift"}, {"tile_px": 0}, {"stride_px": 97}, {"tile_px": True}]
 )
 def test_wrong_options_are_one_clear_line(wrong):
-    with pytest.raises(PreprocessError, match=f"^{next(iter(wrong))}={next(iter(wrong.values()))!r}, expected [^\n]+$"):
+    ((name, value),) = wrong.items()
+    with pytest.raises(PreprocessError, match=f"^{name}: expected [^\n]+, got {value!r}$"):
         PreprocessOptions(**wrong)
 
 
 def test_folders_that_hold_nothing(tmp_path):
-    with pytest.raises(PreprocessError, match="does not exist; expected folders like"):
+    with pytest.raises(PreprocessError, match=r"expected folders like 00001/00001.ARW .*, got no such folder"):
         run((tmp_path / "absent", tmp_path / "shards"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(PreprocessError, match="holds no zoom sequence; expected folders like"):
+    with pytest.raises(PreprocessError, match=r"expected folders like 00001/00001.ARW .*, got no zoom sequence"):
         run((tmp_path / "empty", tmp_path / "shards"))
     assert not (tmp_path / "shards").exists()
 
@@ -185,10 +186,11 @@ def test_what_cannot_be_used_is_quarantined_and_the_rest_goes_on(folders):
     assert report.written == 4 and report.pairs == 6
     assert "00005.dng: " in found.pop(("00001", PAIRS[0]))
     assert "00002.JPG: cannot be decoded" in found.pop(("00001", PAIRS[1]))
-    assert "no RAW file beside 00004.JPG" in found.pop(("00001", "00004"))
-    assert "only one frame" in found.pop(("00004", "-"))
-    assert "no focal length" in found.pop(("00005", "00001")) and "no focal length" in found.pop(("00005", "00002"))
-    assert "0 of 2 frames have a focal length" in found.pop(("00005", "-")) and not found
+    assert "expected a RAW file beside 00004.JPG, got none" in found.pop(("00001", "00004"))
+    assert "at least two frames of different focal lengths, got one" in found.pop(("00004", "-"))
+    for frame in ("00001", "00002"):
+        assert "expected EXIF FocalLength in JPG or RAW, got none" in found.pop(("00005", frame))
+    assert "expected a focal length in at least two frames, got 0 of 2" in found.pop(("00005", "-")) and not found
     notes = {path.name: json.loads(path.read_text()) for path in (out / "quarantine").iterdir()}
     assert {(note["sequence"], note["pair"]) for note in notes.values()} == set(reasons(report))
     assert notes[f"00001_{PAIRS[0]}.json"]["reason"] == reasons(report)["00001", PAIRS[0]]
@@ -245,7 +247,7 @@ def test_val_moves_a_sequence_and_stays(folders):
     later = run(folders, PreprocessOptions(tile_px=24, stride_px=16))  # does not repeat --val
     assert later.splits["val"] == 3
     unknown = run(folders, PreprocessOptions(tile_px=24, stride_px=16, val=("00099",)))
-    assert "--val 00099: no such sequence in RAW" in unknown.notes
+    assert "--val: expected a sequence in RAW, got 00099" in unknown.notes
 
 
 def test_the_layouts_own_split_is_honoured(folders):
@@ -256,7 +258,7 @@ def test_the_layouts_own_split_is_honoured(folders):
     report = run(folders, PreprocessOptions(tile_px=24, stride_px=16))
     assert report.splits == {"train": 3, "val": 0, "test": 3}
     shutil.copytree(raw / "test" / "00001", raw / "train" / "00001")
-    with pytest.raises(PreprocessError, match="sequence 00001 is in both test/00001 and train/00001"):
+    with pytest.raises(PreprocessError, match="expected one folder named 00001, got test/00001 and train/00001"):
         run(folders)
 
 
@@ -288,7 +290,7 @@ def test_workers_killed_from_outside_cost_one_pair_until_the_next_run(folders, m
         report = run(folders)
         assert (report.todo, report.written) == (todo, written)
         ((where, reason),) = reasons(report).items()
-        assert where == ("00001", PAIRS[1]) and "worker died each time" in reason
+        assert where == ("00001", PAIRS[1]) and "worker died in 3 attempts" in reason
     monkeypatch.undo()
     report = run(folders)
     assert (report.todo, report.written, report.quarantined) == (1, 1, [])
@@ -300,6 +302,6 @@ def test_workers_that_cannot_run_the_task_are_no_fault_of_the_pairs(folders, mon
         import preprocessing.not_installed  # noqa: F401
 
     monkeypatch.setattr(shards, "_task", not_installed)
-    with pytest.raises(PreprocessError, match=r"Ray's workers cannot run the tasks \(.*not_installed.*\)"):
+    with pytest.raises(PreprocessError, match=r"Ray workers cannot run the tasks \(.*not_installed.*\)"):
         run(folders)
     assert not list(folders[1].glob("quarantine/*"))

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 from known_scene import write_sequence
 
-from preprocessing.storage import _writer, open_folder, write_atomically
+from preprocessing.storage import open_folder, write_atomically, writer_id
 
 
 def test_put_replaces_and_leaves_nothing_aside(tmp_path):
@@ -108,9 +108,9 @@ def test_both_ends_of_a_file(tmp_path, size):
 
 
 def test_sweep_takes_only_what_dead_writers_left(tmp_path):
-    program = "from preprocessing.storage import _writer; print(_writer())"
+    program = "from preprocessing.storage import writer_id; print(writer_id())"
     gone = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
-    machine, process, _ = (mine := _writer()).split("~")
+    machine, process, _ = (mine := writer_id()).split("~")
     names = {
         f".x.parquet~{gone}": False,
         f".x.parquet~{mine}": True,

@@ -32,7 +32,7 @@ def frames(tmp_path_factory):
 
 def cut(image, lr, hr, **options):
     values = {"scale": SCALE, "tile_px": TILE_PX, "stride_px": 16, "ecc": False} | options
-    return tiles.cut(image, lr, hr, ZOOM, **values)
+    return tiles.cut_tiles(image, lr, hr, ZOOM, **values)
 
 
 def seen(row, factor, reduction=ZOOM):
@@ -130,7 +130,7 @@ def test_ecc_falls_back_and_says_so(frames):
 
 def test_a_tile_larger_than_the_shared_area_is_one_clear_line(frames):
     raws, lr, hr = frames
-    with pytest.raises(tiles.TileError, match=r"share 40x2[56] packed pixels, a tile has 64x64; use a smaller --tile"):
+    with pytest.raises(tiles.TileError, match=r"of at least 64x64 packed pixels, got 40x2[56]; use a smaller --tile"):
         cut(raws["RGGB"], lr, hr, tile_px=64)
 
 
@@ -146,7 +146,7 @@ def test_a_tile_larger_than_the_shared_area_is_one_clear_line(frames):
     ],
 )
 def test_tiles_cover_the_area_from_end_to_end(length, tile, stride, starts):
-    assert tiles.spread(length, tile, stride) == starts
+    assert tiles.tile_starts(length, tile, stride) == starts
 
 
 def test_damaged_jpgs_are_one_clear_line():

@@ -19,7 +19,7 @@ rawpy.imread = imread
 """
 
 
-def stand_in_path(folder: Path) -> str:
+def fake_decoder_path(folder: Path) -> str:
     """A PYTHONPATH under which every Python process decodes with the stand-in."""
     (folder / "path").mkdir()
     (folder / "path" / "sitecustomize.py").write_text(_STAND_IN)
