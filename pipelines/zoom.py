@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pipelines import config as configs
+import sdan
 from pipelines import registry
 from preprocessing.raw import decode
 from preprocessing.storage import write_atomically
-from sdan import checkpoint, inference, raw_input
+from sdan import raw_input
 from sdan.baselines import Network
 
 PICTURES = (".jpg", ".jpeg", ".png")
@@ -36,10 +36,10 @@ class ZoomError(ValueError):
 class Photo:
     """A photograph as the network's input, in sensor orientation."""
 
-    x: Tensor
-    """[C, h, w] in the model's input layout."""
+    raw: Tensor
+    """[4, h, w] packed RAW in [0, 1]; for a model with RGB input the rendering itself."""
     rendering: Tensor
-    """[3, H, W] in [0, 1]."""
+    """[3, 2h, 2w] sRGB in [0, 1]."""
     flip: int
     """LibRaw's code of the rotation that makes it upright."""
     from_raw: bool
@@ -58,14 +58,8 @@ def read_photo(path: Path, model_input: str) -> Photo:
     if model_input == "rgb":
         raise ZoomError(f"{path}: expected a JPG or PNG for a model with RGB input, got RAW; pass the camera's JPG")
     image = decode.load(path)
-    rendering = _to_tensor(image.rendering)
-    packed = raw_input.normalise(
-        torch.from_numpy(image.packed.astype(np.float32))[None],
-        torch.from_numpy(image.black_level)[None],
-        torch.tensor([image.white_level]),
-        torch.from_numpy(image.wb)[None],
-    )
-    return Photo(_layout(packed, model_input), rendering, image.flip, from_raw=True)
+    raw, rendering = raw_input.from_photo(image)
+    return Photo(raw, rendering, image.flip, from_raw=True)
 
 
 def _from_picture(path: Path, model_input: str) -> Photo:
@@ -74,19 +68,11 @@ def _from_picture(path: Path, model_input: str) -> Photo:
     if bgr is None:
         raise ZoomError(f"{path}: expected a readable JPG or PNG, got a damaged or empty file; export it again")
     rgb = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
-    rendering = _to_tensor(rgb)
+    rendering = torch.from_numpy(rgb).permute(2, 0, 1).float() / 255
     if model_input == "rgb":
         return Photo(rendering, rendering, 0, from_raw=False)
     even = rendering[..., : rgb.shape[0] // 2 * 2, : rgb.shape[1] // 2 * 2]
-    return Photo(_layout(raw_input.mosaic_from_srgb(even[None]), model_input), even, 0, from_raw=False)
-
-
-def _layout(packed: Tensor, model_input: str) -> Tensor:
-    return (packed if model_input == "packed" else raw_input.packed_to_mosaic(packed))[0]
-
-
-def _to_tensor(image_HW3: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(image_HW3)).permute(2, 0, 1).float() / 255
+    return Photo(raw_input.mosaic_from_srgb(even[None])[0], even, 0, from_raw=False)
 
 
 @dataclass(frozen=True)
@@ -94,20 +80,16 @@ class Zoomer:
     """A loaded model, to zoom any number of photographs."""
 
     model: Network
-    tile_px: int
-    """Side of a tile in pixels of the network's input: the training crop's."""
 
     @classmethod
     def load(cls, folder: Path) -> Zoomer:
         """Load a checkpoint folder onto the GPU, or the CPU if there is none."""
-        stored = checkpoint.load(folder)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(stored.model.to(device).eval(), configs.from_dict(stored.config).input_px)
+        return cls(sdan.load(folder))
 
     def zoom(self, photo: Photo, progress: Callable[[int, int], None] | None = None) -> np.ndarray:
         """The enlarged photograph, upright: float32 [s H, s W, 3] in [0, 1]."""
         try:
-            zoomed = inference.zoom(self.model, photo.x, photo.rendering, tile_px=self.tile_px, progress=progress)
+            zoomed = sdan.zoom(self.model, photo.raw, photo.rendering, progress=progress)
         except ValueError as error:
             raise ZoomError(str(error)) from error
         return decode.upright(zoomed.permute(1, 2, 0).cpu().numpy(), photo.flip)
