@@ -1,25 +1,21 @@
-"""Where a simulated frame looks: the lens, the hand that holds it, and the two planes of the scene.
+"""Draws the geometry and the exposure of a sequence's frames: hand motion, lens errors, light.
 
-Coordinates
-    pixel   (x, y) in the RAW's visible area, sensor orientation; pixel i covers [i, i + 1)
-    scene   (x, y) on one plane seen from the nominal camera, in pixels of a perfect 240 mm frame, (0, 0) on the axis
-The backward map (pixel -> scene) is closed form and is what the renderer samples; the forward map inverts it.
-
-    pixel -> principal point (jitter, drift with zoom) -> radial distortion -> rotation -> translation -> plane
+The presets set how much of each; `preprocessing.truth.frame` holds the result and its exact maps.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from preprocessing.truth.frame import FrameGeometry
+from preprocessing.truth.frame import Exposure, FrameGeometry
 
 FOCALS_MM = (240.0, 150.0, 100.0, 70.0, 50.0, 35.0, 24.0)
+"""Focal lengths of a sequence's frames, in their order."""
 
 
 @dataclass(frozen=True)
 class Preset:
-    """How badly a sequence is aligned; every field is one standard deviation per frame unless it says otherwise."""
+    """How much frames differ. Fields are standard deviations per frame unless their docstrings say otherwise."""
 
     rotation_rad: float
     """Pitch and yaw between frames."""
@@ -28,20 +24,20 @@ class Preset:
     principal_px: float
     """Jitter of the principal point, pixels of a 768 px wide frame."""
     drift_px: float
-    """Drift of the principal point over the whole zoom range, pixels of a 768 px wide frame."""
+    """Drift of the principal point over the whole zoom range, pixels of a 768 px wide frame; one draw per sequence."""
     focal_error: float
     """Relative error of the engraved focal length."""
     distortion: float
-    """1: the lens's own radial distortion, 0: none."""
+    """Factor on the lens's radial distortion: 1 is the real lens, 0 an ideal one."""
     exposure_ev: float
-    """The meter's scatter."""
+    """Scatter of the light meter."""
 
 
 # Misalignment of 4x pairs in HR pixels at 768 px wide, 5/50/95 %: tripod 0.8/2.8/6.5, default 2.4/9.6/24,
-# handheld 4.3/18/46 (tests/preprocessing/simulator/test_sequences.py). The motion is an angle: a frame twice as wide
-# moves by twice the pixels.
+# handheld 4.3/18/46 (tests/preprocessing/simulator/test_optics.py). Rotations are angles, so a frame twice as wide
+# moves by twice as many pixels.
 PRESETS = {
-    # The lens is ideal and nothing moves; photon and read noise, Bayer sampling and JPEG stay as in every preset.
+    # The lens is ideal and nothing moves. Photon and read noise, Bayer sampling and JPEG are as in the other presets.
     "perfect": Preset(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
     "tripod": Preset(0.00013, 0.0002, 0.3, 0.45, 0.9, 0.001, 1.0, 0.02),
     "default": Preset(0.0016, 0.0018, 2.0, 0.6, 1.5, 0.002, 1.0, 0.04),
@@ -50,7 +46,7 @@ PRESETS = {
 
 
 def distortion_k1(focal_mm: float) -> float:
-    """Barrel at the short end, pincushion at the long one, linear in log focal length (r in half diagonals)."""
+    """Radial coefficient (r in half diagonals), linear in log focal length: barrel at 24 mm, pincushion at 240 mm."""
     return float(np.interp(np.log(focal_mm), np.log([24.0, 240.0]), [-0.035, 0.012]))
 
 
@@ -61,13 +57,13 @@ def draw_geometries(
     jpg_size: tuple[int, int],
     raw_size: tuple[int, int],
 ) -> list[FrameGeometry]:
-    """Seven frames, the longest focal length first; sizes are (width, height) in pixels."""
+    """One geometry per focal length in FOCALS_MM; sizes are (width, height) in pixels."""
     depths = (float(rng.uniform(25_000, 60_000)), float(rng.uniform(5_000, 12_000)))
     per_768 = jpg_size[0] / 768
     drift = preset.drift_px * per_768 * rng.normal(size=2)
     frames = []
     for focal in FOCALS_MM:
-        # Always the same number of draws, so that a preset changes the size of a motion but not the scene behind it.
+        # Every preset makes the same draws, so that it changes the size of a motion but not its direction.
         pitch, yaw, roll, tx, ty, tz, jx, jy, zoom = rng.normal(size=9)
         along = np.log(focal / 24.0) / np.log(10.0)
         principal = preset.principal_px * per_768 * np.array([jx, jy]) + drift * along
@@ -90,3 +86,28 @@ def draw_geometries(
             )
         )
     return frames
+
+
+def draw_exposures(rng: np.random.Generator, preset: Preset) -> list[Exposure]:
+    """One exposure per focal length in FOCALS_MM: the same light and settings, with the light meter's scatter."""
+    iso = int(rng.choice([100, 200, 400, 800]))
+    red, blue = rng.uniform(1.7, 2.4), rng.uniform(1.35, 1.9)
+    gain, f_number = rng.uniform(0.72, 0.92), float(rng.choice([5.6, 6.3, 7.1, 8.0]))
+    shutter = float(rng.choice([60, 100, 160, 250]))
+    exposures = []
+    for focal in FOCALS_MM:
+        scatter, psf, falloff = rng.normal(), rng.uniform(0.5, 0.75), rng.uniform(0.85, 1.15)
+        step = 2.0 ** (preset.exposure_ev * float(scatter))
+        exposures.append(
+            Exposure(
+                iso=iso,
+                exposure_s=1.0 / round(shutter / step),
+                f_number=f_number,
+                gain=float(gain) * step,
+                # ARW stores gains as multiples of 1/1024.
+                wb=(round(1024 * float(red)) / 1024, 1.0, round(1024 * float(blue)) / 1024),
+                psf_px=float(psf),
+                vignetting=float(falloff) * float(np.interp(focal, [24, 70, 240], [0.32, 0.16, 0.24])),
+            )
+        )
+    return exposures

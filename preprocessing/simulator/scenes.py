@@ -1,9 +1,9 @@
-"""The scenes that the simulated camera looks at: two planes of nested canvases, finest in the centre.
+"""Scenes for the simulated camera: two planes, far and near, of nested canvases, finest in the centre.
 
-At 24 mm a frame takes in ten times what it does at 240 mm, so one canvas at native density would need a hundred frames'
-pixels. Four canvases do instead, each about two frames wide, half as dense as the one inside it: what the 240 mm frame
-sees at 1.5 canvas pixels per frame pixel, then 150-100 mm, 70-50 mm, 35-24 mm. The centre of each is the finer one at
-half its density (in linear light, alias-free), so that all of them show one and the same scene.
+A 24 mm frame is ten times as wide as a 240 mm frame, so a single canvas at full density would need the pixels of a
+hundred frames. Four canvases replace it, for 240 mm, 150-100 mm, 70-50 mm and 35-24 mm. The finest has 1.5 pixels per
+pixel of the 240 mm frame; each of the others has half the density of the one inside it. The centre of each is the
+finer canvas at half density (in linear light, alias-free), so that all show the same scene.
 """
 
 from collections.abc import Sequence
@@ -17,33 +17,33 @@ import numpy.typing as npt
 from preprocessing.colour import SRGB_BYTE_TO_LINEAR, linear_to_srgb_bytes
 from preprocessing.registration.affine import LANCZOS_LOBES
 from preprocessing.simulator.scenery import light, near, photographs, subjects
-from preprocessing.simulator.scenery.painter import Box, Canvas, Plan
+from preprocessing.simulator.scenery.canvas import FINEST_DENSITY, NUM_LEVELS, Box, Canvas
+from preprocessing.simulator.scenery.drawing import Drawing
 
-FINEST_DENSITY = 1.5
-NUM_LEVELS = 4
 BAND_ROWS = 256
 
 _REACH = 2 * LANCZOS_LOBES
 _TAPS = (np.arange(-_REACH, _REACH) + 0.5) / 2
 _HALVING = np.asarray(np.sinc(_TAPS) * np.sinc(_TAPS / LANCZOS_LOBES), np.float32)
 _HALVING /= _HALVING.sum()
-"""Lanczos' kernel at half density. An average of 2x2 would let detail through that the coarser canvas cannot hold, as
-moire of its own that no lens makes: at 35 mm it moved edges by up to 0.1 px of the frame."""
+"""Lanczos' kernel at half density. A 2x2 average would alias detail above the coarser canvas's resolution to moire that
+no lens makes: at 35 mm it moved edges by up to 0.1 px of the frame."""
 
 _RGBA_TO_LINEAR = np.stack([SRGB_BYTE_TO_LINEAR] * 3 + [(np.arange(256) / 255).astype(np.float32)], axis=-1)[None]
 
 
 @dataclass
 class Scene:
-    """What stands before the camera: canvases finest first; near ones have alpha and may be absent."""
+    """A scene's canvases, finest first."""
 
     far: list[Canvas]
     near: list[Canvas]
+    """With alpha; empty if the scene has no near plane."""
     subject: str
 
 
 def level_of(focal_mm: float) -> int:
-    """The canvas that serves a focal length: 240 | 150, 100 | 70, 50 | 35, 24 mm."""
+    """Number of the canvas for a focal length: 240 | 150, 100 | 70, 50 | 35, 24 mm."""
     return sum(focal_mm < limit for limit in (200, 85, 42))
 
 
@@ -58,29 +58,28 @@ def build_scene(
 ) -> Scene:
     """Draw a scene.
 
-    boxes        what each of the NUM_LEVELS canvases must cover, scene units, finest first
-    frame_width  width of a 240 mm frame in scene units: the size of things follows it
-    subject      one of `subjects.SUBJECTS`; None lets the random generator choose
-    photos       photographs to hang instead of a procedural subject, starting with number `first_photo`
+    boxes        area that each of the NUM_LEVELS canvases must cover, scene units, finest first
+    frame_width  width of a 240 mm frame in scene units; sizes of objects are proportional to it
+    subject      one of `subjects.SUBJECTS`; None: a random one
+    photos       photographs to show instead of a procedural subject, starting with number `first_photo`
     """
     unit = frame_width / 1536
-    nested = _nest(boxes)
+    nested = _nested_boxes(boxes)
     names = list(subjects.SUBJECTS)
     chosen = names[int(rng.integers(len(names)))] if subject is None else subject
-    plan = Plan()
+    drawing = Drawing()
     if photos:
         chosen = "photographs"
-        photographs.plan_gallery(plan, nested, photos, first_photo, unit)
+        photographs.draw_gallery(drawing, nested, photos, first_photo, unit)
     else:
-        subjects.SUBJECTS[chosen](plan, rng, nested[-1], unit)
-    light.plan_light(plan, rng, nested[-1])
-    colour_plan, mask_plan = near.plan_near(rng, nested[-1], unit)
-    far_canvases = _draw(plan, nested, grey=128)
-    return Scene(far_canvases, _draw_near(colour_plan, mask_plan, nested), chosen)
+        subjects.SUBJECTS[chosen](drawing, rng, nested[-1], unit)
+    light.draw_light(drawing, rng, nested[-1])
+    colour_drawing, mask_drawing = near.draw_near(rng, nested[-1], unit)
+    return Scene(_far_canvases(drawing, nested), _near_canvases(colour_drawing, mask_drawing, nested), chosen)
 
 
-def _nest(boxes: Sequence[Box]) -> list[Box]:
-    """Snap each box outward to the coarsest canvas's pixel grid, and let it hold the finer ones and a pixel more."""
+def _nested_boxes(boxes: Sequence[Box]) -> list[Box]:
+    """Grow each box to the coarsest canvas's pixel grid and to at least a pixel around the finer boxes."""
     step = 2 ** (NUM_LEVELS - 1) / FINEST_DENSITY
     nested: list[Box] = []
     for left, top, right, bottom in boxes:
@@ -98,34 +97,35 @@ def _blank(box: Box, level: int, grey: int) -> Canvas:
     density = FINEST_DENSITY / 2**level
     left, top, right, bottom = box
     shape = (round((bottom - top) * density), round((right - left) * density), 3)
-    # A black canvas costs nothing until it is drawn on.
+    # np.zeros allocates no memory until it is written.
     pixels = np.full(shape, grey, np.uint8) if grey else np.zeros(shape, np.uint8)
     return Canvas(pixels, left, top, density, level)
 
 
-def _draw(plan: Plan, boxes: Sequence[Box], grey: int) -> list[Canvas]:
+def _far_canvases(drawing: Drawing, boxes: Sequence[Box]) -> list[Canvas]:
     canvases: list[Canvas] = []
     for level, box in enumerate(boxes):
-        canvas = _blank(box, level, grey)
+        canvas = _blank(box, level, grey=128)
         finer = canvases[-1] if canvases else None
-        plan.play(canvas, finer.box if finer else None)
+        drawing.render(canvas, finer.box if finer else None)
         if finer:
-            _lay_in(finer, canvas)
+            _insert_finer(finer, canvas)
         canvases.append(canvas)
     return canvases
 
 
-def _draw_near(colour_plan: Plan, mask_plan: Plan, boxes: Sequence[Box]) -> list[Canvas]:
-    """Colour and coverage are drawn apart (coverage as white on black) and stored premultiplied, in linear light."""
-    if not mask_plan.orders:
+def _near_canvases(colour_drawing: Drawing, mask_drawing: Drawing, boxes: Sequence[Box]) -> list[Canvas]:
+    """Draw colour and coverage (white on black) separately; store the colour premultiplied in linear light."""
+    if not mask_drawing.commands:
         return []
-    near: list[Canvas] = []
+    canvases: list[Canvas] = []
     for level, box in enumerate(boxes):
-        inner = near[-1].box if near else None
-        # The colour's ground is a middle grey, so that antialiased edges do not get a dark rim.
+        finer = canvases[-1] if canvases else None
+        inner = finer.box if finer else None
+        # The colour's background is grey, so that antialiased edges do not become dark.
         colour, mask = _blank(box, level, grey=70), _blank(box, level, grey=0)
-        colour_plan.play(colour, inner)
-        mask_plan.play(mask, inner)
+        colour_drawing.render(colour, inner)
+        mask_drawing.render(mask, inner)
         pixels = np.zeros((*mask.pixels.shape[:2], 4), np.uint8)
         for start in range(0, len(pixels), BAND_ROWS):
             rows = slice(start, start + BAND_ROWS)
@@ -137,14 +137,14 @@ def _draw_near(colour_plan: Plan, mask_plan: Plan, boxes: Sequence[Box]) -> list
                 pixels[part][..., :3] = linear_to_srgb_bytes(premultiplied)
                 pixels[part][..., 3:] = alpha
         canvas = Canvas(pixels, colour.x0, colour.y0, colour.density, level)
-        if near:
-            _lay_in(near[-1], canvas)
-        near.append(canvas)
-    return near
+        if finer:
+            _insert_finer(finer, canvas)
+        canvases.append(canvas)
+    return canvases
 
 
-def _lay_in(finer: Canvas, canvas: Canvas) -> None:
-    """Replace a canvas's centre by the finer canvas, halved, of light and of coverage."""
+def _insert_finer(finer: Canvas, canvas: Canvas) -> None:
+    """Replace a canvas's centre by the finer canvas at half density: linear light, and coverage if any."""
     row = round((finer.y0 - canvas.y0) * canvas.density)
     column = round((finer.x0 - canvas.x0) * canvas.density)
     height, width = finer.pixels.shape[0] // 2, finer.pixels.shape[1] // 2
@@ -163,14 +163,14 @@ def _lay_in(finer: Canvas, canvas: Canvas) -> None:
 
 
 def halved(light_HWC: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Half as dense, within [0, 1], without moire; height and width are even."""
+    """Linear light [H, W, C] -> [H/2, W/2, C], clipped to [0, 1], alias-free; H and W are even."""
     anchor = (_REACH - 1, _REACH - 1)
     smooth = cv2.sepFilter2D(light_HWC, cv2.CV_32F, _HALVING, _HALVING, anchor=anchor, borderType=cv2.BORDER_REFLECT)
     return np.asarray(np.clip(smooth[::2, ::2], 0, 1), np.float32)
 
 
 def to_linear(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """sRGB bytes [H, W, 3 or 4] -> linear light [0, 1]; a fourth channel is coverage and keeps its proportion."""
+    """sRGB bytes [H, W, 3 or 4] -> linear light [0, 1]; a fourth channel is coverage, which stays linear."""
     if pixels.shape[2] == 3:
         return np.asarray(cv2.LUT(pixels, SRGB_BYTE_TO_LINEAR), np.float32)
     return np.asarray(cv2.LUT(pixels, _RGBA_TO_LINEAR), np.float32)

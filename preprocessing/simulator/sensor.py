@@ -1,10 +1,11 @@
-"""From the scene to what the sensor counts and what the camera's JPG shows.
+"""Renders a scene to the sensor's RAW mosaic, the camera's JPG and the ideal picture.
 
     scene --geometry, blur--> linear sRGB at each pixel --vignetting, camera matrix, exposure--> light per Bayer site
           --Poisson and read noise, levels--> RAW mosaic
           --demosaic, tone curve, chroma smoothing, sharpening--> camera JPG
 
-The ideal picture takes the first step on a finer grid, then only the JPG's tone curve: no noise, mosaic or sharpening.
+The ideal picture is rendered on a finer grid and gets only exposure, vignetting and the JPG's tone curve: no noise,
+mosaic or sharpening.
 """
 
 import io
@@ -18,18 +19,19 @@ from PIL import Image, TiffImagePlugin
 
 from preprocessing.colour import ILCE_7SM2_XYZ_TO_CAMERA, linear_to_srgb, srgb_to_camera
 from preprocessing.raw.dng import Mosaic
-from preprocessing.simulator.scenery.painter import Canvas
+from preprocessing.simulator.scenery.canvas import Canvas
 from preprocessing.simulator.scenes import Scene, to_linear
-from preprocessing.truth.frame import FAR, NEAR, Exposure, FrameGeometry
+from preprocessing.truth.frame import FAR, NEAR, Exposure, FrameGeometry, Window
 
 Picture = npt.NDArray[np.float32]
 
 RGB_TO_CAMERA = srgb_to_camera(ILCE_7SM2_XYZ_TO_CAMERA).astype(np.float32)
 CAMERA_TO_RGB = np.linalg.inv(RGB_TO_CAMERA.astype(np.float64)).astype(np.float32)
 
-# A pixel integrates over its area; a Gaussian of the same variance (1/12) joins the lens's, so that one blur does both.
+# A pixel integrates over its area. A Gaussian of the same variance (1/12) approximates this, so that one blur covers
+# pixel and lens.
 PIXEL_VARIANCE = 1.0 / 12.0
-# Point spread of the ideal picture's fine grid, fine pixels: with the pixel's area 0.58, as much as is alias-free.
+# Point spread of the ideal picture, fine pixels. With the pixel's area this is 0.58, the sharpest without aliasing.
 IDEAL_PSF_PX = 0.5
 
 BAND_ROWS = 128
@@ -45,12 +47,13 @@ def render_linear(
     *,
     psf_px: float,
     scale: int = 1,
-    window: tuple[int, int, int, int] | None = None,
+    window: Window | None = None,
 ) -> Iterator[tuple[int, Picture]]:
-    """Yield (first row, linear sRGB [rows, W, 3], about [0, 1]) in bands, so that memory stays bounded at any width.
+    """Yield (first row, linear sRGB [rows, W, 3], about [0, 1]) in bands, to bound the memory.
 
-    scale   fine pixels per RAW pixel
-    window  (top, left, height, width) in RAW pixels; None is the whole visible area
+    psf_px  standard deviation of the point spread, fine pixels
+    scale   fine pixels per RAW pixel, along each axis
+    window  part to render; None: the whole visible area
     """
     top, left, height, width = window or (0, 0, geometry.raw_height, geometry.raw_width)
     sigma_units = float(np.hypot(psf_px, PIXEL_VARIANCE**0.5)) / (scale * geometry.magnification)
@@ -73,11 +76,12 @@ def render_linear(
 def _sample(
     levels: list[Canvas], at: npt.NDArray[np.floating[Any]], density: float, sigma_units: float
 ) -> Picture | None:
-    """Blur the coarsest sufficient level and sample it at scene coordinates: linear light, premultiplied alpha.
+    """Sample a plane at scene coordinates `at` [H, W, 2]: linear light, [H, W, 3], or [H, W, 4] with alpha.
 
-    None where a near plane has nothing to show.
+    The coarsest canvas that covers the area with 1.15 times the `density` (samples per scene unit) is blurred and
+    sampled. None if the plane is transparent there.
     """
-    # The map is smooth and the band convex: its extremes lie on its border.
+    # The map is smooth and the band convex, so the extremes are on the border.
     border = np.concatenate([at[0], at[-1], at[:, 0], at[:, -1]])
     (x0, y0), (x1, y1) = border.min(axis=0).tolist(), border.max(axis=0).tolist()
     covering = [level for level in levels if level.covers(x0, y0, x1, y1)] or levels[-1:]
@@ -95,7 +99,7 @@ def _sample(
         return None
     kernel = (2 * reach + 1, 2 * reach + 1)
     light = cv2.GaussianBlur(to_linear(part), kernel, sigma, borderType=cv2.BORDER_REPLICATE)
-    # Half-pixel centres: canvas pixel i covers [i, i + 1) / density, OpenCV's coordinate i is its centre.
+    # Canvas pixel i covers [i, i + 1) / density; OpenCV's coordinate i is its centre.
     offset = np.array([canvas.x0 * canvas.density + 0.5 + col0, canvas.y0 * canvas.density + 0.5 + row0])
     grid = _unbiased(np.asarray(at * canvas.density - offset, np.float32))
     sampled = cv2.remap(light, grid, np.empty(0), cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
@@ -103,10 +107,10 @@ def _sample(
 
 
 def _unbiased(grid: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Coordinates at which OpenCV's bicubic kernel (a = -0.75) finds what lies at `grid`.
+    """Coordinates to pass to OpenCV's bicubic remap (a = -0.75) to sample at `grid`.
 
-    That kernel does not reproduce a ramp: at the fraction f it reads f + f (1 - f) (1 - 2 f) / 2, up to 0.05 px off.
-    One Newton step takes the error below 0.003 px.
+    Its kernel does not reproduce a ramp: at the fraction f it reads f + f (1 - f) (1 - 2 f) / 2, up to 0.05 px off.
+    One Newton step reduces the error below 0.003 px.
     """
     whole = np.floor(grid)
     part = grid - whole
@@ -118,12 +122,16 @@ def _unbiased(grid: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 def _light(
     band: Picture, first: int, geometry: FrameGeometry, exposure: Exposure, scale: int = 1, left: int = 0
 ) -> Picture:
-    """Apply exposure and vignetting in place; rows from `first` (in fine pixels of the visible area)."""
+    """Apply exposure and vignetting in place.
+
+    first   the band's first row, fine pixels of the visible area
+    left    the band's first column, RAW pixels
+    """
     half = 0.25 * (geometry.jpg_width**2 + geometry.jpg_height**2)
     y = (np.arange(first, first + band.shape[0], dtype=np.float32) + 0.5) / scale - geometry.raw_height / 2
     x = (np.arange(left * scale, left * scale + band.shape[1], dtype=np.float32) + 0.5) / scale - geometry.raw_width / 2
     falloff = 1.0 - exposure.vignetting * ((y * y)[:, None] + (x * x)[None]) / half
-    np.maximum(band, 0, out=band)  # the cubic kernel rings below zero beside black edges
+    np.maximum(band, 0, out=band)  # the cubic kernel undershoots next to black edges
     band *= (exposure.gain * falloff)[..., None].astype(np.float32)
     return band
 
@@ -159,7 +167,7 @@ _TONE_TABLE = (255.0 * tone_curve(np.arange(65536) / 65535.0)).astype(np.float32
 
 
 def camera_picture(mosaic_HW: Mosaic, geometry: FrameGeometry, exposure: Exposure) -> npt.NDArray[np.uint8]:
-    """The camera's own rendering uint8 [jpg_height, jpg_width, 3]: demosaiced, toned, chroma smoothed, sharpened."""
+    """The camera's rendering, uint8 [jpg_height, jpg_width, 3]: demosaicing, tone, chroma smoothing, sharpening."""
     gains = np.ones((2, 2), np.float32)
     gains[0, 0], gains[1, 1] = exposure.wb[0], exposure.wb[2]
     gains *= 65535.0 / (WHITE_LEVEL - BLACK_LEVEL)
@@ -167,7 +175,7 @@ def camera_picture(mosaic_HW: Mosaic, geometry: FrameGeometry, exposure: Exposur
     counts = np.maximum(mosaic_HW, BLACK_LEVEL) - np.uint16(BLACK_LEVEL)
     balanced = counts.reshape(height // 2, 2, width // 2, 2) * gains[None, :, None, :]
     balanced16 = np.minimum(balanced, 65535).astype(np.uint16).reshape(height, width)
-    # OpenCV names a pattern by its second row, second column on: RGGB is its BayerBG.
+    # OpenCV names a Bayer pattern by the second and third pixel of its second row: RGGB is BayerBG.
     camera = cv2.cvtColor(balanced16, cv2.COLOR_BayerBG2RGB_EA)
     left, top = (int(side) for side in geometry.jpg_origin)
     camera = camera[top : top + geometry.jpg_height, left : left + geometry.jpg_width]
@@ -181,12 +189,9 @@ def camera_picture(mosaic_HW: Mosaic, geometry: FrameGeometry, exposure: Exposur
 
 
 def ideal_picture(
-    scene: Scene, geometry: FrameGeometry, exposure: Exposure, scale: int, window: tuple[int, int, int, int]
+    scene: Scene, geometry: FrameGeometry, exposure: Exposure, scale: int, window: Window
 ) -> npt.NDArray[np.uint8]:
-    """The scene in this frame's view and JPG tone at `scale` times its density, uint8 [scale h, scale w, 3].
-
-    window  (top, left, height, width) in RAW pixels of the visible area
-    """
+    """The scene in this frame's geometry and JPG tone at `scale` times its density, uint8 [scale h, scale w, 3]."""
     top, left, height, width = window
     picture = np.empty((height * scale, width * scale, 3), np.uint8)
     for first, band in render_linear(scene, geometry, psf_px=IDEAL_PSF_PX, scale=scale, window=window):
@@ -217,7 +222,7 @@ def _fraction(value: float) -> tuple[int, int]:
 
 
 def near_coverage(scene: Scene, geometry: FrameGeometry, shrink: int) -> Picture:
-    """How much of each block of shrink x shrink JPG pixels the near plane covers, [ceil(h/shrink), ceil(w/shrink)]."""
+    """The near plane's coverage of each block of shrink x shrink JPG px: [ceil(h/shrink), ceil(w/shrink)], 0 to 1."""
     rows, columns = -(-geometry.jpg_height // shrink), -(-geometry.jpg_width // shrink)
     left, top = geometry.jpg_origin
     x = (np.arange(columns, dtype=np.float32) + 0.5) * shrink + np.float32(left)

@@ -1,12 +1,10 @@
-"""Simulated zoom sequences in SR-RAW's layout, with the truth beside them.
+"""Simulates zoom sequences in SR-RAW's layout and writes the truth beside them.
 
-    OUT/00001/00001.dng 00001.JPG ... 00007.dng 00007.JPG     240, 150, 100, 70, 50, 35, 24 mm; the longest first
-    OUT/00001/truth/geometry.json                             parameters, every frame's exact geometry and exposure
-    OUT/00001/truth/00005_4x.png                              the ideal picture in a short frame's view
-    OUT/00001/truth/00001_near.png                            which parts of a frame show the near plane
+    OUT/00001/00001.dng 00001.JPG ... 00007.dng 00007.JPG     240, 150, 100, 70, 50, 35, 24 mm
+    OUT/00001/truth/                                          see preprocessing.truth.reader
 
-Sequence i of a seed is the same, bit for bit, whatever else is simulated with it. A sequence is written as
-NNNNN.partial and renamed when complete; one that is there with the same parameters is kept.
+Seed and index determine a sequence bit for bit, independent of the number of sequences. A sequence is written as
+NNNNN.partial and renamed when complete. A complete sequence with the same parameters is kept.
 """
 
 import json
@@ -20,13 +18,15 @@ from typing import Any
 import cv2
 import numpy as np
 
+from preprocessing.frames import TRUTH_FOLDER
 from preprocessing.raw import dng
 from preprocessing.simulator import sensor, truth_files
-from preprocessing.simulator.optics import FOCALS_MM, PRESETS, Preset, draw_geometries
-from preprocessing.simulator.scenery.painter import Box
+from preprocessing.simulator.optics import FOCALS_MM, PRESETS, draw_exposures, draw_geometries
+from preprocessing.simulator.scenery.canvas import Box
 from preprocessing.simulator.scenery.photographs import find_photographs, fingerprint
 from preprocessing.simulator.scenes import NUM_LEVELS, Scene, build_scene, level_of
-from preprocessing.truth.frame import FAR, NEAR, Exposure, FrameGeometry
+from preprocessing.truth.frame import FAR, NEAR, Exposure, FrameGeometry, Window
+from preprocessing.truth.reader import GEOMETRY_FILE
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,12 +38,12 @@ CAMERAS = {"dng": ("SDAN", "Simulated"), "arw": ("SONY", "ILCE-7SM2")}
 
 
 class SimulateError(ValueError):
-    """A wrong input to the simulator, in one line."""
+    """A wrong input to the simulator; the message is one line."""
 
 
 @dataclass(frozen=True)
 class _Job:
-    """Everything that one sequence depends on."""
+    """All parameters that determine a sequence; stored with it."""
 
     seed: int
     index: int
@@ -68,14 +68,15 @@ def simulate(
 ) -> list[Path]:
     """Write `sequences` zoom sequences below `out` and return their folders.
 
-    scenes      a folder of photographs (JPG, PNG) to build the scenes from; None draws procedural ones
-    width_px    width of the camera JPG, even; the height is two thirds (2832 at 4240, as the ILCE-7SM2). The RAW is as
-                large, or 16 in 4240 px larger for raw_format "arw", as that camera's
-    preset      "perfect" (an ideal lens on a rock: nothing moves, no distortion, exact focal lengths, even exposure;
-                noise, Bayer sampling and JPEG as ever), "tripod", "default" or "handheld"
-    progress    called with (sequences done, sequences in all)
-    Raises SimulateError for a wrong value, an empty scenes folder, an `out` that cannot be written or that holds
-    something else under a sequence's name.
+    scenes      folder of photographs (JPG, PNG) to build the scenes from; None: procedural scenes
+    width_px    width of the camera JPG, even; the height is two thirds of it (2832 at 4240, like the ILCE-7SM2). The
+                RAW has the same size; with raw_format "arw" it is larger by 16 px at 4240, like that camera's
+    preset      "tripod", "default", "handheld", or "perfect": no motion, no distortion, exact focal lengths, constant
+                exposure, with noise, Bayer sampling and JPEG as in the others
+    raw_format  "dng" or "arw"
+    progress    called with (number of finished sequences, number of all)
+    Raises SimulateError for a wrong value, a scenes folder without readable photographs, and an `out` that cannot be
+    written or in which a sequence's name is already in use.
     """
     out = Path(out)
     _check(sequences, width_px, preset, raw_format, seed)
@@ -84,7 +85,9 @@ def simulate(
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SimulateError(f"{out}: cannot be written ({error.strerror}); choose another output folder") from error
+        raise SimulateError(
+            f"{out}: expected a writable folder, got {error.strerror!r}; choose another output folder"
+        ) from error
     folders = []
     for index in range(1, sequences + 1):
         job = _Job(seed, index, width_px, preset, raw_format, marks)
@@ -94,7 +97,7 @@ def simulate(
                 _write_sequence(folder, job, photos)
             except OSError as error:
                 raise SimulateError(
-                    f"{folder}: cannot be written ({error.strerror}); check space and rights"
+                    f"{folder}: expected a writable folder, got {error.strerror!r}; check free space and permissions"
                 ) from error
         folders.append(folder)
         if progress:
@@ -113,15 +116,15 @@ def frame_size(width_px: int, raw_format: str) -> tuple[tuple[int, int], tuple[i
 
 def _check(sequences: int, width_px: int, preset: str, raw_format: str, seed: int) -> None:
     if preset not in PRESETS:
-        raise SimulateError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
+        raise SimulateError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
     if raw_format not in RAW_FORMATS:
-        raise SimulateError(f"RAW format {raw_format!r}: expected one of {', '.join(RAW_FORMATS)}")
+        raise SimulateError(f"RAW format: expected one of {', '.join(RAW_FORMATS)}, got {raw_format!r}")
     if width_px % 2 or not MIN_WIDTH_PX <= width_px <= MAX_WIDTH_PX:
-        raise SimulateError(f"width {width_px} px: expected an even number from {MIN_WIDTH_PX} to {MAX_WIDTH_PX}")
+        raise SimulateError(f"width: expected an even number from {MIN_WIDTH_PX} to {MAX_WIDTH_PX}, got {width_px} px")
     if sequences < 1:
-        raise SimulateError(f"sequences {sequences}: expected at least 1")
+        raise SimulateError(f"sequences: expected at least 1, got {sequences}")
     if seed < 0:
-        raise SimulateError(f"seed {seed}: expected 0 or more")
+        raise SimulateError(f"seed: expected 0 or more, got {seed}")
 
 
 def _photographs(scenes: Path | str | None) -> list[Path]:
@@ -129,13 +132,13 @@ def _photographs(scenes: Path | str | None) -> list[Path]:
         return []
     folder = Path(scenes)
     if not folder.is_dir():
-        raise SimulateError(f"{folder}: expected a folder of photographs (JPG or PNG), found none of that name")
+        raise SimulateError(f"{folder}: expected a folder of photographs (JPG or PNG), got no such folder")
     readable, unreadable = find_photographs(folder)
     if not readable:
-        bad = f" ({unreadable} unreadable)" if unreadable else ""
-        raise SimulateError(f"{folder}: no readable JPG or PNG photograph in it{bad}; add some or leave --scenes out")
+        found = f"{unreadable} unreadable ones" if unreadable else "none"
+        raise SimulateError(f"{folder}: expected JPG or PNG photographs, got {found}; add some or omit --scenes")
     if unreadable:
-        _LOG.warning("%s: %d unreadable photographs left out, %d used", folder, unreadable, len(readable))
+        _LOG.warning("%s: skipped %d unreadable photographs, using %d", folder, unreadable, len(readable))
     return readable
 
 
@@ -143,16 +146,19 @@ def _is_done(folder: Path, job: _Job) -> bool:
     if not folder.exists():
         return False
     try:
-        stored = json.loads((folder / "truth" / "geometry.json").read_text())["job"]
+        stored = json.loads((folder / TRUTH_FOLDER / GEOMETRY_FILE).read_text())["job"]
     except (OSError, ValueError, KeyError):
-        raise SimulateError(f"{folder}: exists and was not simulated; choose another output folder") from None
+        raise SimulateError(
+            f"{folder}: expected a simulated sequence, got other files; choose another output folder"
+        ) from None
     wanted = json.loads(json.dumps(asdict(job)))
     if stored == wanted:
         return True
     changed = [key for key in wanted if stored.get(key) != wanted[key] and key != "photos"]
-    differing = ", ".join(f"{key} {stored.get(key)!r}" for key in changed)
+    expected = ", ".join(f"{key} {wanted[key]!r}" for key in changed) or "these photographs"
+    found = ", ".join(f"{key} {stored.get(key)!r}" for key in changed) or "other photographs"
     raise SimulateError(
-        f"{folder}: was simulated with {differing or 'other photographs'}; remove it or choose another folder"
+        f"{folder}: expected a sequence with {expected}, got {found}; remove it or choose another output folder"
     )
 
 
@@ -160,8 +166,8 @@ def _write_sequence(folder: Path, job: _Job, photos: Sequence[Path]) -> None:
     partial = folder.with_name(folder.name + ".partial")
     if partial.exists():
         shutil.rmtree(partial)
-    (partial / "truth").mkdir(parents=True)
-    cv2.setNumThreads(1)  # the same sums in the same order on every machine, and Ray's tasks share cores
+    (partial / TRUTH_FOLDER).mkdir(parents=True)
+    cv2.setNumThreads(1)  # sums in the same order on every machine; Ray's tasks share the cores
     scene_rng, motion_rng, camera_rng, *noise_rngs = np.random.default_rng([job.seed, job.index]).spawn(
         3 + len(FOCALS_MM)
     )
@@ -174,7 +180,7 @@ def _write_sequence(folder: Path, job: _Job, photos: Sequence[Path]) -> None:
     )
     for number, (frame, exposure) in enumerate(zip(frames, exposures, strict=True)):
         _write_frame(partial, f"{number + 1:05d}", job, scene, frame, exposure, noise_rngs[number])
-    truth_files.write(partial / "truth", asdict(job), scene, frames, exposures, ideals)
+    truth_files.write(partial / TRUTH_FOLDER, asdict(job), scene, frames, exposures, ideals)
     partial.rename(folder)
 
 
@@ -209,33 +215,8 @@ def _write_frame(
         dng.write_dng(path, mosaic, white_level=sensor.WHITE_LEVEL, **common)
 
 
-def draw_exposures(rng: np.random.Generator, preset: Preset) -> list[Exposure]:
-    """One light for the sequence, the meter's scatter from frame to frame."""
-    iso = int(rng.choice([100, 200, 400, 800]))
-    red, blue = rng.uniform(1.7, 2.4), rng.uniform(1.35, 1.9)
-    gain, f_number = rng.uniform(0.72, 0.92), float(rng.choice([5.6, 6.3, 7.1, 8.0]))
-    shutter = float(rng.choice([60, 100, 160, 250]))
-    exposures = []
-    for focal in FOCALS_MM:
-        scatter, psf, falloff = rng.normal(), rng.uniform(0.5, 0.75), rng.uniform(0.85, 1.15)
-        step = 2.0 ** (preset.exposure_ev * float(scatter))
-        exposures.append(
-            Exposure(
-                iso=iso,
-                exposure_s=1.0 / round(shutter / step),
-                f_number=f_number,
-                gain=float(gain) * step,
-                # ARW stores gains in 1/1024.
-                wb=(round(1024 * float(red)) / 1024, 1.0, round(1024 * float(blue)) / 1024),
-                psf_px=float(psf),
-                vignetting=float(falloff) * float(np.interp(focal, [24, 70, 240], [0.32, 0.16, 0.24])),
-            )
-        )
-    return exposures
-
-
 def _views(frames: Sequence[FrameGeometry], ideals: Sequence[truth_files.Ideal]) -> list[Box]:
-    """What each canvas must cover: all frames and ideal pictures that are rendered from it, on both planes."""
+    """The area that each canvas must cover: all frames and ideal pictures rendered from it, on both planes."""
     corners: list[list[np.ndarray]] = [[] for _ in range(NUM_LEVELS)]
     for frame in frames:
         window = (0, 0, frame.raw_height, frame.raw_width)
@@ -246,15 +227,15 @@ def _views(frames: Sequence[FrameGeometry], ideals: Sequence[truth_files.Ideal])
     boxes: list[Box] = []
     for level, points in enumerate(corners):
         table = np.concatenate(points)
-        # The blur and the cubic kernel reach a few canvas pixels over the edge.
+        # The blur and the cubic kernel read a few canvas pixels beyond the edge.
         margin = 12.0 * 2**level
         (x0, y0), (x1, y1) = table.min(axis=0) - margin, table.max(axis=0) + margin
         boxes.append((float(x0), float(y0), float(x1), float(y1)))
     return boxes
 
 
-def _outline(frame: FrameGeometry, window: tuple[int, int, int, int]) -> list[np.ndarray]:
-    """Scene coordinates of points round a window (top, left, height, width), on both planes."""
+def _outline(frame: FrameGeometry, window: Window) -> list[np.ndarray]:
+    """Scene coordinates [68, 2] of points on a window's border, for each plane."""
     top, left, height, width = window
     t = np.linspace(0, 1, 17)
     x, y = left + t * width, top + t * height

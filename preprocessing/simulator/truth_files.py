@@ -1,4 +1,4 @@
-"""Writes the truth beside a simulated sequence; `preprocessing.truth.reader` documents the files and reads them."""
+"""Writes the truth of a simulated sequence; `preprocessing.truth.reader` documents the files and reads them."""
 
 import json
 from collections.abc import Sequence
@@ -14,23 +14,24 @@ from preprocessing.frames import MAX_ZOOM_EXCESS
 from preprocessing.simulator import sensor
 from preprocessing.simulator.optics import FOCALS_MM
 from preprocessing.simulator.scenes import Scene
-from preprocessing.truth.frame import FAR, NEAR, Exposure, FrameGeometry, nominal_lr_to_hr
-from preprocessing.truth.reader import NEAR_SHRINK, Window
+from preprocessing.truth.frame import FAR, NEAR, Exposure, FrameGeometry, Window, nominal_lr_to_hr
+from preprocessing.truth.reader import GEOMETRY_FILE, NEAR_SHRINK, ideal_file, near_file
 
 STORED_SCALES = (4, 8)
 
 
 @dataclass(frozen=True)
 class Ideal:
-    """One stored ideal picture: frame number (0 is the longest), scale, window in RAW pixels."""
+    """An ideal picture to store."""
 
     frame: int
+    """Index of the frame; 0 has the longest focal length."""
     scale: int
     window: Window
 
 
 def plan_ideals(frames: Sequence[FrameGeometry]) -> list[Ideal]:
-    """Which ideal pictures to store: each pair's nominal area in the short frame and all that its long frame shows."""
+    """The ideal pictures to store: one for each pair at each of STORED_SCALES."""
     ideals = []
     for scale in STORED_SCALES:
         for long, hr in enumerate(frames):
@@ -43,7 +44,7 @@ def plan_ideals(frames: Sequence[FrameGeometry]) -> list[Ideal]:
 
 
 def _window(lr: FrameGeometry, hr: FrameGeometry) -> Window:
-    """Nominal and true footprint of the long frame in the short one, grown by 4 px, even, inside the short frame."""
+    """The long frame's nominal and true footprints in the short frame, plus 4 px; even, clipped to the short frame."""
     nominal = nominal_lr_to_hr(lr, hr)
     corners = np.array([[x, y] for x in (0, hr.jpg_width) for y in (0, hr.jpg_height)], np.float64)
     points = [(corners - nominal[:, 2]) / nominal[0, 0]]
@@ -66,16 +67,16 @@ def write(
     exposures: Sequence[Exposure],
     ideals: Sequence[Ideal],
 ) -> None:
-    """Write a sequence's truth into `folder` (SEQUENCE/truth)."""
+    """Write a sequence's truth into `folder` (SEQUENCE/truth); `job` holds the simulator's parameters."""
     stems = [f"{number + 1:05d}" for number in range(len(frames))]
     for ideal in ideals:
         picture = sensor.ideal_picture(scene, frames[ideal.frame], exposures[ideal.frame], ideal.scale, ideal.window)
         bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
         _, png = cv2.imencode(".png", bgr, [cv2.IMWRITE_PNG_COMPRESSION, 1])
-        (folder / f"{stems[ideal.frame]}_{ideal.scale}x.png").write_bytes(png.tobytes())
+        (folder / ideal_file(stems[ideal.frame], ideal.scale)).write_bytes(png.tobytes())
     for stem, frame in zip(stems, frames, strict=True):
         covered = sensor.near_coverage(scene, frame, NEAR_SHRINK) > 0.5
-        Image.fromarray(covered).save(folder / f"{stem}_near.png", optimize=True)
+        Image.fromarray(covered).save(folder / near_file(stem), optimize=True)
     stored = {
         "job": job,
         "subject": scene.subject,
@@ -85,4 +86,4 @@ def write(
         },
         "ideals": [[stems[ideal.frame], ideal.scale, ideal.window] for ideal in ideals],
     }
-    (folder / "geometry.json").write_text(json.dumps(stored, indent=1))
+    (folder / GEOMETRY_FILE).write_text(json.dumps(stored, indent=1))

@@ -1,9 +1,10 @@
-"""One simulated frame as it was really taken: its exact geometry and exposure, plain numbers stored as JSON beside it.
+"""The exact geometry and exposure of one simulated frame, stored as JSON beside it.
 
 Coordinates
     pixel   (x, y) in the RAW's visible area, sensor orientation; pixel i covers [i, i + 1)
     scene   (x, y) on one plane seen from the nominal camera, in pixels of a perfect 240 mm frame, (0, 0) on the axis
-The backward map (pixel -> scene) is closed form and is what the simulator renders through; the forward map inverts it.
+
+The backward map (pixel -> scene), which the simulator renders through, is closed form; the forward map inverts it.
 
     pixel -> principal point (jitter, drift with zoom) -> radial distortion -> rotation -> translation -> plane
 """
@@ -14,19 +15,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Points = npt.NDArray[np.floating[Any]]  # [..., 2], (x, y)
+Points = npt.NDArray[np.floating[Any]]
+"""[..., 2], (x, y)."""
+Window = tuple[int, int, int, int]
+"""(top, left, height, width) in RAW pixels of the visible area, sensor orientation."""
 
 NATIVE_MM = 240.0
 SENSOR_WIDTH_MM = 36.0
 FAR, NEAR = 0, 1
+"""Numbers of the scene's two planes."""
 
 
 @dataclass(frozen=True)
 class FrameGeometry:
-    """One frame's exact geometry; plain numbers, so that it is stored as JSON beside the frame."""
+    """One frame's exact geometry. Sizes are in pixels, angles in radians."""
 
     focal_mm: float
-    """As engraved and written to EXIF."""
+    """Focal length as engraved on the lens and written to EXIF."""
     true_focal_mm: float
     raw_width: int
     raw_height: int
@@ -36,12 +41,14 @@ class FrameGeometry:
     """Offset of the principal point from the centre, pixels."""
     principal_y: float
     k1: float
+    """Radial distortion at half the JPG's diagonal: positive is pincushion."""
     pitch: float
     yaw: float
     roll: float
     translation_mm: tuple[float, float, float]
+    """Camera position relative to the nominal camera."""
     depths_mm: tuple[float, float]
-    """Far plane, near plane."""
+    """Distances of the far and the near plane."""
 
     @property
     def native_focal_px(self) -> float:
@@ -50,12 +57,12 @@ class FrameGeometry:
 
     @property
     def jpg_origin(self) -> tuple[float, float]:
-        """(x, y) of the JPG's top left corner in the RAW's visible area: centre to centre."""
+        """(x, y) of the JPG's top left corner in the RAW's visible area; both have the same centre."""
         return (self.raw_width - self.jpg_width) / 2, (self.raw_height - self.jpg_height) / 2
 
     @property
     def magnification(self) -> float:
-        """Pixels per scene unit in the centre."""
+        """Pixels per scene unit at the centre."""
         return self.true_focal_mm / NATIVE_MM
 
     def to_json(self) -> dict[str, Any]:
@@ -67,7 +74,7 @@ class FrameGeometry:
         return cls(**{**values, **tuples})
 
     def rays(self, xy: Points) -> Points:
-        """Directions (x/z, y/z) in the nominal camera's orientation of RAW pixels [..., 2]; dtype kept."""
+        """RAW pixels [..., 2] -> directions (x/z, y/z) in the nominal camera's orientation [..., 2], same dtype."""
         scale = SENSOR_WIDTH_MM / (self.true_focal_mm * self.jpg_width)
         half_diagonal = 0.5 * float(np.hypot(self.jpg_width, self.jpg_height))
         dx = xy[..., 0] - (self.raw_width / 2 + self.principal_x)
@@ -80,7 +87,7 @@ class FrameGeometry:
         return np.stack([(r00 * dx + r01 * dy + r02) / z, (r10 * dx + r11 * dy + r12) / z], axis=-1)
 
     def on_plane(self, rays: Points, plane: int) -> Points:
-        """Where rays [..., 2] meet a plane (FAR or NEAR): scene coordinates [..., 2]; affine in the rays."""
+        """Rays [..., 2] -> scene coordinates [..., 2] where they meet a plane (FAR or NEAR); affine in the rays."""
         depth = self.depths_mm[plane]
         tx, ty, tz = self.translation_mm
         focal = self.native_focal_px
@@ -97,7 +104,7 @@ class FrameGeometry:
         centre = np.array([self.raw_width / 2 + self.principal_x, self.raw_height / 2 + self.principal_y])
         step = self.magnification
         xy = centre + target * step
-        # The map is nearly a scaling, so the error shrinks by the distortion (below 0.12) at each step.
+        # The map is nearly a scaling: each step multiplies the error by less than 0.12, the distortion.
         for _ in range(12):
             xy = xy - step * (self.to_scene(xy, plane) - target)
         return xy
@@ -112,7 +119,7 @@ class FrameGeometry:
 
 @dataclass(frozen=True)
 class Exposure:
-    """What the camera set for one frame, and how its light reaches the sensor."""
+    """One frame's camera settings and the optical properties that affect its brightness and sharpness."""
 
     iso: int
     exposure_s: float
@@ -120,7 +127,9 @@ class Exposure:
     gain: float
     """Scene white (linear 1.0) as a fraction of the sensor's white in the green channel."""
     wb: tuple[float, float, float]
+    """White-balance gains (R, G, B), green = 1."""
     psf_px: float
+    """Standard deviation of the lens's point spread, RAW pixels."""
     vignetting: float
     """Fraction of light lost in the corner."""
 
@@ -133,7 +142,7 @@ class Exposure:
 
 
 def nominal_lr_to_hr(lr: FrameGeometry, hr: FrameGeometry) -> npt.NDArray[np.float64]:
-    """The [2, 3] affine a user would assume from EXIF alone: LR RAW pixels -> HR JPG pixels, centre to centre."""
+    """[2, 3] affine LR RAW pixels -> HR JPG pixels from EXIF focal lengths alone, with the centres aligned."""
     ratio = hr.focal_mm / lr.focal_mm
     return np.array(
         [

@@ -1,14 +1,11 @@
-"""The truth beside a simulated sequence: what an ideal 4x (8x) photo would show, and where everything really lies.
+"""Reads the truth beside a simulated sequence: ideal 4x and 8x pictures, and the exact position of every pixel.
 
-Stored in SEQUENCE/truth/, all relative to the sequence, so that a copied folder keeps its truth:
+The files lie in SEQUENCE/truth/; all paths are relative to the sequence, so that it can be copied:
 
-    geometry.json     parameters, and per frame the exact geometry and exposure; the windows of the ideal pictures
-    00005_4x.png      the scene in frame 00005's geometry and JPG tone at 4 times its density: no noise, no mosaic, no
-                      sharpening, alias-free; only the window that a 4x pair can use
-    00001_near.png    1 bit, a quarter of the JPG's size: where frame 00001 shows the near plane
-
-Rectangles are (top, left, height, width) in RAW pixels of the short frame's visible area (LibRaw's), sensor
-orientation.
+    geometry.json     parameters; each frame's exact geometry and exposure; the windows of the ideal pictures
+    00005_4x.png      the scene in frame 00005's geometry and JPG tone at 4 times its density, without noise, mosaic,
+                      sharpening or aliasing; only the window that a 4x pair can use
+    00001_near.png    mask of the near plane in frame 00001: 1 bit, a quarter of the JPG's size
 """
 
 import io
@@ -17,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -26,40 +22,51 @@ from PIL import Image
 
 from preprocessing.frames import TRUTH_FOLDER
 from preprocessing.registration.affine import apply
-from preprocessing.truth.frame import FAR, NEAR, Exposure, FrameGeometry, nominal_lr_to_hr
+from preprocessing.truth.frame import FAR, NEAR, Exposure, FrameGeometry, Window, nominal_lr_to_hr
 
-Window = tuple[int, int, int, int]
 Points = npt.NDArray[np.float64]
 
+GEOMETRY_FILE = "geometry.json"
 NEAR_SHRINK = 4
+"""JPG pixels per pixel of the near plane's mask, along each axis."""
+
+
+def ideal_file(stem: str, scale: int) -> str:
+    """Name of a frame's ideal picture in the truth folder."""
+    return f"{stem}_{scale}x.png"
+
+
+def near_file(stem: str) -> str:
+    """Name of a frame's mask of the near plane in the truth folder."""
+    return f"{stem}_near.png"
 
 
 @dataclass(frozen=True)
 class Truth:
-    """A sequence's truth, loaded by `load_truth`; pictures are read when first asked for."""
+    """A sequence's truth, loaded by `load_truth`; its pictures are read on first use."""
 
     frames: dict[str, FrameGeometry]
     """By frame stem."""
     exposures: dict[str, Exposure]
     ideals: dict[tuple[str, int], Window]
-    """By (frame stem, scale)."""
-    parameters: dict[str, Any]
-    subject: str
+    """Windows of the stored ideal pictures, by (frame stem, scale)."""
     key: str
+    """Identifies the sequence's content in the cache of decoded pictures."""
     read: Callable[[str], bytes]
     """Reads a file of the sequence by its relative path."""
 
     def true_rgb(self, lr_stem: str, rect: Window, scale: int) -> npt.NDArray[np.uint8] | None:
         """The ideal picture of a rectangle of a short frame, uint8 [scale h, scale w, 3] in the frame's JPG tone.
 
-        None where it is not stored: another scale (a divisor of a stored one is averaged down), or outside the window.
+        None if `scale` divides no stored scale, or if `rect` is not inside the stored window. A divisor of a stored
+        scale is averaged down.
         """
         for stored in sorted(s for stem, s in self.ideals if stem == lr_stem and s % scale == 0):
             top, left, height, width = self.ideals[lr_stem, stored]
             row, column = rect[0] - top, rect[1] - left
             if row < 0 or column < 0 or row + rect[2] > height or column + rect[3] > width:
                 continue
-            picture = _picture(self.key, _Reader(self.read), f"{TRUTH_FOLDER}/{lr_stem}_{stored}x.png")
+            picture = _picture(self.key, _Reader(self.read), f"{TRUTH_FOLDER}/{ideal_file(lr_stem, stored)}")
             part = picture[row * stored : (row + rect[2]) * stored, column * stored : (column + rect[3]) * stored]
             if stored == scale:
                 return part.copy()
@@ -70,14 +77,14 @@ class Truth:
     def true_flow(
         self, lr_stem: str, hr_stem: str, rect: Window, lr_to_hr: Callable[[Points], Points] | None = None
     ) -> npt.NDArray[np.float16]:
-        """Where what the pair's map takes to each packed pixel really lies in the short frame.
+        """The offset that corrects the pair's map, for each packed pixel of a rectangle of the short frame.
 
-        For the packed pixel with centre p, h = lr_to_hr(p) is the place in the long JPG that the pair puts there; what
-        is seen at h is found in the short frame at p + flow(p). The sign is SDAN's: output(p) samples input at
+        The pair's map takes the packed pixel with centre p to the point h = lr_to_hr(p) of the long JPG. The scene
+        point visible at h is at p + flow(p) in the short frame. The sign is SDAN's: output(p) samples input at
         p + offset(p).
 
-        rect      even height and width, RAW pixels
-        lr_to_hr  (x, y) [N, 2]: short RAW -> long JPG; None is the nominal affine, from EXIF alone
+        rect      even height and width
+        lr_to_hr  maps (x, y) [N, 2] from the short RAW to the long JPG; None: the nominal affine, from EXIF alone
         Returns float16 [2, h/2, w/2]: (dy, dx) in packed pixels (2 RAW pixels).
         """
         lr, hr = self.frames[lr_stem], self.frames[hr_stem]
@@ -97,16 +104,16 @@ class Truth:
     def true_lr_to_hr(
         self, lr_stem: str, hr_stem: str, lr_xy: npt.NDArray[np.float64]
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-        """Where the background at short RAW positions [..., 2] really lies in the long JPG, and whether it shows there:
-        inside the frame and not behind the near plane."""
+        """Exact long JPG positions [..., 2] of the far plane's points at short RAW positions [..., 2], and whether they
+        are visible there (inside the frame and not behind the near plane), bool [...]."""
         hr = self.frames[hr_stem]
         in_jpg = hr.from_scene(self.frames[lr_stem].to_scene(lr_xy, FAR), FAR) - np.array(hr.jpg_origin)
         inside = ((in_jpg >= 0) & (in_jpg <= np.array([hr.jpg_width, hr.jpg_height]))).all(-1)
         return in_jpg, inside & ~self.shows_near(hr_stem, in_jpg)
 
     def shows_near(self, stem: str, jpg_xy: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
-        """Which JPG positions [..., 2] of a frame show the near plane (its coverage above a half)."""
-        mask = _picture(self.key, _Reader(self.read), f"{TRUTH_FOLDER}/{stem}_near.png")
+        """Whether JPG positions [..., 2] of a frame show the near plane (coverage above a half), bool [...]."""
+        mask = _picture(self.key, _Reader(self.read), f"{TRUTH_FOLDER}/{near_file(stem)}")
         at = np.floor(jpg_xy / NEAR_SHRINK).astype(int)
         row, column = np.clip(at[..., 1], 0, mask.shape[0] - 1), np.clip(at[..., 0], 0, mask.shape[1] - 1)
         return np.asarray(mask[row, column] > 127)
@@ -114,7 +121,7 @@ class Truth:
 
 @dataclass(frozen=True, eq=False)
 class _Reader:
-    """Keeps the reading function out of the cache's key: equal sequences read equal files."""
+    """Excludes the reading function from `_picture`'s cache key; `Truth.key` distinguishes sequences."""
 
     read: Callable[[str], bytes]
 
@@ -127,22 +134,22 @@ class _Reader:
 
 @lru_cache(maxsize=4)
 def _picture(key: str, reader: _Reader, name: str) -> npt.NDArray[np.uint8]:
-    """Decode a picture once for all tiles of a pair: uint8 [H, W, 3], or [H, W] for a mask."""
+    """A decoded picture, cached for the tiles of a pair: uint8 [H, W, 3], or [H, W] for a mask."""
     with Image.open(io.BytesIO(reader.read(name))) as image:
         return np.asarray(image.convert("L" if image.mode == "1" else image.mode), np.uint8)
 
 
 def load_truth(sequence_dir: Path | str, *, read: Callable[[str], bytes] | None = None) -> Truth | None:
-    """A sequence's truth, or None where there is none (a real sequence).
+    """A simulated sequence's truth, or None for a real sequence.
 
-    read   reads a file of the sequence by its relative path ("truth/geometry.json") and raises FileNotFoundError where
-           it is absent, for sequences that are not on a local disk; None reads below `sequence_dir`
-    Raises ValueError, one line, for a truth folder that is damaged.
+    read   for a sequence that is not on a local disk: reads a file by its relative path ("truth/geometry.json") or
+           raises FileNotFoundError; None reads below `sequence_dir`
+    Raises ValueError, one line, if the truth is damaged.
     """
     folder = Path(sequence_dir)
     reader = read or (lambda name: (folder / name).read_bytes())
     try:
-        content = reader(f"{TRUTH_FOLDER}/geometry.json")
+        content = reader(f"{TRUTH_FOLDER}/{GEOMETRY_FILE}")
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
@@ -150,8 +157,9 @@ def load_truth(sequence_dir: Path | str, *, read: Callable[[str], bytes] | None 
         frames = {stem: FrameGeometry.from_json(values["geometry"]) for stem, values in stored["frames"].items()}
         exposures = {stem: Exposure.from_json(values["exposure"]) for stem, values in stored["frames"].items()}
         ideals = {(str(stem), int(scale)): tuple(window) for stem, scale, window in stored["ideals"]}
-        return Truth(frames, exposures, ideals, stored["job"], stored["subject"], f"{folder}|{hash(content)}", reader)
+        return Truth(frames, exposures, ideals, f"{folder}|{hash(content)}", reader)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{folder}/{TRUTH_FOLDER}/geometry.json: damaged ({error}); simulate the sequence again"
+            f"{folder}/{TRUTH_FOLDER}/{GEOMETRY_FILE}: expected a simulator's geometry, got a damaged file ({error}); "
+            "simulate the sequence again"
         ) from error

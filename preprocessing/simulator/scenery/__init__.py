@@ -1,1 +1,1 @@
-"""What the procedural scenes are made of: materials, drawing, and one module per subject."""
+"""Procedural scenes: materials, drawing, and one module per subject."""

@@ -1,23 +1,30 @@
-"""Leaves and twigs, and a subject made of them: an overgrown wall with plant labels."""
+"""Leaves and twigs, and the subject garden: an overgrown wall with plant labels."""
 
 import numpy as np
 import numpy.typing as npt
 
-from preprocessing.simulator.scenery.painter import Box, Colour, Painter, Plan
+from preprocessing.simulator.scenery.canvas import WHITE, Box, Colour
+from preprocessing.simulator.scenery.drawing import Drawing
+from preprocessing.simulator.scenery.painter import Painter
 from preprocessing.simulator.scenery.words import pick, title, tone
 
 Point = npt.NDArray[np.float64]
 
-_WHITE = (255.0, 255.0, 255.0)
 GREENS: tuple[Colour, ...] = ((74, 94, 48), (92, 110, 60), (58, 80, 46), (108, 118, 66), (84, 96, 70), (66, 88, 62))
 AUTUMN: tuple[Colour, ...] = ((122, 84, 44), (138, 66, 42), (150, 118, 62), (104, 92, 52))
 _DARK = (26, 32, 20)
 
 
 def leaf(
-    colour: Plan, mask: Plan | None, rng: np.random.Generator, stem: Point, length: float, angle: float, green: Colour
+    colour: Drawing,
+    mask: Drawing | None,
+    rng: np.random.Generator,
+    stem: Point,
+    length: float,
+    angle: float,
+    green: Colour,
 ) -> None:
-    """One leaf from its stem: two halves that catch the light differently, a midrib, side veins."""
+    """One leaf: two halves of different brightness, a midrib and side veins. Without a mask it casts a shadow."""
     t = np.linspace(0, 1, 15)
     fat = rng.uniform(0.20, 0.34) * length
     serration = 1 + 0.05 * (np.arange(15) % 2) * (rng.random() < 0.5)
@@ -31,7 +38,7 @@ def leaf(
     bright, dim = tone(rng, green, 0.04), tuple(0.80 * channel for channel in green)
     if rng.random() < 0.5:
         bright, dim = dim, bright  # type: ignore[assignment]
-    if mask is None:  # it hangs before others, and the sun throws its shadow on them
+    if mask is None:  # on the far plane, its shadow falls on the leaves behind it
         fall = 0.035 * length * np.array([1.0, 1.5])
         area = (box[0], box[1], box[2] + float(fall[0]), box[3] + float(fall[1]))
         colour.add(area, Painter.shade_polygon, outline + fall, 0.55, smallest=0.035 * length)
@@ -44,13 +51,13 @@ def leaf(
             points = np.stack([rib[number], 0.15 * rib[number + 2] + 0.85 * edge[number + 1]])
             colour.add(box, Painter.line, points, 0.006 * length, vein, smallest=0.006 * length)
     if mask is not None:
-        mask.add(box, Painter.polygon, outline, _WHITE)
+        mask.add(box, Painter.polygon, outline, WHITE)
 
 
 def twig(
-    colour: Plan, mask: Plan, rng: np.random.Generator, start: Point, tip: Point, leaf_length: float, unit: float
+    colour: Drawing, mask: Drawing, rng: np.random.Generator, start: Point, tip: Point, leaf_length: float, unit: float
 ) -> None:
-    """A bent stalk from start to tip with leaves along it."""
+    """A curved stalk from start to tip with leaves along it."""
     t = np.linspace(0, 1, 24)[:, None]
     direction = tip - start
     normal = np.array([-direction[1], direction[0]])
@@ -59,7 +66,7 @@ def twig(
     bark = tone(rng, (74, 60, 46))
     thick = rng.uniform(10, 18) * unit
     colour.add(box, Painter.line, stalk, thick, bark)
-    mask.add(box, Painter.line, stalk, thick, _WHITE)
+    mask.add(box, Painter.line, stalk, thick, WHITE)
     greens = GREENS if rng.random() < 0.75 else AUTUMN
     green = pick(rng, greens)
     heading = float(np.arctan2(direction[1], direction[0]))
@@ -70,10 +77,10 @@ def twig(
         leaf(colour, mask, rng, stalk[number], leaf_length * rng.uniform(0.7, 1.2), angle, tone(rng, green))
 
 
-def plan_garden(plan: Plan, rng: np.random.Generator, outer: Box, unit: float) -> None:
+def draw_garden(drawing: Drawing, rng: np.random.Generator, outer: Box, unit: float) -> None:
     left, top, right, bottom = outer
-    plan.add(outer, Painter.material, outer, pick(rng, ("stone", "brick", "wood")), (0.8, 0.8, 0.78))
-    # Patches of wall stay free; the rest is covered in layers, the deeper ones darker.
+    drawing.add(outer, Painter.material, outer, pick(rng, ("stone", "brick", "wood")), (0.8, 0.8, 0.78))
+    # Patches of wall stay bare; the rest is covered by layers of leaves, the deeper ones darker.
     holes = [(rng.uniform(left, right), rng.uniform(top, bottom), rng.uniform(900, 2200) * unit) for _ in range(5)] + [
         (rng.normal() * 500 * unit, rng.normal() * 350 * unit, rng.uniform(250, 420) * unit)
     ]
@@ -91,25 +98,25 @@ def plan_garden(plan: Plan, rng: np.random.Generator, outer: Box, unit: float) -
                 green = tone(rng, pick(rng, greens), 0.10)
                 if bare or rng.random() < 0.30:
                     continue
-                leaf(plan, None, rng, stem, length, angle, (green[0] * shade, green[1] * shade, green[2] * shade))
+                leaf(drawing, None, rng, stem, length, angle, (green[0] * shade, green[1] * shade, green[2] * shade))
     for number in range(14):
         centre = rng.normal(size=2) * (np.array([620, 420]) if number < 4 else np.array([5000, 3300])) * unit
-        _label(plan, rng, centre, unit)
+        _label(drawing, rng, centre, unit)
 
 
-def _label(plan: Plan, rng: np.random.Generator, centre: Point, unit: float) -> None:
+def _label(drawing: Drawing, rng: np.random.Generator, centre: Point, unit: float) -> None:
     wide, high = rng.uniform(240, 420) * unit, rng.uniform(110, 170) * unit
     x, y = centre.tolist()
     plate = (x, y, x + wide, y + high)
-    plan.add(
+    drawing.add(
         plate, Painter.shadow, (x + 8 * unit, y + 12 * unit, x + wide + 8 * unit, y + high + 12 * unit), 14 * unit, 0.5
     )
-    plan.add(plate, Painter.material, plate, pick(rng, ("metal", "paper", "wood")), (1.0, 0.98, 0.94))
-    plan.add(
+    drawing.add(plate, Painter.material, plate, pick(rng, ("metal", "paper", "wood")), (1.0, 0.98, 0.94))
+    drawing.add(
         plate, Painter.text, (x + 0.08 * wide, y + 0.14 * high), 0.30 * high, title(rng), (40, 42, 38), fit=0.84 * wide
     )
     latin = pick(rng, ("Hedera helix", "Parthenocissus", "Wisteria sinensis", "Clematis montana", "Rosa canina"))
-    plan.add(
+    drawing.add(
         plate,
         Painter.text,
         (x + 0.08 * wide, y + 0.58 * high),

@@ -1,20 +1,22 @@
-"""Light over a finished scene: fine grain on every surface, one side brighter, clouds' shadows drifting over it."""
+"""Lighting of a finished scene: fine grain on every surface, one side brighter, soft shadows of clouds."""
 
 import cv2
 import numpy as np
 
-from preprocessing.simulator.scenery.painter import Box, Painter, Plan
+from preprocessing.simulator.scenery.canvas import Box
+from preprocessing.simulator.scenery.drawing import Drawing
+from preprocessing.simulator.scenery.painter import Painter
 
 
-def plan_light(plan: Plan, rng: np.random.Generator, outer: Box) -> None:
+def draw_light(drawing: Drawing, rng: np.random.Generator, outer: Box) -> None:
     coarse = rng.normal(size=(6, 9)).astype(np.float32)
     tilt = rng.normal(size=2) * 0.10
-    plan.add(outer, Painter.grain, outer, 0.035, 0.5, int(rng.integers(64)) * 8)
-    plan.add(outer, _fall, outer, coarse * 0.07, tilt)
+    drawing.add(outer, Painter.grain, outer, 0.035, 0.5, int(rng.integers(64)) * 8)
+    drawing.add(outer, _shade_smoothly, outer, coarse * 0.07, tilt)
 
 
-def _fall(painter: Painter, outer: Box, coarse: np.ndarray, tilt: np.ndarray) -> None:
-    """Multiply the canvas by a smooth field given on a coarse grid over `outer`."""
+def _shade_smoothly(painter: Painter, outer: Box, coarse: np.ndarray, tilt: np.ndarray) -> None:
+    """Multiply the canvas by 1 + a smooth field: `coarse` [6, 9] over `outer`, plus a linear ramp (`tilt`)."""
     size = 64
     rows, columns = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
     field = cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC) + tilt[0] * rows + tilt[1] * columns

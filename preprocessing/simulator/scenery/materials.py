@@ -1,7 +1,7 @@
-"""Textures that repeat without a seam: 1/f noise, brick, stone, wood, cloth, plaster, roof tiles, paper.
+"""Seamless textures: 1/f noise, brick, stone, wood, cloth, plaster, roof tiles, paper and more.
 
-A material is a tile at the finest canvas's density and its exact area averages by 2, 4, 8, so that a wall looks the
-same wall at every focal length. Tiles are made once per process from fixed seeds; scenes tint, shift and shade them.
+A material is a tile at the finest canvas's density and its area averages by 2, 4 and 8, so that a wall looks the same
+at every focal length. Tiles are made once per process from fixed seeds; scenes tint, shift and shade them.
 """
 
 from collections.abc import Callable
@@ -11,21 +11,22 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from preprocessing.simulator.scenery.canvas import NUM_LEVELS
+
 TILE_PX = 1024
-LEVELS = 4
 
 Tile = npt.NDArray[np.float32]
 
 
 @lru_cache(maxsize=32)
 def noise(seed: int, slope: float = 1.0, stretch: float = 1.0) -> Tile:
-    """Periodic 1/f^slope noise [TILE_PX, TILE_PX], mean 0, standard deviation 1; stretch > 1 draws it out along x."""
+    """Periodic 1/f^slope noise [TILE_PX, TILE_PX], mean 0, standard deviation 1; stretch > 1 elongates it along x."""
     rng = np.random.default_rng(seed)
     fy = np.fft.fftfreq(TILE_PX)[:, None]
     fx = np.fft.rfftfreq(TILE_PX)[None] * stretch
     radius = np.hypot(fx, fy)
     radius[0, 0] = 1.0
-    # Nothing slower than a quarter of the tile, or its repetition would show.
+    # Periods are at most about a quarter of the tile; with longer ones the repetition would be visible.
     amplitude = radius**-slope * (1 - np.exp(-((radius * TILE_PX / 4) ** 2)))
     spectrum = amplitude * np.exp(2j * np.pi * rng.random(radius.shape))
     field = np.fft.irfft2(spectrum, s=(TILE_PX, TILE_PX))
@@ -34,7 +35,7 @@ def noise(seed: int, slope: float = 1.0, stretch: float = 1.0) -> Tile:
 
 
 def _grid(columns: int, rows: int, seed: int, offset: float) -> tuple[Tile, Tile, npt.NDArray[np.int64]]:
-    """Running bond: distance to the cell's edge along x and y (pixels), and each pixel's cell number."""
+    """Rows of bricks, odd rows shifted: each pixel's distance to its brick's edge in x and y (px), and brick number."""
     y, x = np.mgrid[0:TILE_PX, 0:TILE_PX].astype(np.float32) + 0.5
     wobble = 1.2
     y = y + wobble * np.roll(noise(seed, 1.6), 100, axis=0)
@@ -76,7 +77,7 @@ def _bonded(
     body *= (1 + 0.05 * noise(seed + 4, 0.4))[..., None]
     edge = np.minimum(edge_x, edge_y)
     mortar = np.clip((joint_px - edge) / 1.6 + 0.5 + 0.3 * noise(seed + 3, 0.8), 0, 1)[..., None]
-    # Light from above left: the upper edge of a brick catches it, the joint below lies in shadow.
+    # Light from above: the upper edge of a brick is bright, the joint below it dark.
     lit = np.gradient(cv2.GaussianBlur(1 - mortar[..., 0], (0, 0), 1.5), axis=0)
     colour = body * (1 - mortar) + (np.array(joint, np.float32) * (1 + 0.08 * grain[..., None])) * mortar
     return np.asarray(colour * (1 + 0.9 * np.clip(lit, -0.4, 0.4))[..., None], np.float32)
@@ -165,10 +166,10 @@ NAMES = tuple(_MAKERS)
 
 @cache
 def material(name: str) -> tuple[npt.NDArray[np.uint8], ...]:
-    """The tile's levels, sRGB bytes, [TILE_PX / 2^level, same, 3], level 0 at the finest canvas's density."""
+    """The tile's levels, sRGB bytes [TILE_PX / 2^level, TILE_PX / 2^level, 3]; level 0 is for the finest canvas."""
     tile = np.clip(_MAKERS[name](), 0, 255)
     levels = []
-    for level in range(LEVELS):
+    for level in range(NUM_LEVELS):
         size = TILE_PX >> level
         levels.append(np.rint(cv2.resize(tile, (size, size), interpolation=cv2.INTER_AREA)).astype(np.uint8))
     return tuple(levels)
@@ -176,9 +177,9 @@ def material(name: str) -> tuple[npt.NDArray[np.uint8], ...]:
 
 @cache
 def grain(slope: float) -> tuple[npt.NDArray[np.float32], ...]:
-    """1/f noise as a factor around 1 (standard deviation 1 before scaling), by level."""
+    """1/f noise [TILE_PX / 2^level, TILE_PX / 2^level] by level; mean 0, level 0 with standard deviation 1."""
     tile = noise(int(1000 * slope), slope)
     return tuple(
         np.asarray(cv2.resize(tile, (TILE_PX >> level,) * 2, interpolation=cv2.INTER_AREA), np.float32)
-        for level in range(LEVELS)
+        for level in range(NUM_LEVELS)
     )

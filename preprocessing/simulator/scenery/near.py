@@ -1,19 +1,19 @@
-"""What stands between the camera and the scene, at its own depth: twigs with leaves, a post, a wire."""
+"""The near plane: twigs with leaves and a post between the camera and the scene."""
 
 import numpy as np
 
+from preprocessing.simulator.scenery.canvas import WHITE, Box
+from preprocessing.simulator.scenery.drawing import Drawing
 from preprocessing.simulator.scenery.foliage import twig
-from preprocessing.simulator.scenery.painter import Box, Painter, Plan
+from preprocessing.simulator.scenery.painter import Painter
 from preprocessing.simulator.scenery.words import pick, tint
 
-_WHITE = (255.0, 255.0, 255.0)
 
-
-def plan_near(rng: np.random.Generator, outer: Box, unit: float) -> tuple[Plan, Plan]:
-    """Two plans of the same shapes: in colour, and white (their coverage)."""
-    colour, mask = Plan(), Plan()
+def draw_near(rng: np.random.Generator, outer: Box, unit: float) -> tuple[Drawing, Drawing]:
+    """Two drawings of the same shapes: in colour, and in white as their coverage."""
+    colour, mask = Drawing(), Drawing()
     left, top, right, bottom = outer
-    # A twig or two reach into the centre, where every focal length sees them; more hang about the edges.
+    # One or two twigs reach into the centre, where every focal length sees them; more are near the edges.
     for _ in range(int(rng.integers(1, 3))):
         angle = rng.uniform(0, 2 * np.pi)
         tip = np.array([700 * np.cos(angle), 450 * np.sin(angle)]) * unit * rng.uniform(0.35, 0.95)
@@ -30,5 +30,5 @@ def plan_near(rng: np.random.Generator, outer: Box, unit: float) -> tuple[Plan, 
         post = (x, top, x + width, bottom)
         colour.add(post, Painter.material, post, "metal", tint(rng, pick(rng, ((0.4, 0.42, 0.42), (0.6, 0.55, 0.5)))))
         colour.add(post, Painter.shade, post, (0.5, 0.9, 1.15, 1.0, 0.8, 0.45), horizontal=True)
-        mask.add(post, Painter.rect, post, _WHITE)
+        mask.add(post, Painter.rect, post, WHITE)
     return colour, mask

@@ -1,12 +1,7 @@
-"""Draws on one canvas of a scene in scene units: shapes, materials, text, gratings, soft shadows.
+"""Draws shapes, materials, text, gratings and soft shadows on one canvas of a scene, in scene units."""
 
-A `Plan` records what to draw, once, in scene units; it is then played back on every canvas (a finer and smaller one in
-the centre, coarser and larger ones around it), each at its own density, leaving out what the canvas cannot show.
-"""
-
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import cv2
@@ -15,33 +10,9 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from preprocessing.simulator.scenery import materials
-
-Colour = tuple[float, float, float]
-Box = tuple[float, float, float, float]
+from preprocessing.simulator.scenery.canvas import Box, Canvas, Colour
 
 _SHIFT = 4  # fractional bits of OpenCV's polygon coordinates
-
-
-@dataclass
-class Canvas:
-    """Part of a plane of the scene: sRGB bytes [H, W, 3] (4 channels: premultiplied, last is alpha)."""
-
-    pixels: npt.NDArray[np.uint8]
-    x0: float
-    y0: float
-    density: float
-    """Canvas pixels per scene unit."""
-    level: int = 0
-    """Octaves below the finest canvas; picks the material's level."""
-
-    @property
-    def box(self) -> Box:
-        height, width = self.pixels.shape[:2]
-        return self.x0, self.y0, self.x0 + width / self.density, self.y0 + height / self.density
-
-    def covers(self, x0: float, y0: float, x1: float, y1: float) -> bool:
-        left, top, right, bottom = self.box
-        return left <= x0 and top <= y0 and x1 <= right and y1 <= bottom
 
 
 @lru_cache(maxsize=256)
@@ -50,10 +21,10 @@ def _font(half_px: int) -> Any:
 
 
 @lru_cache(maxsize=2048)
-def text_mask(text: str, height_px: int, bold: bool, slant: float) -> npt.NDArray[np.uint8]:
-    """Coverage [h, w] of one line of text; height_px is the letters' size in half pixels."""
-    font = _font(height_px)
-    stroke = height_px / 44 if bold else 0.0
+def text_mask(text: str, half_px: int, bold: bool, slant: float) -> npt.NDArray[np.uint8]:
+    """Coverage uint8 [h, w] of one line of text; `half_px` is the font size in half pixels."""
+    font = _font(half_px)
+    stroke = half_px / 44 if bold else 0.0
     left, top, right, bottom = font.getbbox(text, stroke_width=stroke)
     image = Image.new("L", (int(right - left) + 2, int(bottom - top) + 2), 0)
     ImageDraw.Draw(image).text((1 - left, 1 - top), text, fill=255, font=font, stroke_width=stroke)
@@ -66,7 +37,7 @@ def text_mask(text: str, height_px: int, bold: bool, slant: float) -> npt.NDArra
 
 
 class Painter:
-    """Draws in scene units on one canvas; what lies outside is clipped, what is too small to see is left out."""
+    """Draws on one canvas. Positions and sizes are in scene units; anything outside the canvas is clipped."""
 
     def __init__(self, canvas: Canvas) -> None:
         self.canvas = canvas
@@ -91,7 +62,7 @@ class Painter:
         )
 
     def _blend(self, top: int, left: int, mask_HW: npt.NDArray[Any], colour: Any) -> None:
-        """Lay a colour (or a picture of the mask's size) over the canvas through a mask in [0, 255], clipped."""
+        """Blend a colour (or a picture of the mask's size) over the canvas; `mask_HW` is its opacity, 0 to 255."""
         height, width = mask_HW.shape
         r0, r1 = max(top, 0), min(top + height, self.height)
         c0, c1 = max(left, 0), min(left + width, self.width)
@@ -113,7 +84,7 @@ class Painter:
         cv2.fillPoly(self.pixels, [self._points(points)], colour, lineType=cv2.LINE_AA, shift=_SHIFT)
 
     def line(self, points: npt.ArrayLike, width: float, colour: Colour) -> None:
-        """A stroked polyline; thinner than a canvas pixel it is drawn one pixel wide."""
+        """A stroked polyline, at least one canvas pixel wide."""
         thickness = max(1, round(width * self.density))
         cv2.polylines(self.pixels, [self._points(points)], False, colour, thickness, cv2.LINE_AA, _SHIFT)
 
@@ -126,7 +97,12 @@ class Painter:
     def material(
         self, box: Box, name: str, tint: Colour = (1, 1, 1), shift: tuple[int, int] = (0, 0), turned: bool = False
     ) -> None:
-        """Fill a box with a material; shift moves the tile (finest pixels, multiples of 8), turned swaps x and y."""
+        """Fill a box with a material.
+
+        tint     factor per channel
+        shift    (rows, columns) by which the tile is moved, pixels of its finest level, multiples of 8
+        turned   swap the tile's x and y
+        """
         rows, columns = self._window(box)
         if rows.start >= rows.stop or columns.start >= columns.stop:
             return
@@ -135,7 +111,7 @@ class Painter:
         if turned:
             tile = tile.transpose(1, 0, 2)
         size = tile.shape[0]
-        # The tile hangs on the scene's origin, so that a wall runs on across canvases.
+        # The tile's phase is relative to the scene's origin, so that a wall matches across canvases.
         row0 = rows.start + round(self.canvas.y0 * self.density) + (shift[0] >> level)
         col0 = columns.start + round(self.canvas.x0 * self.density) + (shift[1] >> level)
         tinted = cv2.LUT(tile, np.clip(np.arange(256)[:, None] * np.array(tint), 0, 255).astype(np.uint8)[None])
@@ -168,7 +144,7 @@ class Painter:
         region[:] = ramp[None] if horizontal else ramp[:, None]
 
     def shade(self, box: Box, profile: Sequence[float], horizontal: bool = False) -> None:
-        """Multiply a box by a profile of factors, interpolated over its length: roundness, light falling off."""
+        """Multiply a box by factors interpolated along its height or width, to show roundness or fading light."""
         rows, columns = self._window(box)
         region = self.pixels[rows, columns]
         if region.size == 0:
@@ -182,9 +158,9 @@ class Painter:
         region[:] = np.minimum(region * factor_HW1 + 0.5, 255)
 
     def shadow(self, box: Box, blur: float, strength: float) -> None:
-        """A soft dark rectangle: what stands a little in front of a wall throws it.
+        """A soft dark rectangle: the shadow of a flat object a little in front of a wall.
 
-        Its middle is left out (2 blurs from the edge on), since the thing that throws it hides that part.
+        The part more than 2 `blur` inside the edge is not drawn, since the object hides it.
         """
         if (box[2] - box[0]) * self.density < 2:
             return
@@ -223,7 +199,7 @@ class Painter:
         self._blend(int(top), int(left), mask * np.float32(1 - factor), (0.0, 0.0, 0.0))
 
     def grating(self, box: Box, periods: Sequence[float], horizontal: bool, dark: Colour, light: Colour) -> None:
-        """Bars, block by block with the given periods (scene units): the finest vanish first as one zooms out."""
+        """Bars, one block per period (scene units); a block too fine for the canvas gets the mean colour."""
         step = (box[3] - box[1]) / len(periods)
         for number, period in enumerate(periods):
             top = box[1] + number * step
@@ -234,7 +210,7 @@ class Painter:
                 continue
             rows, columns = self._window(block)
             span, low, origin = (rows, block[1], self.canvas.y0) if horizontal else (columns, block[0], self.canvas.x0)
-            # 4 samples a pixel make the bars' edges soft.
+            # 4 samples per pixel antialias the bars' edges.
             at = (np.arange(4 * (span.stop - span.start)) + 0.5) / 4 + span.start
             phase = (at / self.density + origin - low) / period
             bars = ((phase % 1) < 0.5).reshape(-1, 4).mean(axis=1)[:, None]
@@ -254,13 +230,16 @@ class Painter:
         fit: float = 0.0,
         alpha: float = 1.0,
     ) -> None:
-        """One line; `at` is its top left corner, size the letters' height in units, down turns it to read downwards.
+        """One line of text; letters below 2 canvas pixels become a grey line.
 
-        fit > 0 squeezes the line to at most that length. Below 2 canvas pixels letters become a grey line.
+        at     top left corner
+        size   font size, scene units
+        down   turn the line to read downwards
+        fit    if > 0, the line's greatest length; a longer line is squeezed
         """
         pixels = size * self.density
         if pixels < 2.0:
-            # Too small to be letters: the grey line that they blend to (half a letter's height is its mean width).
+            # Illegible letters blend to a grey line; a letter's mean width is half its height.
             length = min(fit or np.inf, 0.5 * size * len(text))
             wide, high = (0.6 * size, length) if down else (length, 0.6 * size)
             rows, columns = self._window((at[0], at[1] + 0.2 * size, at[0] + wide, at[1] + 0.2 * size + high))
@@ -280,7 +259,7 @@ class Painter:
         self._blend(top, left, mask * alpha if alpha < 1 else mask, colour)
 
     def picture(self, box: Box, picture_HW3: npt.NDArray[np.uint8]) -> None:
-        """Stretch a picture over a box (low-passed where it shrinks)."""
+        """Stretch a picture over a box; it is area-averaged before it is reduced."""
         left, top = (box[0] - self.canvas.x0) * self.density, (box[1] - self.canvas.y0) * self.density
         wide, high = (box[2] - box[0]) * self.density, (box[3] - box[1]) * self.density
         rows, columns = self._window(box)
@@ -305,12 +284,12 @@ class Painter:
         )
 
     def clouds(self, box: Box, shift: int, size: float) -> None:
-        """Lay soft white clouds over a box; `size` is the extent of the largest, scene units."""
+        """Blend soft white clouds over a box; `size` is the extent of the largest cloud, scene units."""
         rows, columns = self._window(box)
         if rows.start >= rows.stop or columns.start >= columns.stop:
             return
         field = cv2.resize(materials.noise(7, 1.7), (256, 256), interpolation=cv2.INTER_AREA)
-        # Four such extents to the tile, so that it does not repeat within a frame.
+        # The tile spans four of these extents, so that it does not repeat within a frame.
         step = 256 / (4 * size * self.density)
         x = (
             (columns.start + self.canvas.x0 * self.density) * step + shift,
@@ -325,7 +304,7 @@ class Painter:
         self._blend(rows.start, columns.start, cover, (236.0, 234.0, 230.0))
 
     def grain(self, box: Box, strength: float, slope: float = 0.6, shift: int = 0) -> None:
-        """Multiply a box by fine 1/f noise: no real surface is flat."""
+        """Multiply a box by fine 1/f noise, since no real surface is uniform."""
         rows, columns = self._window(box)
         if rows.start >= rows.stop or columns.start >= columns.stop:
             return
@@ -337,33 +316,3 @@ class Painter:
             part = self.pixels[rows.start + start : min(rows.start + start + 256, rows.stop), columns]
             factor = 1 + strength * np.take(tile[row_at[start : start + 256]], col_at, axis=1)
             part[:] = np.clip(part * factor[..., None] + 0.5, 0, 255)
-
-
-@dataclass
-class Plan:
-    """Drawing orders in scene units, recorded once and played back on every canvas."""
-
-    orders: list[tuple[Box, float, Callable[[Painter], None]]] = field(default_factory=list)
-
-    def add(
-        self, box: Box, order: Callable[..., None], /, *arguments: Any, smallest: float = 0.0, **named: Any
-    ) -> None:
-        """Record `Painter.<order>`; box bounds what it touches; it is left out where `smallest` units are < 1 pixel."""
-        self.orders.append((box, smallest, partial(_call, order, arguments, named)))
-
-    def play(self, canvas: Canvas, inner: Box | None) -> None:
-        """Draw on a canvas; what lies wholly in `inner` is left out, as a finer canvas will replace it."""
-        painter = Painter(canvas)
-        left, top, right, bottom = canvas.box
-        for box, smallest, order in self.orders:
-            if box[2] < left or box[0] > right or box[3] < top or box[1] > bottom:
-                continue
-            if smallest * canvas.density < 1.0 and smallest > 0:
-                continue
-            if inner and inner[0] < box[0] and box[2] < inner[2] and inner[1] < box[1] and box[3] < inner[3]:
-                continue
-            order(painter)
-
-
-def _call(order: Callable[..., None], arguments: tuple[Any, ...], named: dict[str, Any], painter: Painter) -> None:
-    order(painter, *arguments, **named)

@@ -1,9 +1,9 @@
-"""Photographs as a scene: an exhibition wall, hung with prints no larger than their pixels allow.
+"""Photographs as a scene: an exhibition wall with prints that are never enlarged beyond their resolution.
 
-One photograph stretched over all that a 24 mm frame takes in would be ten times too coarse for the 240 mm frame. So the
-wall is divided like this: a print that would have to be enlarged beyond its own pixels (at the density of the finest
-canvas it touches) makes room for 3 x 3 smaller ones. Prints are large at the edges, where only short focal lengths
-look, and small in the centre, so that every focal length sees the photograph's own detail and nothing is invented.
+One photograph stretched over the field of view of a 24 mm frame would be ten times too coarse for the 240 mm frame. So
+a print that would be enlarged (at the density of the finest canvas it overlaps) is replaced by 3 x 3 smaller ones.
+Prints are large at the edges, which only short focal lengths see, and small in the centre. Thus every focal length sees
+real detail of the photographs.
 """
 
 import hashlib
@@ -15,13 +15,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from preprocessing.simulator.scenery.painter import Box, Painter, Plan
+from preprocessing.simulator.scenery.canvas import FINEST_DENSITY, Box
+from preprocessing.simulator.scenery.drawing import Drawing
+from preprocessing.simulator.scenery.painter import Painter
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}
-FINEST_DENSITY = 1.5
 MIN_PRINT = 300.0
-"""Scene units at 1536 px: prints do not get smaller, whatever the photograph."""
+"""Smallest width of a print, scene units at 1536 px."""
 MAX_SIDE_PX = 6000
+"""Larger photographs are reduced to this side when they are loaded."""
 
 
 def find_photographs(folder: Path) -> tuple[list[Path], int]:
@@ -41,7 +43,7 @@ def find_photographs(folder: Path) -> tuple[list[Path], int]:
 
 
 def fingerprint(path: Path) -> str:
-    """A photograph by its content, so that a sequence knows what it was made from."""
+    """16 hex digits of the file's SHA-256, stored with a sequence to identify its photographs."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
@@ -54,18 +56,22 @@ def _load(path: Path) -> npt.NDArray[np.uint8]:
         return np.asarray(upright.convert("RGB"))
 
 
-def plan_gallery(plan: Plan, boxes: Sequence[Box], photos: Sequence[Path], first: int, unit: float) -> None:
-    """Hang the wall. boxes: what each canvas covers, finest first; first: the photograph in the middle."""
+def draw_gallery(drawing: Drawing, boxes: Sequence[Box], photos: Sequence[Path], first: int, unit: float) -> None:
+    """Draw the wall with its prints.
+
+    boxes   area of each canvas, finest first
+    first   number of the photograph in the middle
+    """
     outer = boxes[-1]
-    plan.add(outer, Painter.material, outer, "plaster", (0.86, 0.85, 0.82))
+    drawing.add(outer, Painter.material, outer, "plaster", (0.86, 0.85, 0.82))
     order = [photos[(first + number) % len(photos)] for number in range(len(photos))]
     sizes = {path: _size(path) for path in set(order[:24])}
     cells: list[Box] = []
     _divide(outer, boxes, max(width for width, _ in sizes.values()), unit, cells)
-    # The middle first, so that it shows this sequence's own photograph.
+    # Sorted from the middle outwards, so that the middle print shows photograph `first`.
     cells.sort(key=lambda cell: abs(cell[0] + cell[2]) + abs(cell[1] + cell[3]))
     for number, cell in enumerate(cells):
-        _hang(plan, cell, order[number % min(len(order), 24)])
+        _hang(drawing, cell, order[number % min(len(order), 24)])
 
 
 def _size(path: Path) -> tuple[int, int]:
@@ -89,16 +95,16 @@ def _divide(cell: Box, boxes: Sequence[Box], photo_width: int, unit: float, cell
             _divide((x, y, x + width / 3, y + height / 3), boxes, photo_width, unit, cells)
 
 
-def _hang(plan: Plan, cell: Box, path: Path) -> None:
+def _hang(drawing: Drawing, cell: Box, path: Path) -> None:
     left, top, right, bottom = cell
     gap = 0.018 * (right - left)
     frame = (left + gap, top + gap, right - gap, bottom - gap)
     rim = 0.012 * (right - left)
     inner = (frame[0] + rim, frame[1] + rim, frame[2] - rim, frame[3] - rim)
     cast = (frame[0] + gap / 3, frame[1] + gap / 2, frame[2] + gap / 3, frame[3] + gap / 2)
-    plan.add(cell, Painter.shadow, cast, gap / 2, 0.5)
-    plan.add(frame, Painter.material, frame, "wood", (0.5, 0.46, 0.42))
-    plan.add(inner, _print, inner, path)
+    drawing.add(cell, Painter.shadow, cast, gap / 2, 0.5)
+    drawing.add(frame, Painter.material, frame, "wood", (0.5, 0.46, 0.42))
+    drawing.add(inner, _print, inner, path)
 
 
 def _print(painter: Painter, box: Box, path: Path) -> None:

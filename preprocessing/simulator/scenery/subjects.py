@@ -4,15 +4,16 @@ from collections.abc import Callable
 
 import numpy as np
 
-from preprocessing.simulator.scenery.foliage import plan_garden
-from preprocessing.simulator.scenery.library import plan_library
-from preprocessing.simulator.scenery.painter import Box, Plan
-from preprocessing.simulator.scenery.posters import plan_posters
-from preprocessing.simulator.scenery.street import plan_street
+from preprocessing.simulator.scenery.canvas import Box
+from preprocessing.simulator.scenery.drawing import Drawing
+from preprocessing.simulator.scenery.foliage import draw_garden
+from preprocessing.simulator.scenery.library import draw_library
+from preprocessing.simulator.scenery.posters import draw_posters
+from preprocessing.simulator.scenery.street import draw_street
 
-SUBJECTS: dict[str, Callable[[Plan, np.random.Generator, Box, float], None]] = {
-    "street": plan_street,
-    "posters": plan_posters,
-    "library": plan_library,
-    "garden": plan_garden,
+SUBJECTS: dict[str, Callable[[Drawing, np.random.Generator, Box, float], None]] = {
+    "street": draw_street,
+    "posters": draw_posters,
+    "library": draw_library,
+    "garden": draw_garden,
 }

@@ -1,4 +1,4 @@
-"""Scenes: canvases that show one world, detail at every focal length, photographs on the wall."""
+"""Scenes: consistent canvases, detail at every focal length, photographs as scenes."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +26,7 @@ def street() -> Scene:
     return build("street")
 
 
-def test_coarse_canvases_hold_the_light_of_the_finer(street: Scene) -> None:
+def test_coarse_canvases_have_the_light_of_the_finer_ones(street: Scene) -> None:
     for planes in (street.far, street.near):
         for finer, coarser in pairwise(planes):
             assert coarser.density == finer.density / 2
@@ -35,13 +35,13 @@ def test_coarse_canvases_hold_the_light_of_the_finer(street: Scene) -> None:
             height, width = finer.pixels.shape[0] // 2, finer.pixels.shape[1] // 2
             centre = to_linear(coarser.pixels[row : row + height, column : column + width])
             light = to_linear(finer.pixels).reshape(height, 2, width, 2, -1).mean((1, 3))
-            # The finest detail may differ; overshoot at edges that clips, and 8-bit sRGB, stay below a hundredth.
+            # Compare low-passed: fine detail may differ. Clipped overshoot and 8-bit sRGB stay below 0.01.
             assert np.abs(cv2.GaussianBlur(centre - light, (0, 0), 5)).max() < 0.01
             assert abs(float((centre - light).mean())) < 2e-4
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_halving_makes_no_moire_and_moves_nothing(axis: int) -> None:
+def test_halving_suppresses_moire_without_a_shift(axis: int) -> None:
     at = np.arange(256) + 0.5
 
     def halved_wave(period: float) -> np.ndarray:
@@ -51,7 +51,7 @@ def test_halving_makes_no_moire_and_moves_nothing(axis: int) -> None:
         assert half.shape == (128, 128, 3)
         return np.moveaxis(half[..., 1], axis, 0)[8:-8, 64] - np.float32(0.5)
 
-    # 1.4 to 1.7 pixels of the half, which cannot hold them: an average of 2x2 keeps 43 to 60 %, at another period.
+    # Periods of 1.4 to 1.7 reduced pixels must not alias. (A 2x2 average would keep 43 to 60 %.)
     for period, least in ((2.8, 0.02), (3.2, 0.15), (3.4, 0.25)):
         assert np.abs(halved_wave(period)).max() < 0.4 * least
     for period in (8.0, 16.0):
@@ -59,12 +59,12 @@ def test_halving_makes_no_moire_and_moves_nothing(axis: int) -> None:
         assert np.abs(halved_wave(period) - kept).max() < 0.02
 
 
-def test_canvases_cover_what_was_asked(street: Scene) -> None:
+def test_canvases_cover_the_requested_boxes(street: Scene) -> None:
     for box, canvas in zip(BOXES, street.far, strict=True):
         assert canvas.covers(*box)
 
 
-def test_same_seed_same_scene_and_another_differs(street: Scene) -> None:
+def test_the_seed_determines_the_scene(street: Scene) -> None:
     again, other = build("street"), build("street", seed=6)
     for one, two in zip(street.far + street.near, again.far + again.near, strict=True):
         assert np.array_equal(one.pixels, two.pixels)
@@ -73,7 +73,7 @@ def test_same_seed_same_scene_and_another_differs(street: Scene) -> None:
 
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_every_subject_has_detail_at_every_focal_length(subject: str) -> None:
-    """In the middle of every canvas most 32 px blocks hold edges or texture, and colours stay muted."""
+    """In the middle of every canvas most 32 px blocks have edges or texture, and colours are muted."""
     scene = build(subject)
     for canvas in scene.far:
         height, width = canvas.pixels.shape[:2]
@@ -103,7 +103,7 @@ def save_photo(path: Path, size: tuple[int, int], seed: int) -> np.ndarray:
     return picture.astype(np.uint8)
 
 
-def test_photographs_fill_the_wall_at_their_own_density(tmp_path: Path) -> None:
+def test_photographs_are_not_enlarged_on_any_canvas(tmp_path: Path) -> None:
     save_photo(tmp_path / "a.png", (500, 720), 1)
     save_photo(tmp_path / "b.jpg", (720, 500), 2)
     photos, unreadable = find_photographs(tmp_path)
@@ -113,14 +113,14 @@ def test_photographs_fill_the_wall_at_their_own_density(tmp_path: Path) -> None:
     for canvas in scene.far:
         grey = cv2.cvtColor(canvas.pixels, cv2.COLOR_RGB2GRAY).astype(np.float32)
         fine = (grey - cv2.GaussianBlur(grey, (0, 0), 1.0)).std()
-        # White 1/f noise has this much at its own density; a print enlarged 3 times would have less than half.
+        # 1/f noise exceeds this at its original density; a print enlarged 3 times would have less than half.
         assert fine > 4, canvas.level
     first = build(photos=photos, first_photo=0).far[0].pixels
     second = build(photos=photos, first_photo=1).far[0].pixels
     assert not np.array_equal(first, second)
 
 
-def test_unreadable_photographs_are_left_out_and_counted(tmp_path: Path) -> None:
+def test_unreadable_photographs_are_skipped_and_counted(tmp_path: Path) -> None:
     save_photo(tmp_path / "good.JPG", (300, 400), 1)
     (tmp_path / "bad.jpg").write_bytes(b"\xff\xd8\xff no photograph")
     (tmp_path / "cut.png").write_bytes((tmp_path / "good.JPG").read_bytes()[:500])

@@ -1,8 +1,9 @@
-"""Simulated sequences as files: layout, exact RAW, EXIF, noise, repeatability, wrong inputs."""
+"""Simulated sequences as files: layout, EXIF, exact RAW, reproducibility, wrong inputs."""
 
 import hashlib
 import json
-import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,11 @@ import pytest
 import rawpy
 from PIL import Image
 
-from preprocessing.colour import linear_to_srgb_bytes
 from preprocessing.raw import dng
-from preprocessing.simulator import sensor
-from preprocessing.simulator import sequences as simulator
-from preprocessing.simulator.optics import FOCALS_MM, PRESETS, draw_geometries
-from preprocessing.simulator.scenery.painter import Canvas
-from preprocessing.simulator.scenes import Scene
+from preprocessing.simulator import sequences, truth_files
+from preprocessing.simulator.optics import FOCALS_MM
 from preprocessing.simulator.sequences import SimulateError, frame_size, simulate
-from preprocessing.truth.frame import Exposure
+from preprocessing.truth.reader import load_truth
 
 WIDTH = 384
 
@@ -38,7 +35,7 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-def test_layout_is_sr_raws(two: Path) -> None:
+def test_layout_and_tags_are_those_of_sr_raw(two: Path) -> None:
     for sequence in ("00001", "00002"):
         names = sorted(path.name for path in (two / sequence).iterdir() if path.is_file())
         assert names == sorted(f"0000{number}.{kind}" for number in range(1, 8) for kind in ("dng", "JPG"))
@@ -60,7 +57,7 @@ def test_layout_is_sr_raws(two: Path) -> None:
                 assert raw.white_level == 16383
 
 
-def test_libraw_decodes_exactly_what_the_sensor_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_libraw_decodes_the_sensors_exact_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for kind, write, suffix in (("dng", dng.write_dng, "dng"), ("arw", dng.write_arw, "ARW")):
         counted: dict[str, np.ndarray] = {}
 
@@ -77,14 +74,14 @@ def test_libraw_decodes_exactly_what_the_sensor_counted(tmp_path: Path, monkeypa
                 assert np.array_equal(raw.raw_image_visible, mosaic)
 
 
-def test_bit_for_bit_whatever_is_simulated_beside_it(two: Path, tmp_path: Path) -> None:
+def test_a_sequence_depends_only_on_seed_and_index(two: Path, tmp_path: Path) -> None:
     one = simulate(tmp_path / "one", sequences=1, width_px=WIDTH, seed=11)
     assert digests(one[0]) == digests(two / "00001")
     other = simulate(tmp_path / "other", sequences=1, width_px=WIDTH, seed=12)
     assert digests(other[0])["00003.JPG"] != digests(two / "00001")["00003.JPG"]
 
 
-def test_what_is_there_is_kept_and_what_is_half_there_is_redone(two: Path) -> None:
+def test_complete_sequences_are_kept_and_partial_ones_redone(two: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in two.rglob("*")}
     (two / "00003.partial").mkdir()
     (two / "00003.partial" / "00001.JPG").write_bytes(b"killed here")
@@ -99,25 +96,25 @@ def test_what_is_there_is_kept_and_what_is_half_there_is_redone(two: Path) -> No
     assert len(list((two / "00003").glob("*.JPG"))) == 7
 
 
-def test_a_killed_sequence_leaves_no_folder_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_sequence_leaves_no_complete_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def die(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(simulator.truth, "write", die)
+    monkeypatch.setattr(truth_files, "write", die)
     with pytest.raises(KeyboardInterrupt):
         simulate(tmp_path, sequences=1, width_px=WIDTH)
     assert not (tmp_path / "00001").exists()
 
 
-def test_other_parameters_are_refused_not_mixed(two: Path) -> None:
-    with pytest.raises(SimulateError, match=r"00001: was simulated with seed 11"):
+def test_other_parameters_are_an_error(two: Path) -> None:
+    with pytest.raises(SimulateError, match=r"00001: expected a sequence with seed 99, got seed 11; remove it"):
         simulate(two, sequences=1, width_px=WIDTH, seed=99)
 
 
 def test_a_folder_of_real_data_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "00001").mkdir()
     (tmp_path / "00001" / "00001.ARW").write_bytes(b"mine")
-    with pytest.raises(SimulateError, match="was not simulated"):
+    with pytest.raises(SimulateError, match="00001: expected a simulated sequence, got other files"):
         simulate(tmp_path, sequences=1, width_px=WIDTH)
     assert (tmp_path / "00001" / "00001.ARW").read_bytes() == b"mine"
 
@@ -125,35 +122,39 @@ def test_a_folder_of_real_data_is_not_touched(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"preset": "drunk"}, "perfect, tripod, default, handheld"),
-        ({"raw_format": "cr2"}, "dng, arw"),
-        ({"width_px": 385}, "even number from 384"),
-        ({"width_px": 100}, "even number from 384"),
-        ({"sequences": 0}, "at least 1"),
-        ({"seed": -1}, "0 or more"),
-        ({"scenes": "nowhere"}, "expected a folder of photographs"),
+        ({"preset": "drunk"}, "preset: expected one of perfect, tripod, default, handheld, got 'drunk'"),
+        ({"raw_format": "cr2"}, "RAW format: expected one of dng, arw, got 'cr2'"),
+        ({"width_px": 385}, "width: expected an even number from 384 to 8192, got 385 px"),
+        ({"width_px": 100}, "got 100 px"),
+        ({"width_px": 8194}, "got 8194 px"),
+        ({"sequences": 0}, "sequences: expected at least 1, got 0"),
+        ({"seed": -1}, "seed: expected 0 or more, got -1"),
+        ({"scenes": "nowhere"}, "nowhere: expected a folder of photographs .*, got no such folder"),
     ],
 )
-def test_wrong_values_are_one_clear_line(tmp_path: Path, change: dict, message: str) -> None:
+def test_wrong_values_raise_one_line_errors(tmp_path: Path, change: dict, message: str) -> None:
     with pytest.raises(SimulateError, match=message) as caught:
         simulate(tmp_path / "out", **change)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
-def test_folders_without_photographs_and_output_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_folder_without_readable_photographs_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
-    with pytest.raises(SimulateError, match="no readable JPG or PNG"):
+    with pytest.raises(SimulateError, match="photos: expected JPG or PNG photographs, got none; add some"):
         simulate(tmp_path / "out", scenes=tmp_path / "photos")
     (tmp_path / "photos" / "bad.jpg").write_bytes(b"nothing")
-    with pytest.raises(SimulateError, match="1 unreadable"):
+    with pytest.raises(SimulateError, match="got 1 unreadable ones"):
         simulate(tmp_path / "out", scenes=tmp_path / "photos")
+
+
+def test_an_output_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file, not a folder")
-    with pytest.raises(SimulateError, match="cannot be written"):
+    with pytest.raises(SimulateError, match="out: expected a writable folder, got 'Not a directory'"):
         simulate(tmp_path / "file" / "out", sequences=1)
 
 
-def test_photographs_as_scenes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_photographs_become_scenes_and_are_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rng = np.random.default_rng(0)
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -161,12 +162,12 @@ def test_photographs_as_scenes(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         Image.fromarray(rng.integers(40, 200, (300, 450, 3), dtype=np.uint8)).save(photos / name)
     (photos / "c.jpg").write_bytes(b"not a photograph")
     folders = simulate(tmp_path / "out", scenes=photos, sequences=1, width_px=WIDTH)
-    assert "1 unreadable photographs left out, 2 used" in caplog.text
+    assert "skipped 1 unreadable photographs, using 2" in caplog.text
     stored = json.loads((folders[0] / "truth" / "geometry.json").read_text())
     assert stored["subject"] == "photographs"
     assert len(stored["job"]["photos"]) == 2
     (photos / "b.png").unlink()
-    with pytest.raises(SimulateError, match="other photographs"):
+    with pytest.raises(SimulateError, match="expected a sequence with these photographs, got other photographs"):
         simulate(tmp_path / "out", scenes=photos, sequences=1, width_px=WIDTH)
 
 
@@ -183,15 +184,15 @@ def test_frame_sizes(width: int, raw_format: str, jpg: tuple[int, int], raw: tup
     assert frame_size(width, raw_format) == (jpg, raw)
 
 
-def test_no_even_width_meets_a_size_that_libraw_crops() -> None:
-    for width in range(simulator.MIN_WIDTH_PX, simulator.MAX_WIDTH_PX + 1, 2):
+def test_libraw_crops_no_simulated_arw_width() -> None:
+    for width in range(sequences.MIN_WIDTH_PX, sequences.MAX_WIDTH_PX + 1, 2):
         assert frame_size(width, "arw")[1][0] not in dng.SONY_CROPPED_WIDTHS
 
 
-def test_arw_and_its_jpg_lie_centre_to_centre(tmp_path: Path) -> None:
+def test_arw_and_jpg_have_the_same_centre(tmp_path: Path) -> None:
     (folder,) = simulate(tmp_path, sequences=1, width_px=800, raw_format="arw", preset="tripod")
     with rawpy.imread(str(folder / "00006.ARW")) as raw:
-        assert raw.raw_image_visible.shape == (538, 804) if frame_size(800, "arw")[1] == (804, 538) else True
+        assert raw.raw_image_visible.shape == (538, 804)
         rendering = raw.postprocess(use_camera_wb=True, no_auto_bright=True, user_flip=0).astype(np.float64).mean(-1)
     jpg = np.asarray(Image.open(folder / "00006.JPG")).astype(np.float64).mean(-1)
     border = (rendering.shape[1] - jpg.shape[1]) // 2
@@ -206,23 +207,9 @@ def test_arw_and_its_jpg_lie_centre_to_centre(tmp_path: Path) -> None:
     assert scores[0, 0] > 0.97
 
 
-def test_noise_is_photon_and_read_noise() -> None:
-    """A grey wall: the variance of the counts is what the full well, ISO and read noise say."""
-    frame = draw_geometries(np.random.default_rng(0), PRESETS["perfect"], jpg_size=(384, 256), raw_size=(384, 256))[0]
-    wall = Canvas(linear_to_srgb_bytes(np.full((600, 900, 3), 0.3, np.float32)), -300.0, -200.0, 1.5)
-    exposure = Exposure(400, 0.01, 8.0, 0.8, (2.0, 1.0, 1.5), 0.6, vignetting=0.0)
-    mosaic = sensor.expose(Scene([wall], [], "wall"), frame, exposure, np.random.default_rng(1)).astype(np.float64)
-    electrons_per_count = sensor.FULL_WELL_E / 4 / (sensor.WHITE_LEVEL - sensor.BLACK_LEVEL)
-    for plane, gain in ((mosaic[0::2, 0::2], 2.0), (mosaic[0::2, 1::2], 1.0), (mosaic[1::2, 1::2], 1.5)):
-        signal = plane.mean() - sensor.BLACK_LEVEL
-        assert signal == pytest.approx(0.3 * 0.8 / gain * (sensor.WHITE_LEVEL - sensor.BLACK_LEVEL), rel=0.02)
-        variance = (signal * electrons_per_count + sensor.READ_NOISE_E**2) / electrons_per_count**2
-        assert plane.var() == pytest.approx(variance, rel=0.05)
-
-
-def test_perfect_preset_keeps_noise_but_no_misalignment(tmp_path: Path) -> None:
+def test_preset_perfect_has_no_misalignment(tmp_path: Path) -> None:
     (folder,) = simulate(tmp_path, sequences=1, width_px=WIDTH, preset="perfect")
-    loaded = simulator.truth.load_truth(folder)
+    loaded = load_truth(folder)
     assert loaded is not None
     top, left, *_ = loaded.ideals["00005", 4]
     assert np.abs(loaded.true_flow("00005", "00001", (top + 8, left + 8, 32, 48))).max() < 0.001
@@ -230,12 +217,14 @@ def test_perfect_preset_keeps_noise_but_no_misalignment(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_full_size_sony_frames_in_bounded_memory(tmp_path: Path) -> None:
-    """4240 px wide as the ILCE-7SM2; run alone, since it measures this process."""
-    import resource
-
-    (folder,) = simulate(tmp_path, sequences=1, width_px=4240, raw_format="arw")
-    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    with rawpy.imread(str(folder / "00001.ARW")) as raw:
+    """4240 px wide, like the ILCE-7SM2; simulated in a new process, whose peak memory is measured."""
+    code = (
+        "import sys; from pathlib import Path; from preprocessing.simulator.sequences import simulate\n"
+        "simulate(sys.argv[1], sequences=1, width_px=4240, raw_format='arw')\n"
+        "print(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    with rawpy.imread(str(tmp_path / "00001" / "00001.ARW")) as raw:
         assert raw.raw_image_visible.shape == (2848, 4256)
         assert raw.raw_image.shape == (2848, 4288)
-    assert peak_gib < 4.5 or os.environ.get("PYTEST_XDIST_WORKER")
+    assert int(done.stdout) / 2**20 < 4.5  # GiB
