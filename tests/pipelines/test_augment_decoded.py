@@ -1,4 +1,4 @@
-"""Augmentation on a decoder's output: a turned crop of RAW, developed anew, is the turned crop of the rendering."""
+"""Augmenting a decoded photograph: rendering an augmented RAW crop gives the augmented crop of the rendering."""
 
 import itertools
 
@@ -48,14 +48,14 @@ def develop(packed: np.ndarray, path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("turns", itertools.product((False, True), repeat=3))
-def test_a_turned_crop_developed_anew_is_the_turned_rendering(developed, turns, tmp_path):
+def test_an_augmented_crop_renders_as_its_rendering(developed, turns, tmp_path):
     flip_rows, flip_cols, transpose = turns
     plan = augment.CropPlan(6 + flip_rows, 10 + flip_cols, flip_rows, flip_cols, transpose)
     crop = augment.apply(developed, plan, CROP_PX, scale=4)
     inside = (slice(EDGE, -EDGE), slice(EDGE, -EDGE))
     rendered = crop["lr_render"].permute(1, 2, 0).numpy()[inside].astype(np.float32)
     anew = develop(crop["lr_raw"].numpy(), tmp_path / "crop.dng")[inside].astype(np.float32)
-    assert np.abs(anew - rendered).mean() < 1.5  # of 255; a wrong phase swaps colours: above 50
+    assert np.abs(anew - rendered).mean() < 1.5  # of 255; a wrong Bayer phase swaps colours and gives over 50
     window = cv2.createHanningWindow(rendered.shape[1::-1], cv2.CV_32F)
     for channel in range(3):
         (dx, dy), _ = cv2.phaseCorrelate(

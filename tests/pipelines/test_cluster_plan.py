@@ -1,11 +1,11 @@
-"""Workers that would starve are refused before anything starts."""
+"""Too many workers for the cluster are refused before anything starts."""
 
 import pytest
 
 from pipelines.cluster import ClusterError, parse_workers, plan_workers
 
 
-def test_two_workers_fit_on_two_cpus_and_leave_some_for_data():
+def test_two_workers_on_two_cpus_leave_room_for_readers():
     plan = plan_workers(2, {"CPU": 2.0})
     assert plan.workers * plan.cpus_per_worker < 2
     assert (plan.use_gpu, plan.threads) == (False, 1)
@@ -17,7 +17,7 @@ def test_gpus_set_the_default():
 
 
 @pytest.mark.parametrize(("workers", "cpus"), [(1, 1.0), (2, 2.0), (8, 9.0), (5, 6.0), (12, 9.0)])
-def test_what_is_said_to_fit_fits(workers, cpus):
+def test_a_plan_fits_with_its_readers(workers, cpus):
     plan = plan_workers(workers, {"CPU": cpus})
     assert plan.workers * (plan.cpus_per_worker + 0.25) <= cpus
 
@@ -31,12 +31,12 @@ def test_what_is_said_to_fit_fits(workers, cpus):
         ((3, 8), {"CPU": 2.0}, "use --workers 2 or fewer"),
     ],
 )
-def test_too_few_is_said_with_what_would_fit(workers, resources, said):
+def test_too_few_cpus_or_gpus_name_what_fits(workers, resources, said):
     with pytest.raises(ClusterError, match=said):
         plan_workers(workers, resources)
 
 
-def test_of_a_range_the_least_must_fit_now():
+def test_the_lower_end_of_a_range_must_fit():
     plan = plan_workers((1, 4), {"CPU": 1.0})
     assert (plan.workers, plan.cpus_per_worker, plan.threads) == ((1, 4), 0.75, 1)
     assert plan_workers((2, 8), {"CPU": 32.0, "GPU": 4.0}).use_gpu

@@ -1,4 +1,4 @@
-"""Named runs, dotted names, and the one line that a wrong one gets."""
+"""Named configs, dotted names, and the one-line message for a wrong name or value."""
 
 import json
 
@@ -15,7 +15,7 @@ def test_every_named_config_is_valid_and_survives_json(name):
     assert configs.from_dict(json.loads(json.dumps(configs.to_dict(config)))) == config
 
 
-def test_the_papers_config_is_the_papers():
+def test_paper_4x_has_the_papers_values():
     config = configs.paper_4x()
     assert (config.model.input, config.model.features, config.model.blocks) == ("mosaic", 64, 16)
     assert config.model.skip == "none"
@@ -36,12 +36,12 @@ def test_the_papers_config_is_the_papers():
         ("train.learning_rate", "2e-4", 2e-4),
     ],
 )
-def test_text_is_read_as_the_fields_type(key, text, expected):
+def test_set_parses_text_as_the_type_of_the_field(key, text, expected):
     changed = configs.override(configs.paper_4x(), {key: text})
     assert configs.flatten(changed)[key] == expected
 
 
-def test_values_of_a_search_space_need_no_text():
+def test_values_of_a_search_space_need_not_be_text():
     changed = configs.override(configs.paper_4x(), {"model.packing_kernel": 2, "loss.align_weight": 0.5})
     assert (changed.model.packing_kernel, changed.loss.align_weight) == (2, 0.5)
 
@@ -50,29 +50,29 @@ def test_values_of_a_search_space_need_no_text():
     ("assignment", "said"),
     [
         ("model.packing=4", "did you mean model.packing_kernel"),
-        ("packing_kernel", "KEY=VALUE expected"),
-        ("model.packing_kernel=7", "7"),
-        ("model.features=many", "int expected, got many"),
-        ("model.features=1.5", "int expected, got 1.5"),
-        ("model.flips=perhaps", "true or false expected"),
-        ("model.input=jpeg", "mosaic"),
-        ("train.epochs=0", "at least 1 expected, got 0"),
-        ("train.epochs=inf", "int expected, got inf"),
-        ("train.grad_clip=-1", "0 or more expected"),
-        ("train.betas=2,3", "from 0 up to 1"),
-        ("loss.border_px=256", "at most 255 expected"),
-        ("loss.pixel_weight=0", "above 0 expected"),
-        ("train.betas=0.9", "2 values"),
-        ("name=other", "unknown key 'name'"),
+        ("packing_kernel", "--set: expected KEY=VALUE"),
+        ("model.packing_kernel=7", "packing_kernel=7"),
+        ("model.features=many", "expected int, got many"),
+        ("model.features=1.5", "expected int, got 1.5"),
+        ("model.flips=perhaps", "expected true or false"),
+        ("model.input=jpeg", "expected one of mosaic"),
+        ("train.epochs=0", "expected at least 1, got 0"),
+        ("train.epochs=inf", "expected int, got inf"),
+        ("train.grad_clip=-1", "expected 0 or more, got -1"),
+        ("train.betas=2,3", "expected two values in [0, 1)"),
+        ("loss.border_px=256", "expected at most 255"),
+        ("loss.pixel_weight=0", "expected at least one above 0"),
+        ("train.betas=0.9", "expected 2 values"),
+        ("name=other", "expected a known key, got 'name'"),
     ],
 )
-def test_a_wrong_assignment_gets_one_clear_line(assignment, said):
+def test_a_wrong_assignment_gets_one_line(assignment, said):
     with pytest.raises(ConfigError) as caught:
         configs.override(configs.paper_4x(), configs.parse_assignments([assignment]))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_config_names_the_known_ones():
+def test_the_message_for_an_unknown_config_lists_the_known():
     with pytest.raises(ConfigError, match="srraw_4x"):
         configs.named("srraw")

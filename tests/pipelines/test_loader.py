@@ -1,4 +1,4 @@
-"""Crops depend on their number alone, and the network's inputs are registered to each other."""
+"""A crop depends only on its number, and the network's inputs are registered to each other."""
 
 import math
 
@@ -30,7 +30,7 @@ def stream(tiny_shards):
     return CropStream(index_split(str(tiny_shards), "train"), seed=3, crop_px=16, augment=True)
 
 
-def test_a_crop_is_its_number(stream):
+def test_a_crop_depends_only_on_its_number(stream):
     first, again, other = stream.crop(5), stream.crop(5), stream.crop(6)
     assert all(np.array_equal(first[name], again[name]) for name in first)
     assert not np.array_equal(first["hr_rgb"], other["hr_rgb"])
@@ -53,7 +53,7 @@ def test_inputs_are_registered_to_each_other(stream, layout):
     inputs = model_inputs(batch, model, torch.device("cpu"))
     side = 16 if layout == "packed" else 32
     assert inputs.x.shape[-1] == inputs.self_reference.shape[-1] == inputs.oracle_reference.shape[-1] == side
-    # The scene is perfectly aligned: the low-passed target is the rendering, whatever the crop and its flips.
+    # The scene is perfectly aligned: the low-passed target is the rendering, for any crop and flips.
     assert (low_pass(inputs.target, 4) - inputs.rendering).abs().mean() < 0.01
     assert (inputs.oracle_reference - inputs.self_reference).abs().mean() < 0.01
     green = inputs.x[:, 1:2] if layout == "packed" else None
@@ -62,7 +62,7 @@ def test_inputs_are_registered_to_each_other(stream, layout):
         assert (green - rendered**2.2 * 15000 / 15871).abs().mean() < 0.02
 
 
-def test_batches_do_not_depend_on_where_a_run_was_cut(stream):
+def test_a_resumed_run_gets_the_same_batches(stream):
     whole = list(training_batches(stream, batch=2, rank=0, world=1, first_crop=0, last_crop=8))
     rest = list(training_batches(stream, batch=2, rank=0, world=1, first_crop=4, last_crop=8))
     assert len(whole) == 4
@@ -71,20 +71,20 @@ def test_batches_do_not_depend_on_where_a_run_was_cut(stream):
 
 
 @pytest.mark.timeout(120)
-def test_crops_come_though_the_machine_is_full(stream):
-    """Train workers, or what a lost one leaves behind for a while, may hold every CPU."""
+def test_crops_are_read_while_all_cpus_are_reserved(stream):
+    """Train workers may hold every CPU; those of a lost worker are freed only after a while."""
     if not ray.is_initialized():
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
 
     @ray.remote
-    class Full:
-        def is_there(self):
+    class Reservation:
+        def is_ready(self):
             return True
 
-    full = Full.options(num_cpus=ray.cluster_resources()["CPU"]).remote()
-    assert ray.get(full.is_there.remote())
+    holder = Reservation.options(num_cpus=ray.cluster_resources()["CPU"]).remote()
+    assert ray.get(holder.is_ready.remote())
     assert len(list(training_batches(stream, batch=2, rank=0, world=1, first_crop=0, last_crop=8))) == 4
-    ray.kill(full)
+    ray.kill(holder)
 
 
 def test_two_workers_share_the_crops_of_one_step(stream):
@@ -93,7 +93,7 @@ def test_two_workers_share_the_crops_of_one_step(stream):
     assert torch.equal(alone["hr_rgb"], torch.cat([part["hr_rgb"] for part in parts]))
 
 
-def test_no_crop_is_lost_or_seen_twice_when_workers_come_and_go():
+def test_each_crop_is_used_once_as_workers_come_and_go():
     """Three steps of two workers, two of one, one of three, and the rest by two again."""
     batch, seen, position = 3, [], 0
     for world, steps in ((2, 3), (1, 2), (3, 1), (2, 2)):
@@ -104,7 +104,7 @@ def test_no_crop_is_lost_or_seen_twice_when_workers_come_and_go():
     assert sorted(seen) == list(range(position)) and position == 45
 
 
-def test_the_last_step_is_whole():
+def test_the_last_step_is_a_full_batch():
     assert num_steps(1, 6, 4) == 2
     own = crop_numbers(np.arange(2 * 2), batch=2, rank=1, world=2, first_crop=1)
     assert own.tolist() == [3, 4, 7, 8]
@@ -116,17 +116,17 @@ def test_held_out_crops_are_fixed_and_aligned(tiny_shards):
     assert len(crops) == 2
     assert crops.names[0].startswith("00005/00005-00001@")
     assert crops.aligned.shape == crops.batch["hr_rgb"].shape
-    # Registration has nothing to correct here.
+    # The pairs are perfectly aligned, so registration changes little.
     inside = crops.aligned_mask.expand_as(crops.aligned)
     assert inside.float().mean() > 0.9
     assert (crops.aligned.float() - crops.batch["hr_rgb"]).abs()[inside].mean() < 5
 
 
-def test_what_does_not_fit_is_said(tiny_shards):
+def test_shards_that_do_not_fit_the_config_are_refused(tiny_shards):
     index = index_split(str(tiny_shards), "train")
     with pytest.raises(ShardsError, match="expected scale 8, got shards of scale 4"):
         check_fit(index, configs.srraw_8x())
-    with pytest.raises(ShardsError, match="train.crop_px.*expected tiles of at least 64"):
+    with pytest.raises(ShardsError, match=r"train\.crop_px.*expected tiles of at least 64"):
         check_fit(index, configs.srraw_4x())
     with pytest.raises(ShardsError, match="split=test"):
         index_split(str(tiny_shards), "test")
@@ -138,8 +138,8 @@ def srgb_gain(image, gain):
 
 
 @pytest.mark.parametrize("gain", [0.7, 1.0, 1.3])
-def test_a_known_gain_of_the_target_is_undone(tmp_path, tiny_shards, gain):
-    """hr_rgb is shot with `gain` times the light; a stream that matches exposures shows it as if it had not been."""
+def test_a_measured_exposure_ratio_is_removed(tmp_path, tiny_shards, gain):
+    """hr_rgb is exposed with `gain` times the light; a stream that matches exposures returns it without that gain."""
     source, rows = index_split(str(tiny_shards), "train"), []
     for ratio in (None, math.nan, gain):
         row = read_tile(source, len(rows), 0) | {"exposure_ratio": ratio, "col": len(rows)}

@@ -1,3 +1,5 @@
+"""MLflow's database, runs and the registry: one champion, promotion, rollback, and how model URIs are resolved."""
+
 import json
 import shutil
 import subprocess
@@ -15,7 +17,7 @@ PREPARE = "import sys; from pipelines.registry import prepare_database; prepare_
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory):
-    """A database prepared by four processes at once: what happens when four commands start together."""
+    """A database that four processes prepare at once, as when four commands start together."""
     folder = tmp_path_factory.mktemp("template") / "data"
     uri = registry.default_tracking_uri(folder)
     started = [
@@ -52,32 +54,32 @@ def register(uri: str, folder: Path, weights: bytes) -> str:
     return registry.register_model(uri, run_id, write_checkpoint(folder, weights))
 
 
-def test_database_prepared_by_four_processes_takes_runs(uri):
+def test_a_database_prepared_by_four_processes_works(uri):
     run_id = registry.create_run(uri, "train", "first", {"a": "b"})
     run = MlflowClient(tracking_uri=uri).get_run(run_id)
     assert run.info.run_name == "first" and run.data.tags["a"] == "b"
 
 
-def test_preparing_twice_keeps_what_is_there(uri):
+def test_preparing_a_database_again_keeps_its_runs(uri):
     run_id = registry.create_run(uri, "train", "first")
     registry.prepare_database(uri)
     assert MlflowClient(tracking_uri=uri).get_run(run_id).info.run_name == "first"
 
 
-def test_a_broken_database_is_one_clear_line(tmp_path):
+def test_a_damaged_database_gets_one_line(tmp_path):
     (tmp_path / "mlflow.db").write_bytes(b"this is not a database that MLflow can read" * 100)
-    with pytest.raises(RegistryError, match=r"mlflow\.db: expected MLflow's database") as caught:
+    with pytest.raises(RegistryError, match=r"mlflow\.db: expected an MLflow database") as caught:
         registry.prepare_database(f"sqlite:///{tmp_path}/mlflow.db")
     assert "\n" not in str(caught.value)
 
 
-def test_unwritable_data_folder(tmp_path):
+def test_an_unwritable_data_folder_gets_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RegistryError, match="expected a writable place"):
         registry.prepare_database(registry.default_tracking_uri(tmp_path / "file" / "data"))
 
 
-def test_server_uri_is_used_and_left_alone(tmp_path, monkeypatch):
+def test_no_database_is_made_for_a_tracking_server(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     uri = registry.default_tracking_uri(tmp_path)
     assert uri == "http://127.0.0.1:1"
@@ -85,22 +87,22 @@ def test_server_uri_is_used_and_left_alone(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_artifacts_lie_beside_the_database(uri, data, tmp_path):
+def test_artifacts_are_beside_the_database(uri, data, tmp_path):
     version = register(uri, tmp_path / "one", b"1")
     folder = registry.resolve_model(uri, f"models:/sdan/{version}")
     assert folder.is_relative_to(data / "mlartifacts")
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]  # no pickle
 
 
-def test_config_is_flattened_and_logged_once(uri):
+def test_params_that_a_run_has_are_not_logged_again(uri):
     run_id = registry.create_run(uri, "train", "run")
     registry.log_config(uri, run_id, {"loss.align_weight": 0.5})
-    registry.log_config(uri, run_id, {"loss": {"align_weight": 1.0, "kind": "l1"}, "train": {"betas": (0.9, 0.99)}})
+    registry.log_config(uri, run_id, {"loss.align_weight": 1.0, "loss.kind": "l1", "train.betas": (0.9, 0.99)})
     params = MlflowClient(tracking_uri=uri).get_run(run_id).data.params
     assert params == {"loss.align_weight": "0.5", "loss.kind": "l1", "train.betas": "(0.9, 0.99)"}
 
 
-def test_same_checkpoint_same_version_and_another_leaves_the_first_alone(uri, tmp_path):
+def test_each_checkpoint_of_a_run_is_registered_once(uri, tmp_path):
     run_id = registry.create_run(uri, "train", "run")
     first = registry.register_model(uri, run_id, write_checkpoint(tmp_path / "one", b"1"))
     assert registry.register_model(uri, run_id, tmp_path / "one") == first
@@ -133,7 +135,7 @@ def test_folder_resolves_to_itself(uri, tmp_path):
     assert registry.resolve_model(uri, folder) == folder
 
 
-def test_remote_artifacts_are_fetched(uri, tmp_path, monkeypatch):
+def test_remote_artifacts_are_downloaded(uri, tmp_path, monkeypatch):
     folder = write_checkpoint(tmp_path / "one", b"remote")
     client = MlflowClient(tracking_uri=uri)
     client.create_registered_model("sdan")
@@ -153,23 +155,23 @@ def test_remote_artifacts_are_fetched(uri, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("nowhere", "no such checkpoint folder"),
-        ("models:/sdan@champion", "no champion yet"),
-        ("models:/other@champion", "no such model"),
-        ("models:/sdan/7", "no such model"),
+        ("nowhere", "expected a checkpoint folder, got no such folder"),
+        ("models:/sdan@champion", "expected a champion, got none yet"),
+        ("models:/other@champion", "expected a registered model"),
+        ("models:/sdan/7", "expected a registered model"),
         ("models:/sdan", "expected models:/NAME@ALIAS"),
-        ("runs:/0123456789abcdef", "no such run"),
+        ("runs:/0123456789abcdef", "expected a run in"),
     ],
 )
-def test_wrong_models_are_one_clear_line(uri, model, message):
+def test_a_wrong_model_uri_gets_one_line(uri, model, message):
     with pytest.raises(RegistryError, match=message) as caught:
         registry.resolve_model(uri, model)
     assert "\n" not in str(caught.value) and model in str(caught.value)
 
 
-def test_run_without_checkpoint_and_folder_without_weights(uri, tmp_path):
+def test_incomplete_runs_and_folders_are_refused(uri, tmp_path):
     run_id = registry.create_run(uri, "train", "run")
-    with pytest.raises(RegistryError, match="expected a registered checkpoint"):
+    with pytest.raises(RegistryError, match="expected a run with a registered checkpoint"):
         registry.resolve_model(uri, f"runs:/{run_id}")
     with pytest.raises(RegistryError, match=r"without model\.safetensors and config\.json"):
         registry.register_model(uri, run_id, tmp_path)
@@ -179,7 +181,7 @@ def test_run_without_checkpoint_and_folder_without_weights(uri, tmp_path):
         registry.set_champion(uri, "12")
 
 
-def test_asking_makes_no_database(tmp_path, monkeypatch):
+def test_looking_for_a_champion_creates_nothing(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     uri = registry.default_tracking_uri(tmp_path)
     assert registry.get_champion(uri) is None

@@ -1,4 +1,4 @@
-"""`sdan status` reads what is there, and says what stopped."""
+"""`sdan status` shows each run's state, the champion, the shards and the last retraining."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from pipelines.training.run_folder import PROGRESS, StoredRun
 
 @pytest.fixture
 def data(tmp_path):
-    """Three runs: one finished, one under way, one that a kill ended an hour ago."""
+    """Three runs: one finished, one running, one killed an hour ago."""
     now = time.time()
     for name, epoch, age_s in (("done", 4, 7200), ("going", 2, 5), ("cut", 1, 3600)):
         folder = tmp_path / "runs" / name
@@ -38,7 +38,7 @@ def data(tmp_path):
     return tmp_path
 
 
-def test_each_run_is_in_its_state(data):
+def test_each_run_has_its_state(data):
     found = {run.name: run for run in status.status(data).runs}
     assert list(found) == ["going", "cut", "done"]
     assert {name: run.state for name, run in found.items()} == {
@@ -51,7 +51,7 @@ def test_each_run_is_in_its_state(data):
     assert found["done"].detail == "epoch 4/4, loss 0.1000, PSNR 24.00 dB (self)"
 
 
-def test_one_screen_from_the_command_line(data):
+def test_the_command_prints_one_screen(data):
     status.note_retrain(data, "+0.100 dB: promoted")
     shown = CliRunner().invoke(app, ["--data", str(data), "status"])
     assert shown.exit_code == 0
@@ -61,7 +61,7 @@ def test_one_screen_from_the_command_line(data):
     assert not (data / "mlflow.db").exists()
 
 
-def test_an_empty_folder_is_said(tmp_path):
+def test_an_empty_folder_has_no_runs(tmp_path):
     shown = str(status.status(tmp_path))
     assert "none yet; start one with `sdan train SHARDS`" in shown
     assert registry.default_tracking_uri(tmp_path).endswith("mlflow.db")

@@ -1,12 +1,15 @@
-"""What training refuses, it refuses before anything has started, and leaves nothing behind."""
+"""How the options of `sdan train` are combined, and that a refused run starts nothing and writes nothing."""
 
 import json
+import os
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
 from pipelines import config as configs
+from pipelines import registry
 from pipelines.retrain import fine_tuning
 from pipelines.train import TrainError, choose, train, with_network_of
 from pipelines.training import run_folder
@@ -18,15 +21,15 @@ from sdan.network import SDAN, SDANConfig
 
 @pytest.fixture
 def data(tmp_path, tiny_shards):
-    """A data folder with one unfinished run, as a kill leaves it."""
+    """A data folder with one unfinished run, named "cut", as a kill leaves it."""
     folder = tmp_path / "runs" / "cut"
     run = StoredRun(configs.to_dict(configs.smoke()), str(tiny_shards), "0" * 32, None, 1)
     run.write(folder)
     return tmp_path
 
 
-def test_a_refused_run_leaves_nothing(tmp_path, tiny_shards):
-    with pytest.raises(ValueError, match="train.crop_px.*expected tiles of at least 64"):
+def test_a_refused_run_writes_nothing(tmp_path, tiny_shards):
+    with pytest.raises(ValueError, match=r"train\.crop_px.*expected tiles of at least 64"):
         train(str(tiny_shards), configs.srraw_4x(), data=tmp_path, name="a", progress=False)
     with pytest.raises(TrainError, match="--name: expected letters, digits"):
         train(str(tiny_shards), configs.smoke(), data=tmp_path, name="../a", progress=False)
@@ -41,7 +44,7 @@ def test_a_refused_run_leaves_nothing(tmp_path, tiny_shards):
         ({"train.seed": 1}, "train.seed: expected 0"),
     ],
 )
-def test_a_resumed_run_keeps_what_its_crops_depend_on(data, tiny_shards, changes, said):
+def test_a_resumed_run_may_not_change_its_crops(data, tiny_shards, changes, said):
     config = configs.override(configs.smoke(), changes)
     with pytest.raises(TrainError, match=said):
         train(str(tiny_shards), config, data=data, name="cut", resume=True, progress=False)
@@ -62,8 +65,16 @@ def test_a_resumed_run_keeps_its_shards(data, tiny_shards, tmp_path_factory):
         train(str(elsewhere), configs.smoke(), data=data, name="cut", resume=True, progress=False)
 
 
-def test_the_newest_unfinished_run_is_found_and_a_damaged_one_is_said(data):
+def test_resume_without_a_name_takes_the_newest_unfinished(data):
     assert choose(data, resume=True).name == "cut"
+    older = data / "runs" / "older"
+    run_folder.read_run(data / "runs" / "cut").write(older)
+    os.utime(older / "run.json", (0, 0))
+    assert choose(data, resume=True).name == "cut"
+    assert choose(data, resume=True, name="older").name == "older"
+
+
+def test_resuming_a_damaged_or_finished_run_gets_one_line(data):
     (data / "runs" / "cut" / "run.json").write_text("{")
     with pytest.raises(RunFolderError, match=r"run\.json: expected a run's description"):
         choose(data, resume=True)
@@ -72,7 +83,7 @@ def test_the_newest_unfinished_run_is_found_and_a_damaged_one_is_said(data):
         choose(data, resume=True)
 
 
-def test_fine_tunings_do_not_shrink_one_another():
+def test_fine_tunings_do_not_shrink_each_other():
     base = configs.srraw_4x()
     base = replace(base, train=replace(base.train, epochs=100))
     once = fine_tuning(base)
@@ -80,13 +91,75 @@ def test_fine_tunings_do_not_shrink_one_another():
     assert fine_tuning(configs.from_dict(json.loads(json.dumps(configs.to_dict(once))))) == once
 
 
-def test_a_run_that_starts_from_a_model_has_its_network(tmp_path):
+def save_model(folder, features=12):
+    """A checkpoint of an untrained network with `features` features."""
     torch.manual_seed(0)
+    config = configs.override(configs.smoke(), {"model.features": features})
+    return checkpoint.save(folder, SDAN(config.model), config=configs.to_dict(config), scores={})
+
+
+def test_a_new_run_takes_config_then_set_then_seed(tmp_path):
+    assert choose(tmp_path).config == configs.srraw_4x()
+    assert choose(tmp_path, config="smoke").config == configs.smoke()
+    changed = choose(tmp_path, config="smoke", assignments=["train.epochs=7", "train.seed=1"], seed=5)
+    assert changed.config == configs.override(configs.smoke(), {"train.epochs": 7, "train.seed": 5})
+    assert (changed.name, changed.init_from) == (None, None)
+    assert choose(tmp_path, name="mine").name == "mine"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_init_takes_the_network_of_the_model_and_no_more(tmp_path):
+    model = save_model(tmp_path / "m")
+    choice = choose(tmp_path, config="smoke", assignments=["train.epochs=7"], seed=5, init=str(model), name="mine")
+    expected = configs.override(configs.smoke(), {"train.epochs": 7, "train.seed": 5, "model.features": 12})
+    assert (choice.config, choice.name, choice.init_from) == (expected, "mine", model)
+    same = choose(tmp_path, config="smoke", assignments=["model.features=12"], init=str(model))
+    assert same.config.model.features == 12
+    starter = choose(tmp_path, init="starter")
+    assert starter.init_from == registry.STARTER_FOLDER
+    assert starter.config.model == configs.starter().model and starter.config.train == configs.srraw_4x().train
+
+
+def test_a_resumed_run_takes_its_stored_config_then_set(data, tiny_shards):
+    stored = configs.override(configs.smoke(), {"train.epochs": 9, "train.seed": 3})
+    StoredRun(configs.to_dict(stored), str(tiny_shards), "0" * 32, None, 1).write(data / "runs" / "cut")
+    choice = choose(data, resume=True)
+    assert (choice.config, choice.name, choice.init_from) == (stored, "cut", None)
+    assert choose(data, config="smoke", resume=True, name="cut").config == stored
+    longer = choose(data, assignments=["train.epochs=12"], seed=4, resume=True)
+    assert longer.config == configs.override(stored, {"train.epochs": 12, "train.seed": 4})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"config": "nosuch"}, "--config: expected one of"),
+        ({"assignments": ["train.epochs"]}, "--set: expected KEY=VALUE"),
+        ({"assignments": ["train.epoch=3"]}, "did you mean train.epochs"),
+        ({"assignments": ["train.epochs=0"]}, "train.epochs: expected at least 1"),
+        ({"seed": -1}, "train.seed: expected 0 or more"),
+        ({"init": "starter", "resume": True}, "--init: expected no --init with --resume"),
+        ({"init": "nosuch"}, "nosuch: expected a checkpoint folder"),
+        ({"init": "models:/sdan@champion"}, "expected an MLflow database"),
+        ({"init": "starter", "assignments": ["model.features=8"]}, "--set model.features: expected 48"),
+        ({"config": "srraw_4x", "resume": True}, "--config: expected the run's own config smoke, got srraw_4x"),
+        ({"resume": True, "name": "nosuch"}, "--resume --name nosuch: expected a run"),
+    ],
+)
+def test_contradicting_options_get_one_line(data, options, message):
+    before = sorted(data.rglob("*"))
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        choose(data, **options)
+    assert type(caught.value).__module__.startswith("pipelines.") and "\n" not in str(caught.value)
+    assert sorted(data.rglob("*")) == before
+
+
+def test_with_network_of_takes_the_network_of_a_checkpoint(tmp_path):
     smoke = configs.override(configs.smoke(), {"model.features": 12})
-    model = checkpoint.save(tmp_path / "m", SDAN(smoke.model), config=configs.to_dict(smoke), scores={})
+    model = save_model(tmp_path / "m")
     config = with_network_of(model, configs.smoke(), {"train.epochs": "3"})
     assert config.model == smoke.model and config.name == "smoke"
-    with pytest.raises(configs.ConfigError, match=r"--set model.features: expected 12.*got 8.*--init"):
+    with pytest.raises(configs.ConfigError, match=r"--set model\.features: expected 12.*got 8.*--init"):
         with_network_of(model, configs.smoke(), {"model.features": "8"})
     other = checkpoint.save(tmp_path / "o", SRResNet(SDANConfig(features=8, blocks=1)), config={}, scores={})
     with pytest.raises(configs.ConfigError, match="expected an SDAN"):

@@ -1,4 +1,4 @@
-"""What an epoch adds up to where steps were skipped, and the live file."""
+"""Means of an epoch with skipped steps, and live.json."""
 
 import json
 import math
@@ -14,7 +14,7 @@ def terms(loss, norm=1.0, skipped=0.0):
     return {name: torch.tensor(v) for name, v in (("loss", loss), ("grad_norm", norm), ("skipped", skipped))}
 
 
-def test_skipped_steps_are_counted_and_left_out():
+def test_skipped_steps_are_counted_but_not_averaged():
     meter = EpochMeter()
     for step in (terms(1.0), terms(math.nan, math.nan, 1.0), terms(3.0), terms(math.inf, 2.0, 1.0)):
         meter.add(step, 0.0)
@@ -24,7 +24,7 @@ def test_skipped_steps_are_counted_and_left_out():
     assert "train_skipped" not in means
 
 
-def test_the_scalers_own_skips_are_no_faults():
+def test_steps_skipped_by_the_loss_scaler_are_not_counted():
     meter = EpochMeter()
     for step in (terms(1.0), terms(3.0, math.inf)):
         meter.add(step, 0.0)
@@ -40,7 +40,7 @@ def test_an_epoch_of_skipped_steps_ends_the_run():
         meter.means(1)
 
 
-def test_the_live_file_says_where_the_run_is(tmp_path):
+def test_the_live_file_has_epoch_loss_and_time_left(tmp_path):
     meter = EpochMeter()
     meter.add(terms(0.5), 0.0)
     live = LiveFile(tmp_path, epochs=4, crops_per_epoch=10)
@@ -50,5 +50,5 @@ def test_the_live_file_says_where_the_run_is(tmp_path):
     assert now["left_s"] == pytest.approx(25 / now["crops_per_s"])
     live.update(20, meter, 5)  # too soon
     assert json.loads((tmp_path / "live.json").read_text()) == now
-    LiveFile(tmp_path / "elsewhere", 4, 10).update(15, meter, 5)  # another machine's folder
+    LiveFile(tmp_path / "elsewhere", 4, 10).update(15, meter, 5)  # a folder on another machine
     assert not (tmp_path / "elsewhere").exists()
