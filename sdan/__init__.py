@@ -27,7 +27,7 @@ from sdan.ops import squared_deform_conv2d
 __all__ = ["SDAN", "SDANConfig", "load", "raw_input", "squared_deform_conv2d", "zoom"]
 
 STARTER = "starter"
-"""The name under which `load` finds the model that is installed with the package."""
+"""The name that `load` takes for the model that is installed with the package."""
 
 
 def load(model: str | Path) -> Network:
@@ -69,16 +69,19 @@ def zoom(
         float32 [3, scale 2h, scale 2w] in [0, 1], on the CPU, in the orientation of `raw`.
 
     Raises:
-        ValueError: shapes that do not fit each other or the model, or a model without a tile size.
+        ValueError: shapes that do not match each other or the model, or a model without a tile size.
     """
     if model.tile_px is None:
         raise ValueError("model: expected one from sdan.load, got one without tile_px; set model.tile_px")
+    channels = 3 if model.config.input == "rgb" else 4
+    if raw.dim() != 3 or raw.shape[0] != channels:
+        raise ValueError(f"raw: expected [{channels},h,w] for input={model.config.input!r}, got {tuple(raw.shape)}")
     x = raw_input.packed_to_mosaic(raw[None])[0] if model.config.input == "mosaic" else raw
     return inference.zoom(model, x, rendering, tile_px=model.tile_px, precision=precision, progress=progress)
 
 
 def _starter_folder() -> Path:
-    """The starter model is package data of `pipelines`, which is found here without importing it."""
+    """Locate the starter model, which is package data of `pipelines`, without importing that package."""
     found = find_spec("pipelines")
     folders = [Path(place) / "models" / STARTER for place in (found and found.submodule_search_locations) or ()]
     for folder in folders:

@@ -10,6 +10,7 @@ from sdan.baselines import SRResNet
 from sdan.inference import zoom
 from sdan.metrics import psnr
 from sdan.network import SDAN, SDANConfig
+from sdan.ops import precision as ops_precision
 from sdan.raw_input import packed_to_mosaic
 from sdan.resample import bicubic, low_pass
 
@@ -145,6 +146,29 @@ def test_padding_of_packed_photos_keeps_raw_and_reference_aligned():
     mosaic = packed_to_mosaic(seen["x"])
     assert mosaic[0, 0, 0, :14].mul(12).round().tolist() == [*range(12), 10, 9]
     assert torch.allclose(low_pass(mosaic, 2)[0, 0], seen["reference"][0, 0])
+
+
+@pytest.mark.parametrize(
+    ("precision", "native_bf16", "expected"),
+    [
+        ("auto", True, torch.bfloat16),
+        ("auto", False, None),
+        ("fp32", True, None),
+        ("bf16", False, torch.bfloat16),
+    ],
+)
+def test_precision_auto_is_bf16_only_where_it_is_native(monkeypatch, precision, native_bf16, expected):
+    used = []
+
+    class Spy(SDAN):
+        def forward(self, x, reference, rendering=None):
+            used.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+            return super().forward(x, reference, rendering)
+
+    monkeypatch.setattr(ops_precision, "cpu_has_bf16", lambda: native_bf16)
+    x, rendering = photo(CONFIG, 16, 16)
+    zoomed = zoom(Spy(CONFIG), x, rendering, tile_px=16, precision=precision)
+    assert used == [expected] and zoomed.dtype == torch.float32
 
 
 def test_the_output_is_clipped_and_the_model_in_eval_mode():

@@ -122,6 +122,15 @@ def test_zoom_without_a_tile_size_is_refused():
         sdan.zoom(sdan.SDAN(SMALL), torch.rand(4, 8, 8), torch.rand(3, 16, 16))
 
 
+@pytest.mark.parametrize(("kind", "channels"), [("mosaic", 4), ("packed", 4), ("rgb", 3)])
+def test_zoom_refuses_raw_in_another_layout(kind, channels):
+    model = sdan.SDAN(replace(SMALL, input=kind))
+    model.tile_px = 16
+    for raw in (torch.rand(1, 16, 16), torch.rand(1, channels, 8, 8)):
+        with pytest.raises(ValueError, match=rf"raw: expected \[{channels},h,w\] for input='{kind}', got"):
+            sdan.zoom(model, raw, torch.rand(3, 16, 16))
+
+
 def test_from_photo_normalises_and_keeps_the_orientation(dng):
     photo = decode.load(dng)
     raw, rendering = raw_input.from_photo(photo)
