@@ -118,11 +118,11 @@ class ExperimentConfig:
         except ValueError as error:
             raise ConfigError(str(error)) from error
         target_px = 2 * self.train.crop_px * self.model.scale
-        most_px = (target_px - self.loss.least_px) // 2
+        most_px = (target_px - self.loss.min_px) // 2
         if self.loss.border_px > most_px:
             raise ConfigError(
                 f"loss.border_px: expected at most {most_px} (a target crop has {target_px} px, and this loss needs "
-                f"{self.loss.least_px} of them), got {self.loss.border_px}; set a smaller one or a larger train.crop_px"
+                f"{self.loss.min_px} of them), got {self.loss.border_px}; set a smaller one or a larger train.crop_px"
             )
 
     @property
@@ -315,13 +315,13 @@ def override(config: ExperimentConfig, overrides: Mapping[str, Any]) -> Experime
     Raises:
         ConfigError: unknown key (with the nearest known one), value of the wrong type or out of range.
     """
-    known = flatten(config)
+    known = [name for name in flatten(config) if "." in name]
     sections: dict[str, dict[str, Any]] = {"model": {}, "loss": {}, "train": {}}
     for key, value in overrides.items():
         section, _, name = key.partition(".")
-        if key not in known or section not in sections:
+        if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]}?" if near else f"; keys are {', '.join(k for k in known if '.' in k)}"
+            hint = f"; did you mean {near[0]}?" if near else f"; keys are {', '.join(known)}"
             raise ConfigError(f"--set: expected a known key, got {key!r}{hint}")
         kind = typing.get_type_hints(type(getattr(config, section)))[name]
         sections[section][name] = _read(key, value, kind)
