@@ -23,7 +23,7 @@ from pipelines.train import train
 from pipelines.zoom import Zoomer, read_photo, write_png
 from preprocessing.shards import PreprocessOptions, preprocess
 from preprocessing.simulator.sequences import simulate
-from sdan.baselines import bicubic
+from sdan.resample import bicubic
 
 SDAN = str(Path(sys.executable).with_name("sdan"))
 OPTIONS = PreprocessOptions(scale=4, tile_px=20, stride_px=16, val=("00003",))
