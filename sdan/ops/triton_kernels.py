@@ -32,16 +32,20 @@ def _axis(position: tl.tensor, size: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _sample_block(
+def _corners(
     offset_ptr: tl.tensor,
     height: tl.tensor,
     width: tl.tensor,
+    frame_height: tl.tensor,
+    frame_width: tl.tensor,
+    margin: tl.tensor,
     BLOCK_P: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tl.tensor:
-    """This program's image and samples, and their positions in the image (without margin).
+    """This program's samples and the four frame pixels around each. Offsets are contiguous [N, 2, H, W].
 
-    Offsets are contiguous [N, 2, H, W].
+    Returns image (int64), sample index within it, whether the sample exists, its position (y, x) without margin; then
+    the upper left pixel's index in the batch (int64), which rows and columns are in the frame, and their weights.
     """
     plane = height * width
     num_blocks = tl.cdiv(plane, BLOCK_P)
@@ -51,26 +55,10 @@ def _sample_block(
     offsets = offset_ptr + image * 2 * plane + sample
     y = (sample // width).to(ACC) + tl.load(offsets, mask=valid, other=0.0).to(ACC)
     x = (sample % width).to(ACC) + tl.load(offsets + plane, mask=valid, other=0.0).to(ACC)
-    return image, sample, valid, y, x
-
-
-@triton.jit
-def _corner_block(
-    image: tl.tensor,
-    y: tl.tensor,
-    x: tl.tensor,
-    frame_height: tl.tensor,
-    frame_width: tl.tensor,
-    margin: tl.tensor,
-    ACC: tl.constexpr,
-) -> tl.tensor:
-    """The four frame pixels around each sample: the upper left one's index in the batch (int64), then which rows and
-    columns are in the frame, and the weight of each.
-    """
     row, has_top, has_bottom, top, bottom = _axis(y + margin.to(ACC), frame_height)
     column, has_left, has_right, left, right = _axis(x + margin.to(ACC), frame_width)
     pixel = (image * frame_height + row) * frame_width + column
-    return pixel, has_top, has_bottom, has_left, has_right, top, bottom, left, right
+    return image, sample, valid, y, x, pixel, has_top, has_bottom, has_left, has_right, top, bottom, left, right
 
 
 @triton.jit(do_not_specialize=["height", "width", "frame_height", "frame_width", "margin"])
@@ -91,13 +79,12 @@ def warp_forward_kernel(
     ACC: tl.constexpr,
 ) -> None:
     """output(p, c) = bias(c) + sum_q weight(p, q) input(q, c)."""
-    image, sample, valid, y, x = _sample_block(offset_ptr, height, width, BLOCK_P, ACC)
-    pixel, has_top, has_bottom, has_left, has_right, top, bottom, left, right = _corner_block(
-        image, y, x, frame_height, frame_width, margin, ACC
+    image, sample, valid, _y, _x, pixel, has_top, has_bottom, has_left, has_right, top, bottom, left, right = _corners(
+        offset_ptr, height, width, frame_height, frame_width, margin, BLOCK_P, ACC
     )
+    target = output_ptr + (image * height * width + sample)[:, None] * channels
     corner = input_ptr + pixel[:, None] * channels
     below = frame_width.to(tl.int64) * channels
-    target = output_ptr + (image * height * width + sample)[:, None] * channels
     for start in range(0, channels, BLOCK_C):
         channel = (start + tl.arange(0, BLOCK_C))[None, :]
         active = valid[:, None] & (channel < channels)
@@ -160,10 +147,12 @@ def warp_backward_kernel(
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ) -> None:
-    """grad_input(q, c) += weight(p, q) grad(p, c), by atomics; one program sums grad_offset(p) over all channels."""
-    image, sample, valid, y, x = _sample_block(offset_ptr, height, width, BLOCK_P, ACC)
-    pixel, has_top, has_bottom, has_left, has_right, top, bottom, left, right = _corner_block(
-        image, y, x, frame_height, frame_width, margin, ACC
+    """grad_input(q, c) += weight(p, q) grad(p, c), by atomics.
+
+    One program sums grad_offset(p) over all channels.
+    """
+    image, sample, valid, y, x, pixel, has_top, has_bottom, has_left, has_right, top, bottom, left, right = _corners(
+        offset_ptr, height, width, frame_height, frame_width, margin, BLOCK_P, ACC
     )
     corner = pixel[:, None] * channels
     below = frame_width.to(tl.int64) * channels
