@@ -1,4 +1,8 @@
-"""The procedural subjects by name."""
+"""The procedural subjects by name.
+
+Each is a function (drawing, rng, outer, unit): it adds the subject to `drawing` so that it fills the box `outer`. Sizes
+are multiples of `unit`, 1/1536 of a 240 mm frame's width, in scene units.
+"""
 
 from collections.abc import Callable
 
