@@ -1,7 +1,10 @@
 """One interface to local folders and `s3://` URIs: list, read, write atomically, move, delete.
 
-Everything uses pyarrow.fs, except changes to S3 (s3.py) and `write_atomically`.
+Everything uses pyarrow.fs, except changes to S3 (s3.py) and `write_atomically`. pyarrow and boto3 are imported only
+when used, because `sdan zoom` calls `write_atomically` and may be installed without them.
 """
+
+from __future__ import annotations
 
 import contextlib
 import fcntl
@@ -13,11 +16,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pyarrow as pa
-import pyarrow.fs
-
-from preprocessing import s3
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.fs
 
 ENDS_BYTES = 64 * 1024
 """Bytes that `read_ends` reads at each end of a file."""
@@ -46,15 +49,19 @@ class Folder:
 
     def files(self, relative: str = "", *, recursive: bool = False) -> list[pyarrow.fs.FileInfo]:
         """List the files (not folders) below `relative` without opening any; [] if the folder does not exist."""
-        selector = pyarrow.fs.FileSelector(self.path(relative), allow_not_found=True, recursive=recursive)
-        return [entry for entry in self.filesystem.get_file_info(selector) if entry.type == pyarrow.fs.FileType.File]
+        from pyarrow import fs
+
+        selector = fs.FileSelector(self.path(relative), allow_not_found=True, recursive=recursive)
+        return [entry for entry in self.filesystem.get_file_info(selector) if entry.type == fs.FileType.File]
 
     def relative(self, path: str) -> str:
         """A listed path relative to this folder."""
         return path[len(self.root) :].lstrip("/")
 
     def exists(self, relative: str = "") -> bool:
-        return self.filesystem.get_file_info(self.path(relative)).type != pyarrow.fs.FileType.NotFound
+        from pyarrow import fs
+
+        return self.filesystem.get_file_info(self.path(relative)).type != fs.FileType.NotFound
 
     def read(self, relative: str, limit: int | None = None) -> bytes:
         """The whole file, or its first `limit` bytes."""
@@ -76,6 +83,8 @@ class Folder:
         """
         target = self.path(relative)
         if not self.is_local:
+            from preprocessing import s3
+
             s3.put(self.uri, target, data)
             return
         self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
@@ -93,6 +102,8 @@ class Folder:
                 if new != old:
                     self.put(relative, new)
             return
+        from preprocessing import s3
+
         done = False
         while not done:
             old, version = s3.get(self.uri, self.path(relative))
@@ -130,12 +141,14 @@ class Folder:
 
     def _delete_path(self, path: str) -> None:
         if not self.is_local:
+            from preprocessing import s3
+
             s3.delete(self.uri, path)
             return
         try:
             self.filesystem.delete_file(path)
         except OSError:
-            if self.filesystem.get_file_info(path).type == pyarrow.fs.FileType.File:
+            if Path(path).is_file():
                 raise
 
     def sweep(self, relative: str) -> None:
@@ -151,7 +164,7 @@ class Folder:
 
     @property
     def is_local(self) -> bool:
-        return isinstance(self.filesystem, pyarrow.fs.LocalFileSystem)
+        return self.filesystem.type_name == "local"
 
 
 def open_folder(uri: str) -> Folder:
@@ -159,12 +172,15 @@ def open_folder(uri: str) -> Folder:
 
     The folder need not exist. Raises OSError or pyarrow.ArrowInvalid for a malformed or unsupported URI.
     """
+    import pyarrow as pa
+    from pyarrow import fs
+
     if "://" in uri:
         if not uri.startswith(("s3://", "file://")):
             raise pa.ArrowInvalid(f"{uri.partition(':')[0]}:// is not supported")
-        filesystem, root = pyarrow.fs.FileSystem.from_uri(uri)
+        filesystem, root = fs.FileSystem.from_uri(uri)
     else:
-        filesystem, root = pyarrow.fs.LocalFileSystem(), str(Path(uri).absolute())
+        filesystem, root = fs.LocalFileSystem(), str(Path(uri).absolute())
     return Folder(filesystem, root.rstrip("/"), uri)
 
 

@@ -1,15 +1,15 @@
-"""A decoder that does to its process what a marked RAW file tells it to: crash, be killed, hang, print."""
+"""A fake rawpy.imread that crashes, kills, hangs or prints in its process, as a mark in the RAW file says."""
 
 from pathlib import Path
 
-_STAND_IN = """
+_SITECUSTOMIZE = """
 import ctypes, os, rawpy, signal
 real = rawpy.imread
 def imread(source):
     order = source.read().partition(b"ORDER:")[2].decode()
     source.seek(0)
     if order == "hang":
-        ctypes.PyDLL(None).sleep(1000)  # Python's lock is held, as in a decoder that never ends
+        ctypes.PyDLL(None).sleep(1000)  # PyDLL keeps the GIL, like a hanging decoder
     elif order == "print":
         os.write(1, b"unexpected marker" + bytes([10]))
     elif order:
@@ -20,13 +20,13 @@ rawpy.imread = imread
 
 
 def fake_decoder_path(folder: Path) -> str:
-    """A PYTHONPATH under which every Python process decodes with the stand-in."""
+    """A PYTHONPATH with which every Python process uses the fake decoder."""
     (folder / "path").mkdir()
-    (folder / "path" / "sitecustomize.py").write_text(_STAND_IN)
+    (folder / "path" / "sitecustomize.py").write_text(_SITECUSTOMIZE)
     return str(folder / "path")
 
 
 def mark_file(path: Path, order: str) -> None:
-    """`order`: a signal's name, hang or print."""
+    """Append a mark to a RAW file; `order` is a signal's name, "hang" or "print"."""
     with path.open("ab") as file:
         file.write(f"ORDER:{order}".encode())

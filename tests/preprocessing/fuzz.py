@@ -1,9 +1,9 @@
-"""Thousands of damaged RAW and JPG files through the plan and the decoders: `make fuzz`, SEED=1, COUNT=2000.
+"""Sends thousands of damaged RAW and JPG files through the plan and the decoders: `make fuzz`, SEED=1, COUNT=2000.
 
-Each file takes the place of its good original in a pair and goes the way of a real run: its tags are read as the driver
-reads them, then the pair is worked on in a child (preprocessing.isolation). A file fails the run when the reason for
-refusing it is not one line of ours, when it takes too long or too much memory, or when the driver raises. A crash of
-the child is counted: the run goes on. Files that failed are kept.
+Each file replaces its good original in a pair. As in a real run, its tags are read for the plan, then the pair is
+processed in a child (preprocessing.isolation). A file counts as a failure if the reason for rejecting it is not one of
+our one-line messages, if it takes too long or too much memory, or if the plan raises. Such files are kept. A crash of
+the child is counted, but is no failure.
 """
 
 import argparse
@@ -31,21 +31,21 @@ from preprocessing.storage import open_folder
 
 LIMIT_S = 20.0
 LIMIT_MIB = 600
-"""Of the child's resident memory; about 130 is Python and the libraries."""
+"""Limit of the child's resident memory; Python and the libraries need about 130."""
 BENCHES = (("dng", "RGGB", "scale"), ("dng", "GBRG", "ecc"), ("arw", "RGGB", "scale"))
-"""RAW format, phase, how pairs are aligned."""
+"""(RAW format, Bayer phase, `align` option)."""
 
 
 @dataclass(frozen=True)
 class Outcome:
     what: str
-    """rows; refused; no pair; crashed; and of failures: unclear reason, too long, too much memory, driver."""
+    """rows, refused, no pair or crashed; if failed: unclear reason, too long, too much memory, or driver."""
     failed: bool = False
     detail: str = ""
 
 
 class Bench:
-    """One pair of good files, and a child that works on it with one file replaced."""
+    """One pair of good files, and a child that processes it with one file replaced."""
 
     def __init__(self, folder: Path, raw_format: str, cfa: str, align: str) -> None:
         self._options = PreprocessOptions(tile_px=12, stride_px=12, align=align)
@@ -79,12 +79,13 @@ class Bench:
 
     def _work(self, job: PairJob) -> Outcome:
         if self._worker.pid:
-            Path(f"/proc/{self._worker.pid}/clear_refs").write_text("5")  # the peak starts anew
+            Path(f"/proc/{self._worker.pid}/clear_refs").write_text("5")  # reset the peak
         result = self._worker.run(job, self._source, self._target, self._options)
-        return _judge(result, _peak_mib(self._worker.pid))
+        return judge(result, _peak_mib(self._worker.pid))
 
 
-def _judge(result: PairResult, peak_mib: int) -> Outcome:
+def judge(result: PairResult, peak_mib: int) -> Outcome:
+    """Classify a result, given the child's peak memory in MiB."""
     if "took longer" in result.reason:
         return Outcome("too long", True, result.reason)
     if "crashed" in result.reason:
@@ -100,14 +101,14 @@ def _judge(result: PairResult, peak_mib: int) -> Outcome:
 
 
 def _peak_mib(pid: int | None) -> int:
-    if pid is None:  # it died; its result says so
+    if pid is None:  # it died; the result says why
         return 0
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) // 1024
 
 
 def run(seed: int, count: int, keep: Path) -> Counter[str]:
-    """Outcomes by kind; failures are printed, and kept in `keep`."""
+    """Count outcomes by kind. Failures are printed, and their files kept in `keep`."""
     outcomes: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as scratch, _quiet():
         free: SimpleQueue[Bench] = SimpleQueue()
@@ -142,7 +143,7 @@ def run(seed: int, count: int, keep: Path) -> Counter[str]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without LibRaw's and Pillow's own lines, ours' and the children's."""
+    """Discard what LibRaw and Pillow print, here and in the children."""
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 2)
     try:
@@ -157,7 +158,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=2000)
-    parser.add_argument("--keep", type=Path, default=Path("fuzz-failures"), help="where files that failed are kept")
+    parser.add_argument("--keep", type=Path, default=Path("fuzz-failures"), help="folder for files that failed")
     arguments = parser.parse_args()
     began = time.monotonic()
     outcomes = run(arguments.seed, arguments.count, arguments.keep)

@@ -1,4 +1,4 @@
-"""Pictures with exactly known geometry: a scene of sine waves can be seen through any affine without resampling."""
+"""Pictures with exactly known geometry: a scene of sine waves can be viewed through any affine without resampling."""
 
 import io
 from pathlib import Path
@@ -15,7 +15,7 @@ FOCALS_MM = (240, 150, 100, 70, 50, 35, 24)
 
 
 class Scene:
-    """Sums of waves whose lengths run from 5 to 1000 units; a unit is a pixel of the longest focal length."""
+    """A sum of waves of 5 to 1000 units in length; a unit is a pixel of the longest focal length."""
 
     def __init__(self, seed: int, waves: int = 300) -> None:
         draw = np.random.default_rng(seed)
@@ -26,7 +26,7 @@ class Scene:
         self.amplitude_K3 = draw.normal(1, 0.3, (waves, 3)) * 0.16 * np.sqrt(2 / waves) * 2
 
     def view(self, to_scene: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """[H, W, 3] in [0, 1]: what pixel (x, y) sees at to_scene(x, y), averaged over the pixel by its Gaussian."""
+        """[H, W, 3] in [0, 1]: pixel (x, y) shows the scene at to_scene(x, y), blurred by a Gaussian PSF."""
         frequency = self.frequency_K2 @ to_scene[:, :2]  # cycles per pixel of the view
         seen = np.exp(-2 * (np.pi * 0.6) ** 2 * (frequency**2).sum(1))  # a PSF of 0.6 px
         phase = self.phase_K + 2 * np.pi * (self.frequency_K2 @ to_scene[:, 2])
@@ -42,7 +42,7 @@ def to_8_bit(picture_HWC: np.ndarray) -> np.ndarray:
 
 
 def to_mosaic(picture_HWC: np.ndarray, cfa: str = "RGGB", black: int = BLACK, white: int = WHITE) -> np.ndarray:
-    """Sensor counts of a display-referred picture: gamma and white balance undone, one colour per pixel."""
+    """Sensor counts of a display picture: gamma and white balance removed, one colour per pixel."""
     linear = picture_HWC**2.2
     counts = np.empty(linear.shape[:2])
     for index, colour in enumerate(cfa):
@@ -82,8 +82,10 @@ def write_sequence(
     jpg_margin: int = 0,
     shift_px: tuple[float, float] = (0.0, 0.0),
 ) -> Path:
-    """A zoom sequence in SR-RAW's layout, `size` the RAW's. The JPG is `jpg_margin` pixels smaller on each side.
-    All but the first (longest) frame look `shift_px` (x, y) longest-frame pixels aside."""
+    """Write a zoom sequence in SR-RAW's layout. `size` is the RAW's; the JPG is `jpg_margin` smaller on each side.
+
+    All frames but the first (longest) are shifted by `shift_px` (x, y), in pixels of the longest frame.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     scene = Scene(seed)
     for number, focal_mm in enumerate(focals_mm, 1):

@@ -1,4 +1,4 @@
-"""Damaged RAW and JPG files, by seed: what disks, cables, half-finished copies and bad firmware make of good ones."""
+"""Random damage to RAW and JPG files, as from bad disks, cables, interrupted copies and faulty firmware."""
 
 import random
 import struct
@@ -22,7 +22,7 @@ MAGICS = (
 
 @dataclass(frozen=True)
 class Entry:
-    """A TIFF tag: where its 12 bytes stand, and what they say."""
+    """A TIFF tag: the offset of its 12 bytes, and their fields."""
 
     at: int
     tag: int
@@ -32,7 +32,7 @@ class Entry:
 
 
 def entries(data: bytes) -> list[Entry]:
-    """All tags of a little-endian TIFF file, directories in directories (SubIFD 330, EXIF 34665) included."""
+    """All tags of a little-endian TIFF file, including sub-directories (SubIFD 330, EXIF 34665)."""
     found, waiting, seen = [], [struct.unpack_from("<I", data, 4)[0]], set()
     while waiting:
         start = waiting.pop()
@@ -54,7 +54,7 @@ def with_field(data: bytes, at: int, form: str, value: int) -> bytes:
 
 
 def mutants(raws: list[bytes], jpgs: list[bytes], seed: int) -> Iterator[tuple[str, str, bytes]]:
-    """(what was done, "raw" or "jpg", the file) without end."""
+    """Endless (names of the changes, "raw" or "jpg", the file's bytes)."""
     rng = random.Random(seed)
     while True:
         kind = rng.choice(("raw", "raw", "jpg"))
@@ -117,7 +117,7 @@ def _swap_order(data: bytes, rng: random.Random) -> bytes:
 
 
 def _change(data: bytes, rng: random.Random, tags: tuple[int, ...], values: tuple[int, ...]) -> bytes:
-    """The value of one of these tags, wherever it stands."""
+    """Change the value of one of these tags, in any directory."""
     chosen = [entry for entry in _entries(data) if entry.tag in tags]
     if not chosen:
         return data
@@ -174,7 +174,7 @@ def _photometric(data: bytes, rng: random.Random) -> bytes:
     return _change(data, rng, (262,), (0, 1, 2, 6, 32803, 34892, 51177))
 
 
-def _directory_loop(data: bytes, rng: random.Random) -> bytes:
+def directory_loop(data: bytes, rng: random.Random) -> bytes:
     return _change(data, rng, (330, 34665), (8, 10, *(entry.at - 2 for entry in _entries(data))))
 
 
@@ -187,8 +187,8 @@ def _other_maker(data: bytes, rng: random.Random) -> bytes:
     return _compression(data, rng) if rng.random() < 0.5 else data
 
 
-def _segments(data: bytes) -> list[int]:
-    """Where a JPG's segments start."""
+def segments(data: bytes) -> list[int]:
+    """Offsets of a JPG's segments."""
     found, at = [], 2
     while at + 4 <= len(data) and data[at] == 0xFF:
         found.append(at)
@@ -199,7 +199,7 @@ def _segments(data: bytes) -> list[int]:
 
 
 def _jpg_dimensions(data: bytes, rng: random.Random) -> bytes:
-    for at in _segments(data):
+    for at in segments(data):
         if data[at + 1] in (0xC0, 0xC1, 0xC2):
             side = rng.choice((5, 7))
             data = with_field(data, at + side, ">H", rng.choice((0, 1, 8, 4096, 30_000, 65_500, 65_535)))
@@ -207,15 +207,15 @@ def _jpg_dimensions(data: bytes, rng: random.Random) -> bytes:
 
 
 def _jpg_segment_length(data: bytes, rng: random.Random) -> bytes:
-    return with_field(data, rng.choice(_segments(data) or [2]) + 2, ">H", rng.choice((0, 1, 2, 3, 64, 65_535)))
+    return with_field(data, rng.choice(segments(data) or [2]) + 2, ">H", rng.choice((0, 1, 2, 3, 64, 65_535)))
 
 
 def _jpg_marker(data: bytes, rng: random.Random) -> bytes:
-    return with_field(data, rng.choice(_segments(data) or [2]) + 1, ">B", rng.randrange(256))
+    return with_field(data, rng.choice(segments(data) or [2]) + 1, ">B", rng.randrange(256))
 
 
 def _jpg_table_byte(data: bytes, rng: random.Random) -> bytes:
-    start = rng.choice(_segments(data) or [2])
+    start = rng.choice(segments(data) or [2])
     return with_field(data, min(start + rng.randrange(2, 40), len(data) - 1), ">B", rng.randrange(256))
 
 
@@ -225,7 +225,7 @@ _ANY: tuple[_Action, ...] = (
 )
 _TIFF: tuple[_Action, ...] = (
     *(_swap_order, _huge_dimensions, _huge_dimensions, _wrong_offset, _wrong_offset, _wrong_count, _any_value),
-    *(_any_value, _tag_count, _tag_type, _tag_name, _compression, _bits, _photometric, _directory_loop, _other_maker),
+    *(_any_value, _tag_count, _tag_type, _tag_name, _compression, _bits, _photometric, directory_loop, _other_maker),
 )
 _JPG: tuple[_Action, ...] = (
     *(_jpg_dimensions, _jpg_dimensions, _jpg_segment_length, _jpg_marker, _jpg_table_byte, _jpg_table_byte),

@@ -1,4 +1,4 @@
-"""What was done to a pair is what is measured: distortion and vignetting of the JPG alone, and the frames' exposure."""
+"""Known exposure, distortion and vignetting are measured back from the pictures."""
 
 import cv2
 import numpy as np
@@ -29,7 +29,7 @@ TOLERANCE = {
 
 
 def grid():
-    """q [H, W, 2] of the area's pixels in half diagonals of the LR frame, and the map there."""
+    """(q [H, W, 2], map): the area's pixels in half diagonals of the LR frame, and the map from pixels to them."""
     corner = translation((FRAME[1] - AREA[1]) / 2, (FRAME[0] - AREA[0]) / 2)
     to_units = compose(about_centres(units_per_px(FRAME), FRAME, (0, 0)), corner)
     x, y = np.meshgrid(np.arange(AREA[1]) + 0.5, np.arange(AREA[0]) + 0.5)
@@ -37,7 +37,7 @@ def grid():
 
 
 def pictures(seed=1, *, ratio=1.0, falloff=0.0, scale=1.0, k1=0.0, shift=(0.0, 0.0), jpg_falloff=0.0, hr_shift=(0, 0)):
-    """A pair of pictures to which exactly this was done; the camera's tone curve is the simulator's."""
+    """A pair with exactly these distortions and exposures; the tone curve is the simulator's."""
     margin = 24
     size = (AREA[0] + 2 * margin, AREA[1] + 2 * margin)
     light = Scene(seed).view(about_centres(1.3, size, (0, 0)), size) ** 2.2 * 0.7
@@ -74,7 +74,7 @@ def bt709(linear):
         {"scale": 0.997, "ratio": 1.1, "jpg_falloff": 0.3},
     ],
 )
-def test_what_was_done_is_measured(done):
+def test_applied_corrections_are_measured(done):
     found = measure(pictures(**done))
     shift = done.get("shift", (0, 0))
     expected = {
@@ -91,7 +91,7 @@ def test_what_was_done_is_measured(done):
         assert found[name] == pytest.approx(value, abs=TOLERANCE[name]), name
 
 
-def test_pictures_that_say_nothing_are_not_measured():
+def test_dark_and_unrelated_pictures_are_not_measurable():
     _, to_units = grid()
     dark = np.zeros((*AREA, 3), np.uint8)
     found = measure(Pictures(dark, dark, dark, True, True, to_units, to_units))

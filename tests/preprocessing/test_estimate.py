@@ -1,4 +1,4 @@
-"""What a dry run says beforehand is what the run comes to; and what listing and planning read."""
+"""Estimates agree with actual runs; listing opens no file and planning opens each once."""
 
 import math
 from collections import Counter
@@ -28,7 +28,7 @@ def raw(tmp_path_factory):
     return folder
 
 
-def test_tiles_and_bytes_are_foretold(raw, tmp_path):
+def test_estimates_agree_with_actual_shards(raw, tmp_path):
     jobs = make_plan(open_folder(str(raw)), OPTIONS, {}).jobs
     results = [process(job, open_folder(str(raw)), open_folder(str(tmp_path)), OPTIONS) for job in jobs]
     assert [result.status for result in results] == ["written"] * 6
@@ -44,7 +44,7 @@ def test_tiles_and_bytes_are_foretold(raw, tmp_path):
 
 
 def test_bytes_of_a_12_megapixel_pair():
-    """4240x2832 at 150/35: 40 tiles of 96 packed pixels, as the real run has them."""
+    """4240x2832 at 150/35: 40 tiles of 96 packed pixels, as in a real run."""
     exif = read_exif(b"")
     job = _job(replace(exif, size=(2832, 4240)), zoom=150 / 35)
     options = PreprocessOptions()
@@ -61,14 +61,14 @@ def _job(exif, zoom, pixels=4240 * 2832):
     )
 
 
-def test_a_task_asks_for_the_memory_of_its_frames():
+def test_memory_request_grows_with_the_frames():
     exif = read_exif(b"")
     small, large = memory_bytes(_job(exif, 4.0, 10**5)), memory_bytes(_job(exif, 4.0, 12_000_000))
     assert 300e6 < small < 600e6 and 0.7e9 < large < 1.3e9
     assert memory_bytes(_job(exif, 4.0, 60_000_000)) > 2.5e9
 
 
-def test_ray_gets_a_thousand_pairs_at_once_of_one_size_and_never_more_memory_than_a_node_has(monkeypatch):
+def test_chunks_have_one_memory_request_within_the_largest_node(monkeypatch):
     exif = read_exif(b"")
     nodes = [
         {"Alive": True, "Resources": {"memory": 4e9}},
@@ -86,7 +86,7 @@ def test_ray_gets_a_thousand_pairs_at_once_of_one_size_and_never_more_memory_tha
     assert [job for chunk, _ in chunks for job in chunk] == sorted(jobs, key=lambda job: job.pixels)
 
 
-def test_a_damaged_rate_is_none(tmp_path):
+def test_a_damaged_rate_reads_as_none(tmp_path):
     folder = open_folder(str(tmp_path))
     assert Rate.read(folder) is None
     rate = Rate(40, 58_000_000, 83_000_000, 2.5)

@@ -1,10 +1,21 @@
-"""SR-RAW's layout, found by listing; pairs by the design's rule."""
+"""Sequences are found in SR-RAW's layout; frames are paired by focal ratio; tags are read."""
 
 import numpy as np
 import pytest
 from known_scene import jpg_bytes
 
-from preprocessing.frames import KNOWN_BAD, File, Frame, Shot, discover, is_excluded, pair, read_exclusions
+from preprocessing.frames import (
+    KNOWN_BAD,
+    MAX_ZOOM_EXCESS,
+    File,
+    Frame,
+    Shot,
+    discover,
+    is_excluded,
+    pair,
+    read_exclusions,
+)
+from preprocessing.plan import PreprocessOptions, make_plan
 from preprocessing.raw.exif import Exif, camera_name, read_exif
 from preprocessing.storage import open_folder
 
@@ -25,7 +36,7 @@ def names(pairs):
     return [f"{lr.frame.stem}-{hr.frame.stem}" for lr, hr in pairs]
 
 
-def test_discover_reads_the_layout_in_any_case_and_ignores_the_rest(tmp_path):
+def test_discover_finds_any_suffix_case_and_ignores_other_files(tmp_path):
     touch(
         tmp_path,
         *("00001/00001.ARW", "00001/00001.JPG", "00001/00002.dng", "00001/00002.jpeg", "00001/tform.txt"),
@@ -56,7 +67,7 @@ def test_discover_reads_the_layout_in_any_case_and_ignores_the_rest(tmp_path):
     assert {file.name for file in first.truth} == {"00001.npz", "00009.JPG"}
 
 
-def test_discover_takes_a_lone_sequence(tmp_path):
+def test_discover_accepts_a_single_sequence_folder(tmp_path):
     touch(tmp_path, "00134/00001.ARW", "00134/00001.JPG")
     (found,) = discover(open_folder(str(tmp_path / "00134")))
     assert (found.name, found.folder, found.frames[0].raws[0].path) == ("00134", "", "00001.ARW")
@@ -70,7 +81,7 @@ def test_srraw_pairs_at_4x_and_8x():
     assert names(pair(reversed(shots[:6]), 4)) == ["00005-00001", "00006-00002"]
 
 
-def test_the_smallest_sufficient_ratio_within_the_limit():
+def test_pairs_use_the_smallest_ratio_within_the_limits():
     assert names(pair([shot("a", 100), shot("b", 25), shot("c", 24), shot("d", 26)], 4)) == ["b-a"]
     assert names(pair([shot("a", 100), shot("b", 19.3)], 4)) == ["b-a"]  # 5.18 = 1.295 x 4
     assert names(pair([shot("a", 100), shot("b", 19.0)], 4)) == []  # 5.26
@@ -102,7 +113,7 @@ def test_exclusions(tmp_path):
         read_exclusions(tmp_path / "wrong.txt")
 
 
-def test_tags_are_read_from_the_head_alone():
+def test_tags_are_read_from_the_first_bytes():
     data = jpg_bytes(np.zeros((64, 64, 3), np.uint8), focal_mm=35.5, orientation=6)
     exif = read_exif(data[:2000])
     assert (exif.focal_mm, exif.orientation, exif.iso, exif.camera) == (35.5, 6, 100, "SONY ILCE-7SM2")
@@ -112,7 +123,7 @@ def test_tags_are_read_from_the_head_alone():
 @pytest.mark.parametrize(
     "data", [b"", b"\xff\xd8", b"\xff\xd8\xff\xe1\xff\xff", b"II*\x00\xff\xff\xff\xff", b"MM\x00*", b"x" * 99]
 )
-def test_damaged_tags_read_as_not_said(data):
+def test_damaged_tags_read_as_missing(data):
     assert read_exif(data) == Exif()
 
 
@@ -120,3 +131,15 @@ def test_camera_names():
     assert camera_name("NIKON", "NIKON D810") == "NIKON D810"
     assert camera_name("SONY", "ILCE-7SM2\x00") == "SONY ILCE-7SM2"
     assert camera_name(None, "") is None
+
+
+def test_unpaired_frames_get_a_reason(tmp_path):
+    picture = np.zeros((8, 8, 3), np.uint8)
+    touch(tmp_path, "1/a.ARW", "1/b.ARW", "1/c.ARW")
+    for name, focal_mm in (("a.JPG", 100), ("b.JPG", 90), ("b.jpeg", 90), ("c.jpg", 80)):
+        (tmp_path / "1" / name).write_bytes(jpg_bytes(picture, focal_mm))
+    plan = make_plan(open_folder(str(tmp_path)), PreprocessOptions(), {})
+    reasons = {fault.pair: fault.reason for fault in plan.faults}
+    assert reasons["b"] == "expected one JPG file, got b.JPG, b.jpeg; keep one"
+    expected = f"a focal ratio of 4 to {4 * MAX_ZOOM_EXCESS:g}, got focal lengths 80, 90, 100 mm; use another --scale"
+    assert reasons["-"].endswith(expected) and not plan.jobs

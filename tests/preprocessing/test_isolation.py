@@ -1,7 +1,7 @@
-"""A child that dies over a pair: whose fault it was, and what becomes of the pair. The decoder is a stand-in that does
-what a marked file tells it to."""
+"""What happens to a pair when its child process dies. A fake decoder crashes, hangs or prints as a marked file says."""
 
 import dataclasses
+import json
 import os
 import signal
 import time
@@ -21,7 +21,7 @@ OPTIONS = PreprocessOptions(tile_px=24, stride_px=16)
 
 @pytest.fixture
 def pair(tmp_path, monkeypatch):
-    """(job, source, target) of the first pair of a sequence; `order(text)` marks its RAW."""
+    """(job, source, target) of the first pair of a sequence."""
     write_sequence(tmp_path / "raw" / "00001", seed=1)
     monkeypatch.setenv("PYTHONPATH", fake_decoder_path(tmp_path))
     source, target = open_folder(str(tmp_path / "raw")), open_folder(str(tmp_path / "shards"))
@@ -36,12 +36,13 @@ def worker():
 
 
 def mark(pair, order):
+    """Mark the pair's RAW so that the fake decoder misbehaves."""
     job, source, target = pair
     mark_file(Path(source.path(job.lr_raw)), order)
     return job, source, target
 
 
-def test_one_child_serves_many_pairs_and_ends_with_its_owner(pair, worker):
+def test_one_child_serves_many_pairs_until_closed(pair, worker):
     first = worker.run(*pair, OPTIONS)
     pid = worker.pid
     second = worker.run(*pair, OPTIONS)
@@ -52,35 +53,35 @@ def test_one_child_serves_many_pairs_and_ends_with_its_owner(pair, worker):
 
 
 @pytest.mark.parametrize("order", ["SIGSEGV", "SIGABRT"])
-def test_a_crash_is_the_files_fault(pair, worker, order):
+def test_a_crash_quarantines_the_pair(pair, worker, order):
     result = worker.run(*mark(pair, order), OPTIONS)
     assert result.status == "quarantined" and "\n" not in result.reason
     assert result.reason.startswith(f"{pair[0].lr_raw}: ") and order in result.reason
 
 
-def test_a_kill_is_not(pair, worker):
+def test_a_kill_does_not_quarantine_the_pair(pair, worker):
     result = worker.run(*mark(pair, "SIGKILL"), OPTIONS)
     assert result.status == "died" and "SIGKILL" in result.reason
 
 
-def test_a_child_killed_while_it_waits_is_replaced(pair, worker):
+def test_a_child_killed_while_idle_is_replaced(pair, worker):
     worker.run(*pair, OPTIONS)
     os.kill(worker.pid, signal.SIGKILL)
     time.sleep(0.2)
     assert worker.run(*pair, OPTIONS).status == "written"
 
 
-def test_a_decoder_that_never_ends_is_ended(pair):
-    began = time.monotonic()
+@pytest.mark.timeout(120)  # the fake decoder hangs for 1000 s
+def test_a_hanging_decoder_is_killed(pair):
     result = IsolatedProcess(limit_s=3).run(*mark(pair, "hang"), OPTIONS)
     assert result.status == "died" and "took longer than 3 s" in result.reason
-    assert time.monotonic() - began < 10
 
 
-def test_what_a_decoder_prints_is_no_answer(pair, worker):
+def test_decoder_output_does_not_disturb_replies(pair, worker):
     assert worker.run(*mark(pair, "print"), OPTIONS).status == "written"
 
 
+@pytest.mark.timeout(120)
 def test_a_child_does_not_outlive_its_parent(pair):
     owner = os.fork()
     if owner == 0:
@@ -90,12 +91,15 @@ def test_a_child_does_not_outlive_its_parent(pair):
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(owner, 0)
     child = Path("/proc") / Path(pair[2].root, "pid").read_text()
-    deadline = time.monotonic() + 10
     while child.exists() and "State:\tZ" not in (child / "status").read_text():
-        assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-def test_a_long_list_of_exclusions_is_not_sent_along(pair, worker):
-    options = dataclasses.replace(OPTIONS, exclude=tuple(f"{number:05d}" for number in range(100_000)))
+def test_exclusions_are_not_sent_to_the_child(pair, worker, monkeypatch):
+    requests = []
+    dumps = json.dumps
+    monkeypatch.setattr(json, "dumps", lambda value: requests.append(dumps(value)) or requests[-1])
+    options = dataclasses.replace(OPTIONS, exclude=("left-out",), val=("held-out",))
     assert worker.run(*pair, options).status == "written"
+    (request,) = requests
+    assert "left-out" not in request and "held-out" not in request and '"tile_px": 24' in request

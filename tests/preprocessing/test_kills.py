@@ -1,4 +1,4 @@
-"""Runs that are killed, starved or doubled: started again, SHARDS ends as if nothing had been."""
+"""After kills, full disks or concurrent runs, one more run leaves SHARDS as an undisturbed run would."""
 
 import hashlib
 import os
@@ -24,7 +24,7 @@ from preprocessing.storage import Folder, writer_id
 
 
 def content(folder: Path) -> dict[str, str]:
-    """Every file with its hash; not the time that runs took."""
+    """SHA-256 of every file, except rate.json, which holds the time taken."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "rate.json")
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
@@ -34,20 +34,22 @@ def damage(path: Path) -> None:
     path.write_bytes(data[: len(data) // 2])
 
 
-# Every moment of a run at which something is about to change in SHARDS, or just has: each is a moment to die.
+# A run without Ray is killed before and after each change to SHARDS.
 
 
 @pytest.fixture
 def changed(tmp_path):
-    """(RAW, SHARDS) where much is to be done: a new sequence, one changed, one damaged, one mended, one excluded, one
-    that moves to val, one whose long frame finds a closer short one."""
+    """(RAW, SHARDS) with every kind of work to do.
+
+    One sequence each is new, changed, damaged, repaired, excluded, moved to val, or has a better LR frame.
+    """
     raw, out = tmp_path / "raw", tmp_path / "shards"
     write_sequence(raw / "00001", seed=1, size=SIZE, focals_mm=(240, 150, 50, 35))
     for number in range(2, 8):
         shutil.copytree(raw / "00001", raw / f"{number:05d}")
     new = raw / "00003"
     new.rename(tmp_path / "00003")
-    mended = (raw / "00005" / "00003.dng").read_bytes()
+    repaired = (raw / "00005" / "00003.dng").read_bytes()
     damage(raw / "00005" / "00003.dng")
     closer = (raw / "00007" / "00003.dng").read_bytes(), (raw / "00007" / "00003.JPG").read_bytes()
     write_sequence(tmp_path / "other", seed=1, size=SIZE, focals_mm=(240, 150, 47, 35))
@@ -56,7 +58,7 @@ def changed(tmp_path):
         (raw / "00007" / f"00003.{suffix}").unlink()
     in_process(raw, out, PreprocessOptions(tile_px=12, stride_px=12))
     (tmp_path / "00003").rename(new)
-    (raw / "00005" / "00003.dng").write_bytes(mended)
+    (raw / "00005" / "00003.dng").write_bytes(repaired)
     damage(raw / "00004" / "00003.dng")
     (raw / "00001" / "00001.JPG").write_bytes((raw / "00001" / "00001.JPG").read_bytes() + b"\0")
     for suffix, data in zip(("dng", "JPG"), closer, strict=True):
@@ -69,13 +71,13 @@ NOW = PreprocessOptions(tile_px=12, stride_px=12, val=("00002",), exclude=("0000
 
 
 def in_process(raw, out, options=NOW, die_at=None):
-    """A run without Ray in a process of its own, which kills itself at the given moment; whether it got to its end."""
+    """Run without Ray in a forked process that kills itself at moment `die_at`. Returns whether it finished."""
     pid = os.fork()
     if pid == 0:
         code = 1
         with suppress(BaseException):
             shards._results = lambda source, target, todo, options: (process(j, source, target, options) for j in todo)
-            _die(die_at)
+            _kill_self_at(die_at)
             preprocess(str(raw), str(out), options, progress=False, start_ray=lambda: None)
             code = 0
         os._exit(code)
@@ -84,8 +86,8 @@ def in_process(raw, out, options=NOW, die_at=None):
     return status == 0
 
 
-def _die(moment):
-    """Make this process kill itself when SHARDS has been about to change, or has changed, `moment` times."""
+def _kill_self_at(moment):
+    """Make this process kill itself at the `moment`-th point just before, during or after a change to SHARDS."""
     passed = 0
 
     def tick():
@@ -118,7 +120,7 @@ def _die(moment):
         around(name)
 
 
-def test_killed_at_each_moment_and_started_again(changed, tmp_path):
+def test_restart_after_a_kill_at_each_moment(changed, tmp_path):
     raw, out = changed
     shutil.copytree(out, tmp_path / "undisturbed")
     assert in_process(raw, tmp_path / "undisturbed")
@@ -135,14 +137,14 @@ def test_killed_at_each_moment_and_started_again(changed, tmp_path):
         shutil.copytree(out, copy)
         ended = in_process(raw, copy, die_at=moment)
         for path in list_shards(str(copy)):
-            pq.read_metadata(path)  # whole, each of them
+            pq.read_metadata(path)  # complete, every one
         assert in_process(raw, copy)
         assert content(copy) == expected, moment
         shutil.rmtree(copy)
     assert moment > 30
 
 
-# Real runs, by the command line.
+# Runs of the command line.
 
 SEQUENCES = 8
 
@@ -182,7 +184,7 @@ def wait_for(driver, least, out):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_drivers_killed_at_random(raw, undisturbed, tmp_path, seed):
+def test_restart_after_random_kills_of_the_driver(raw, undisturbed, tmp_path, seed):
     rng, out = random.Random(seed), tmp_path / "shards"
     for least in (0, rng.randrange(1, 6), rng.randrange(6, 20)):
         driver = start(raw, out)
@@ -191,7 +193,7 @@ def test_drivers_killed_at_random(raw, undisturbed, tmp_path, seed):
         driver.kill()
         driver.wait()
         for path in list_shards(str(out)):
-            pq.read_table(path)  # whole, each of them
+            pq.read_table(path)  # complete, every one
     last = start(raw, out, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     said, _ = last.communicate()
     assert last.returncode == 0 and content(out) == undisturbed
@@ -199,7 +201,7 @@ def test_drivers_killed_at_random(raw, undisturbed, tmp_path, seed):
 
 
 @pytest.mark.slow
-def test_workers_killed_at_random(raw, undisturbed, tmp_path):
+def test_restart_after_random_kills_of_workers(raw, undisturbed, tmp_path):
     rng, out = random.Random(1), tmp_path / "shards"
     driver = start(raw, out)
     wait_for(driver, 1, out)
@@ -227,7 +229,7 @@ def descendants(pid):
 
 
 def is_worker(pid):
-    """A Ray process that runs pairs or waits for them, or the child that decodes."""
+    """Whether this is a Ray worker or an isolated child process."""
     with suppress(OSError):
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
         return any(
@@ -237,7 +239,7 @@ def is_worker(pid):
 
 
 @pytest.mark.slow
-def test_a_decoder_that_crashes(raw, undisturbed, tmp_path):
+def test_pairs_that_crash_the_decoder(raw, undisturbed, tmp_path):
     bad, out = tmp_path / "raw", tmp_path / "shards"
     shutil.copytree(raw, bad)
     good = (bad / "00004" / "00006.dng").read_bytes()
@@ -256,7 +258,7 @@ def test_a_decoder_that_crashes(raw, undisturbed, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_runs_at_once(raw, undisturbed, tmp_path):
+def test_two_concurrent_runs(raw, undisturbed, tmp_path):
     both = [start(raw, tmp_path / "shards") for _ in range(2)]
     assert [run.wait() for run in both] == [0, 0]
     assert start(raw, tmp_path / "shards").wait() == 0 and content(tmp_path / "shards") == undisturbed

@@ -1,4 +1,4 @@
-"""What is encoded comes back, here and through plain pyarrow."""
+"""Encoded rows decode to the same values, with this package and with pyarrow alone."""
 
 import json
 
@@ -54,7 +54,7 @@ def row(seed, **changes):
     return arrays | values | changes
 
 
-def test_a_row_comes_back():
+def test_row_round_trip():
     original = row(0)
     table = schema.encode([original], INFO)
     decoded = schema.decode(table.to_pylist()[0], INFO)
@@ -68,7 +68,7 @@ def test_a_row_comes_back():
 
 
 @pytest.mark.parametrize("form", ["lists", "numpy objects"])
-def test_a_batch_comes_back(form):
+def test_batch_round_trip(form):
     rows = [row(seed) for seed in range(3)]
     batch = schema.encode(rows, INFO).to_pydict()
     if form == "numpy objects":
@@ -80,14 +80,14 @@ def test_a_batch_comes_back(form):
     assert decoded["white_level"].tolist() == [16383] * 3 and np.isnan(decoded["exposure_hr_s"]).all()
 
 
-def test_unknown_truth_is_none():
+def test_missing_truth_decodes_to_none():
     table = schema.encode([row(0, true_rgb=None, true_flow=None), row(1)], INFO)
     assert schema.decode(table.to_pylist()[0], INFO)["true_rgb"] is None
     batch = schema.decode(table.to_pydict(), INFO)
     assert batch["true_rgb"] is None and batch["true_flow"] is None and batch["hr_rgb"] is not None
 
 
-def test_the_wrong_array_is_refused():
+def test_wrong_arrays_are_rejected():
     with pytest.raises(schema.SchemaError, match=r"lr_raw: expected uint16\[4, 4, 4\], got uint8\[4, 4, 4\]"):
         schema.encode([row(0, lr_raw=np.zeros((4, 4, 4), np.uint8))], INFO)
     with pytest.raises(schema.SchemaError, match=r"hr_rgb: expected uint8\[3, 16, 16\], got uint8\[16, 16, 3\]"):
@@ -129,7 +129,7 @@ def test_shards_are_listed_by_split(tmp_path):
         schema.list_shards(str(tmp_path), "dev")
 
 
-def test_other_versions_and_empty_folders_are_one_clear_line(tmp_path):
+def test_empty_folders_and_other_versions_are_rejected(tmp_path):
     with pytest.raises(schema.SchemaError, match=r"expected shards \(.*\), got none; run: sdan preprocess RAW "):
         schema.read_info(str(tmp_path))
     with pytest.raises(schema.SchemaError, match="expected schema version 2, got none"):

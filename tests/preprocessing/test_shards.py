@@ -1,4 +1,4 @@
-"""The whole job on small sequences: what is written, skipped, refused and quarantined, and what a crash leaves."""
+"""The whole job on small sequences: what is written, skipped, rejected and quarantined, and killed workers."""
 
 import hashlib
 import json
@@ -16,6 +16,7 @@ from known_scene import Scene, frame_to_scene, jpg_bytes, to_8_bit, write_sequen
 from preprocessing import shards
 from preprocessing.schema import decode, list_shards, read_info
 from preprocessing.shards import PreprocessError, PreprocessOptions, preprocess
+from preprocessing.simulator.sequences import simulate
 
 OPTIONS = PreprocessOptions(tile_px=24, stride_px=16, val=("00002",))
 PAIRS = ("00005-00001", "00006-00002", "00007-00003")
@@ -51,7 +52,7 @@ def run(folders, options=OPTIONS, **arguments):
 
 
 def content(folder: Path) -> dict[str, str]:
-    """Every file below a folder with its bytes' hash; but for rate.json, which says how long it took."""
+    """SHA-256 of every file below a folder, except rate.json, which holds the time taken."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "rate.json")
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
@@ -60,7 +61,7 @@ def reasons(report):
     return {(entry.sequence, entry.pair): entry.reason for entry in report.quarantined}
 
 
-def test_the_whole_job_then_nothing_to_do_then_a_new_sequence(folders):
+def test_repeated_runs_process_only_new_sequences(folders):
     first = run(folders)
     assert (first.pairs, first.todo, first.written, first.skipped, first.quarantined) == (6, 6, 6, 0, [])
     assert first.splits == {"train": 3, "val": 3, "test": 0}
@@ -88,7 +89,7 @@ def _finished_of(files):
     return {name: digest for name, digest in files.items() if name.endswith(".parquet")}
 
 
-def test_rows_hold_what_the_schema_says(folders):
+def test_rows_have_the_documented_content(folders):
     run(folders)
     info = read_info(str(folders[1]))
     assert (info.tile_px, info.scale) == (24, 4) and info.options["align"] == "scale"
@@ -116,11 +117,11 @@ def test_two_runs_give_the_same_bytes(folders, tmp_path):
 
 
 def test_dry_run_writes_nothing(folders):
-    # In small frames a large tile fits by a pixel or not.
+    # Small tiles: whether a large tile fits into these small frames can depend on one pixel.
     fine = PreprocessOptions(tile_px=12, stride_px=5, val=("00002",))
     report = run(folders, fine, dry_run=True)
     assert (report.pairs, report.todo, report.written) == (6, 6, 0) and not folders[1].exists()
-    assert report.estimate.tiles > 0 and report.estimate.seconds is None  # nothing has been measured here
+    assert report.estimate.tiles > 0 and report.estimate.seconds is None  # no earlier run has measured a rate
     made = run(folders, fine)
     assert report.estimate.tiles == pytest.approx(made.rows, rel=0.3)
     shutil.copytree(folders[0] / "00001", folders[0] / "00003")
@@ -129,7 +130,7 @@ def test_dry_run_writes_nothing(folders):
     assert again.estimate.seconds == pytest.approx(made.task_seconds / 2 / again.estimate.cpus, rel=0.3)
 
 
-def test_other_options_are_refused_with_both_values(folders):
+def test_other_options_are_rejected_naming_both_values(folders):
     run(folders)
     with pytest.raises(
         PreprocessError, match=r"expected the options of its shards, tile_px=24, got tile_px=32; use the same options"
@@ -142,13 +143,13 @@ def test_other_options_are_refused_with_both_values(folders):
 @pytest.mark.parametrize(
     "wrong", [{"scale": 1}, {"scale": 4.0}, {"align": "sift"}, {"tile_px": 0}, {"stride_px": 97}, {"tile_px": True}]
 )
-def test_wrong_options_are_one_clear_line(wrong):
+def test_wrong_options_are_rejected_in_one_line(wrong):
     ((name, value),) = wrong.items()
     with pytest.raises(PreprocessError, match=f"^{name}: expected [^\n]+, got {value!r}$"):
         PreprocessOptions(**wrong)
 
 
-def test_folders_that_hold_nothing(tmp_path):
+def test_folders_without_sequences_are_rejected(tmp_path):
     with pytest.raises(PreprocessError, match=r"expected folders like 00001/00001.ARW .*, got no such folder"):
         run((tmp_path / "absent", tmp_path / "shards"))
     (tmp_path / "empty").mkdir()
@@ -157,13 +158,13 @@ def test_folders_that_hold_nothing(tmp_path):
     assert not (tmp_path / "shards").exists()
 
 
-def test_shards_that_cannot_be_written(folders):
+def test_unwritable_shards_folder_is_an_error(folders):
     folders[1].write_text("a file where the folder should be")
     with pytest.raises(PreprocessError, match=r"cannot be (read|written)"):
         run(folders)
 
 
-def test_what_cannot_be_used_is_quarantined_and_the_rest_goes_on(folders):
+def test_unusable_pairs_are_quarantined_and_the_rest_written(folders):
     raw, out = folders
     sequence = raw / "00001"
     data = (sequence / "00005.dng").read_bytes()
@@ -179,7 +180,7 @@ def test_what_cannot_be_used_is_quarantined_and_the_rest_goes_on(folders):
     for stem in ("00001", "00002"):
         (raw / "00005" / f"{stem}.JPG").write_bytes(jpg_bytes(lone))
         shutil.copy(sequence / "00001.dng", raw / "00005" / f"{stem}.nef")
-    _forget_focal_length(raw / "00005")
+    _remove_focal_length(raw / "00005")
 
     report = run(folders)
     found = reasons(report)
@@ -195,18 +196,18 @@ def test_what_cannot_be_used_is_quarantined_and_the_rest_goes_on(folders):
     assert {(note["sequence"], note["pair"]) for note in notes.values()} == set(reasons(report))
     assert notes[f"00001_{PAIRS[0]}.json"]["reason"] == reasons(report)["00001", PAIRS[0]]
 
-    again = run(folders)  # nothing changed: counted, not tried again
+    again = run(folders)  # inputs unchanged: reported again, but not tried again
     assert (again.todo, again.skipped, reasons(again)) == (0, 4, reasons(report))
 
     (sequence / "00005.dng").write_bytes(data)
     shutil.rmtree(raw / "00005")
-    mended = run(folders)
-    assert (mended.todo, mended.written) == (1, 1) and ("00001", PAIRS[0]) not in reasons(mended)
+    repaired = run(folders)
+    assert (repaired.todo, repaired.written) == (1, 1) and ("00001", PAIRS[0]) not in reasons(repaired)
     left = {path.name for path in (out / "quarantine").iterdir()}
     assert f"00001_{PAIRS[0]}.json" not in left and f"00001_{PAIRS[1]}.json" in left
 
 
-def _forget_focal_length(folder):
+def _remove_focal_length(folder):
     for path in folder.glob("*.nef"):
         data = path.read_bytes()
         tag = bytes.fromhex("0a92 0500 01000000")  # FocalLength, one RATIONAL
@@ -214,7 +215,7 @@ def _forget_focal_length(folder):
         path.write_bytes(data.replace(tag, bytes.fromhex("0b92 0500 01000000")))
 
 
-def test_changed_inputs_replace_the_older_file(folders):
+def test_changed_inputs_replace_the_older_shard(folders):
     run(folders)
     old = {Path(path).name for path in list_shards(str(folders[1]))}
     image = to_8_bit(Scene(7).view(frame_to_scene(1, (256, 384)), (256, 384)))
@@ -237,20 +238,20 @@ def test_exclusions_and_known_bad_frames(folders):
     assert ("00350", "-") in reasons(report)
 
 
-def test_val_moves_a_sequence_and_stays(folders):
+def test_val_moves_a_sequence_permanently(folders):
     report = run(folders, PreprocessOptions(tile_px=24, stride_px=16))
     assert report.splits["val"] == 0 and any("--val 0000" in note for note in report.notes)
     before = {Path(path).name for path in list_shards(str(folders[1]))}
     moved = run(folders)
     assert moved.written == 0 and {Path(path).name for path in list_shards(str(folders[1]))} == before
     assert len(list_shards(str(folders[1]), "val")) == 3
-    later = run(folders, PreprocessOptions(tile_px=24, stride_px=16))  # does not repeat --val
+    later = run(folders, PreprocessOptions(tile_px=24, stride_px=16))  # without --val
     assert later.splits["val"] == 3
     unknown = run(folders, PreprocessOptions(tile_px=24, stride_px=16, val=("00099",)))
     assert "--val: expected a sequence in RAW, got 00099" in unknown.notes
 
 
-def test_the_layouts_own_split_is_honoured(folders):
+def test_split_folders_in_raw_are_honoured(folders):
     raw, _ = folders
     for split, name in (("train", "00002"), ("test", "00001")):
         (raw / split).mkdir()
@@ -262,9 +263,7 @@ def test_the_layouts_own_split_is_honoured(folders):
         run(folders)
 
 
-def test_the_simulators_truth_reaches_the_rows(tmp_path):
-    from preprocessing.simulator.sequences import simulate
-
+def test_rows_contain_the_simulators_truth(tmp_path):
     simulate(tmp_path / "raw", sequences=1, width_px=480, preset="perfect", seed=3)
     assert run((tmp_path / "raw", tmp_path / "shards")).written == 3
     info = read_info(str(tmp_path / "shards"))
@@ -277,7 +276,7 @@ def test_the_simulators_truth_reaches_the_rows(tmp_path):
     assert len(report.quarantined) == 3 and all("truth" in reason for reason in reasons(report).values())
 
 
-def test_workers_killed_from_outside_cost_one_pair_until_the_next_run(folders, monkeypatch):
+def test_pairs_of_killed_workers_are_retried_by_the_next_run(folders, monkeypatch):
     task = shards._task
 
     def killed(row, source, target, options):
@@ -286,7 +285,7 @@ def test_workers_killed_from_outside_cost_one_pair_until_the_next_run(folders, m
         return task(row, source, target, options)
 
     monkeypatch.setattr(shards, "_task", killed)
-    for todo, written in ((6, 5), (1, 0), (1, 0)):  # no evidence against the files: tried again each time
+    for todo, written in ((6, 5), (1, 0), (1, 0)):  # a kill is not the files' fault: tried again in each run
         report = run(folders)
         assert (report.todo, report.written) == (todo, written)
         ((where, reason),) = reasons(report).items()
@@ -297,7 +296,7 @@ def test_workers_killed_from_outside_cost_one_pair_until_the_next_run(folders, m
     assert not list((folders[1] / "quarantine").iterdir())
 
 
-def test_workers_that_cannot_run_the_task_are_no_fault_of_the_pairs(folders, monkeypatch):
+def test_workers_without_this_package_end_the_run(folders, monkeypatch):
     def not_installed(row, source, target, options):
         import preprocessing.not_installed  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all; what killed writers left goes, what live ones write stays."""
+"""Writes are atomic; temporary files of dead writers are removed, those of live writers are kept."""
 
 import errno
 import json
@@ -19,8 +19,10 @@ from known_scene import write_sequence
 
 from preprocessing.storage import open_folder, write_atomically, writer_id
 
+ROOT = str(Path(__file__).parents[2])
 
-def test_put_replaces_and_leaves_nothing_aside(tmp_path):
+
+def test_put_replaces_and_leaves_no_temporary_file(tmp_path):
     folder = open_folder(str(tmp_path / "new"))
     folder.put("a/b.json", b"one")
     folder.put("a/b.json", b"two")
@@ -29,10 +31,10 @@ def test_put_replaces_and_leaves_nothing_aside(tmp_path):
     folder.move("a/b.json", "c/d.json")
     assert folder.exists("c/d.json") and not folder.exists("a/b.json")
     folder.delete("c/d.json")
-    folder.delete("c/d.json")  # another run may have been faster
+    folder.delete("c/d.json")  # deleting again is no error
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
+def test_failed_put_keeps_the_old_file(tmp_path):
     folder = open_folder(str(tmp_path))
     folder.put("a", b"old")
     with pytest.raises(TypeError):
@@ -88,6 +90,16 @@ def test_killed_writer_keeps_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_write_atomically_needs_no_pyarrow_or_boto3(tmp_path):
+    """`sdan zoom` writes its output with it, and is installed without them."""
+    blocked = "import sys; sys.modules.update(dict.fromkeys(('pyarrow', 'boto3', 'botocore')))"
+    program = (
+        f"{blocked}; from pathlib import Path; from preprocessing.storage import *; write_atomically(Path('a'), 'x')"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": ROOT})
+    assert (tmp_path / "a").read_text() == "x"
+
+
 def test_readers_see_one_of_two_writers_whole(tmp_path):
     path, contents = tmp_path / "a", {letter * 1_000_000 for letter in (b"a", b"b")}
     write_atomically(path, min(contents))
@@ -100,21 +112,21 @@ def test_readers_see_one_of_two_writers_whole(tmp_path):
 
 
 @pytest.mark.parametrize("size", [0, 10, 64 * 1024, 64 * 1024 + 1, 100_000, 300_000])
-def test_both_ends_of_a_file(tmp_path, size):
+def test_read_ends(tmp_path, size):
     data = os.urandom(size)
     (tmp_path / "x").write_bytes(data)
     first, last = open_folder(str(tmp_path)).read_ends("x")
     assert first == data[: 64 * 1024] and last == data[64 * 1024 :][-64 * 1024 :]
 
 
-def test_sweep_takes_only_what_dead_writers_left(tmp_path):
+def test_sweep_removes_only_files_of_dead_writers(tmp_path):
     program = "from preprocessing.storage import writer_id; print(writer_id())"
     gone = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
     machine, process, _ = (mine := writer_id()).split("~")
     names = {
         f".x.parquet~{gone}": False,
         f".x.parquet~{mine}": True,
-        f".x.parquet~{machine}~{process.partition('-')[0]}-1~0b": False,  # our id, but of a process before us
+        f".x.parquet~{machine}~{process.partition('-')[0]}-1~0b": False,  # this process's id, but an earlier start time
         ".x.parquet~another.host-1~1-1~0c": True,
         ".x.parquet~another.host-1~1-1~0d": False,  # older than a day
         ".gitignore": True,
@@ -138,19 +150,19 @@ for number in range(50):
 """
 
 
-def update_at_once(uri, environment=None):
+def update_concurrently(uri, environment=None):
     """Four processes add fifty names each to one file."""
     running = [subprocess.Popen([sys.executable, "-c", UPDATE_PROGRAM, uri, name], env=environment) for name in "abcd"]
     assert [process.wait() for process in running] == [0] * 4
     return json.loads(open_folder(uri).read("set.json"))
 
 
-def test_updates_at_once_lose_nothing(tmp_path):
-    assert len(update_at_once(str(tmp_path / "new"))) == 200
+def test_concurrent_updates_lose_nothing(tmp_path):
+    assert len(update_concurrently(str(tmp_path / "new"))) == 200
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["set.json"]
 
 
-def test_other_storages_are_refused():
+def test_unknown_schemes_are_rejected():
     with pytest.raises(pa.ArrowInvalid, match="gs:// is not supported"):
         open_folder("gs://bucket/raw")
 
@@ -196,7 +208,7 @@ def test_raw_and_shards_on_s3(tmp_path):
         program = [sys.executable, "-c", S3_PROGRAM, str(tmp_path / "raw")]
         for name in ("here", "t"):
             (tmp_path / name).mkdir()
-        environment["RAY_TMPDIR"] = tempfile.gettempdir()  # a socket's path may have 107 bytes
+        environment["RAY_TMPDIR"] = tempfile.gettempdir()  # socket paths are limited to 107 bytes
         environment["TMPDIR"] = str(tmp_path / "t")
         done = subprocess.run(
             program, env=environment, cwd=tmp_path / "here", capture_output=True, text=True, timeout=300

@@ -1,4 +1,4 @@
-"""Tiles of a scene whose every pixel is known: each column shows the same thing at the same place."""
+"""Tiles of a scene with known content: all picture columns show the same place."""
 
 import numpy as np
 import pytest
@@ -62,7 +62,7 @@ def test_all_columns_show_the_same_place(frames, cfa):
 
 
 @pytest.mark.parametrize("ecc", [False, True])
-def test_row_col_and_map_reproduce_the_target_from_the_jpg(frames, ecc):
+def test_the_stored_map_reproduces_the_target(frames, ecc):
     raws, lr, hr = frames
     rows = cut(raws["GBRG"], lr, hr, ecc=ecc)
     assert {row["aligned_by"] for row in rows} == {"ecc" if ecc else "scale"}
@@ -78,7 +78,7 @@ def test_row_col_and_map_reproduce_the_target_from_the_jpg(frames, ecc):
         assert np.abs(again.transpose(2, 0, 1).astype(int) - row["hr_rgb"]).max() <= 1
 
 
-def test_a_jpg_smaller_than_the_visible_area_lies_centred(frames):
+def test_a_smaller_jpg_is_centred_on_the_visible_area(frames):
     raws, lr, hr = frames
     smaller = tiles.Jpg(lr.pixels_HWC[4:-4, 4:-4], None)
     here, there = cut(raws["RGGB"], lr, hr)[0], cut(raws["RGGB"], smaller, hr)[0]
@@ -87,7 +87,7 @@ def test_a_jpg_smaller_than_the_visible_area_lies_centred(frames):
 
 
 @pytest.mark.parametrize("flip", [3, 5, 6])
-def test_a_jpg_whose_pixels_were_turned_is_turned_back(frames, flip):
+def test_rotated_jpgs_are_rotated_back(frames, flip):
     from dataclasses import replace
 
     raws, lr, hr = frames
@@ -97,15 +97,15 @@ def test_a_jpg_whose_pixels_were_turned_is_turned_back(frames, flip):
     for ours, theirs in zip(cut(image, *turned), straight, strict=True):
         assert np.array_equal(ours["lr_rgb"], theirs["lr_rgb"])
         assert np.abs(ours["hr_rgb"].astype(int) - theirs["hr_rgb"]).max() <= 1
-        assert not np.allclose(ours["lr_to_hr"], theirs["lr_to_hr"])  # it leads to the pixels as stored
+        assert not np.allclose(ours["lr_to_hr"], theirs["lr_to_hr"])  # the map ends at the stored pixels
     stored = [tiles.Jpg(jpg.pixels_HWC, {3: 3, 5: 8, 6: 6}[flip]) for jpg in (lr, hr)]
     for ours, theirs in zip(cut(image, *stored), straight, strict=True):
         assert np.array_equal(ours["hr_rgb"], theirs["hr_rgb"])
 
 
-def test_ecc_finds_what_the_focal_lengths_do_not_say(frames):
+def test_ecc_recovers_a_shift_and_a_wrong_focal_length(frames):
     raws, lr, _ = frames
-    # The long frame looked 30 of its pixels aside and was 1 % longer than its tags say.
+    # The HR frame is shifted by (30, -18) of its pixels, and its focal length is 1 % longer than its tags say.
     moved = tiles.Jpg(to_8_bit(picture(1 / 1.01, shift_px=(30, -18))), None)
     by_scale, by_ecc = cut(raws["RGGB"], lr, moved), cut(raws["RGGB"], lr, moved, ecc=True)
     assert {row["aligned_by"] for row in by_scale} == {"scale"} and {row["aligned_by"] for row in by_ecc} == {"ecc"}
@@ -120,7 +120,7 @@ def test_ecc_finds_what_the_focal_lengths_do_not_say(frames):
     assert np.abs(by_ecc[0]["hr_rgb"] - seen(by_ecc[0], 2 * SCALE)).mean() < 2
 
 
-def test_ecc_falls_back_and_says_so(frames):
+def test_failed_ecc_falls_back_to_scale(frames):
     raws, lr, _ = frames
     other = tiles.Jpg(to_8_bit(Scene(99).view(frame_to_scene(1, SIZE), SIZE)), None)
     rows = cut(raws["RGGB"], lr, other, ecc=True)
@@ -128,7 +128,7 @@ def test_ecc_falls_back_and_says_so(frames):
     assert np.array_equal(rows[0]["lr_to_hr"], cut(raws["RGGB"], lr, other)[0]["lr_to_hr"])
 
 
-def test_a_tile_larger_than_the_shared_area_is_one_clear_line(frames):
+def test_a_tile_larger_than_the_shared_area_is_rejected(frames):
     raws, lr, hr = frames
     with pytest.raises(tiles.TileError, match=r"of at least 64x64 packed pixels, got 40x2[56]; use a smaller --tile"):
         cut(raws["RGGB"], lr, hr, tile_px=64)
@@ -149,7 +149,7 @@ def test_tiles_cover_the_area_from_end_to_end(length, tile, stride, starts):
     assert tiles.tile_starts(length, tile, stride) == starts
 
 
-def test_damaged_jpgs_are_one_clear_line():
+def test_damaged_jpgs_are_rejected_in_one_line():
     good = jpg_bytes(to_8_bit(picture(1)), 240)
     decoded = tiles.decode_jpg(good, "x.JPG")
     assert decoded.size == SIZE and decoded.orientation is None
