@@ -113,6 +113,20 @@ def test_zoom_prefers_the_champion_to_the_starter_model(tmp_path, monkeypatch, c
     assert "starter" not in capsys.readouterr().out
 
 
+def test_zoom_sets_a_damaged_photograph_aside(tmp_path, monkeypatch, capsys):
+    """Two photographs are written, the third gets one line, and the exit code is 2."""
+    photos = [tmp_path / f"{name}.png" for name in ("one", "damaged", "three")]
+    for photo in photos:
+        Image.new("RGB", (40, 32), (90, 80, 70)).save(photo)
+    photos[1].write_bytes(b"not a picture")
+    arguments = ["zoom", *photos, "-o", tmp_path / "out", "--model", "starter"]
+    assert run_here(monkeypatch, *arguments, data=tmp_path / "data") == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sdan: ")]
+    assert len(lines) == 2 and lines[0].startswith(f"sdan: set aside: {photos[1]}: expected a readable JPG or PNG")
+    assert lines[1] == "sdan: expected 3 photographs, got 2; 1 set aside, see above"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["one_4x.png", "three_4x.png"]
+
+
 def verbs() -> dict[str, typer.models.CommandInfo]:
     """Every command that is registered with the Typer app, by name."""
     return {(verb.name or verb.callback.__name__).replace("_", "-"): verb for verb in cli.app.registered_commands}
