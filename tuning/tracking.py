@@ -161,9 +161,7 @@ def best_trial(trials: Sequence[TrialRow]) -> TrialRow | None:
 def _row(client: MlflowClient, run: SweepRun, child: Run) -> TrialRow:
     run_id = child.info.run_id
     every = client.get_metric_history(run_id, run.metric)
-    steps = {
-        entry.step: entry.value for entry in every if entry.step > 0
-    }  # 0 is the untrained network, the same for all trials
+    steps = {entry.step: entry.value for entry in every if entry.step > 0}  # epoch 0 is the untrained network
     history = tuple(sorted(steps.items()))
     pick = max if run.mode == "max" else min
     tags = child.data.tags

@@ -196,6 +196,14 @@ def test_all_trials_failed_gives_the_first_reason(slots, sweep):
     assert parent.info.status == "FAILED"
 
 
+def test_an_interrupted_sweep_says_resume_and_is_killed(slots, sweep, monkeypatch):
+    monkeypatch.setattr("tuning.sweep.search", lambda *arguments: None)  # as if it ended before its first trial
+    with pytest.raises(SweepError, match="expected 2 ended trials, got 0 before an interruption; resume it"):
+        run_other(sweep[2], name="cut")
+    (parent,) = [run for run in runs(sweep) if run.data.tags.get("mlflow.runName") == "cut"]
+    assert parent.info.status == "KILLED"
+
+
 def test_resuming_a_finished_sweep_redoes_nothing(slots, sweep):
     """Here the train function reports nothing, only returns its metrics, and the metric is minimised."""
     folder = sweep[2]
@@ -307,13 +315,13 @@ def test_a_killed_sweep_resumes_after_its_finished_trials(tmp_path):
     calls = tmp_path / "calls"
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_until(lambda: calls.exists() and len(calls.read_text().split()) == 3, process)
-    time.sleep(0.7)  # during the third trial
-    everyone = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for each in everyone:  # Ray's processes too, as a power cut would
-        with contextlib.suppress(psutil.NoSuchProcess):
-            each.kill()
-    process.wait()
+    try:
+        while not (calls.exists() and len(calls.read_text().split()) == 3):
+            assert process.poll() is None, "the sweep ended before it could be killed"
+            time.sleep(0.1)
+        time.sleep(0.7)  # during the third trial
+    finally:
+        kill_tree(process)
     before = calls.read_text().split()
     done = subprocess.run([*command, "resume"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -329,12 +337,13 @@ def test_a_killed_sweep_resumes_after_its_finished_trials(tmp_path):
         assert len(steps) == len(set(steps)) and run.info.status in ("FINISHED", "KILLED")
 
 
-def wait_until(condition, process, timeout_s=120):
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert process.poll() is None, "the sweep ended before it could be killed"
-        assert time.monotonic() < end
-        time.sleep(0.1)
+def kill_tree(process):
+    """Kill the process and Ray's processes below it, as a power cut would."""
+    if process.poll() is None:
+        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+    process.wait()
 
 
 @pytest.mark.slow
