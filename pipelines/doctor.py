@@ -22,17 +22,31 @@ class Finding:
 
 def report(data: Path, *, say: Callable[[str], None]) -> int:
     """Run every check and print its finding; returns the exit code, 1 if anything is broken."""
+    checks: dict[str, Callable[[], Finding]] = {
+        "torch": _torch,
+        "GPU": _gpu,
+        "operators": _operators,
+        "Ray": _ray,
+        "MLflow": lambda: _mlflow(data),
+        "disk": lambda: _disk(data),
+        "S3": _s3,
+    }
     findings = []
-    for check in (_torch, _gpu, _operators, _ray, lambda: _mlflow(data), lambda: _disk(data), _s3):
-        try:
-            found = check()
-        except Exception as error:  # a check that fails is a finding, not a crash
-            found = Finding(
-                getattr(check, "__name__", "check").strip("_<>"), "broken", f"{type(error).__name__}: {error}"
-            )
+    for name, check in checks.items():
+        found = _run(name, check)
         findings.append(found)
         say(f"{found.state:7} {found.name:10} {found.detail}")
     return int(any(found.state == "broken" for found in findings))
+
+
+def _run(name: str, check: Callable[[], Finding]) -> Finding:
+    """The check's finding; an error that it raises is a finding, too."""
+    try:
+        return check()
+    except ModuleNotFoundError as error:
+        return Finding(name, "absent", f"the package {error.name} is not installed; pip install 'sdan[train]'")
+    except Exception as error:
+        return Finding(name, "broken", " ".join(f"{type(error).__name__}: {error}".split()))
 
 
 def _torch() -> Finding:
