@@ -103,7 +103,7 @@ class Ledger:
         known = {*self.splits, *plan.sequences}
         found = []
         for key in self.shards.keys() - planned:
-            sequence = _sequence_of(key, known)
+            sequence = sequence_of(key, known)
             pair = key.removeprefix(f"{sequence}_")
             is_excluded = any(pair.startswith(f"{stem}-") or pair.endswith(f"-{stem}") for stem in excluded[sequence])
             if is_excluded or (sequence, pair.rpartition("-")[2]) in targets:
@@ -207,7 +207,7 @@ def _require_same_options(target: Folder, made: Mapping[str, Any], options: Prep
         )
 
 
-def _sequence_of(key: str, known: Collection[str]) -> str:
+def sequence_of(key: str, known: Collection[str]) -> str:
     """The longest known sequence name that starts the key, "" if there is none. "a_1_x-y" belongs to "a_1" if known."""
     parts = key.split("_")
     names = ("_".join(parts[:length]) for length in range(len(parts) - 1, 0, -1))

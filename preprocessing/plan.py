@@ -163,9 +163,7 @@ def make_plan(raw: Folder, options: PreprocessOptions, splits: Mapping[str, str]
     for sequence in sequences:
         if sequence.name in seen:
             got = f"{seen[sequence.name]} and {sequence.folder}"
-            raise PreprocessError(
-                f"{raw.label}: expected one folder named {sequence.name}, got {got}; rename one of them"
-            )
+            raise PreprocessError(f"{raw.label}: expected one folder {sequence.name}, got {got}; rename one of them")
         seen[sequence.name] = sequence.folder
     with ThreadPoolExecutor(_READERS) as readers:
         for part in readers.map(lambda sequence: _plan_sequence(raw, sequence, options, splits), sequences):
@@ -194,6 +192,7 @@ def _plan_sequence(raw: Folder, sequence: Sequence, options: PreprocessOptions, 
     plan = Plan()
     shots = []
     digests: dict[str, str] = {}
+    render_missing = options.missing_jpg == "render"
     for frame in sequence.frames:
         name = f"{sequence.name}/{frame.stem}"
         if is_excluded(sequence.name, frame.stem, (*KNOWN_BAD, *options.exclude)):
@@ -207,7 +206,7 @@ def _plan_sequence(raw: Folder, sequence: Sequence, options: PreprocessOptions, 
                 raise  # all retries failed: the storage is at fault, not this frame
             plan.faults.append(QuarantineEntry(sequence.name, frame.stem, f"cannot be read: {error}"))
             continue
-        reasons = list(_faults(shot, render_missing=options.missing_jpg == "render"))
+        reasons = list(_faults(shot, render_missing=render_missing))
         if reasons:
             plan.faults.append(QuarantineEntry(sequence.name, frame.stem, "; ".join(reasons)))
         shots.append(shot)
@@ -215,7 +214,7 @@ def _plan_sequence(raw: Folder, sequence: Sequence, options: PreprocessOptions, 
         split = "val"
     else:
         split = splits.get(sequence.name) or sequence.split or split_of(sequence.name)
-    pairs = pair(shots, options.scale, render_missing=options.missing_jpg == "render")
+    pairs = pair(shots, options.scale, render_missing=render_missing)
     if not pairs and shots:
         plan.faults.append(QuarantineEntry(sequence.name, "-", _why_no_pair(shots, options.scale)))
     for lr, hr in pairs:
@@ -230,10 +229,7 @@ def _plan_sequence(raw: Folder, sequence: Sequence, options: PreprocessOptions, 
 
 
 def _read_tags(raw: Folder, frame: Frame, digests: dict[str, str]) -> Shot:
-    """Read the frame's tags: the JPG's, completed from the RAW's if the JPG has no focal length.
-
-    Adds the digests of the files read to `digests`, by path.
-    """
+    """Read the JPG's tags, and the RAW's if those have no focal length. Adds the files' digests to `digests`."""
     found = Exif()
     for file in (*frame.jpgs, *frame.raws):
         if found.focal_mm is None:
@@ -331,9 +327,6 @@ def _digest(first: bytes, last: bytes) -> str:
 
 
 def _pixels(shot: Shot) -> int:
-    """An upper estimate of the frame's pixels.
-
-    The size in the tags, or one pixel per two bytes of RAW if that is more. Without a size, one pixel per byte of RAW.
-    """
+    """Upper estimate: the size in the tags or one pixel per two bytes of RAW; without a size, one pixel per byte."""
     from_raw = max((file.size for file in shot.frame.raws), default=0)
     return max(math.prod(shot.exif.size), from_raw // 2) if shot.exif.size else from_raw

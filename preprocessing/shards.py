@@ -193,7 +193,7 @@ def _results(source: Folder, target: Folder, todo: list[PairJob], options: Prepr
     if not todo:
         return
     with _quiet_ray_data() as failures:
-        for chunk, memory in _chunks(todo):
+        for chunk, memory in chunks(todo):
             blocks = [{"job": json.dumps(asdict(job))} for job in chunk]
             jobs = ray.data.from_items(blocks, override_num_blocks=len(blocks))
             with warnings.catch_warnings():
@@ -210,7 +210,7 @@ def _results(source: Folder, target: Folder, todo: list[PairJob], options: Prepr
             _require_only_deaths(failures)
 
 
-def _chunks(todo: list[PairJob]) -> Iterator[tuple[list[PairJob], float]]:
+def chunks(todo: list[PairJob]) -> Iterator[tuple[list[PairJob], float]]:
     """(pairs of one Ray Data job, bytes of memory per task). Chunks limit what the driver holds of Ray Data's plan.
 
     A request for more memory than any node has would wait for ever, so it is reduced to that of the largest node.

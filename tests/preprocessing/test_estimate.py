@@ -79,7 +79,7 @@ def test_chunks_have_one_memory_request_within_the_largest_node(monkeypatch):
     monkeypatch.setattr(shards.ray, "cluster_resources", lambda: {"CPU": 4.0})
     jobs = [_job(exif, 4.0, 12_000_000 if number % 2 else 100_000) for number in range(2500)]
     jobs.append(_job(exif, 4.0, 10**9))
-    chunks = list(shards._chunks(jobs))
+    chunks = list(shards.chunks(jobs))
     assert [len(chunk) for chunk, _ in chunks] == [1000, 250, 1000, 250, 1]
     assert [memory for _, memory in chunks[:4]] == [float(memory_bytes(chunk[0])) for chunk, _ in chunks[:4]]
     assert chunks[-1][1] == 8e9

@@ -259,7 +259,7 @@ def test_split_folders_in_raw_are_honoured(folders):
     report = run(folders, PreprocessOptions(tile_px=24, stride_px=16))
     assert report.splits == {"train": 3, "val": 0, "test": 3}
     shutil.copytree(raw / "test" / "00001", raw / "train" / "00001")
-    with pytest.raises(PreprocessError, match="expected one folder named 00001, got test/00001 and train/00001"):
+    with pytest.raises(PreprocessError, match="expected one folder 00001, got test/00001 and train/00001"):
         run(folders)
 
 
