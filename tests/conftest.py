@@ -1,13 +1,15 @@
-"""Shards small enough for a test: a smooth random scene seen at both resolutions, perfectly aligned, with its truth."""
+"""Fixtures of several packages: tiny shards of a smooth random scene, perfectly aligned; random VGG-19 weights."""
 
 import os
 import sys
+from pathlib import Path
 
-# Two libraries that each take every core slow one another down more than tenfold on tensors this small.
+# Two libraries that each use every core slow each other down more than tenfold on tensors this small.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -76,9 +78,25 @@ def tiny_shards(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def shards_without_truth(tiny_shards, tmp_path_factory):
+    """The tiny shards as real photographs would be: without the simulator's ideal picture and true offsets."""
+    folder = tmp_path_factory.mktemp("real")
+    for source in Path(tiny_shards).rglob("*.parquet"):
+        table = pq.read_table(source)
+        for name in ("true_rgb", "true_flow"):
+            place = table.schema.get_field_index(name)
+            field = table.schema.field(place)
+            table = table.set_column(place, field, pa.nulls(len(table), field.type))
+        target = folder / source.relative_to(tiny_shards)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, target, row_group_size=1)
+    return str(folder)
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _no_ray_left_behind():
-    """A module that started Ray in this process ends it, so that the next may start its own."""
+def _shut_down_ray():
+    """A module that started Ray in this process ends it, so that the next one can start its own."""
     yield
     ray = sys.modules.get("ray")
     if ray is not None and hasattr(ray, "is_initialized") and ray.is_initialized():
@@ -87,7 +105,7 @@ def _no_ray_left_behind():
 
 @pytest.fixture(scope="session")
 def vgg_weights():
-    """Weights of VGG-19's shapes from a seeded generator, scaled to keep the activations' size; for tests alone."""
+    """Random weights with VGG-19's shapes, seeded, and scaled so that activations keep their size; for tests only."""
     import torch
 
     from sdan.perceptual import STAGES

@@ -1,0 +1,152 @@
+"""`sdan evaluate`: rows, targets, pictures and refusals, on crops whose scores are known."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines import config as configs
+from pipelines.evaluate import EvaluateError, check_request, evaluate
+from pipelines.loader import ShardsError, index_split, read_tile
+from sdan import checkpoint
+from sdan.network import SDAN
+from sdan.resample import bicubic
+
+ROWS = ["bicubic of the camera JPG", "bicubic of the rendering", "SDAN (self)", "SDAN (oracle)"]
+
+
+def save_model(folder, **changes):
+    """An untrained checkpoint of config smoke; its skip makes the output bicubic enlargement of the rendering."""
+    torch.manual_seed(0)
+    config = configs.override(configs.smoke(), changes)
+    return checkpoint.save(folder, SDAN(config.model), config=configs.to_dict(config), scores={})
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("models") / "untrained")
+
+
+@pytest.fixture(scope="module")
+def scored(tiny_shards, model, tmp_path_factory):
+    """(result, folder with its files) of the untrained model on the val split."""
+    out = tmp_path_factory.mktemp("out")
+    return evaluate(str(tiny_shards), model, out=out), out
+
+
+def bicubic_psnr(index):
+    """Mean PSNR of bicubic enlargement over the central crops of 16 packed pixels, 8 target pixels cropped."""
+    values = []
+    for tile in range(index.num_tiles):
+        row = read_tile(index, 0, tile)
+        low, high = row["lr_render"][:, 8:40, 8:40], row["hr_rgb"][:, 32:160, 32:160]
+        enlarged = bicubic(torch.from_numpy(low.copy())[None] / 255, 4)[0].clamp(0, 1).numpy()
+        error = (enlarged - high / 255)[:, 8:-8, 8:-8]
+        values.append(-10 * math.log10((error**2).mean()))
+    return np.mean(values)
+
+
+def test_every_row_has_the_score_of_its_pictures(scored, tiny_shards):
+    """The network is untrained and the pairs are perfectly aligned, so that all rows are bicubic enlargement."""
+    result, _ = scored
+    expected = bicubic_psnr(index_split(str(tiny_shards), "val"))
+    assert list(result.rows) == ROWS
+    for row in result.rows.values():
+        assert row["raw_psnr"] == row["true_psnr"] == pytest.approx(expected, abs=0.01)
+    assert result.gain_db("raw") == pytest.approx(0, abs=0.01)
+    assert result.gap_db == pytest.approx({"raw": 0, "aligned": 0, "true": 0}, abs=0.01)
+    assert (result.crops, result.crop_px, result.split, result.simulated) == (2, 16, "val", True)
+    assert result.epe_px == pytest.approx(0, abs=0.01)  # neither the network nor the pairs move anything
+    assert result.valid_share > 0.9
+
+
+def test_the_files_have_the_same_numbers(scored):
+    result, out = scored
+    table = (out / "table.md").read_text()
+    assert table == result.table() + "\n"
+    for name in ROWS:
+        assert f"| {name} | {result.rows[name]['raw_psnr']:.2f} | " in table
+    stored = json.loads((out / "evaluation.json").read_text())
+    assert stored["rows"] == result.rows and stored["gap_db"] == result.gap_db
+    assert stored["targets"] == ["raw", "aligned", "true"]
+
+
+def test_the_example_pictures_are_bicubic_and_target(scored, tiny_shards):
+    """Two rows of four panels: camera JPG, rendering, SDAN, target; the first three are the same here."""
+    _, out = scored
+    sheet = np.asarray(Image.open(out / "examples.png").convert("RGB")).astype(int)
+    side = 256  # 128 target pixels, each shown twice
+    assert sheet.shape[1] == 4 * (side + 8) + 8
+    panels = [sheet[-(side + 8) : -8, 8 + (side + 8) * column :][:, :side] for column in range(4)]
+    assert all(np.abs(panel - panels[0]).max() <= 2 for panel in panels[:3])
+    index = index_split(str(tiny_shards), "val")
+    targets = [read_tile(index, 0, tile)["hr_rgb"][:, 32:160, 32:160].transpose(1, 2, 0) for tile in range(2)]
+    assert any(np.array_equal(panels[3][::2, ::2], target) for target in targets)
+
+
+def test_one_target_gives_its_columns_alone(tiny_shards, model):
+    result = evaluate(str(tiny_shards), model, targets=["raw"], limit=1)
+    assert result.targets == ("raw",) and result.crops == 1
+    head = result.table().splitlines()[0]
+    assert "raw PSNR" in head and "aligned" not in head and "true" not in head
+
+
+def test_one_protocol_gives_its_row_alone(scored):
+    result, _ = scored
+    assert "SDAN (oracle)" not in result.table(["self"]) and "SDAN (self)" in result.table(["self"])
+    assert "SDAN (self)" not in result.table(["oracle"])
+
+
+def test_real_shards_have_no_true_target(shards_without_truth, model):
+    result = evaluate(shards_without_truth, model)
+    assert result.targets == ("raw", "aligned") and not result.simulated and math.isnan(result.epe_px)
+    assert "Simulated" not in result.notes() and "End-point error" not in result.notes()
+    with pytest.raises(EvaluateError, match=r"--target true, .*: expected simulated shards, got shards without truth"):
+        evaluate(shards_without_truth, model, targets=["true"])
+
+
+def test_two_models_of_one_index_are_scored_on_the_same_crops(tiny_shards, model, tmp_path):
+    """Also if preprocessing adds pairs in between, as in a retraining."""
+    shards = shutil.copytree(tiny_shards, tmp_path / "shards")
+    index = index_split(str(shards), "val")
+    first = evaluate(index, model)
+    (pair,) = (shards / "split=val").glob("*.parquet")
+    shutil.copy(next((shards / "split=train").glob("*.parquet")), pair.with_name("00004_" + pair.name[6:]))
+    second = evaluate(index, save_model(tmp_path / "other", **{"model.features": 12}))
+    assert second.crops == first.crops == 2
+    for row in ROWS[:2]:
+        assert second.rows[row] == first.rows[row]
+    assert evaluate(str(shards), model).crops == 4
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"split": "all"}, "--split: expected train, val, test, got 'all'"),
+        ({"targets": ["raw", "best"]}, "--target: expected raw, aligned, true, got 'best'"),
+        ({"protocols": ["psychic"]}, "--protocol: expected self or oracle, got 'psychic'"),
+        ({"limit": 0}, "--crops: expected at least 1, got 0"),
+    ],
+)
+def test_wrong_names_and_numbers_get_one_line(request_, message):
+    valid = {"split": "val", "targets": None, "limit": None}
+    check_request(**valid)
+    with pytest.raises(EvaluateError) as caught:
+        check_request(**valid | request_)
+    assert str(caught.value) == message
+
+
+def test_a_wrong_request_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(EvaluateError, match="--crops"):
+        evaluate("nosuch", tmp_path / "nosuch", limit=0, out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_of_another_scale_is_refused(tiny_shards, tmp_path):
+    folder = save_model(tmp_path / "m", **{"model.scale": 8})
+    with pytest.raises(ShardsError, match="expected scale 8, got shards of scale 4"):
+        evaluate(str(tiny_shards), folder)
