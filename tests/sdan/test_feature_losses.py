@@ -115,6 +115,22 @@ def test_transfer_loss_uses_the_same_terms(vgg):
     assert float(got) == pytest.approx(float(loss(image, target, config, vgg).zoom), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("terms", "min_px"),
+    [
+        ({"pixel": 1.0}, 1),
+        ({"cobi_rgb": 1.0}, 5),
+        *(({name: 1.0}, 8) for name in ("perceptual", "contextual", "cobi_vgg")),
+    ],
+)
+def test_min_px_is_the_smallest_target_that_works(vgg, terms, min_px):
+    config = weights(**terms)
+    assert config.min_px == min_px
+    image, target = (F.interpolate(picture(seed), size=(min_px, min_px)) for seed in (0, 1))
+    offset = torch.zeros(1, 2, min_px, min_px)
+    assert transfer_loss(image, offset, target, config, vgg).isfinite()
+
+
 def test_feature_terms_are_float32_under_autocast(vgg):
     image, target = picture(0), picture(1)
     config = weights(**dict.fromkeys(ALL, 1.0))

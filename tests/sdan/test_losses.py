@@ -72,7 +72,9 @@ def test_self_reference_is_zero_if_the_output_averages_to_low():
         assert float(terms.total) < 1e-6
     brighter = self_reference_loss(output(zoomed + 0.1, low), low, L1)
     assert float(brighter.zoom) == pytest.approx(0.1, abs=1e-5) and float(brighter.align) < 1e-6
-    assert float(self_reference_loss(output(zoomed, low + 0.2), low, L1).align) == pytest.approx(0.2, abs=1e-5)
+    terms = self_reference_loss(output(zoomed + 0.1, low + 0.2), low, LossConfig(border_px=0, align_weight=3))
+    assert float(terms.align) == pytest.approx(0.2, abs=1e-5)
+    assert float(terms.total) == pytest.approx(3 * 0.2 + 0.1, abs=1e-5)
 
 
 @pytest.mark.parametrize("factor", [4, 8])

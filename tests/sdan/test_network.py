@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import deform_conv2d
 
-from sdan.attention import CrossPackingAttention
+from sdan.attention import ChannelAttention, CrossPackingAttention
 from sdan.baselines import SRResNet
 from sdan.losses import LossConfig, sdan_loss
 from sdan.metrics import psnr
@@ -124,6 +124,26 @@ def test_cpa_equals_its_equation_and_starts_as_the_identity():
     weights = torch.softmax(energy.amax(-1, keepdim=True) - energy, dim=-1)
     attended = (weights @ packed).view(2, 3, 4, 4, 2, 3).permute(0, 1, 4, 2, 5, 3).reshape(2, 3, 8, 12)
     assert torch.allclose(attention(x), x + 0.7 * attended, atol=1e-5)
+
+
+def test_channel_attention_scales_channels_by_0_to_1():
+    torch.manual_seed(0)
+    attention, x = ChannelAttention(32), 5 * torch.randn(2, 32, 6, 7)
+    scales = attention(x) / x
+    mean = x.mean((2, 3))
+    squeeze, _, excite, _ = attention.excite
+    expected = torch.sigmoid(
+        F.linear(F.relu(F.linear(mean, squeeze.weight[..., 0, 0], squeeze.bias)), excite.weight[..., 0, 0], excite.bias)
+    )
+    torch.testing.assert_close(scales, expected[:, :, None, None].expand_as(x), atol=1e-5, rtol=1e-4)
+    assert squeeze.weight.shape[0] == 2
+
+
+def test_srresnet_passes_the_reference_through_unaligned():
+    model, (x, reference, rendering) = SRResNet(SMALL), batch(SMALL)
+    output = model(x, reference, rendering)
+    assert torch.equal(output.aligned, reference) and output.offset.abs().max() == 0 and output.mask.min() == 1
+    assert torch.equal(output.zoomed, model(x, 1 - reference, rendering).zoomed)
 
 
 def test_squared_equals_per_point_with_repeated_offsets():

@@ -11,9 +11,11 @@ def test_normalise_maps_black_to_0_and_white_to_the_gain():
     white = torch.tensor([4000.0])
     counts = torch.stack([torch.full((2, 2), float(b)) for b in black[0]])[None].to(torch.uint16)
     assert torch.equal(normalise(counts, black, white, wb), torch.zeros(1, 4, 2, 2))
-    half = ((black + white) / 2).view(1, 4, 1, 1).expand(1, 4, 2, 2)
-    result = normalise(half, black, white, wb)
-    assert torch.allclose(result[0, :, 0, 0], torch.tensor([1.0, 0.5, 0.5, 0.75]))  # red is clipped
+    for share, expected in ((0.25, [0.5, 0.25, 0.25, 0.375]), (1.0, [1.0, 1.0, 1.0, 1.0])):  # clipped to 1
+        counts = (black + share * (white - black)).view(1, 4, 1, 1).expand(1, 4, 2, 2)
+        result = normalise(counts, black, white, wb)
+        assert torch.allclose(result[0, :, 0, 0], torch.tensor(expected))
+    assert normalise(counts - 5000, black, white, wb).min() == 0
     assert result.dtype == torch.float32
 
 
