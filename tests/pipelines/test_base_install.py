@@ -1,0 +1,53 @@
+"""The base installation zooms; a verb that needs the extra `train` says so in one line."""
+
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from pipelines.cli import TRAIN_PACKAGES
+
+# Python finds no package of the extra, as if it were not installed.
+WITHOUT_EXTRA = f"""
+import sys
+from importlib.machinery import PathFinder
+
+class WithoutExtra(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        missing = name.partition(".")[0] in {(*TRAIN_PACKAGES, "pandas")!r}
+        return None if missing else super().find_spec(name, path, target)
+
+sys.meta_path[:] = [WithoutExtra if finder is PathFinder else finder for finder in sys.meta_path]
+"""
+
+
+def run(code, *arguments, folder):
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTRA + code, *map(str, arguments)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_the_python_api_needs_no_extra(tmp_path):
+    done = run("import sdan\nprint(sdan.load('starter').config.scale)", folder=tmp_path)
+    assert done.stdout.strip() == "4", done.stderr
+
+
+def test_zoom_needs_no_extra(tmp_path):
+    Image.new("RGB", (64, 48), (90, 80, 70)).save(tmp_path / "photo.png")
+    done = run("from pipelines import cli\ncli.main()", "zoom", "photo.png", "-o", "out.png", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "out.png").size == (256, 192)
+
+
+@pytest.mark.parametrize("verb", [["train", "shards"], ["preprocess", "raw", "shards"], ["tune", "shards"], ["demo"]])
+def test_other_verbs_name_the_extra(verb, tmp_path):
+    done = run("from pipelines import cli\ncli.main()", *verb, folder=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("sdan: "), done.stderr
+    assert "pip install 'sdan[train]'" in done.stderr
