@@ -47,6 +47,12 @@ def test_a_round_trip_keeps_weights_config_and_scores(tmp_path, architecture):
         assert torch.equal(model(x, reference, rendering).zoomed, found.model(x, reference, rendering).zoomed)
 
 
+def test_the_codes_commit_is_stored_unless_one_is_given(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "code_commit", lambda: "def456")
+    assert load(save(tmp_path / "c", SDAN(SMALL), config={}, scores={})).commit == "def456"
+    assert load(save(tmp_path / "c", SDAN(SMALL), config={}, scores={}, commit="abc123")).commit == "abc123"
+
+
 def test_the_files_are_plain_and_readable_by_every_user(folder):
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     assert folder.stat().st_mode & 0o055 == 0o055
