@@ -114,11 +114,7 @@ def save(
             f"{folder}: expected a writable folder, got {error.strerror}; choose another folder"
         ) from error
     try:
-        weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-        save_file(weights, aside / WEIGHTS, metadata={"format": "pt"})
-        (aside / DESCRIPTION).write_text(json.dumps(description, indent=2, allow_nan=False) + "\n")
-        if trainer_state is not None:
-            torch.save(dict(trainer_state), aside / TRAINER)
+        _write_files(aside, model, description, trainer_state)
         aside.chmod(0o755)  # mkdtemp creates private folders
         _replace_folder(aside, folder)
     except (OSError, SafetensorError) as error:
@@ -128,6 +124,16 @@ def save(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return folder
+
+
+def _write_files(
+    folder: Path, model: nn.Module, description: dict[str, Any], trainer_state: Mapping[str, Any] | None
+) -> None:
+    weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=2, allow_nan=False) + "\n")
+    if trainer_state is not None:
+        torch.save(dict(trainer_state), folder / TRAINER)
 
 
 def load(folder: str | Path) -> Checkpoint:

@@ -129,7 +129,7 @@ def test_every_tile_has_the_training_size_and_starts_on_an_r():
         assert (tiles == expected).all()
 
 
-def test_padding_of_packed_photos_keeps_raw_and_reference_aligned():
+def test_padding_keeps_packed_raw_and_reference_registered():
     """Both show the column number."""
     seen = {}
 
