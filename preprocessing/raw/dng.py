@@ -12,6 +12,7 @@ A DNG has its levels and white balance in standard tags; an ARW has them in Sony
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
@@ -86,6 +87,20 @@ def cfa_channels(cfa: str) -> list[int]:
     return [{"R": 0, "B": 3}.get(colour, 1 if place // 2 == red_row else 2) for place, colour in enumerate(cfa)]
 
 
+@dataclass(frozen=True)
+class Shot:
+    """How the written frame was taken: its EXIF tags and preview."""
+
+    focal_mm: float | None = None
+    iso: int = 100
+    exposure_s: float = 0.01
+    f_number: float = 8.0
+    orientation: int = 1
+    """EXIF 1-8: how a viewer turns the picture; the mosaic stays in sensor orientation."""
+    thumbnail_jpg: bytes | None = None
+    """A baseline JPEG; None: a small one is rendered from the mosaic."""
+
+
 def write_dng(
     path: Path | str,
     mosaic_HW: Mosaic,
@@ -96,12 +111,7 @@ def write_dng(
     wb: Sequence[float] = (2.0, 1.0, 1.5),
     make: str = "SDAN",
     model: str = "Simulated",
-    focal_mm: float | None = None,
-    iso: int = 100,
-    exposure_s: float = 0.01,
-    f_number: float = 8.0,
-    orientation: int = 1,
-    thumbnail_jpg: bytes | None = None,
+    shot: Shot = Shot(),
 ) -> None:
     """Write a Bayer mosaic as a DNG whose decoded `raw_image` equals `mosaic_HW` exactly.
 
@@ -109,11 +119,9 @@ def write_dng(
     cfa          colours of the top left 2x2, row by row
     black_level  counts for R, G1, G2, B (G1 is in red's rows), kept to 4 decimals
     wb           white-balance gains for R, G, B with green 1
-    orientation  EXIF 1-8: how a viewer turns the picture; the mosaic stays in sensor orientation
-    thumbnail_jpg  a baseline JPEG; None renders a small one from the mosaic
     Raises ValueError for values that a DNG cannot hold.
     """
-    _check(mosaic_HW, cfa, black_level, white_level, wb, orientation)
+    _check(mosaic_HW, cfa, black_level, white_level, wb, shot.orientation)
     raw = _mosaic_ifd(mosaic_HW, cfa, bits=16)
     # The tag lists black levels by place in the 2x2 cell, our argument by colour.
     raw.set(Tag.BLACK_LEVEL_REPEAT, SHORT, 2, 2)
@@ -121,7 +129,7 @@ def write_dng(
     raw.set(Tag.WHITE_LEVEL, LONG, white_level)
     raw.set(Tag.CFA_PLANE_COLOR, BYTE, 0, 1, 2)
     raw.set(Tag.CFA_LAYOUT, SHORT, 1)
-    root = _root_ifd(mosaic_HW, cfa, thumbnail_jpg, make, model, orientation)
+    root = _root_ifd(mosaic_HW, cfa, shot.thumbnail_jpg, make, model, shot.orientation)
     root.set(Tag.DNG_VERSION, BYTE, 1, 4, 0, 0)
     root.set(Tag.DNG_BACKWARD_VERSION, BYTE, 1, 1, 0, 0)
     root.text(Tag.UNIQUE_CAMERA_MODEL, f"{make} {model}")
@@ -129,7 +137,7 @@ def write_dng(
     root.rational(Tag.AS_SHOT_NEUTRAL, *(1.0 / gain for gain in wb))
     root.set(Tag.CALIBRATION_ILLUMINANT_1, SHORT, _D65)
     root.children[Tag.SUB_IFDS] = raw
-    root.children[Tag.EXIF_IFD] = _exif_ifd(focal_mm, iso, exposure_s, f_number)
+    root.children[Tag.EXIF_IFD] = _exif_ifd(shot)
     Path(path).write_bytes(serialise(root))
 
 
@@ -141,12 +149,7 @@ def write_arw(
     wb: Sequence[float] = (2.0, 1.0, 1.5),
     make: str = "SONY",
     model: str = "ILCE-7SM2",
-    focal_mm: float | None = None,
-    iso: int = 100,
-    exposure_s: float = 0.01,
-    f_number: float = 8.0,
-    orientation: int = 1,
-    thumbnail_jpg: bytes | None = None,
+    shot: Shot = Shot(),
 ) -> None:
     """Write a 14-bit RGGB mosaic as LibRaw expects an uncompressed Sony ARW; arguments as for `write_dng`.
 
@@ -154,7 +157,7 @@ def write_arw(
     stored 4288 wide, as by the real ILCE-7SM2, because LibRaw drops the last 32 columns of such a file.
     Raises ValueError for other widths that LibRaw would crop (`SONY_CROPPED_WIDTHS`).
     """
-    _check(mosaic_HW, "RGGB", black_level, SONY_WHITE_LEVEL, wb, orientation)
+    _check(mosaic_HW, "RGGB", black_level, SONY_WHITE_LEVEL, wb, shot.orientation)
     width = mosaic_HW.shape[1]
     if width in SONY_CROPPED_WIDTHS:
         raise ValueError(
@@ -167,9 +170,9 @@ def write_arw(
     raw = _mosaic_ifd(mosaic_HW, "RGGB", bits=14)
     raw.set(Tag.SONY_BLACK_LEVEL, SHORT, *(int(level) for level in black_level))
     raw.set(Tag.SONY_WHITE_BALANCE, SSHORT, *(round(1024 * gain) for gain in (wb[0], wb[1], wb[1], wb[2])))
-    root = _root_ifd(mosaic_HW, "RGGB", thumbnail_jpg, make, model, orientation)
+    root = _root_ifd(mosaic_HW, "RGGB", shot.thumbnail_jpg, make, model, shot.orientation)
     root.children[Tag.SUB_IFDS] = raw
-    root.children[Tag.EXIF_IFD] = _exif_ifd(focal_mm, iso, exposure_s, f_number)
+    root.children[Tag.EXIF_IFD] = _exif_ifd(shot)
     Path(path).write_bytes(serialise(root))
 
 
@@ -277,14 +280,14 @@ def _root_ifd(mosaic_HW: Mosaic, cfa: str, thumbnail: bytes | None, make: str, m
     return ifd
 
 
-def _exif_ifd(focal_mm: float | None, iso: int, exposure_s: float, f_number: float) -> Ifd:
+def _exif_ifd(shot: Shot) -> Ifd:
     ifd = Ifd()
-    ifd.rational(Tag.EXPOSURE_TIME, exposure_s)
-    ifd.rational(Tag.F_NUMBER, f_number)
-    ifd.set(Tag.ISO, SHORT, iso)
+    ifd.rational(Tag.EXPOSURE_TIME, shot.exposure_s)
+    ifd.rational(Tag.F_NUMBER, shot.f_number)
+    ifd.set(Tag.ISO, SHORT, shot.iso)
     ifd.raw(Tag.EXIF_VERSION, UNDEFINED, b"0230")
-    if focal_mm is not None:
-        ifd.rational(Tag.FOCAL_LENGTH, focal_mm)
+    if shot.focal_mm is not None:
+        ifd.rational(Tag.FOCAL_LENGTH, shot.focal_mm)
     return ifd
 
 

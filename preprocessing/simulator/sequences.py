@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -198,21 +197,18 @@ def _write_frame(
     make, model = CAMERAS[job.raw_format]
     (folder / f"{stem}.JPG").write_bytes(sensor.encode_jpg(picture, frame, exposure, make, model))
     small = cv2.resize(picture, (480, round(480 * picture.shape[0] / picture.shape[1])), interpolation=cv2.INTER_AREA)
-    common: dict[str, Any] = {
-        "wb": exposure.wb,
-        "make": make,
-        "model": model,
-        "focal_mm": frame.focal_mm,
-        "iso": exposure.iso,
-        "exposure_s": exposure.exposure_s,
-        "f_number": exposure.f_number,
-        "thumbnail_jpg": sensor.encode_jpg(np.asarray(small, np.uint8), frame, exposure, make, model),
-    }
+    shot = dng.Shot(
+        focal_mm=frame.focal_mm,
+        iso=exposure.iso,
+        exposure_s=exposure.exposure_s,
+        f_number=exposure.f_number,
+        thumbnail_jpg=sensor.encode_jpg(np.asarray(small, np.uint8), frame, exposure, make, model),
+    )
     path = folder / f"{stem}{RAW_FORMATS[job.raw_format]}"
     if job.raw_format == "arw":
-        dng.write_arw(path, mosaic, **common)
+        dng.write_arw(path, mosaic, wb=exposure.wb, make=make, model=model, shot=shot)
     else:
-        dng.write_dng(path, mosaic, white_level=sensor.WHITE_LEVEL, **common)
+        dng.write_dng(path, mosaic, white_level=sensor.WHITE_LEVEL, wb=exposure.wb, make=make, model=model, shot=shot)
 
 
 def _views(frames: Sequence[FrameGeometry], ideals: Sequence[truth_files.Ideal]) -> list[Box]:

@@ -36,7 +36,7 @@ def dng(tmp_path_factory):
     """A RAW file of 96x128 photosites."""
     size = (96, 128)
     path = tmp_path_factory.mktemp("raw") / "photo.dng"
-    write_dng(path, to_mosaic(Scene(0).view(frame_to_scene(0.5, size), size)), wb=WB, focal_mm=50.0)
+    write_dng(path, to_mosaic(Scene(0).view(frame_to_scene(0.5, size), size)), wb=WB)
     return path
 
 
