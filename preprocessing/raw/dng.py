@@ -88,7 +88,7 @@ def cfa_channels(cfa: str) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Shot:
+class ShotTags:
     """How the written frame was taken: its EXIF tags and preview."""
 
     focal_mm: float | None = None
@@ -111,7 +111,7 @@ def write_dng(
     wb: Sequence[float] = (2.0, 1.0, 1.5),
     make: str = "SDAN",
     model: str = "Simulated",
-    shot: Shot = Shot(),
+    shot: ShotTags = ShotTags(),
 ) -> None:
     """Write a Bayer mosaic as a DNG whose decoded `raw_image` equals `mosaic_HW` exactly.
 
@@ -149,7 +149,7 @@ def write_arw(
     wb: Sequence[float] = (2.0, 1.0, 1.5),
     make: str = "SONY",
     model: str = "ILCE-7SM2",
-    shot: Shot = Shot(),
+    shot: ShotTags = ShotTags(),
 ) -> None:
     """Write a 14-bit RGGB mosaic as LibRaw expects an uncompressed Sony ARW; arguments as for `write_dng`.
 
@@ -280,7 +280,7 @@ def _root_ifd(mosaic_HW: Mosaic, cfa: str, thumbnail: bytes | None, make: str, m
     return ifd
 
 
-def _exif_ifd(shot: Shot) -> Ifd:
+def _exif_ifd(shot: ShotTags) -> Ifd:
     ifd = Ifd()
     ifd.rational(Tag.EXPOSURE_TIME, shot.exposure_s)
     ifd.rational(Tag.F_NUMBER, shot.f_number)

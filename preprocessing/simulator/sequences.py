@@ -197,7 +197,7 @@ def _write_frame(
     make, model = CAMERAS[job.raw_format]
     (folder / f"{stem}.JPG").write_bytes(sensor.encode_jpg(picture, frame, exposure, make, model))
     small = cv2.resize(picture, (480, round(480 * picture.shape[0] / picture.shape[1])), interpolation=cv2.INTER_AREA)
-    shot = dng.Shot(
+    shot = dng.ShotTags(
         focal_mm=frame.focal_mm,
         iso=exposure.iso,
         exposure_s=exposure.exposure_s,

@@ -12,7 +12,7 @@ from pipelines import config as configs
 from pipelines import registry, zoom
 from pipelines.zoom import Zoomer, ZoomError, check_output, output_paths, read_photo, write_png, zoom_photos
 from preprocessing.raw import decode
-from preprocessing.raw.dng import Shot, write_dng
+from preprocessing.raw.dng import ShotTags, write_dng
 from sdan import checkpoint, raw_input
 from sdan.network import SDAN
 from sdan.ops.precision import autocast
@@ -95,7 +95,7 @@ def test_an_untrained_model_writes_bicubic_enlargement(name, bits, zoomer, tmp_p
 
 
 def test_a_turned_raw_photo_is_written_upright(zoomer, tmp_path):
-    path = write_photo(tmp_path / "photo.dng", 48, 64, shot=Shot(orientation=6))  # a quarter turn right
+    path = write_photo(tmp_path / "photo.dng", 48, 64, shot=ShotTags(orientation=6))  # a quarter turn right
     zoom_photos([path], tmp_path / "zoomed.png", zoomer, say=print, warn=print)
     rendering = torch.from_numpy(decode.load(path).rendering).permute(2, 0, 1) / 255
     image = written(tmp_path / "zoomed.png")

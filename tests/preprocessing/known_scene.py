@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from preprocessing.raw.dng import Shot, write_arw, write_dng
+from preprocessing.raw.dng import ShotTags, write_arw, write_dng
 from preprocessing.registration.affine import about_centres, compose, translation
 
 BLACK, WHITE = 512, 16383
@@ -96,9 +96,9 @@ def write_sequence(
             shown = shown[jpg_margin:-jpg_margin, jpg_margin:-jpg_margin]
         (folder / f"{stem}.JPG").write_bytes(jpg_bytes(shown, focal_mm))
         if raw_format == "arw":
-            write_arw(folder / f"{stem}.ARW", to_mosaic(picture), wb=WB, shot=Shot(focal_mm=focal_mm))
+            write_arw(folder / f"{stem}.ARW", to_mosaic(picture), wb=WB, shot=ShotTags(focal_mm=focal_mm))
         else:
-            write_dng(folder / f"{stem}.dng", to_mosaic(picture, cfa), cfa=cfa, wb=WB, shot=Shot(focal_mm=focal_mm))
+            write_dng(folder / f"{stem}.dng", to_mosaic(picture, cfa), cfa=cfa, wb=WB, shot=ShotTags(focal_mm=focal_mm))
     return folder
 
 

@@ -56,7 +56,7 @@ def write_cropped(path, picture, focal_mm, active, origin, size, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(dng, "_mosaic_ifd", with_crop)
-        dng.write_dng(path, to_mosaic(picture), wb=WB, shot=dng.Shot(focal_mm=focal_mm))
+        dng.write_dng(path, to_mosaic(picture), wb=WB, shot=dng.ShotTags(focal_mm=focal_mm))
 
 
 def test_the_jpg_is_located_by_the_crop_in_the_tags(tmp_path, monkeypatch):
@@ -123,7 +123,7 @@ def test_a_pair_without_rendering_is_quarantined(tmp_path):
     (sequence / "00001.JPG").unlink()
     half = to_mosaic(Scene(0).view(frame_to_scene(1, SIZE), SIZE))
     half[SIZE[0] // 2 :] = 0
-    dng.write_dng(sequence / "00001.dng", half, shot=dng.Shot(focal_mm=240))
+    dng.write_dng(sequence / "00001.dng", half, shot=dng.ShotTags(focal_mm=240))
     source, target = open_folder(str(tmp_path / "raw")), open_folder(str(tmp_path / "shards"))
     options = PreprocessOptions(**OPTIONS, missing_jpg="render")
     plan = make_plan(source, options, {})
@@ -157,7 +157,7 @@ def test_exposure_ratio_is_read_from_tags(tmp_path):
         path.write_bytes(jpg_bytes(pixels, {"00001": 240, "00002": 50}[name], exposure=exposure))
         light = to_mosaic(pixels / 255)
         seconds, iso, f_number = exposure
-        dng.write_dng(path.with_suffix(".dng"), light, wb=WB, shot=dng.Shot(50, iso, seconds, f_number))
+        dng.write_dng(path.with_suffix(".dng"), light, wb=WB, shot=dng.ShotTags(50, iso, seconds, f_number))
     row = rows_of(tmp_path)[0]["00002-00001"][0]
     assert (row["f_number_lr"], row["f_number_hr"]) == (pytest.approx(5.6), 8)
     assert row["exposure_ratio_exif"] == pytest.approx(0.4 * 4 * (5.6 / 8) ** 2)

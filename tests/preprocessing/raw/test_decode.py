@@ -8,7 +8,7 @@ import rawpy
 from known_scene import BLACK, WB, WHITE, Scene, frame_to_scene, to_8_bit, to_mosaic
 
 from preprocessing.raw import decode
-from preprocessing.raw.dng import Shot, write_arw, write_dng
+from preprocessing.raw.dng import ShotTags, write_arw, write_dng
 from preprocessing.raw.rendering import RENDER_OPTIONS
 
 SIZE = (96, 144)
@@ -58,7 +58,7 @@ def test_levels_and_gains_come_from_the_file(tmp_path):
         black_level=(300, 301, 302, 303),
         white_level=4000,
         wb=(2.5, 1.0, 1.25),
-        shot=Shot(focal_mm=50, iso=400, exposure_s=0.005),
+        shot=ShotTags(focal_mm=50, iso=400, exposure_s=0.005),
     )
     image = decode.load(tmp_path / "x.dng")
     assert image.black_level.tolist() == [300, 301, 302, 303]  # R, G1, G2, B
@@ -69,7 +69,7 @@ def test_levels_and_gains_come_from_the_file(tmp_path):
 
 def test_arw_is_decoded_as_the_sony_it_states(tmp_path):
     mosaic = to_mosaic(picture())
-    write_arw(tmp_path / "x.ARW", mosaic, wb=WB, shot=Shot(focal_mm=240))
+    write_arw(tmp_path / "x.ARW", mosaic, wb=WB, shot=ShotTags(focal_mm=240))
     image = decode.load((tmp_path / "x.ARW").read_bytes(), name="x.ARW")
     assert np.array_equal(image.packed[3], mosaic[1::2, 1::2])
     assert image.camera == "SONY ILCE-7SM2" and image.focal_mm == 240
@@ -150,7 +150,7 @@ def test_one_bright_pixel_does_not_change_the_rendering(tmp_path):
 
 @pytest.mark.parametrize(("orientation", "flip"), [(1, 0), (3, 3), (6, 6), (8, 5)])
 def test_upright_turns_as_libraw_does(tmp_path, orientation, flip):
-    write_dng(tmp_path / "x.dng", to_mosaic(picture()), wb=WB, shot=Shot(orientation=orientation))
+    write_dng(tmp_path / "x.dng", to_mosaic(picture()), wb=WB, shot=ShotTags(orientation=orientation))
     image = decode.load(tmp_path / "x.dng")
     assert image.flip == flip and image.rendering.shape == (*SIZE, 3)
     with rawpy.imread(str(tmp_path / "x.dng")) as opened:

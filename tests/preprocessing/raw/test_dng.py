@@ -10,7 +10,7 @@ import rawpy
 from PIL import Image
 
 from preprocessing.colour import ILCE_7SM2_XYZ_TO_CAMERA, srgb_to_camera
-from preprocessing.raw.dng import CFA_CODES, SONY_CROPPED_WIDTHS, Shot, write_arw, write_dng
+from preprocessing.raw.dng import CFA_CODES, SONY_CROPPED_WIDTHS, ShotTags, write_arw, write_dng
 
 EXIF_IFD = 0x8769
 
@@ -59,7 +59,7 @@ def test_4256_columns_are_stored_in_4288(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("orientation", "flip"), [(1, 0), (3, 3), (6, 6), (8, 5)])
 def test_exif_reaches_every_reader(tmp_path: Path, write: type, orientation: int, flip: int) -> None:
     path = tmp_path / ("a.dng" if write is write_dng else "a.ARW")
-    write(path, random_mosaic(64, 96), shot=Shot(35.0, 640, 1 / 250, 6.3, orientation))
+    write(path, random_mosaic(64, 96), shot=ShotTags(35.0, 640, 1 / 250, 6.3, orientation))
     with rawpy.imread(str(path)) as raw:
         assert raw.other.focal_length == pytest.approx(35.0)
         assert raw.other.iso_speed == 640
@@ -78,7 +78,7 @@ def test_exif_reaches_every_reader(tmp_path: Path, write: type, orientation: int
 
 
 def test_focal_length_can_be_missing(tmp_path: Path) -> None:
-    write_dng(tmp_path / "a.dng", random_mosaic(64, 96), shot=Shot(focal_mm=None))
+    write_dng(tmp_path / "a.dng", random_mosaic(64, 96), shot=ShotTags(focal_mm=None))
     with Image.open(tmp_path / "a.dng") as image:
         assert 37386 not in image.getexif().get_ifd(EXIF_IFD)
     with rawpy.imread(str(tmp_path / "a.dng")) as raw:
@@ -88,7 +88,7 @@ def test_focal_length_can_be_missing(tmp_path: Path) -> None:
 def test_thumbnail_is_the_one_given(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.fromarray(np.full((40, 60, 3), (200, 30, 90), np.uint8)).save(buffer, "JPEG")
-    write_dng(tmp_path / "a.dng", random_mosaic(64, 96), shot=Shot(thumbnail_jpg=buffer.getvalue()))
+    write_dng(tmp_path / "a.dng", random_mosaic(64, 96), shot=ShotTags(thumbnail_jpg=buffer.getvalue()))
     with rawpy.imread(str(tmp_path / "a.dng")) as raw:
         thumbnail = raw.extract_thumb()
     with Image.open(io.BytesIO(thumbnail.data)) as image:
@@ -123,7 +123,7 @@ def test_colours_come_back_from_libraw(tmp_path: Path) -> None:
         ({"black_level": (512, 512, 512)}, "4 values"),
         ({"black_level": (512, 512, 512, 20000)}, "below 16383"),
         ({"wb": (2.0, 0.0, 1.5)}, "positive"),
-        ({"shot": Shot(orientation=9)}, "EXIF orientation"),
+        ({"shot": ShotTags(orientation=9)}, "EXIF orientation"),
     ],
 )
 def test_dng_refuses_what_it_cannot_hold(tmp_path: Path, change: dict, message: str) -> None:

@@ -8,7 +8,7 @@ import rawpy
 from known_scene import BLACK, WB, WHITE, Scene, frame_to_scene, to_mosaic
 
 from preprocessing.raw import decode
-from preprocessing.raw.dng import bare_dng, cfa_channels, write_arw, write_dng
+from preprocessing.raw.dng import ShotTags, bare_dng, cfa_channels, write_arw, write_dng
 from preprocessing.raw.rendering import RENDER_OPTIONS, xyz_to_camera_from_libraw
 
 SIZE = (590, 1140)
@@ -58,7 +58,7 @@ def test_a_window_is_a_part_of_the_whole_rendering(tmp_path, cfa):
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 @pytest.mark.parametrize("name", ["x.dng", "x.ARW"])
 def test_the_whole_equals_libraws_rendering(tmp_path, name, orientation):
-    image = write(tmp_path / name, wb=(2.25, 1.0, 1.5), orientation=orientation)
+    image = write(tmp_path / name, wb=(2.25, 1.0, 1.5), shot=ShotTags(orientation=orientation))
     assert image.flip == {1: 0, 3: 3, 6: 6, 8: 5}[orientation]
     direct = by_libraw(tmp_path / name, (2.25, 1.0, 1.5, 1.0))
     assert np.array_equal(image.rendering, direct)
