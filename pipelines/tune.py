@@ -20,8 +20,10 @@ from sdan.perceptual import load_vgg19
 from tuning.search import SLOT
 from tuning.space import check_space, default_space, load_space
 from tuning.summary import table
-from tuning.sweep import SweepResult, run_sweep
+from tuning.sweep import SweepResult, check_sweep, run_sweep
 
+SWEEPS = "sweeps"
+"""Folder below DATA of the sweeps' folders."""
 VGG_TERMS = {"loss.perceptual_weight", "loss.contextual_weight", "loss.cobi_vgg_weight"}
 
 
@@ -88,8 +90,9 @@ def tune(
     Raises:
         SweepError, ConfigError, ShardsError, PerceptualError, ClusterError: before any trial starts.
     """
+    check_sweep(name, data / SWEEPS, num_trials=trials, resume=resume)
     searched = check_space(load_space(space) if space else default_space())
-    unknown = sorted(set(searched) - set(configs.flatten(config)))
+    unknown = sorted(key for key in searched if "." not in key or key not in configs.flatten(config))
     if unknown:
         configs.override(config, {unknown[0]: ""})  # raises an error that names the nearest known key
     if "://" not in shards:
@@ -106,7 +109,7 @@ def tune(
         TrialTrainer(shards, config, data.resolve(), workers, name, vgg_weights and vgg_weights.resolve()),
         searched,
         name=name,
-        storage_path=data / "sweeps",
+        storage_path=data / SWEEPS,
         tracking_uri=uri,
         experiment_id=registry.open_experiment(uri, "sdan-sweeps"),
         num_trials=trials,

@@ -97,10 +97,11 @@ def run_sweep(
         SweepError: invalid space or number, a name that is in use or (resume) unknown, settings that differ from the
             sweep to resume, no `trial_slot`, an interrupted sweep, or all trials failed (with the first reason).
     """
-    _check_numbers(num_trials, max_epochs, max_concurrent, grace_epochs, mode, metric)
+    folder = check_sweep(name, storage_path, num_trials=num_trials, resume=resume)
+    _check_numbers(max_epochs, max_concurrent, grace_epochs, mode, metric)
     space = check_space(space)
     require_slots()
-    folder = _prepare_folder(name, Path(storage_path).expanduser().resolve(), resume)
+    _prepare_folder(folder, resume)
     client = MlflowClient(tracking_uri=tracking_uri)
     experiment = client.get_experiment(experiment_id).name
     grace_epochs = min(grace_epochs, max_epochs)
@@ -116,6 +117,28 @@ def run_sweep(
         killed = isinstance(error, KeyboardInterrupt | SystemExit | InterruptedSweepError)
         client.set_terminated(run.parent_run_id, "KILLED" if killed else "FAILED")
         raise
+
+
+def check_sweep(name: str, storage_path: str | Path, *, num_trials: int, resume: bool) -> Path:
+    """Check the options of a sweep before Ray and MLflow are started, and return its folder, STORAGE/NAME.
+
+    Raises:
+        SweepError: invalid name or number of trials, a name that is in use or (resume) unknown.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise SweepError(f"sweep name: expected letters, digits, '.', '_' or '-', got {name!r}")
+    if num_trials < 1:
+        raise SweepError(f"sweep, trials: expected at least 1, got {num_trials}")
+    storage = Path(storage_path).expanduser().resolve()
+    known = (storage / name / RECORD).is_file()
+    if resume and not known:
+        others = sorted(path.parent.name for path in storage.glob(f"*/{RECORD}"))
+        raise SweepError(f"{storage}: expected a sweep {name!r} to resume, got {', '.join(others) or 'none'}")
+    if not resume and known:
+        raise SweepError(
+            f"{storage}: expected no sweep {name!r}, got an existing one; resume it or choose another name"
+        )
+    return storage / name
 
 
 def _finish(client: MlflowClient, run: SweepRun, folder: Path, num_trials: int) -> SweepResult:
@@ -177,18 +200,7 @@ def _resume(folder: Path, asked: Record) -> Record:
     return record
 
 
-def _prepare_folder(name: str, storage: Path, resume: bool) -> Path:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise SweepError(f"sweep name: expected letters, digits, '.', '_' or '-', got {name!r}")
-    folder = storage / name
-    known = (folder / RECORD).is_file()
-    if resume and not known:
-        others = sorted(path.parent.name for path in storage.glob(f"*/{RECORD}"))
-        raise SweepError(f"{storage}: expected a sweep {name!r} to resume, got {', '.join(others) or 'none'}")
-    if not resume and known:
-        raise SweepError(
-            f"{storage}: expected no sweep {name!r}, got an existing one; resume it or choose another name"
-        )
+def _prepare_folder(folder: Path, resume: bool) -> None:
     try:
         if not resume and folder.exists():
             shutil.rmtree(folder)  # left by a start that was killed before it recorded anything
@@ -197,14 +209,10 @@ def _prepare_folder(name: str, storage: Path, resume: bool) -> Path:
         raise SweepError(
             f"{folder}: expected a writable folder, got: {error.strerror}; choose another folder"
         ) from error
-    return folder
 
 
-def _check_numbers(
-    num_trials: int, max_epochs: int, max_concurrent: int, grace_epochs: int, mode: str, metric: str
-) -> None:
+def _check_numbers(max_epochs: int, max_concurrent: int, grace_epochs: int, mode: str, metric: str) -> None:
     numbers = {
-        "trials": num_trials,
         "epochs": max_epochs,
         "concurrent trials": max_concurrent,
         "grace epochs": grace_epochs,
