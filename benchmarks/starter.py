@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 from PIL import Image  # noqa: E402
 from results import provenance  # noqa: E402
 
-from pipelines import cluster, registry  # noqa: E402
+from pipelines import cluster  # noqa: E402
 from pipelines import config as configs  # noqa: E402
 from pipelines.evaluate import Evaluation, evaluate_model, examples  # noqa: E402
 from pipelines.loader import index_split  # noqa: E402
@@ -35,7 +35,7 @@ from pipelines.train import train  # noqa: E402
 from pipelines.training import run_folder  # noqa: E402
 from preprocessing.shards import PreprocessOptions, preprocess  # noqa: E402
 from preprocessing.simulator.sequences import simulate  # noqa: E402
-from sdan import checkpoint  # noqa: E402
+from sdan import checkpoint, starter_folder  # noqa: E402
 
 PRESETS = ("perfect", "tripod", "default", "handheld")
 SEQUENCES = {"train": (20, 10), "val": (1, 1), "test": (3, 3)}
@@ -117,8 +117,9 @@ def train_starter(out: Path) -> None:
     print(result.model, result.scores)
 
 
-def make_card(photographs: Path, out: Path, package: Path = registry.STARTER_FOLDER) -> None:
-    """Score the model on the test sequences and copy model and card into the package."""
+def make_card(photographs: Path, out: Path, package: Path | None = None) -> None:
+    """Score the model on the test sequences and copy model and card into `package` (None: the installed package)."""
+    package = package or starter_folder()
     model = run_folder.run_folder(out / "data", "starter") / run_folder.MODEL
     stored = checkpoint.load(model)
     config = configs.from_dict(stored.config)

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from pipelines import cluster, registry
+from pipelines import cluster
 from pipelines import config as configs
 from pipelines.evaluate import Evaluation, evaluate
 from pipelines.scoring.pictures import labelled_grid
@@ -20,6 +20,7 @@ from pipelines.train import TrainResult, train, with_network_of
 from pipelines.zoom import Zoomer, move_bar, read_photo, write_png
 from preprocessing.shards import PreprocessOptions, preprocess
 from preprocessing.simulator.sequences import simulate
+from sdan import starter_folder
 from sdan.resample import bicubic
 
 SEQUENCES = 10
@@ -73,13 +74,11 @@ def run(data: Path, *, say: Callable[[str], None]) -> DemoResult:
     say(f"2/5 preprocess -> {shards}")
     report = preprocess(str(raw), str(shards), OPTIONS, start_ray=cluster.start_ray)
     say(f"    {report.written} pairs written, {report.skipped} finished earlier, {len(report.quarantined)} set aside")
-    config = with_network_of(registry.STARTER_FOLDER, configs.override(configs.demo(), FINE_TUNING), ())
+    config = with_network_of(starter_folder(), configs.override(configs.demo(), FINE_TUNING), ())
     say(f"3/5 train: fine-tune the starter model, {config.train.epochs} epochs of {config.train.crops_per_epoch} crops")
-    trained = train(
-        str(shards), config, data=data, workers=workers, register=REGISTERED, init_from=registry.STARTER_FOLDER
-    )
+    trained = train(str(shards), config, data=data, workers=workers, register=REGISTERED, init_from=starter_folder())
     say("4/5 evaluate on held-out sequences")
-    before = evaluate(str(shards), registry.STARTER_FOLDER, split="val", limit=EVALUATED_CROPS)
+    before = evaluate(str(shards), starter_folder(), split="val", limit=EVALUATED_CROPS)
     result = evaluate(str(shards), trained.model, split="val", limit=EVALUATED_CROPS, out=out)
     say("5/5 zoom a held-out photograph 4x")
     zoomed = _zoom(raw / HELD_OUT[0], trained.model, out)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
+from sdan import STARTER, starter_folder
 from sdan.checkpoint import DESCRIPTION, TRAINER, WEIGHTS
 
 MODEL = "sdan"
@@ -32,9 +33,6 @@ PREVIOUS_TAG = "sdan.previous_champion"
 """Tag of a champion's version: the version that was champion before it."""
 CHECKPOINT_TAG = "sdan.checkpoint"
 """Tag of a run: the artifact folder of the checkpoint registered last."""
-STARTER = "starter"
-"""The URI of the model in the package."""
-STARTER_FOLDER = Path(__file__).parent / "models" / STARTER
 
 SHARDS_TAG = "sdan.trained_on"
 """Tag of the registered model: the shards of its newest version, so that a retraining knows what is new."""
@@ -230,7 +228,7 @@ def resolve_model(tracking_uri: str, model: str | Path, cache: Path | None = Non
     elif text.startswith("models:/"):
         source = _source(tracking_uri, text)
     elif text == STARTER:
-        source = str(STARTER_FOLDER)
+        source = str(starter_folder())
     else:
         source = text
     folder = _local(source, text, tracking_uri, cache)

@@ -22,7 +22,7 @@ import sdan
 from pipelines import registry
 from preprocessing.raw import decode
 from preprocessing.storage import write_atomically
-from sdan import raw_input
+from sdan import STARTER, raw_input
 from sdan.baselines import Network
 
 PICTURES = (".jpg", ".jpeg", ".png")
@@ -164,7 +164,7 @@ def choose_model(data: Path, uri: str | None) -> tuple[Path, bool]:
     """
     tracking_uri = registry.default_tracking_uri(data)
     fallback = uri is None and registry.get_champion(tracking_uri) is None
-    chosen = registry.STARTER if fallback else uri or f"models:/{registry.MODEL}@{registry.CHAMPION}"
+    chosen = STARTER if fallback else uri or f"models:/{registry.MODEL}@{registry.CHAMPION}"
     return registry.resolve_model(tracking_uri, chosen), fallback
 
 

@@ -24,7 +24,7 @@ from sdan.baselines import Network
 from sdan.network import SDAN, SDANConfig
 from sdan.ops import squared_deform_conv2d
 
-__all__ = ["SDAN", "SDANConfig", "load", "raw_input", "squared_deform_conv2d", "zoom"]
+__all__ = ["SDAN", "STARTER", "SDANConfig", "load", "raw_input", "squared_deform_conv2d", "starter_folder", "zoom"]
 
 STARTER = "starter"
 """The name that `load` takes for the model that is installed with the package."""
@@ -43,7 +43,7 @@ def load(model: str | Path) -> Network:
     Raises:
         CheckpointError: the folder is missing or holds no usable checkpoint; one line that says what to do.
     """
-    folder = _starter_folder() if model == STARTER else Path(model)
+    folder = starter_folder() if model == STARTER else Path(model)
     return checkpoint.load(folder).model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -80,7 +80,7 @@ def zoom(
     return inference.zoom(model, x, rendering, tile_px=model.tile_px, precision=precision, progress=progress)
 
 
-def _starter_folder() -> Path:
+def starter_folder() -> Path:
     """Locate the starter model, which is package data of `pipelines`, without importing that package."""
     found = find_spec("pipelines")
     folders = [Path(place) / "models" / STARTER for place in (found and found.submodule_search_locations) or ()]

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from pipelines import cli
 from preprocessing.estimate import Estimate
 from preprocessing.report.job_summary import estimate_line
+from sdan import starter_folder
 
 SDAN = str(Path(sys.executable).with_name("sdan"))
 
@@ -106,7 +107,7 @@ def test_zoom_prefers_the_champion_to_the_starter_model(tmp_path, monkeypatch, c
     uri = registry.default_tracking_uri(tmp_path / "data")
     registry.prepare_database(uri)
     run_id = registry.create_run(uri, "sdan", "seen")
-    registry.set_champion(uri, registry.register_model(uri, run_id, registry.STARTER_FOLDER))
+    registry.set_champion(uri, registry.register_model(uri, run_id, starter_folder()))
     Image.new("RGB", (64, 64), (90, 80, 70)).save(tmp_path / "photo.png")
     arguments = ["zoom", tmp_path / "photo.png", "-o", tmp_path / "zoomed.png"]
     assert run_here(monkeypatch, *arguments, data=tmp_path / "data") in (0, None)

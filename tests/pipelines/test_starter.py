@@ -9,13 +9,13 @@ from pipelines import registry
 from pipelines.evaluate import evaluate
 from preprocessing.shards import PreprocessOptions, preprocess
 from preprocessing.simulator.sequences import simulate
-from sdan import checkpoint
+from sdan import STARTER, checkpoint, starter_folder
 
 MOST_BYTES = 3_000_000
 
 
 def test_it_is_small_and_describes_itself():
-    folder = registry.resolve_model("sqlite:////nowhere/mlflow.db", registry.STARTER)
+    folder = registry.resolve_model("sqlite:////nowhere/mlflow.db", STARTER)
     assert (folder / "model.safetensors").stat().st_size <= MOST_BYTES
     stored = checkpoint.load(folder)
     assert configs.from_dict(stored.config).model == configs.starter().model == stored.model.config
@@ -31,6 +31,6 @@ def test_it_beats_bicubic_on_scenes_that_it_never_saw(tmp_path):
     simulate(tmp_path / "raw", sequences=2, width_px=1536, preset="default", seed=77)
     options = PreprocessOptions(align="ecc", tile_px=48, stride_px=40, val=("00001", "00002"))
     preprocess(str(tmp_path / "raw"), str(tmp_path / "shards"), options, progress=False)
-    found = evaluate(str(tmp_path / "shards"), registry.STARTER_FOLDER, limit=48)
+    found = evaluate(str(tmp_path / "shards"), starter_folder(), limit=48)
     assert found.gain_db("true", "bicubic of the camera JPG") > 1
     assert found.gain_db("true", "bicubic of the rendering") > 1

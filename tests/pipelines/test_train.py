@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from pipelines import config as configs
-from pipelines import registry
 from pipelines.retrain import fine_tuning
 from pipelines.train import TrainError, choose, train, with_network_of
 from pipelines.training import run_folder
 from pipelines.training.run_folder import RunFolderError, StoredRun
-from sdan import checkpoint
+from sdan import checkpoint, starter_folder
 from sdan.baselines import SRResNet
 from sdan.network import SDAN, SDANConfig
 
@@ -116,7 +115,7 @@ def test_init_takes_the_network_of_the_model_and_no_more(tmp_path):
     same = choose(tmp_path, config="smoke", assignments=["model.features=12"], init=str(model))
     assert same.config.model.features == 12
     starter = choose(tmp_path, init="starter")
-    assert starter.init_from == registry.STARTER_FOLDER
+    assert starter.init_from == starter_folder()
     assert starter.config.model == configs.starter().model and starter.config.train == configs.srraw_4x().train
 
 

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from pipelines import config as configs
-from pipelines import registry, zoom
+from pipelines import zoom
 from pipelines.zoom import Zoomer, ZoomError, check_output, output_paths, read_photo, write_png, zoom_photos
 from preprocessing.raw import decode
 from preprocessing.raw.dng import ShotTags, write_dng
-from sdan import checkpoint, raw_input
+from sdan import checkpoint, raw_input, starter_folder
 from sdan.network import SDAN
 from sdan.ops.precision import autocast
 from sdan.resample import bicubic, low_pass
@@ -68,10 +68,10 @@ def written(path: Path) -> np.ndarray:
 def test_the_starter_models_output_is_written(tmp_path):
     """A photo of one tile: the PNG has the network's own output, from an independent reading of the RAW."""
     path = write_photo(tmp_path / "photo.dng", 64, 64)
-    zoomer = Zoomer.load(registry.STARTER_FOLDER)
+    zoomer = Zoomer.load(starter_folder())
     assert zoomer.model.tile_px == 32  # packed pixels
     zoom_photos([path], tmp_path / "zoomed.png", zoomer, say=print, warn=print)
-    model = checkpoint.load(registry.STARTER_FOLDER).model.eval()
+    model = checkpoint.load(starter_folder()).model.eval()
     raw, rendering = (tensor[None] for tensor in raw_input.from_photo(decode.load(path)))
     with torch.inference_mode(), autocast("auto", torch.device("cpu")):
         expected = model(raw, low_pass(rendering, 2), rendering).zoomed[0].float().clamp(0, 1)
@@ -194,7 +194,7 @@ def test_a_png_appears_complete_or_not_at_all(tmp_path, monkeypatch):
 
 def test_the_starter_model_is_chosen_without_a_champion(untrained, tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert zoom.choose_model(tmp_path, None) == (registry.STARTER_FOLDER, True)
+    assert zoom.choose_model(tmp_path, None) == (starter_folder(), True)
     assert zoom.choose_model(tmp_path, str(untrained)) == (untrained, False)
-    assert zoom.choose_model(tmp_path, "starter") == (registry.STARTER_FOLDER, False)
+    assert zoom.choose_model(tmp_path, "starter") == (starter_folder(), False)
     assert list(tmp_path.iterdir()) == []

@@ -11,10 +11,9 @@ import torch
 from known_scene import WB, Scene, frame_to_scene, to_mosaic
 
 import sdan
-from pipelines import registry
 from preprocessing.raw import decode
 from preprocessing.raw.dng import write_dng
-from sdan import checkpoint, inference, raw_input
+from sdan import checkpoint, inference, raw_input, starter_folder
 from sdan.baselines import SRResNet
 from sdan.resample import bicubic, low_pass
 
@@ -76,7 +75,7 @@ def test_import_load_and_zoom_need_only_torch_and_safetensors():
 
 
 def test_the_starter_is_the_package_data_of_pipelines(monkeypatch, tmp_path):
-    expected = checkpoint.load(registry.STARTER_FOLDER).model.state_dict()
+    expected = checkpoint.load(starter_folder()).model.state_dict()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "starter").mkdir()  # a folder of this name does not hide it
     loaded = sdan.load("starter")

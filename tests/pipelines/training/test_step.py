@@ -1,4 +1,4 @@
-"""One training step: the schedule, the average, and that a step resumed is the step continued."""
+"""One training step: schedule, weight average, resuming, skipped steps, accumulation and memory layout."""
 
 import copy
 import math
@@ -13,7 +13,7 @@ from pipelines.training import step
 from sdan import checkpoint
 
 
-def test_warm_restarts():
+def test_the_learning_rate_restarts_after_each_period():
     config = configs.TrainConfig(learning_rate=1.0, learning_rate_floor=0.1, restart_epochs=2, warmup_steps=4)
     rates = [step.learning_rate(number, number / 10, config) for number in range(62)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
@@ -23,12 +23,12 @@ def test_warm_restarts():
     assert rates[60] == pytest.approx(1.0)
 
 
-def test_the_rate_follows_the_crops_whoever_saw_them():
-    """Two workers' steps are twice as large: at the same crop the rate is the same after half the steps."""
+def test_the_learning_rate_depends_on_crops_not_steps():
+    """Two workers take half as many steps for the same crops; the rate at each crop is the same."""
     config = configs.TrainConfig(restart_epochs=3)
     alone = [step.learning_rate(crops // 4, crops / 40, config) for crops in range(0, 200, 8)]
-    together = [step.learning_rate(crops // 8, crops / 40, config) for crops in range(0, 200, 8)]
-    assert alone == together
+    by_two = [step.learning_rate(crops // 8, crops / 40, config) for crops in range(0, 200, 8)]
+    assert alone == by_two
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_the_loss_falls(smoke):
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_a_restored_step_is_the_step_continued(smoke, tmp_path):
+def test_a_restored_training_takes_the_same_step(smoke, tmp_path):
     config, inputs = smoke
     training = step.start(config, None, torch.device("cpu"), lambda model: model)
     for number in range(3):
@@ -69,7 +69,7 @@ def test_a_restored_step_is_the_step_continued(smoke, tmp_path):
         assert torch.equal(value, resumed.averaged.state_dict()[name]), name
 
 
-def test_the_average_lags_behind(smoke):
+def test_the_average_moves_less_than_the_weights(smoke):
     config, inputs = smoke
     training = step.start(config, None, torch.device("cpu"), lambda model: model)
     before = copy.deepcopy(training.averaged.state_dict())
@@ -81,8 +81,8 @@ def test_the_average_lags_behind(smoke):
     assert 0 < moved < ahead
 
 
-def test_simulated_truth_trains_the_deployed_output_alone(tiny_shards):
-    """With no other samples the loss is eq. 6 on {X, X} against the ideal picture, and it falls."""
+def test_true_targets_train_only_the_deployed_output(tiny_shards):
+    """Without reference samples the loss is eq. 6 on {X, X} against the ideal picture, and it falls."""
     overrides = {"loss.self_target": "truth", "loss.reference_weight": 0.0}
     config = configs.override(configs.smoke(), overrides)
     index = index_split(str(tiny_shards), "train")
@@ -95,7 +95,7 @@ def test_simulated_truth_trains_the_deployed_output_alone(tiny_shards):
     assert float(terms[-1]["loss"]) < 0.9 * float(terms[0]["loss"])
 
 
-def test_all_samples_together_report_their_terms(smoke, tiny_shards):
+def test_each_kind_of_sample_reports_its_terms(smoke, tiny_shards):
     config, inputs = smoke
     terms = step.training_loss(step.start(config, None, torch.device("cpu"), _same).model, inputs(0), config.loss)
     assert terms.keys() == {"loss", "align", "zoom", "self", "transfer"}
@@ -104,10 +104,10 @@ def test_all_samples_together_report_their_terms(smoke, tiny_shards):
     assert terms.keys() == {"loss", "align", "zoom"}
 
 
-def test_table_1s_losses_train_and_are_logged_by_name(smoke, vgg_weights):
+def test_the_losses_of_table_1_train_and_report_their_terms(smoke, vgg_weights):
     config, inputs = smoke
     overrides = {"loss.pixel_weight": 0.0, "loss.cobi_rgb_weight": 1.0, "loss.perceptual_weight": 0.1}
-    config = configs.override(config, overrides | {"loss.border_px": 52})  # 24 px are left: seconds
+    config = configs.override(config, overrides | {"loss.border_px": 52})  # leaves 24 px, for speed
     training = step.start(config, None, torch.device("cpu"), _same, vgg_weights)
     terms = [step.train_step(training, inputs(0), config, 1e-3) for _ in range(6)]
     assert {"align", "zoom", "cobi_rgb", "perceptual", "self", "transfer"} <= terms[0].keys()
@@ -117,11 +117,12 @@ def test_table_1s_losses_train_and_are_logged_by_name(smoke, vgg_weights):
 
 
 def _same(model):
+    """The wrapper of a training in one process: none."""
     return model
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_changes_nothing(smoke, where, monkeypatch):
+def test_a_step_that_is_not_finite_changes_no_weight(smoke, where, monkeypatch):
     config, inputs = smoke
     training = step.start(config, None, torch.device("cpu"), _same)
     step.train_step(training, inputs(0), config, 1e-3)
@@ -142,7 +143,7 @@ def test_a_step_that_is_not_finite_changes_nothing(smoke, where, monkeypatch):
     assert training.step == 3
 
 
-def test_so_many_skipped_steps_in_a_row_end_the_run(smoke):
+def test_consecutive_skipped_steps_end_the_run(smoke):
     config, inputs = smoke
     config = configs.override(config, {"train.max_skipped": 3})
     training = step.start(config, None, torch.device("cpu"), _same)
@@ -177,7 +178,7 @@ def after_a_step(config, inputs, **changes):
 
 
 def together(crops):
-    """One batch of several."""
+    """Concatenate crops to one batch."""
     return Inputs(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*crops, strict=True)))
 
 
@@ -186,7 +187,7 @@ def assert_alike(one, other, tolerance):
         assert (value - other.model.state_dict()[name]).abs().max() <= tolerance, name
 
 
-def test_parts_of_a_batch_add_up_to_the_batch(smoke):
+def test_accumulated_parts_equal_the_whole_batch(smoke):
     config, inputs = smoke
     batch = together([inputs(number) for number in range(4)])
     config = configs.override(config, {"train.batch_per_worker": 4, "train.grad_clip": 1.0})
@@ -198,12 +199,12 @@ def test_parts_of_a_batch_add_up_to_the_batch(smoke):
             assert float(split_terms[name]) == pytest.approx(float(term), rel=1e-4), name
 
 
-def test_parts_must_be_equal():
+def test_accumulate_must_divide_the_batch():
     with pytest.raises(configs.ConfigError, match=r"accumulate: expected a divisor of .* = 8, got 3"):
         configs.TrainConfig(batch_per_worker=8, accumulate=3)
 
 
-def test_a_part_that_is_not_finite_skips_the_whole_step(smoke):
+def test_one_part_that_is_not_finite_skips_the_step(smoke):
     config, inputs = smoke
     batch = inputs(0)
     broken = batch._replace(target=torch.full_like(batch.target, math.nan))
@@ -215,7 +216,7 @@ def test_a_part_that_is_not_finite_skips_the_whole_step(smoke):
     assert all(torch.equal(value, before[name]) for name, value in training.model.state_dict().items())
 
 
-def test_the_layout_changes_no_step(smoke):
+def test_the_memory_layout_does_not_change_a_step(smoke):
     config, inputs = smoke
     plain, _ = after_a_step(config, inputs(0), layout="contiguous")
     training, _ = after_a_step(config, inputs(0), layout="channels_last")
@@ -224,7 +225,7 @@ def test_the_layout_changes_no_step(smoke):
     assert plain.model.super_resolution.join.weight.is_contiguous()
 
 
-def test_a_run_goes_on_in_another_layout(smoke, tmp_path):
+def test_a_run_resumes_in_another_memory_layout(smoke, tmp_path):
     config, inputs = smoke
     training, _ = after_a_step(config, inputs(0), layout="contiguous")
     stored = {"config": configs.to_dict(config), "scores": {}, "trainer_state": training.state()}
@@ -239,15 +240,15 @@ def test_a_run_goes_on_in_another_layout(smoke, tmp_path):
 
 @pytest.fixture
 def alone(tmp_path):
-    """A process group of this process alone."""
+    """A process group with this process only."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_distributed_steps_are_the_same(smoke, alone, accumulate):
-    """With the buckets that workers use: a static graph, or none where only the last part is exchanged."""
+def test_distributed_training_takes_the_same_steps(smoke, alone, accumulate):
+    """With the bucket options of a worker: a static graph, or none if only the last part is exchanged."""
     config, inputs = smoke
     changes = {"train.batch_per_worker": 2, "train.accumulate": accumulate}
     config = configs.override(config, changes)
@@ -260,7 +261,7 @@ def test_distributed_steps_are_the_same(smoke, alone, accumulate):
 
 
 @pytest.mark.slow
-def test_a_compiled_step_is_the_step(smoke):
+def test_a_compiled_network_takes_the_same_step(smoke):
     config, inputs = smoke
     plain, terms = after_a_step(config, inputs(0))
     compiled, compiled_terms = after_a_step(config, inputs(0), compile=True)
