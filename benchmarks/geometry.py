@@ -71,7 +71,7 @@ def measure_pair(folder: Path, job: PairJob, truth: Truth) -> Measured:
     image = decode.load(source.read(job.lr_raw), name=job.lr_raw)
     lr, hr = (tiles.decode_jpg(source.read(path), path) for path in (job.lr_jpg, job.hr_jpg))
     found = Measured()
-    by_scale = tiles.align(image, lr, hr, job.zoom, ecc=False)
+    by_scale = tiles.pair_maps(image, lr, hr, job.zoom, ecc=False)
     area = box_of(image, tiles.shared_area(image, by_scale, lr.size, hr.size))
     points = points_in(area)
     true, shows = truth.true_lr_to_hr(job.lr, job.hr, points)
@@ -84,7 +84,7 @@ def measure_pair(folder: Path, job: PairJob, truth: Truth) -> Measured:
     found.unregistered.append(distance(placed, true)[shows])
     found.whole.append(distance(affine.apply(nearest_affine(points[shows], true[shows]), points), true)[shows])
     start = time.process_time()
-    aligned = tiles.align(image, lr, hr, job.zoom, ecc=True)
+    aligned = tiles.pair_maps(image, lr, hr, job.zoom, ecc=True)
     found.seconds.append(time.process_time() - start)
     if aligned.found is None:
         found.fallbacks = 1

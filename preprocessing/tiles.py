@@ -61,7 +61,7 @@ class Jpg:
 
 
 @dataclass(frozen=True)
-class Alignment:
+class PairMaps:
     """Maps from the LR mosaic (LibRaw's visible area, sensor orientation) to the stored pixels of both JPGs."""
 
     lr_to_lr_jpg: Map
@@ -96,7 +96,7 @@ def decode_jpg(data: bytes, name: str) -> Jpg:
     return Jpg(pixels, read_exif(data).orientation)
 
 
-def align(raw: RawImage, lr: Jpg, hr: Jpg, zoom: float, *, ecc: bool) -> Alignment:
+def pair_maps(raw: RawImage, lr: Jpg, hr: Jpg, zoom: float, *, ecc: bool) -> PairMaps:
     """Compute the maps from the focal ratio `zoom`. With `ecc`, HR's map is refined by registration to the mosaic.
 
     If registration fails, the unrefined map is used and marked "scale_fallback".
@@ -104,18 +104,18 @@ def align(raw: RawImage, lr: Jpg, hr: Jpg, zoom: float, *, ecc: bool) -> Alignme
     to_lr = _nominal(raw, lr, 1.0)
     to_hr = _nominal(raw, hr, zoom)
     if not ecc:
-        return Alignment(to_lr, to_hr, "scale")
+        return PairMaps(to_lr, to_hr, "scale")
     try:
         lens = register_raw(raw, hr.pixels_HWC, to_hr)
     except RegistrationError:
-        return Alignment(to_lr, to_hr, "scale_fallback")
-    return Alignment(to_lr, lens.affine_over(*affine.footprint(lens.affine, hr.size)), "ecc", lens)
+        return PairMaps(to_lr, to_hr, "scale_fallback")
+    return PairMaps(to_lr, lens.affine_over(*affine.footprint(lens.affine, hr.size)), "ecc", lens)
 
 
-def shared_area(raw: RawImage, alignment: Alignment, lr_size: Size, hr_size: Size) -> Area:
+def shared_area(raw: RawImage, maps: PairMaps, lr_size: Size, hr_size: Size) -> Area:
     """The packed area covered by the RAW and both JPGs; height or width is 0 or less if they do not overlap."""
     rows, cols = raw.size
-    boxes = [affine.footprint(alignment.lr_to_lr_jpg, lr_size), _hr_footprint(alignment, hr_size)]
+    boxes = [affine.footprint(maps.lr_to_lr_jpg, lr_size), _hr_footprint(maps, hr_size)]
     top, left = raw.origin
     first_col = max(0.0, *((box[0] - left) / 2 for box in boxes))
     first_row = max(0.0, *((box[1] - top) / 2 for box in boxes))
@@ -125,13 +125,13 @@ def shared_area(raw: RawImage, alignment: Alignment, lr_size: Size, hr_size: Siz
     return row, col, int(np.floor(end_row + 1e-6)) - row, int(np.floor(end_col + 1e-6)) - col
 
 
-def _hr_footprint(alignment: Alignment, hr_size: Size) -> tuple[float, float, float, float]:
+def _hr_footprint(maps: PairMaps, hr_size: Size) -> tuple[float, float, float, float]:
     """(left, top, right, bottom) of HR in mosaic pixels, inset by how far the lens map may deviate from the affine."""
-    left, top, right, bottom = affine.footprint(alignment.lr_to_hr, hr_size)
-    if alignment.found is None:
+    left, top, right, bottom = affine.footprint(maps.lr_to_hr, hr_size)
+    if maps.found is None:
         return left, top, right, bottom
-    reach_px = 2 * alignment.found.departure(alignment.lr_to_hr, left, top, right, bottom)
-    inset = reach_px / float(np.sqrt(abs(np.linalg.det(alignment.lr_to_hr[:, :2]))))
+    reach_px = 2 * maps.found.departure(maps.lr_to_hr, left, top, right, bottom)
+    inset = reach_px / float(np.sqrt(abs(np.linalg.det(maps.lr_to_hr[:, :2]))))
     return left + inset, top + inset, right - inset, bottom - inset
 
 
@@ -152,8 +152,8 @@ def cut_tiles(
     raw: RawImage, lr: Jpg, hr: Jpg, zoom: float, *, scale: int, tile_px: int, stride_px: int, ecc: bool
 ) -> list[dict[str, Any]]:
     """The picture columns of each tile's row. Raises TileError if the shared area is smaller than one tile."""
-    alignment = align(raw, lr, hr, zoom, ecc=ecc)
-    area = shared_area(raw, alignment, lr.size, hr.size)
+    maps = pair_maps(raw, lr, hr, zoom, ecc=ecc)
+    area = shared_area(raw, maps, lr.size, hr.size)
     rows, cols = tile_starts(area[2], tile_px, stride_px), tile_starts(area[3], tile_px, stride_px)
     if not rows or not cols:
         shared = f"{max(area[3], 0)}x{max(area[2], 0)}"
@@ -162,9 +162,9 @@ def cut_tiles(
         )
     place = mosaic_origin(raw, area)
     size = (2 * area[2], 2 * area[3])
-    lr_HWC = affine.sample(lr.stored, affine.compose(alignment.lr_to_lr_jpg, place), size)
+    lr_HWC = affine.sample(lr.stored, affine.compose(maps.lr_to_lr_jpg, place), size)
     hr_place = affine.compose(place, affine.scaling(1 / scale))
-    hr_HWC = _resample_hr(alignment, hr, hr_place, (scale * size[0], scale * size[1]))
+    hr_HWC = _resample_hr(maps, hr, hr_place, (scale * size[0], scale * size[1]))
     low_HWC = np.asarray(cv2.resize(hr_HWC, size[::-1], interpolation=cv2.INTER_AREA), np.uint8)
     counts_4HW, render_HWC = raw.counts(*area), raw.render(*area)
     quality = _Quality(lr_HWC, low_HWC, scale, tile_px)
@@ -178,8 +178,8 @@ def cut_tiles(
         "camera": raw.camera,
         "origin_row": raw.origin[0],
         "origin_col": raw.origin[1],
-        "aligned_by": alignment.aligned_by,
-    } | _corrections(raw, render_HWC, lr, hr, alignment, area, lr_HWC, low_HWC)
+        "aligned_by": maps.aligned_by,
+    } | _corrections(raw, render_HWC, lr, hr, maps, area, lr_HWC, low_HWC)
     tiles = []
     for row in rows:
         for col in cols:
@@ -195,8 +195,8 @@ def cut_tiles(
                     "lr_render": _window(render_HWC, row, col, 2, tile_px),
                     "lr_rgb": _window(lr_HWC, row, col, 2, tile_px),
                     "hr_rgb": _window(hr_HWC, row, col, 2 * scale, tile_px),
-                    "lr_to_hr": alignment.over(left, top, left + side, top + side).ravel(),
-                    "lr_to_hr_lens": alignment.lens.numbers(),
+                    "lr_to_hr": maps.over(left, top, left + side, top + side).ravel(),
+                    "lr_to_hr_lens": maps.lens.numbers(),
                     "align_score": score,
                     "residual_px": residual_px,
                 }
@@ -204,15 +204,15 @@ def cut_tiles(
     return tiles
 
 
-def _resample_hr(alignment: Alignment, hr: Jpg, to_mosaic: Map, size: Size) -> NDArray[np.uint8]:
+def _resample_hr(maps: PairMaps, hr: Jpg, to_mosaic: Map, size: Size) -> NDArray[np.uint8]:
     """Resample HR, once, onto a grid of `size`; `to_mosaic` maps that grid to the LR mosaic."""
-    if alignment.found is None:
-        return affine.sample(hr.stored, affine.compose(alignment.lr_to_hr, to_mosaic), size)
-    return sample_through(hr.pixels_HWC, alignment.found.after(to_mosaic), size)
+    if maps.found is None:
+        return affine.sample(hr.stored, affine.compose(maps.lr_to_hr, to_mosaic), size)
+    return sample_through(hr.pixels_HWC, maps.found.after(to_mosaic), size)
 
 
 class _Quality:
-    """Alignment of each tile: correlation and residual shift of the low-passed HR picture against LR's."""
+    """Registration quality of each tile: correlation and residual shift of the low-passed HR picture against LR's."""
 
     def __init__(self, lr_HWC: NDArray[np.uint8], low_HWC: NDArray[np.uint8], scale: int, tile_px: int) -> None:
         self._lr, self._hr = luminance(lr_HWC), luminance(low_HWC)
@@ -237,7 +237,7 @@ def _corrections(
     render_HWC: NDArray[np.uint8],
     lr: Jpg,
     hr: Jpg,
-    alignment: Alignment,
+    maps: PairMaps,
     area: Area,
     lr_HWC: NDArray[np.uint8],
     low_HWC: NDArray[np.uint8],
@@ -246,7 +246,7 @@ def _corrections(
     place = mosaic_origin(raw, area)
     # HR's frame may stay in stored orientation, because only its radius is used. LR's is in sensor orientation.
     hr_frame = affine.about_centres(affine.units_per_px(hr.size), hr.size, (0, 0))
-    lr_scale = float(np.abs(alignment.lr_to_lr_jpg[0, :2]).sum())
+    lr_scale = float(np.abs(maps.lr_to_lr_jpg[0, :2]).sum())
     top, left, height, width = raw.camera_crop
     lr_frame = affine.about_centres(lr_scale * affine.units_per_px(lr.size), (height, width), (0, 0))
     to_frame = affine.translation(-left, -top)
@@ -258,7 +258,7 @@ def _corrections(
             lr_is_jpg=lr.source == "camera",
             hr_is_jpg=hr.source == "camera",
             to_lr_units=affine.compose(lr_frame, affine.compose(to_frame, place)),
-            to_hr_units=affine.compose(hr_frame, affine.compose(alignment.lr_to_hr, place)),
+            to_hr_units=affine.compose(hr_frame, affine.compose(maps.lr_to_hr, place)),
         )
     )
 
