@@ -1,4 +1,4 @@
-"""A headless Chromium driven over its debugging pipe: no driver to install, no port to open."""
+"""Headless Chromium, controlled over its debugging pipe: needs no driver and no port."""
 
 import base64
 import json
@@ -13,7 +13,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 class Browser:
-    """One page; `errors` collects what the page logs as an error, blocked content and exceptions included."""
+    """One page; `errors` collects the errors that it logs, including blocked content and exceptions."""
 
     def __enter__(self) -> "Browser":
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
@@ -74,7 +74,7 @@ class Browser:
         return message
 
     def open(self, page: Path | str, width: int, height: int = 900, *, dark: bool = False) -> None:
-        """Show a page (a file or a URL) at a size (CSS pixels), as a phone where it is narrow, once all is there."""
+        """Load a page (a file or a URL) at a size in CSS pixels; widths under 600 emulate a phone."""
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
@@ -87,13 +87,13 @@ class Browser:
         self.run("Promise.all([...document.images].map(image => image.decode().catch(() => 0)))")
 
     def run(self, script: str) -> object:
-        """The value of a JavaScript expression (a promise's is awaited)."""
+        """The value of a JavaScript expression; a promise is awaited."""
         answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
     def wait_for(self, *words: str, seconds: float = 180) -> str:
-        """The page's text, as soon as all the words are in it: pages that scripts draw are not there when loaded."""
+        """Wait until the page's text, which scripts may still be drawing, contains all words; returns the text."""
         end = time.monotonic() + seconds
         while True:
             text = str(self.run("document.body.innerText"))

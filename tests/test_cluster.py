@@ -1,5 +1,5 @@
-"""cluster.yaml, as far as it can be checked without AWS: Ray's own validation, which does not look inside `provider`
-and `node_config`, and the model of EC2's RunInstances that botocore carries, which does."""
+"""cluster.yaml, checked without AWS: by Ray's validation, which ignores what is in `provider` and `node_config`, and by
+botocore's model of EC2's RunInstances, which covers them."""
 
 import copy
 import functools
@@ -35,14 +35,14 @@ def config():
 
 @functools.cache
 def ec2():
-    """The regions of EC2, and what RunInstances takes; botocore carries both."""
+    """(regions of EC2, input shape of RunInstances), from the data in botocore."""
     session = boto3.session.Session()
     model = session.client("ec2", region_name="us-east-1").meta.service_model
     return session.get_available_regions("ec2"), model.operation_model("RunInstances").input_shape
 
 
 def problems(config):
-    """What is wrong with the parts of a config that Ray leaves to AWS to refuse."""
+    """Errors in the parts of a config that Ray does not validate."""
     found = []
     for key, value in config["provider"].items():
         if key not in PROVIDER_KEYS:
@@ -67,7 +67,7 @@ def problems(config):
 
 
 def wrong_values(params, shape, path="node_config"):
-    """Values outside EC2's enumerations, which ParamValidator lets through."""
+    """Values outside EC2's enumerations, which ParamValidator does not check."""
     if shape.type_name == "structure" and isinstance(params, dict):
         return [
             wrong
@@ -85,7 +85,7 @@ def test_ray_accepts_it(config):
     validate_config(prepare_config(config))
 
 
-def test_aws_would_know_every_key_and_value(config):
+def test_every_key_and_value_exists_in_aws(config):
     assert problems(config) == []
 
 
@@ -104,7 +104,7 @@ def test_aws_would_know_every_key_and_value(config):
         (("available_node_types", "cpu_worker", "max_worker"), 3, "unknown key max_worker"),
     ],
 )
-def test_typos_that_ray_overlooks_are_found(config, path, value, message):
+def test_typos_that_ray_does_not_check_are_found(config, path, value, message):
     broken = copy.deepcopy(config)
     place = broken
     for key in path[:-1]:
@@ -113,14 +113,14 @@ def test_typos_that_ray_overlooks_are_found(config, path, value, message):
     assert any(message in problem for problem in problems(broken)), problems(broken)
 
 
-def test_no_secret_stands_in_it():
+def test_it_contains_no_secret():
     text = FILE.read_text()
     assert not re.search(r"AKIA|ASIA|aws_(access|secret)|BEGIN [A-Z ]*PRIVATE KEY|password", text, re.IGNORECASE)
     assert not re.search(r"\b[0-9a-zA-Z/+]{40,}\b", text)
     assert not re.search(r"\b\d{12}\b", text.replace("0" * 17, "")), "an AWS account number?"
 
 
-def test_nodes_get_the_tested_versions(config):
+def test_nodes_install_the_tested_versions(config):
     install = [command for command in config["setup_commands"] if "pip install" in command]
     assert len(install) == 1 and "--constraint constraints.txt" in install[0]
     pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
@@ -129,14 +129,14 @@ def test_nodes_get_the_tested_versions(config):
     assert "'.[train]'" in install[0], "nodes need Ray and MLflow"
 
 
-def test_what_is_copied_leaves_data_and_caches_behind(config):
+def test_data_and_caches_are_not_copied_to_nodes(config):
     ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines() if line]
     patterns = {pattern.removeprefix("**/") for pattern in config["rsync_exclude"]}
     assert {".git", ".venv", "data"} <= patterns
     assert set(ignored) - {"build"} <= patterns
 
 
-def test_nothing_listens_to_the_world(config):
+def test_no_port_is_open_to_the_internet(config):
     head, worker = (" ".join(config[f"{kind}_start_ray_commands"]) for kind in ("head", "worker"))
     assert re.findall(r"--dashboard-host[= ](\S+)", head) == ["127.0.0.1"]
     assert "0.0.0.0" not in FILE.read_text() and "::/0" not in FILE.read_text()
@@ -145,7 +145,7 @@ def test_nothing_listens_to_the_world(config):
     assert all("ingress" not in key.lower() for key in config["provider"])
 
 
-def test_the_page_about_it_is_right():
+def test_the_cluster_page_has_valid_policies_and_commands():
     page = (ROOT / "docs" / "cluster.md").read_text()
     policies = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", page, re.DOTALL)]
     assert len(policies) == 2 and all(policy["Version"] == "2012-10-17" for policy in policies)
@@ -154,7 +154,7 @@ def test_the_page_about_it_is_right():
     assert named <= set(ray_commands.commands)
 
 
-def test_nodes_reach_s3_by_profile_and_disks_are_encrypted(config):
+def test_nodes_have_a_role_and_encrypted_disks(config):
     for node_type in config["available_node_types"].values():
         node = node_type["node_config"]
         assert node["IamInstanceProfile"].keys() == {"Name"}
@@ -162,7 +162,7 @@ def test_nodes_reach_s3_by_profile_and_disks_are_encrypted(config):
         assert all(disk["Ebs"]["Encrypted"] for disk in node["BlockDeviceMappings"])
 
 
-def test_idle_workers_go_and_sweeps_find_their_slots(config):
+def test_idle_workers_stop_and_the_head_has_trial_slots(config):
     assert 0 < config["idle_timeout_minutes"] <= 30
     head = config["available_node_types"][config["head_node_type"]]
     assert head["resources"]["trial_slot"] >= 1

@@ -1,4 +1,4 @@
-"""What `make setup` says before it installs anything."""
+"""The checks of `make setup` before it installs anything."""
 
 import importlib.util
 from pathlib import Path
@@ -17,10 +17,10 @@ SPEC.loader.exec_module(preflight)
         ((3, 11, 7), 3.2, "12 GB of free disk expected for .venv, got 3.2 GB"),
     ],
 )
-def test_one_line_says_what_is_missing(version, free_gb, said):
+def test_a_missing_requirement_gets_one_line(version, free_gb, said):
     assert preflight.problem(version, free_gb).startswith(said)
 
 
-def test_a_fit_machine_is_let_through():
+def test_a_suitable_machine_passes():
     assert preflight.problem((3, 11, 7), 100.0) is None
     assert preflight.problem((3, 14, 0), 12.0) is None

@@ -1,5 +1,5 @@
-"""Training goes on after a worker, a machine or the driver was killed, from the last checkpoint, as one run - and does
-not go on after an error that would come again."""
+"""Training resumes from the last checkpoint, as one run, after a worker, a machine or the driver is killed. It does not
+restart after an error that would occur again."""
 
 import json
 import os
@@ -34,10 +34,11 @@ SDAN = str(Path(sys.executable).with_name("sdan"))
 SETTINGS = {"train.epochs": 10, "train.crops_per_epoch": 16, "train.learning_rate": 3e-3, "train.ema_decay": 0.9}
 CONFIG = configs.override(configs.smoke(), SETTINGS)
 NOISE_DB = 0.5
-"""How far runs of the same crops may end apart where two workers summed in another order, or steps were larger."""
+"""Largest difference between runs of the same crops whose sums have another order or whose steps are larger."""
 
 
 def reports(folder):
+    """The lines of progress.jsonl, one dict per validation."""
     return [json.loads(line) for line in (folder / run_folder.PROGRESS).read_text().splitlines()]
 
 
@@ -49,7 +50,7 @@ def scores(folder):
 
 
 def assert_one_run(data, run_id, epochs):
-    """MLflow has one run, and one point an epoch of every metric."""
+    """Check that MLflow has one run, with one point per epoch of every metric."""
     client = MlflowClient(registry.default_tracking_uri(data))
     (run,) = client.search_runs([client.get_experiment_by_name("sdan").experiment_id])
     assert (run.info.run_id, run.info.status) == (run_id, "FINISHED")
@@ -61,7 +62,7 @@ def assert_one_run(data, run_id, epochs):
 
 
 class At:
-    """Calls `strike` once the run has reported so many epochs and some random part of the next one has passed."""
+    """Call `strike` when the run has reported an epoch of `moments` and a random part of the next one has passed."""
 
     def __init__(self, folder, moments, strike):
         self.folder, self.moments, self.strike = folder, moments, strike
@@ -84,7 +85,7 @@ class At:
 
 
 def kill_a_train_worker():
-    """-9 to one of this process's own Ray Train workers."""
+    """Send SIGKILL to one of the Ray Train workers that this process started."""
     found = [
         child for child in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(child.cmdline())
     ]
@@ -95,24 +96,24 @@ def kill_a_train_worker():
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny_shards, tmp_path_factory):
-    """The scores of a run that nothing happens to, by one worker."""
+    """The scores of an uninterrupted run with one worker."""
     data = tmp_path_factory.mktemp("undisturbed")
     cluster.start_ray()
     train(str(tiny_shards), CONFIG, data=data, workers=1, name="run", progress=False)
     return scores(data / "runs" / "run")
 
 
-def test_killed_workers_are_replaced_and_the_run_ends_as_if_nothing_had_happened(tiny_shards, tmp_path, undisturbed):
+def test_killed_workers_are_replaced_without_a_trace(tiny_shards, tmp_path, undisturbed):
     folder = tmp_path / "runs" / "run"
     cluster.start_ray()
     with At(folder, [2, 5], kill_a_train_worker) as kills:
         result = train(str(tiny_shards), CONFIG, data=tmp_path, workers=1, name="run", progress=False)
     assert len(kills.struck) == 2
-    assert scores(folder) == undisturbed  # one CPU worker: to the bit, whenever the kills came
+    assert scores(folder) == undisturbed  # bit-exact with one CPU worker
     assert_one_run(tmp_path, result.run_id, 10)
 
 
-def test_two_workers_one_killed(tiny_shards, tmp_path, undisturbed):
+def test_one_of_two_workers_is_killed(tiny_shards, tmp_path, undisturbed):
     folder = tmp_path / "runs" / "run"
     cluster.start_ray()
     with At(folder, [3], kill_a_train_worker) as kills:
@@ -126,11 +127,14 @@ def test_two_workers_one_killed(tiny_shards, tmp_path, undisturbed):
     ("changes", "said"),
     [
         ({"train.learning_rate": 1e30, "train.grad_clip": 0.0}, r"NotFiniteError: a finite loss .* lower train"),
-        ({"loss.self_target": "truth", "loss.self_reference_weight": 1.0}, r"ShardsError: .* expects simulated shards"),
+        (
+            {"loss.self_target": "truth", "loss.self_reference_weight": 1.0},
+            r"ShardsError: .* expected a simulated shard",
+        ),
     ],
 )
-def test_what_would_come_again_is_not_tried_again(tmp_path, tiny_shards, without_truth, changes, said):
-    shards = without_truth if "loss.self_target" in changes else str(tiny_shards)
+def test_a_permanent_error_is_not_retried(tmp_path, tiny_shards, shards_without_truth, changes, said):
+    shards = shards_without_truth if "loss.self_target" in changes else str(tiny_shards)
     cluster.start_ray()
     config = configs.override(CONFIG, changes)
     with pytest.raises(TrainError, match=said):
@@ -150,31 +154,14 @@ def test_what_would_come_again_is_not_tried_again(tmp_path, tiny_shards, without
 
 
 def attempts(path):
-    """A callback that writes a line each time that workers fail."""
+    """A callback that writes one line per failure of the workers."""
 
-    class Attempts(UserCallback):  # defined here, so that Ray carries it to the controller
+    class Attempts(UserCallback):  # defined here, so that Ray pickles it by value
         def after_exception(self, run_context, worker_exceptions):
             with path.open("a") as file:
                 file.write(f"{sorted(map(str, map(type, worker_exceptions.values())))}\n")
 
     return Attempts()
-
-
-@pytest.fixture
-def without_truth(tiny_shards, tmp_path):
-    """The tiny shards as real photographs would be: without the ideal picture."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    for source in Path(tiny_shards).rglob("*.parquet"):
-        table = pq.read_table(source)
-        place = table.schema.get_field_index("true_rgb")
-        field = table.schema.field(place)
-        target = tmp_path / "shards" / source.relative_to(tiny_shards)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        empty = table.set_column(place, field, pa.nulls(len(table), field.type))
-        pq.write_table(empty, target, row_group_size=1)
-    return str(tmp_path / "shards")
 
 
 def test_a_killed_driver_resumes_as_one_run(tiny_shards, tmp_path, undisturbed):
@@ -189,7 +176,7 @@ def test_a_killed_driver_resumes_as_one_run(tiny_shards, tmp_path, undisturbed):
         assert driver.returncode == -signal.SIGKILL and len(kills.struck) == 1
     subprocess.run([*base, "--name", "run", "--resume"], check=True, env=environment, timeout=300)
     found = reports(folder)
-    # The controller's line is written before its own record of the checkpoint: a kill between the two repeats it.
+    # The controller's line is written before its own record of the checkpoint: a kill between the two repeats the line.
     assert all(line[progress.SELECT_BY] == undisturbed[line["epoch"]] for line in found)
     assert len(found) <= 11 + 2
     client = MlflowClient(registry.default_tracking_uri(tmp_path))
@@ -217,10 +204,10 @@ def two_machines(monkeypatch):
 
 
 @pytest.mark.timeout(590)
-def test_from_two_workers_to_one_and_back(two_machines, tiny_shards, tmp_path, undisturbed, monkeypatch):
-    """The second machine's raylet is killed; the first goes on alone; a new machine comes and takes part."""
+def test_a_run_shrinks_to_one_worker_and_grows_again(two_machines, tiny_shards, tmp_path, undisturbed, monkeypatch):
+    """The second machine's raylet is killed, the first continues alone, and a new machine joins."""
     nodes, second = two_machines
-    monkeypatch.setattr(training, "LOOK_FOR_WORKERS_S", 3.0)
+    monkeypatch.setattr(training, "RESIZE_CHECK_S", 3.0)
     folder = tmp_path / "runs" / "run"
     config = configs.override(CONFIG, {"train.epochs": 40})
 
@@ -229,7 +216,7 @@ def test_from_two_workers_to_one_and_back(two_machines, tiny_shards, tmp_path, u
 
     started = []
 
-    def come_back():  # by the command: Cluster.add_node sets signal handlers, which only the main thread may
+    def come_back():  # not Cluster.add_node: it sets signal handlers, which only the main thread may do
         command = [str(Path(SDAN).with_name("ray")), "start", "--address", nodes.address, "--num-cpus", "1", "--block"]
         started.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
 
@@ -250,7 +237,7 @@ def test_from_two_workers_to_one_and_back(two_machines, tiny_shards, tmp_path, u
 
 
 class Sized(At):
-    """Calls `strike` once an epoch of so many workers has been reported."""
+    """Call `strike` when an epoch with `workers` workers has been reported."""
 
     def __init__(self, folder, workers, strike):
         super().__init__(folder, [], strike)
@@ -289,7 +276,7 @@ def s3(monkeypatch):
         moto.wait()
 
 
-def test_checkpoints_on_s3(s3, tiny_shards, tmp_path, monkeypatch):
+def test_a_run_resumes_from_checkpoints_on_s3(s3, tiny_shards, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "")
     base = [SDAN, "--data", str(tmp_path), "train", str(tiny_shards), "--config", "smoke", "--workers", "1"]
     subprocess.run([*base, "--name", "run", "--storage", "s3://zoom/runs"], check=True, timeout=250)
@@ -297,5 +284,5 @@ def test_checkpoints_on_s3(s3, tiny_shards, tmp_path, monkeypatch):
     assert any(key.startswith("runs/run/") and key.endswith("trainer.pt") for key in stored)
     assert not list((tmp_path / "runs" / "run").glob("checkpoint*"))
     subprocess.run([*base, "--name", "run", "--resume", "--set", "train.epochs=4"], check=True, timeout=250)
-    assert list(scores(tmp_path / "runs" / "run")) == [0, 1, 2, 3, 4]  # it went on, from the checkpoint on S3
+    assert list(scores(tmp_path / "runs" / "run")) == [0, 1, 2, 3, 4]  # resumed from the checkpoint on S3
     assert checkpoint.load(tmp_path / "runs" / "run" / "model").config["train"]["epochs"] in (2, 4)

@@ -1,4 +1,4 @@
-"""What a training leaves in MLflow, as a person sees it: the UI in a headless browser."""
+"""A training in MLflow, as shown by the UI in a headless browser."""
 
 import socket
 import subprocess
@@ -27,7 +27,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def run(tiny_shards, tmp_path_factory):
-    """(data folder, MLflow run) of a small training that sampled its machine every second."""
+    """(data folder, MLflow run) of a small training that sampled system metrics every second."""
     data = tmp_path_factory.mktemp("ui")
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
@@ -39,7 +39,7 @@ def run(tiny_shards, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(run):
-    """The UI's address, while it runs."""
+    """The address of the running UI."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -58,7 +58,7 @@ def address(run):
         server.wait()
 
 
-def test_a_run_says_where_it_came_from(run):
+def test_a_run_records_its_data_and_environment(run):
     _, found = run
     data = {entry.tags[0].value: entry.dataset for entry in found.inputs.dataset_inputs}
     assert set(data) == {"train", "val"}
@@ -86,15 +86,15 @@ def browser():
 
 
 def look_at(browser, url, *, words, picture):
-    """Open `url`, wait until all `words` are on the page, and keep a screenshot."""
-    # Charts below the window's edge are not drawn. From a blank page, since another #/route alone loads nothing.
+    """Open `url`, wait until all `words` are on the page, and save a screenshot."""
+    # The window is tall because charts outside it are not drawn. A change of the #/route alone would not load the page.
     browser.open("about:blank", 1500)
     browser.open(url, 1500, 9000)
     browser.wait_for(*words)
     browser.screenshot(picture, whole=False)
 
 
-def test_the_run_its_charts_and_its_pictures_are_there(browser, run, address, tmp_path):
+def test_the_pages_of_a_run_show_its_charts(browser, run, address, tmp_path):
     _, found = run
     experiment = f"{address}/#/experiments/{found.info.experiment_id}/runs"
     page = f"{experiment}/{found.info.run_id}"
