@@ -206,6 +206,16 @@ def test_file_map_lists_every_module(pages, tracked):
     assert sorted(modules - paths_in(pages["CONTRIBUTING.md"])) == []
 
 
+def test_method_page_names_code_that_exists(pages, tracked):
+    sources = "\n".join(
+        (ROOT / name).read_text() for name in tracked if re.match(r"(preprocessing|sdan|pipelines)/.*py$", name)
+    )
+    code = {span for span in code_in(pages["docs/method.md"]) if re.fullmatch(r"[A-Za-z_][\w.]*", span)}
+    words = {word for span in code - paths_in(pages["docs/method.md"]) for word in span.split(".")}
+    assert len(words) > 40
+    assert sorted(word for word in words if not re.search(rf"\b{word}\b", sources)) == []
+
+
 def test_troubleshooting_quotes_messages_that_exist(pages, tracked):
     sources = [name for name in tracked if re.match(r"(preprocessing|sdan|tuning|pipelines|\.ci)/.*\.py$", name)]
     texts = [
