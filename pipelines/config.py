@@ -35,7 +35,7 @@ class TrainConfig:
     batch_per_worker: int = 8
     learning_rate: float = 1e-4
     restart_epochs: int = 20
-    """First period of the cosine warm restarts; each next one is twice as long."""
+    """First period of the cosine warm restarts; each later period is twice the one before."""
     learning_rate_floor: float = 1e-5
     warmup_steps: int = 0
     """Optimizer steps over which the learning rate rises linearly from zero."""
@@ -110,7 +110,7 @@ class ExperimentConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     first_schedule: tuple[int, float] | None = None
-    """(epochs, learning rate) of the first training, of which a fine-tuning takes fixed shares; None before that."""
+    """(epochs, learning rate) of the first training; fine-tunings use fixed shares of both. None before the first."""
 
     def __post_init__(self) -> None:
         try:
@@ -132,7 +132,7 @@ class ExperimentConfig:
 
 
 def paper_4x() -> ExperimentConfig:
-    """The paper as printed and released: mosaic RAW, no skip, the reference is always Y' (batch 8 a GPU on 8 GPUs)."""
+    """The paper as printed and released: mosaic RAW, no skip, the reference is always Y' (8 GPUs, batch 8 on each)."""
     return ExperimentConfig(name="paper_4x", train=TrainConfig(precision="fp32"))
 
 

@@ -118,7 +118,7 @@ def choose(
     changes = configs.parse_assignments(assignments)
     if seed is not None:
         changes["train.seed"] = str(seed)
-    chosen = configs.override(configs.named(config or "srraw_4x"), changes)
+    chosen = configs.override(configs.named(config or configs.DEFAULT), changes)
     if init and resume:
         raise TrainError("--init: expected no --init with --resume, got both; a resumed run has its own weights")
     if resume:
@@ -384,20 +384,23 @@ def _fit(trainer: TorchTrainer, folder: Path, config: ExperimentConfig, *, progr
 def _finish(
     folder: Path, run: StoredRun, result: ray.train.Result, tracking_uri: str, register: str | None, pairs: RunShards
 ) -> TrainResult:
-    """Copy the best checkpoint, without the trainer's state, to the run's model folder and register it."""
+    """Register the best checkpoint and put it in the run's model folder, which marks the run as finished."""
     if not result.best_checkpoints:
         raise TrainError(f"{folder}: expected at least one checkpoint, got none; see Ray's logs")
     best, metrics = max(result.best_checkpoints, key=lambda pair: pair[1].get(SELECT_BY, float("-inf")))
-    model = folder / run_folder.MODEL
+    aside = folder / f"{run_folder.MODEL}.partial"
     with best.as_directory() as source:
-        shutil.rmtree(model, ignore_errors=True)
-        shutil.copytree(source, model, ignore=shutil.ignore_patterns(checkpoint.TRAINER, ".*"))
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.copytree(source, aside, ignore=shutil.ignore_patterns(checkpoint.TRAINER, ".*"))
     scores = {name: float(value) for name, value in metrics.items() if name.startswith("val_")}
     version, champion = None, False
     if register:
-        version = registry.register_model(tracking_uri, run.run_id, model, register)
+        version = registry.register_model(tracking_uri, run.run_id, aside, register)
         registry.remember_shards(tracking_uri, pairs.train.digest, register)
         if registry.get_champion(tracking_uri, register) is None:
             registry.set_champion(tracking_uri, version, register)
             champion = True
+    model = folder / run_folder.MODEL
+    shutil.rmtree(model, ignore_errors=True)
+    aside.rename(model)  # last: a run that is killed before this is resumed, and registers the same version
     return TrainResult(folder.name, folder, model, run.run_id, scores, version, champion)

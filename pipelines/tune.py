@@ -16,6 +16,7 @@ from pipelines.loader import check_fit, index_split
 from pipelines.train import train
 from pipelines.training.progress import SELECT_BY
 from pipelines.training.run_folder import is_run, run_folder
+from sdan.losses import VGG_WEIGHTS
 from sdan.perceptual import load_vgg19
 from tuning.search import SLOT
 from tuning.space import check_space, default_space, load_space
@@ -24,7 +25,6 @@ from tuning.sweep import SweepResult, check_sweep, run_sweep
 
 SWEEPS = "sweeps"
 """Folder below DATA of the sweeps' folders."""
-VGG_TERMS = {"loss.perceptual_weight", "loss.contextual_weight", "loss.cobi_vgg_weight"}
 
 
 class _Report(UserCallback):
@@ -99,7 +99,7 @@ def tune(
         shards = str(Path(shards).resolve())
     check_fit(index_split(shards, "train"), config)
     index_split(shards, "val")
-    if config.loss.needs_vgg or VGG_TERMS & set(searched):
+    if config.loss.needs_vgg or {f"loss.{name}" for name in VGG_WEIGHTS} & set(searched):
         load_vgg19(vgg_weights)  # fail here rather than in each trial
     uri = registry.default_tracking_uri(data)
     registry.prepare_database(uri)

@@ -74,7 +74,7 @@ class PairMaps:
 
     @property
     def lens(self) -> LensMap:
-        """LR mosaic -> HR JPG, used for sampling: the registered map, or else the affine."""
+        """LR mosaic -> HR JPG, as stored in lr_to_hr_lens: the registered map, or else the affine."""
         return self.found or LensMap(self.lr_to_hr, np.zeros(2), 1.0)
 
     def over(self, left: float, top: float, right: float, bottom: float) -> Map:

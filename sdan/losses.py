@@ -36,6 +36,10 @@ CONTEXTUAL_LAYERS = {"relu1_2": 1.0, "relu2_2": 1.0, "relu3_2": 0.5}
 """Layer -> weight, as in the CoBi paper's code."""
 
 
+VGG_WEIGHTS = ("perceptual_weight", "contextual_weight", "cobi_vgg_weight")
+"""The weights of the terms that compare VGG-19 features."""
+
+
 @dataclass(frozen=True)
 class LossConfig:
     """Terms of the loss and their weights; the values are checked when constructed (ValueError)."""
@@ -99,7 +103,12 @@ class LossConfig:
     @property
     def needs_vgg(self) -> bool:
         """Whether any term compares VGG-19 features."""
-        return max(self.perceptual_weight, self.contextual_weight, self.cobi_vgg_weight) > 0
+        return any(getattr(self, name) > 0 for name in VGG_WEIGHTS)
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether there are terms besides the pixel term (`_feature_terms`)."""
+        return self.needs_vgg or self.cobi_rgb_weight > 0
 
     @property
     def min_px(self) -> int:
@@ -194,7 +203,7 @@ def _target_loss(
     parts = {}
     if config.pixel_weight > 0:
         parts["pixel"] = _masked_mean(image, target, mask, config.border_px, config)
-    if config.needs_vgg or config.cobi_rgb_weight > 0:
+    if config.needs_features:
         inside = _inside(image, target, config.border_px, config)
         parts |= _feature_terms(image[inside].float(), target[inside].float(), mask[inside].float(), config, vgg)
     total = torch.stack([getattr(config, f"{name}_weight") * part for name, part in parts.items()]).sum()
@@ -214,18 +223,24 @@ def _feature_terms(
         if config.cobi_rgb_weight > 0:
             patches = [patch_points(picture, mask, config.cobi_patch_px) for picture in (image, target)]
             terms["cobi_rgb"] = contextual_loss(*patches, spatial_weight=config.cobi_spatial_weight)
-        if not config.needs_vgg:
-            return terms
-        if vgg is None:
-            raise ValueError("vgg: expected VGG-19 features for this loss, got None; pass VGG19Features(load_vgg19())")
-        maps = vgg(image)
-        with torch.no_grad():
-            target_maps = vgg(target)
-        if config.perceptual_weight > 0:
-            terms["perceptual"] = _perceptual(maps, target_maps, mask)
-        for name, spatial_weight in (("contextual", 0.0), ("cobi_vgg", config.cobi_spatial_weight)):
-            if getattr(config, f"{name}_weight") > 0:
-                terms[name] = _contextual(maps, target_maps, mask, spatial_weight)
+        if config.needs_vgg:
+            terms |= _vgg_terms(image, target, mask, config, vgg)
+    return terms
+
+
+def _vgg_terms(
+    image: Tensor, target: Tensor, mask: Tensor, config: LossConfig, vgg: VGG19Features | None
+) -> dict[str, Tensor]:
+    if vgg is None:
+        raise ValueError("vgg: expected VGG-19 features for this loss, got None; pass VGG19Features(load_vgg19())")
+    maps, terms = vgg(image), {}
+    with torch.no_grad():
+        target_maps = vgg(target)
+    if config.perceptual_weight > 0:
+        terms["perceptual"] = _perceptual(maps, target_maps, mask)
+    for name, spatial_weight in (("contextual", 0.0), ("cobi_vgg", config.cobi_spatial_weight)):
+        if getattr(config, f"{name}_weight") > 0:
+            terms[name] = _contextual(maps, target_maps, mask, spatial_weight)
     return terms
 
 

@@ -82,11 +82,11 @@ def run_sweep(
 ) -> SweepResult:
     """Run, or with `resume` continue, the sweep `name` and return its best trial.
 
-    Ray must be running with the resource `trial_slot`, and the MLflow experiment must exist. A resume keeps finished
-    trials, starts the train function of unfinished ones again with the same overrides, trial_id and MLflow run, and
-    tries failed ones once more.
+    Ray must be running with the resource `trial_slot`, and the MLflow experiment must exist. On resume,
+    finished trials are kept, unfinished ones restart with the same overrides, trial_id and MLflow run, and failed ones
+    get one more try.
 
-    The best trial is the one with the best epoch. Epoch 0 (the untrained network) is recorded but not counted.
+    A trial's score is that of its best epoch; the trial with the best score wins. Epoch 0 (the untrained network) is recorded but not counted.
 
     Args:
         train: picklable by cloudpickle. Trials run in the caller's working folder, so relative paths stay valid.
@@ -94,7 +94,7 @@ def run_sweep(
         grace_epochs: ASHA stops no trial before this epoch.
 
     Raises:
-        SweepError: invalid space or number, a name that is in use or (resume) unknown, settings that differ from the
+        SweepError: invalid space or number, a name in use (when resuming: an unknown name), settings that differ from the
             sweep to resume, no `trial_slot`, an interrupted sweep, or all trials failed (with the first reason).
     """
     folder = check_sweep(name, storage_path, num_trials=num_trials, resume=resume)
@@ -153,7 +153,7 @@ def _finish(client: MlflowClient, run: SweepRun, folder: Path, num_trials: int) 
             f"sweep {run.name!r}: expected {num_trials} ended trials, got {len(done)} before an interruption; resume it"
         )
     for row in trials:
-        if row.status == "running":  # started after Tune's last save before a kill, so Tune has replaced it
+        if row.status == "running":  # Tune was killed before it saved this trial, and has started another
             close_child(client, row.run_id, "abandoned", "its record was lost when the sweep was killed")
     trials = read_trials(run)
     files = summary.write(trials, folder, metric=run.metric, mode=run.mode)

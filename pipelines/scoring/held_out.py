@@ -40,7 +40,7 @@ class HeldOut:
 
 
 def held_out(index: ShardIndex, config: ExperimentConfig, *, limit: int | None, align: bool) -> HeldOut:
-    """The central train.crop_px crop of `limit` tiles, spread evenly over the split's pairs.
+    """The central train.crop_px crop of at most `limit` tiles, evenly spaced in the list of all tiles.
 
     Args:
         limit: the largest number of crops; None: one per tile.

@@ -26,7 +26,7 @@ def to_uint8(image: Tensor) -> np.ndarray:
     return (image.float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
 
 
-def training_sheet(model: Network, held: HeldOut, device: torch.device) -> np.ndarray:
+def training_sheet(model: Network, held: HeldOut, device: torch.device, precision: str = "auto") -> np.ndarray:
     """One row per crop: input, reference Y', aligned X', output (self), target, mask M, offsets as colours (oracle).
 
     Returns:
@@ -35,7 +35,7 @@ def training_sheet(model: Network, held: HeldOut, device: torch.device) -> np.nd
     model.eval()
     part = held.select(range(min(SHEET_ROWS, len(held))))
     inputs = model_inputs(part.batch, model.config, device)
-    with torch.inference_mode(), autocast("auto", device):
+    with torch.inference_mode(), autocast(precision, device):
         oracle = model(inputs.x, inputs.oracle_reference, inputs.rendering)
         deployed = model(inputs.x, inputs.self_reference, inputs.rendering)
     offset = oracle.offset.float().nan_to_num()  # a diverged network must not crash the run here

@@ -166,9 +166,9 @@ class TrainWorker:
         if self.log and self.log.metrics(epoch, metrics):
             every = self.config.train.validate_every * self.config.train.picture_every
             if epoch % every == 0 or epoch == self.config.train.epochs:
-                self.log.picture(
-                    epoch, "validation", training_sheet(self.training.averaged, self.validation, self.device)
-                )
+                precision = self.config.train.precision
+                sheet = training_sheet(self.training.averaged, self.validation, self.device, precision)
+                self.log.picture(epoch, "validation", sheet)
         reported = metrics | {"epoch": epoch, "epochs": self.config.train.epochs}
         if self.rank > 0:
             ray.train.report(reported)

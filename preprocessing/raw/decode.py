@@ -1,6 +1,6 @@
 """Decodes a Bayer RAW file: sensor counts in RGGB order, levels, white balance, and LibRaw's rendering.
 
-Training and users share this decoder and this rendering, so the network is used on the data it was trained on.
+Training and users share this decoder and this rendering, so a user's RAW reaches the network exactly as training RAW did.
 Shapes: h, w are packed pixels (one 2x2 RGGB block each); the mosaic and the rendering are 2h x 2w.
 
 Where each value is read from the file:
@@ -38,7 +38,8 @@ from preprocessing.raw.rendering import SensorData, xyz_to_camera_from_libraw
 __all__ = ["RawError", "RawImage", "load", "render", "upright"]
 
 _MIN_CROP = 0.8
-"""Smallest share of each side that a border crop leaves. A smaller crop is a crop mode or a misread tag; ignore it."""
+"""A crop that the file declares must keep at least this share of each side. A smaller one (a crop mode, or a misread
+tag) is ignored."""
 _DNG_VERSION = 50706
 
 
@@ -55,8 +56,8 @@ class RawImage:
     origin: tuple[int, int]
     """(row, col) of this area's first pixel in LibRaw's visible area, mosaic pixels, each 0 or 1."""
     camera_crop: tuple[int, int, int, int]
-    """(top, left, height, width) in LibRaw's visible area of the crop that the file declares (DNG: DefaultCrop), else
-    the whole visible area. The camera's JPG has the same centre."""
+    """(top, left, height, width): the crop that the file declares (DNG: DefaultCrop), in coordinates of LibRaw's visible
+    area; without one, the whole area. The camera's JPG has the same centre."""
     flip: int
     """LibRaw's sizes.flip: how a viewer turns the picture; see `upright`."""
     camera: str

@@ -3,9 +3,9 @@
     out = softmax(rowmax(E) - E) X        with E = X X^T (the authors' code; the row maximum cancels in the softmax)
         = softmax(-X X^T) X               scaled-dot-product attention with a negated query, unscaled
 
-Logits are unscaled sums over the C positions of a token, so they grow with the tile; they stay in float32. On the CPU
-only one block of queries of the matrix exists at a time, in both passes (the backward pass recomputes it from the
-logarithm of each row's sum). On a GPU the vendor's fused kernels do the same for C <= 256. Wider tokens (K=4 at 128x128
+Logits are unscaled sums over a token's C values, so they grow with the tile; they stay in float32. On the CPU both
+passes hold one block of the matrix's rows at a time. The backward pass recomputes each block from the stored logarithm
+of its rows' sums. On a GPU the vendor's fused kernels do the same for C <= 256. Wider tokens (K=4 at 128x128
 has C=1024) use the blocks there too, so the L x L matrix is never stored.
 
 Axes: N batch, L tokens, C values per token, B queries of a block.
@@ -23,7 +23,7 @@ from sdan.ops import portable
 from sdan.ops.precision import cpu_has_bf16
 
 _BLOCK_VALUES = 2**20
-"""Values of the matrix per block: 4 MB in float32. Half or twice as many were slower."""
+"""Values of the matrix per block: 4 MB in float32. Blocks of half or twice this size were slower."""
 _FUSED_WIDTH = 256
 """The widest token that the fused CUDA kernels support."""
 _EXPONENT = 32
@@ -47,7 +47,7 @@ def packed_attention(x_NLC: Tensor) -> Tensor:
     if portable.enabled():
         return _fused(x_NLC)
     if x_NLC.is_cuda and fused_on_cuda(x_NLC.shape[2], x_NLC.dtype, torch.cuda.get_device_capability(x_NLC.device)):
-        # Without MATH in the list PyTorch raises instead of storing the matrix.
+        # MATH, which stores the matrix, is left out: PyTorch then raises an error instead.
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
             return _fused(x_NLC)
     return _attention_op(x_NLC)[0]
@@ -92,13 +92,13 @@ def _attention_backward_op(grad_NLC: Tensor, x_NLC: Tensor, output_NLC: Tensor, 
 
 
 def _image_gradient(grad_LC: Tensor, x_LC: Tensor, output_LC: Tensor, log_sum_L: Tensor) -> Tensor:
-    """The gradient of one image [L, C], summed over blocks of B queries, which are columns of the transposed matrix:
+    """The gradient of one image [L, C], one block of B queries at a time. The matrix is transposed, so queries are columns:
 
     weights = exp(-X x^T - log_sum)                       [L, B]
     slope = weights * (X grad^T - grad . output)          [L, B]
     dX += weights grad - slope x,   dx -= slope^T X       x, grad, output: the block's rows
 
-    Both subtractions are part of the matrix products: the operands get extra columns for them.
+    Extra columns in the operands make the matrix products do both subtractions.
     """
     wide, narrow = _types(x_LC)
     exponent = _EXPONENT if _use_onednn(narrow) else 0
@@ -120,8 +120,8 @@ def _image_gradient(grad_LC: Tensor, x_LC: Tensor, output_LC: Tensor, log_sum_L:
 def _weights_and_slope(keys: Tensor, queries: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
     """(weights, slope) = exp(keys queries^T) and weights * (keys grads^T); logits are at least float32.
 
-    oneDNN computes each in one pass and rounds only after its float32 sums. It has no exponential, but the sigmoid of a
-    very negative number is one: the caller lowers the logits by 32 ln 2 and multiplies the gradient by 2^32.
+    oneDNN computes each in one pass and rounds only after its float32 sums. It has no exp, but for very negative z
+    sigmoid(z) is nearly exp(z): the caller lowers the logits by 32 ln 2 and multiplies the gradient by 2^32.
     """
     if _use_onednn(keys):
         weights = torch.ops.mkldnn._linear_pointwise(keys, queries, None, "sigmoid", [], "")
@@ -132,7 +132,7 @@ def _weights_and_slope(keys: Tensor, queries: Tensor, grads: Tensor) -> tuple[Te
 
 
 def _with_column(values_LC: Tensor, column_L: Tensor) -> Tensor:
-    """[values, column]; for bfloat16 the column is split into three whose sum is its float32 value."""
+    """[values, column]; for bfloat16 the column becomes three bfloat16 columns that add up to its float32 value."""
     parts = [column_L.to(values_LC.dtype)]
     while len(parts) < (3 if values_LC.dtype == torch.bfloat16 else 1):
         column_L = column_L - parts[-1]
@@ -188,7 +188,8 @@ for _key in ("AutocastCPU", "AutocastCUDA"):
 
 
 def _types(x_LC: Tensor) -> tuple[Tensor, Tensor]:
-    """(x for the logits, x for the other products): at least float32, and bfloat16 for bfloat16 inputs, else the same.
+    """(x for the logits, x for the other products): the first is at least float32; the second is bfloat16 if x is, else
+    the first.
 
     float16 has too small a range for the gradients.
     """
@@ -211,7 +212,7 @@ def _times_transposed(a_MK: Tensor, b_NK: Tensor) -> Tensor:
 def _use_onednn(matrix: Tensor) -> bool:
     """Whether oneDNN has a fast product of this type.
 
-    On AMD processors MKL's float32 product has at most half the speed of oneDNN's. It also fuses no other operations.
+    On AMD processors MKL's float32 product has at most half the speed of oneDNN's. MKL also cannot fuse other operations.
     """
     if matrix.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
