@@ -86,7 +86,8 @@ def run_sweep(
     finished trials are kept, unfinished ones restart with the same overrides, trial_id and MLflow run, and failed ones
     get one more try.
 
-    A trial's score is that of its best epoch; the trial with the best score wins. Epoch 0 (the untrained network) is recorded but not counted.
+    A trial's score is that of its best epoch; the trial with the best score wins. Epoch 0 (the untrained network) is
+    recorded but not counted.
 
     Args:
         train: picklable by cloudpickle. Trials run in the caller's working folder, so relative paths stay valid.
@@ -94,8 +95,8 @@ def run_sweep(
         grace_epochs: ASHA stops no trial before this epoch.
 
     Raises:
-        SweepError: invalid space or number, a name in use (when resuming: an unknown name), settings that differ from the
-            sweep to resume, no `trial_slot`, an interrupted sweep, or all trials failed (with the first reason).
+        SweepError: invalid space or number, a name in use (when resuming: an unknown name), settings that differ from
+            the sweep to resume, no `trial_slot`, an interrupted sweep, or all trials failed (with the first reason).
     """
     folder = check_sweep(name, storage_path, num_trials=num_trials, resume=resume)
     _check_numbers(max_epochs, max_concurrent, grace_epochs, mode, metric)

@@ -1,6 +1,6 @@
 """Decodes a Bayer RAW file: sensor counts in RGGB order, levels, white balance, and LibRaw's rendering.
 
-Training and users share this decoder and this rendering, so a user's RAW reaches the network exactly as training RAW did.
+Training and users share this decoder and this rendering: a user's RAW reaches the network just as training RAW did.
 Shapes: h, w are packed pixels (one 2x2 RGGB block each); the mosaic and the rendering are 2h x 2w.
 
 Where each value is read from the file:
@@ -56,8 +56,8 @@ class RawImage:
     origin: tuple[int, int]
     """(row, col) of this area's first pixel in LibRaw's visible area, mosaic pixels, each 0 or 1."""
     camera_crop: tuple[int, int, int, int]
-    """(top, left, height, width): the crop that the file declares (DNG: DefaultCrop), in coordinates of LibRaw's visible
-    area; without one, the whole area. The camera's JPG has the same centre."""
+    """(top, left, height, width): the crop that the file declares (DNG: DefaultCrop), in coordinates of LibRaw's
+    visible area; without one, the whole area. The camera's JPG has the same centre."""
     flip: int
     """LibRaw's sizes.flip: how a viewer turns the picture; see `upright`."""
     camera: str

@@ -92,7 +92,7 @@ def _attention_backward_op(grad_NLC: Tensor, x_NLC: Tensor, output_NLC: Tensor, 
 
 
 def _image_gradient(grad_LC: Tensor, x_LC: Tensor, output_LC: Tensor, log_sum_L: Tensor) -> Tensor:
-    """The gradient of one image [L, C], one block of B queries at a time. The matrix is transposed, so queries are columns:
+    """The gradient of one image [L, C], one block of B queries at a time, as columns of the transposed matrix:
 
     weights = exp(-X x^T - log_sum)                       [L, B]
     slope = weights * (X grad^T - grad . output)          [L, B]
@@ -212,7 +212,7 @@ def _times_transposed(a_MK: Tensor, b_NK: Tensor) -> Tensor:
 def _use_onednn(matrix: Tensor) -> bool:
     """Whether oneDNN has a fast product of this type.
 
-    On AMD processors MKL's float32 product has at most half the speed of oneDNN's. MKL also cannot fuse other operations.
+    On AMD processors MKL's float32 product has at most half the speed of oneDNN's, and MKL cannot fuse other operations.
     """
     if matrix.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False

@@ -10,7 +10,7 @@ from preprocessing.simulator.scenery.words import pick, tint
 
 
 def draw_near(rng: np.random.Generator, outer: Box, unit: float) -> tuple[Drawing, Drawing]:
-    """Two drawings of the same shapes: in colour, and in white as their coverage."""
+    """The same shapes twice: in colour, and as a white coverage mask."""
     colour, mask = Drawing(), Drawing()
     left, top, right, bottom = outer
     # One or two twigs reach into the centre, where every focal length sees them; more are near the edges.
