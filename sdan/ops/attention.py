@@ -212,7 +212,7 @@ def _times_transposed(a_MK: Tensor, b_NK: Tensor) -> Tensor:
 def _use_onednn(matrix: Tensor) -> bool:
     """Whether oneDNN has a fast product of this type.
 
-    On AMD processors MKL's float32 product has at most half the speed of oneDNN's, and MKL cannot fuse other operations.
+    On AMD processors MKL's float32 product has at most half the speed of oneDNN's, and MKL cannot fuse operations.
     """
     if matrix.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
