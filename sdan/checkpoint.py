@@ -115,7 +115,6 @@ def save(
         ) from error
     try:
         _write_files(aside, model, description, trainer_state)
-        aside.chmod(0o755)  # mkdtemp creates private folders
         _replace_folder(aside, folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
@@ -134,6 +133,7 @@ def _write_files(
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2, allow_nan=False) + "\n")
     if trainer_state is not None:
         torch.save(dict(trainer_state), folder / TRAINER)
+    folder.chmod(0o755)  # mkdtemp creates private folders
 
 
 def load(folder: str | Path) -> Checkpoint:
