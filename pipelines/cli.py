@@ -1,4 +1,4 @@
-"""The command line, `sdan <verb>`: parses options and prints results; each verb's work is in the module of its name.
+"""The command line, `sdan VERB`: parses options, calls the function that does the verb's work, and prints its result.
 
 Heavy imports wait until a verb needs them, so that `sdan --help` is instant. A wrong value ends in one line (what,
 where: expected A, got B; do C) and exit code 2, never in a traceback.
@@ -279,7 +279,7 @@ def tune(
     name: Annotated[str, typer.Option(metavar="SWEEP", help="The sweep's name.")] = "sweep",
     resume: Annotated[bool, typer.Option("--resume", help="Continue the sweep of that name.")] = False,
 ) -> None:
-    """Sweep the packing kernel and the loss weights: a parent run in MLflow, with one child per trial."""
+    """Sweep the packing kernel and the weight of the aligned image: an MLflow run with one child per trial."""
     from pipelines import config as configs
     from pipelines import tune as verb
 

@@ -196,7 +196,7 @@ class Payload:
         return (open, (str(self.path), "w"))
 
 
-def test_nothing_is_unpickled_into_code(folder, tmp_path):
+def test_loading_never_runs_code_from_a_pickle(folder, tmp_path):
     created = tmp_path / "created"
     for write in (torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))):
         write({"step": Payload(created)}, folder / "trainer.pt")

@@ -137,7 +137,7 @@ def test_a_histogram_counts_every_value(values):
 
 
 def test_the_page_does_not_grow_with_the_folder(shards, monkeypatch):
-    """With 200 shards: pictures of 24 pairs, and of those pairs only are pictures read."""
+    """With 200 shards, the page shows 24 pairs and decodes pictures of no others."""
     source = schema.list_shards(str(shards), "train")[0]
     (shards / "split=test").mkdir()
     for number in range(200):
