@@ -1,4 +1,4 @@
-"""The model that comes with the package: small, whole, with its card, and better than bicubic on what it never saw."""
+"""The starter model of the package: small, complete, with its card, and better than bicubic on unseen scenes."""
 
 import json
 
@@ -14,7 +14,7 @@ from sdan import STARTER, checkpoint, starter_folder
 MOST_BYTES = 3_000_000
 
 
-def test_it_is_small_and_describes_itself():
+def test_it_is_small_and_has_its_config_and_card():
     folder = registry.resolve_model("sqlite:////nowhere/mlflow.db", STARTER)
     assert (folder / "model.safetensors").stat().st_size <= MOST_BYTES
     stored = checkpoint.load(folder)
@@ -26,11 +26,14 @@ def test_it_is_small_and_describes_itself():
 
 
 @pytest.mark.slow
-def test_it_beats_bicubic_on_scenes_that_it_never_saw(tmp_path):
-    """True target, self protocol: what a user gets, from a seed that its training did not use."""
+def test_it_beats_bicubic_by_3_db_on_unseen_scenes(tmp_path):
+    """True target, self protocol (what a user gets), scenes from a seed that training did not use.
+
+    Measured 3.23 and 5.69 dB; the card has 2.88 and 5.73 dB for this kind of scene, 3.70 and 7.29 dB for all kinds.
+    """
     simulate(tmp_path / "raw", sequences=2, width_px=1536, preset="default", seed=77)
     options = PreprocessOptions(align="ecc", tile_px=48, stride_px=40, val=("00001", "00002"))
     preprocess(str(tmp_path / "raw"), str(tmp_path / "shards"), options, progress=False)
     found = evaluate(str(tmp_path / "shards"), starter_folder(), limit=48)
-    assert found.gain_db("true", "bicubic of the camera JPG") > 1
-    assert found.gain_db("true", "bicubic of the rendering") > 1
+    assert found.gain_db("true", "bicubic of the camera JPG") > 3
+    assert found.gain_db("true", "bicubic of the rendering") > 5

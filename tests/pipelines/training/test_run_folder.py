@@ -101,13 +101,19 @@ def test_a_resumed_run_checks_its_shards_before_ray_starts(shards, tmp_path, mon
 
 
 @pytest.mark.slow
-def test_shards_added_before_a_restart_change_nothing(shards, tmp_path):
-    """Interrupted after one epoch and resumed with more shards, a run ends with the weights of an unbroken one."""
+def test_shards_added_before_a_restart_change_nothing(shards, tmp_path, monkeypatch):
+    """A run that ends before its model is registered, and resumes with more shards, has an unbroken run's weights."""
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
     once = configs.override(configs.smoke(), {"train.epochs": 1})
     longer = configs.override(configs.smoke(), {"train.epochs": 2})
     arguments = {"workers": 1, "register": None, "progress": False}
-    train(str(shards), once, data=tmp_path, name="cut", **arguments)
-    shutil.rmtree(run_folder.run_folder(tmp_path, "cut") / run_folder.MODEL)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("pipelines.registry.register_model", killed)
+        train(str(shards), once, data=tmp_path, name="cut", **arguments | {"register": "sdan"})
+    assert run_folder.newest_unfinished(tmp_path) == run_folder.run_folder(tmp_path, "cut")
     add_pair(shards)
     add_pair(shards, "val")
     resumed = train(str(shards), longer, data=tmp_path, name="cut", resume=True, **arguments)
