@@ -18,17 +18,17 @@ def free_gb(folder):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
 def problem(version, free):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
     """The one line, or None when all is well."""
     if version[:2] < MIN_PYTHON:
-        return "Python 3.11 or newer expected, got %d.%d; name another: make setup PYTHON=python3.11" % version[:2]  # noqa: UP031
+        return "Python: expected 3.11 or newer, got %d.%d; name another: make setup PYTHON=python3.11" % version[:2]  # noqa: UP031
     if free < MIN_FREE_GB:
         return (
-            "%d GB of free disk expected for .venv, got %.1f GB; free some space or clone SDAN onto a larger disk"  # noqa: UP031
+            "disk: expected %d GB free for .venv, got %.1f GB; free some space or clone SDAN onto a larger disk"  # noqa: UP031
             % (MIN_FREE_GB, free)
         )
     try:
         import ensurepip  # noqa: F401
         import venv  # noqa: F401
     except ImportError:
-        return "Python's venv module expected, not found; on Debian and Ubuntu: apt-get install python3-venv"
+        return "Python: expected the venv module, got none; on Debian and Ubuntu: apt-get install python3-venv"
     return None
 
 

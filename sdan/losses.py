@@ -5,8 +5,8 @@
     transfer_loss         {X, X}: the output, moved by the offset of the {X, Y'} pass, must match the target
 
 `_target_loss` compares the zoomed picture with its target by a pixel term, feature terms (Table 1's "Perceptual" and
-"SRResNet+CX"), or both. To add a term: add NAME_weight to LossConfig (field, `terms` check, `needs_vgg`, `min_px`) and
-compute parts["NAME"] in `_feature_terms` (features) or `_target_loss` (pixels). A loss for another forward pass is a
+"SRResNet+CX"), or both. To add a term: add NAME_weight to LossConfig (field, `terms` check, `needs_features`, `min_px`)
+and compute parts["NAME"] in `_target_loss` (pixels), `_feature_terms` or, with its weight in VGG_WEIGHTS, `_vgg_terms`. A loss for another forward pass is a
 new function here, called in pipelines/training/step.py.
 
 Every term crops `border_px` target pixels from each side, where convolutions saw zero padding and offsets point outside

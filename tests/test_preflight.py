@@ -13,8 +13,8 @@ SPEC.loader.exec_module(preflight)
 @pytest.mark.parametrize(
     ("version", "free_gb", "said"),
     [
-        ((3, 10, 14), 100.0, "Python 3.11 or newer expected, got 3.10"),
-        ((3, 11, 7), 3.2, "12 GB of free disk expected for .venv, got 3.2 GB"),
+        ((3, 10, 14), 100.0, "Python: expected 3.11 or newer, got 3.10"),
+        ((3, 11, 7), 3.2, "disk: expected 12 GB free for .venv, got 3.2 GB"),
     ],
 )
 def test_a_missing_requirement_gets_one_line(version, free_gb, said):

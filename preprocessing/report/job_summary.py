@@ -23,7 +23,8 @@ def job_summary(report: PreprocessReport, shards: str, *, dry_run: bool) -> str:
         lines.append(f"  {estimate_line(report.estimate)}")
     lines += [f"  set aside: {entry.sequence} {entry.pair}: {entry.reason}" for entry in report.quarantined[:_LISTED]]
     if len(report.quarantined) > _LISTED:
-        lines.append(f"  ... {len(report.quarantined) - _LISTED} more in {shards}/quarantine/")
+        where = "" if dry_run else f" in {shards}/quarantine/"
+        lines.append(f"  ... {len(report.quarantined) - _LISTED} more{where}")
     return "\n".join([*lines, *(f"  {note}" for note in report.notes)])
 
 
