@@ -6,8 +6,8 @@
 
 `_target_loss` compares the zoomed picture with its target by a pixel term, feature terms (Table 1's "Perceptual" and
 "SRResNet+CX"), or both. To add a term: add NAME_weight to LossConfig (field, `terms` check, `needs_features`, `min_px`)
-and compute parts["NAME"] in `_target_loss` (pixels), `_feature_terms` or, with its weight in VGG_WEIGHTS, `_vgg_terms`. A loss for another forward pass is a
-new function here, called in pipelines/training/step.py.
+and compute parts["NAME"] in `_target_loss` (pixels), in `_feature_terms`, or in `_vgg_terms` with the weight's name in
+VGG_WEIGHTS. A loss for another forward pass is a new function here, called in pipelines/training/step.py.
 
 Every term crops `border_px` target pixels from each side, where convolutions saw zero padding and offsets point outside
 the crop. All terms are computed in float32, also under autocast.
