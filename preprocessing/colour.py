@@ -15,7 +15,7 @@ def srgb_to_linear(encoded: NDArray[np.floating[Any]]) -> NDArray[np.floating[An
 
 
 def linear_to_srgb(linear: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
-    """The inverse of `srgb_to_linear`; negative values continue the line near black."""
+    """The inverse of `srgb_to_linear`; negative values continue the linear segment at 0."""
     return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * np.maximum(linear, 1e-9) ** (1 / 2.4) - 0.055)
 
 
@@ -68,12 +68,12 @@ LIBRAW_SRGB_TO_XYZ = np.array(
 files depend on the digits of `SRGB_TO_XYZ`, so the two cannot be merged."""
 
 ILCE_7SM2_XYZ_TO_CAMERA = np.array([[0.5838, -0.1430, -0.0246], [-0.3497, 1.1477, 0.2297], [-0.0748, 0.1885, 0.5778]])
-"""Sony's ILCE-7SM2 in LibRaw's table, and the simulated camera: LibRaw decodes its ARW with these numbers whatever the
-file says, so our DNG states the same ones."""
+"""Sony's ILCE-7SM2 in LibRaw's table, which is also the simulated camera. LibRaw decodes its ARW with these numbers and
+ignores the file's, so our DNG states the same ones."""
 
 
 def srgb_to_camera(xyz_to_camera: NDArray[np.float64] | None) -> NDArray[np.float64]:
-    """[3, 3] linear sRGB -> white-balanced camera colours. Rows sum to 1, as LibRaw scales them: white stays white.
+    """[3, 3] linear sRGB -> white-balanced camera colours. Rows sum to 1, as in LibRaw, so white stays white.
 
     The identity for an unknown camera (None).
     """

@@ -21,7 +21,7 @@ _COMPRESSION_RATIO = 0.65
 """zstd-compressed size / raw size of tiles of photographs; used until a run has measured it."""
 _TASK_BYTES = 350_000_000
 _TASK_BYTES_PER_PIXEL = 45
-"""Measured peak of a Ray worker and its child, with a quarter to spare (benchmarks/preprocess.py)."""
+"""Measured peak of a Ray worker and its child, plus a quarter (benchmarks/preprocess.py)."""
 
 
 @dataclass(frozen=True)

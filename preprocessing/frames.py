@@ -57,7 +57,7 @@ class Sequence:
     folder: str
     """Path below the RAW folder; "" if RAW itself is the sequence."""
     split: str | None
-    """train, val or test if it lies in a folder of that name, else None."""
+    """train, val or test if the sequence is in a folder of that name, else None."""
     frames: tuple[Frame, ...]
     truth: tuple[File, ...] = ()
     """The simulator's ground truth, in the sequence's truth/ folder."""

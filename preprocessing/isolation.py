@@ -40,7 +40,7 @@ class IsolatedProcess:
         return self._child.pid if self._child else None
 
     def run(self, job: PairJob, source: Folder, target: Folder, options: PreprocessOptions) -> PairResult:
-        """Run `process` in the child. Returns its result, or one that tells how the child died.
+        """Run `process` in the child. Returns its result, or one that says how the child died.
 
         Raises OSError if no child can be started.
         """

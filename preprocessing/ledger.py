@@ -75,7 +75,7 @@ class Ledger:
         """Write dataset.json. Remove temporary files of killed runs, and shards that the plan makes obsolete."""
 
         def merge(stored: bytes | None) -> bytes:
-            # A run that began since we read the file may have added to `val`: keep its sequences there.
+            # Keep the sequences that a concurrent run has added to `val` since we read the file.
             self.dataset = _checked(self.target, stored, options) if stored else {}
             val = sorted({*self.val, *options.val})
             splits = {**self.splits, **{job.sequence: job.split for job in plan.jobs}}
@@ -208,7 +208,7 @@ def _require_same_options(target: Folder, made: Mapping[str, Any], options: Prep
 
 
 def sequence_of(key: str, known: Collection[str]) -> str:
-    """The longest known sequence name that starts the key, "" if there is none. "a_1_x-y" belongs to "a_1" if known."""
+    """The longest known sequence name that the key starts with, or "". "a_1_x-y" belongs to "a_1" if that is known."""
     parts = key.split("_")
     names = ("_".join(parts[:length]) for length in range(len(parts) - 1, 0, -1))
     return next((name for name in names if name in known), "")

@@ -245,7 +245,7 @@ def _read_tags(raw: Folder, frame: Frame, digests: dict[str, str]) -> Shot:
 
 
 def _faults(shot: Shot, *, render_missing: bool) -> Iterator[str]:
-    """Why the frame cannot be used, or only partly."""
+    """Reasons why the frame cannot be used, or can be used only in part."""
     frame = shot.frame
     for kind, files in (("RAW", frame.raws), ("JPG", frame.jpgs)):
         if not files and not (kind == "JPG" and render_missing):

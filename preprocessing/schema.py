@@ -169,8 +169,8 @@ def encode(rows: Iterable[Mapping[str, Any]], info: ShardInfo) -> pa.Table:
 def decode(row_or_batch: Mapping[str, Any], info: ShardInfo) -> dict[str, Any]:
     """Decode columns to numpy: of one row, or of a batch (column name -> sequence of values), stacked on axis 0.
 
-    Arrays of a single row are read-only views; a batch is copied. Null arrays become None, also if any row of a batch
-    is null; null scalars become NaN. Strings and unknown columns are returned unchanged.
+    Arrays of a single row are read-only views; a batch is copied. A null array becomes None; so does a batch with
+    a null in any row. Null scalars become NaN. Strings and unknown columns are returned unchanged.
     """
     return {name: _decode_column(name, value, info) for name, value in row_or_batch.items()}
 

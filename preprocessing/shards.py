@@ -40,7 +40,7 @@ _CHUNK_PAIRS = 1000
 _CHUNK_PAIRS_PER_CPU = 16
 """Large enough that CPUs idling at the end of a chunk cost little."""
 _PROCESS = IsolatedProcess()
-"""In each Ray worker, the child that handles its pairs. It starts with the first one, so not in the driver."""
+"""The child process that handles a Ray worker's pairs. It starts at the first pair, so the driver never has one."""
 _WORKER_DEATHS = (
     ray.exceptions.WorkerCrashedError,
     ray.exceptions.OutOfMemoryError,
@@ -81,7 +81,7 @@ class PreprocessReport:
     """Finished pairs in SHARDS by split: train, val, test."""
     seconds: float = 0.0
     estimate: Estimate | None = None
-    """With dry_run: tiles, bytes and time that the pairs to do will take."""
+    """With dry_run: tiles, bytes and time of the remaining pairs."""
 
 
 def preprocess(
@@ -189,7 +189,7 @@ def _run_jobs(
 
 
 def _results(source: Folder, target: Folder, todo: list[PairJob], options: PreprocessOptions) -> Iterator[PairResult]:
-    """Run one task per pair and yield results as they arrive; none for a pair whose Ray worker died every time."""
+    """Run one task per pair and yield results as they arrive; a pair whose Ray worker died every time has none."""
     if not todo:
         return
     with _quiet_ray_data() as failures:
@@ -277,7 +277,7 @@ def _quiet_ray_data() -> Iterator[_Failures]:
 
 
 def _require_only_deaths(failures: _Failures) -> None:
-    """Raise PreprocessError if a task failed in any way but its worker's death: the installation is broken then."""
+    """Raise PreprocessError if a task failed other than by its worker's death: the installation is broken."""
     for error in failures.found:
         if not isinstance(error, _WORKER_DEATHS):
             named = re.findall(r"^(?!ray\.)[\w.]*(?:Error|Exception)\b.*", str(error), re.MULTILINE) or [

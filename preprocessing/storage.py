@@ -27,7 +27,7 @@ ENDS_BYTES = 64 * 1024
 _STALE_S = 24 * 3600
 """Temporary files of other machines are abandoned at this age."""
 _TEMPORARY_NAME_CHARS = 32
-"""Part of the target's name in a temporary file's name, which may have 255 bytes in all."""
+"""Characters of the target's name in a temporary file's name, because file names are limited to 255 bytes."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Folder:
 
     @property
     def uri(self) -> str:
-        """Opens this folder in another process, whose working directory may differ."""
+        """A URI that opens this folder from any process, even with another working directory."""
         return self.root if self.is_local else self.label
 
     def path(self, relative: str) -> str:
@@ -69,7 +69,7 @@ class Folder:
             return file.read(limit) if limit is not None else file.read()
 
     def read_ends(self, relative: str) -> tuple[bytes, bytes]:
-        """(first, last) `ENDS_BYTES` of a file. They do not overlap: `last` is shorter for a file below twice that."""
+        """(first, last) `ENDS_BYTES` of a file. They do not overlap: in a short file `last` is shorter."""
         with self.filesystem.open_input_file(self.path(relative)) as file:
             size = file.size()
             first = file.read_at(min(size, ENDS_BYTES), 0)
@@ -227,7 +227,7 @@ def _process(pid: str) -> str:
 
 
 def _abandoned(name: str, modified_s: float) -> bool:
-    """Whether a temporary file of this name, last modified at `modified_s` (Unix time), has lost its writer."""
+    """Whether the writer of this temporary file, last modified at `modified_s` (Unix time), is dead."""
     parts = name.rsplit("~", 3)
     if len(parts) != 4:
         return False

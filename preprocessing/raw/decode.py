@@ -1,6 +1,6 @@
 """Decodes a Bayer RAW file: sensor counts in RGGB order, levels, white balance, and LibRaw's rendering.
 
-Training and users share this decoder and this rendering: a user's RAW reaches the network just as training RAW did.
+Training and users share this decoder and this rendering, so a user's RAW is processed exactly like training RAW.
 Shapes: h, w are packed pixels (one 2x2 RGGB block each); the mosaic and the rendering are 2h x 2w.
 
 Where each value is read from the file:
@@ -109,13 +109,13 @@ class RawImage:
         return np.stack([mosaic[row::2, col::2] for row, col in BLOCK])
 
     def render(self, top: int, left: int, height: int, width: int) -> NDArray[np.uint8]:
-        """[2 height, 2 width, 3] of a window given in packed pixels: equals that part of `rendering`, but only the
-        window is computed."""
+        """[2 height, 2 width, 3] rendering of a window given in packed pixels. It equals that part of `rendering`, but
+        only the window is computed."""
         return self.sensor.render(self.origin[0] + 2 * top, self.origin[1] + 2 * left, 2 * height, 2 * width)
 
 
 def load(source: str | Path | bytes, *, name: str | None = None) -> RawImage:
-    """Decode a RAW file, given as a local path or as its bytes; messages call it `name` if given.
+    """Decode a RAW file, given as a local path or as its bytes; `name` is used in messages.
 
     Raises RawError, one line, for a missing, unknown, truncated or corrupt file and for data that is not a Bayer mosaic
     (X-Trans, monochrome, Foveon, linear DNG).
@@ -209,7 +209,7 @@ def _white_level(raw: Any, black_levels: NDArray[np.float32], label: str) -> flo
 
 
 def _white_balance(raw: Any, label: str) -> NDArray[np.float32]:
-    """(4,) gains in LibRaw's order R, G, B, G2 with green = 1: the camera's, else daylight by the colour matrix."""
+    """(4,) gains in LibRaw's order R, G, B, G2 with green = 1: the camera's, or if missing LibRaw's for daylight."""
     for source in (raw.camera_whitebalance, raw.daylight_whitebalance):
         gains = _per_channel(source)
         if np.isfinite(gains).all() and (gains > 0).all():

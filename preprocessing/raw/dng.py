@@ -154,7 +154,7 @@ def write_arw(
     """Write a 14-bit RGGB mosaic as LibRaw expects an uncompressed Sony ARW; arguments as for `write_dng`.
 
     The white level is 16383, as LibRaw assumes for this camera. Black levels are whole numbers. A 4256-wide mosaic is
-    stored 4288 wide, as by the real ILCE-7SM2, because LibRaw drops the last 32 columns of such a file.
+    stored 4288 wide, like the real ILCE-7SM2's, because LibRaw drops the last 32 columns of such a file.
     Raises ValueError for other widths that LibRaw would crop (`SONY_CROPPED_WIDTHS`).
     """
     _check(mosaic_HW, "RGGB", black_level, SONY_WHITE_LEVEL, wb, shot.orientation)
@@ -200,8 +200,8 @@ def bare_dng(
     ifd.set(Tag.BLACK_LEVEL, LONG, *black_level)
     ifd.set(Tag.WHITE_LEVEL, LONG, white_level)
     if xyz_to_camera_33 is not None:
-        # LibRaw reads ColorMatrix1 as float32 and multiplies it from the left by CameraCalibration1, which holds the
-        # correction of that rounding: near the identity, small off-diagonal values keep their precision.
+        # LibRaw reads ColorMatrix1 as float32 and multiplies it from the left by CameraCalibration1,
+        # which here corrects that rounding. Near the identity, small off-diagonal values keep their precision.
         matrix = xyz_to_camera_33 / np.abs(xyz_to_camera_33).max(axis=1, keepdims=True)
         rounded = matrix.astype(np.float32).astype(np.float64)
         rest = matrix @ np.linalg.inv(rounded)

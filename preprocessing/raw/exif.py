@@ -19,10 +19,10 @@ from PIL import Image
 
 _EXIF_IFD = 0x8769
 _LOCK = threading.Lock()
-"""warnings.catch_warnings changes the filters of the whole process, and several threads read frames."""
+"""Held while warnings are caught: that changes the filters of the whole process, and several threads read frames."""
 _EXIF_HEADER = b"Exif\x00\x00"
 _FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-"""The JPEG markers SOF0 to SOF15; the three left out start tables."""
+"""The JPEG markers SOF0 to SOF15, except three numbers in that range that do not start a frame."""
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,9 @@ user_wb), no automatic brightening, the file's white level instead of the pictur
 otherwise one bright pixel changes the whole rendering), the sensor's orientation (user_flip=0)."""
 
 _MARGIN_PX = 16
-"""Even, and more than AHD's reach: its border rule covers 5 px, its decisions about 4 px more."""
+"""Margin around a window. Even, and larger than AHD's reach: 5 px for its border rule, about 4 px for its decisions."""
 _MIN_PX = 64
-"""LibRaw does not recognise a file of only a few pixels as RAW."""
+"""Smallest side. LibRaw does not recognise a file of only a few pixels as RAW."""
 
 _XYZ_TO_SRGB = np.linalg.inv(LIBRAW_SRGB_TO_XYZ)
 

@@ -193,7 +193,7 @@ def resample_columns(
     column = np.ascontiguousarray(np.broadcast_to(np.arange(image.shape[1], dtype=np.float32), first.shape))
     out = np.zeros((*first.shape, image.shape[2]), np.float32)
     for tap in range(weights_PK.shape[1]):
-        row = first + np.float32(tap - reach + 1)  # at whole numbers remap only fetches, twice as fast as indexing
+        row = first + np.float32(tap - reach + 1)  # at whole numbers remap only copies, twice as fast as indexing
         taken = cv2.remap(image, column, row, cv2.INTER_NEAREST, borderMode=cv2.BORDER_REPLICATE)
         out += taken.reshape(out.shape) * weights_PK[phase, tap][..., None]
     return out

@@ -1,6 +1,6 @@
 """Measures how blocks of two pictures moved, and fits the one lens map that most blocks follow.
 
-Each block of the short-focal picture yields the shift that remains under the present map, and its precision (Lucas and
+Each block of the short-focal picture yields the shift that remains under the current map, and its precision (Lucas and
 Kanade's normal equations). A robust fit combines them and leaves out blocks that disagree: nearer objects, highlights,
 noise and moire.
 """
@@ -40,24 +40,24 @@ _TUKEY = 3.0
 """Blocks farther off than this many standard deviations follow another motion."""
 _RADIAL_SD = 0.03
 _TILT_SD = 0.0005
-"""Priors for lenses and hands (LensMap's units), which decide where a picture has too little detail."""
+"""Priors for the lens and the hand's motion (LensMap's units). They decide where a picture has too little detail."""
 _EQUAL_WEIGHT_PX = 0.25
-"""Blocks known better than this start with equal weights. Most of the area then decides which motion is the map's,
-rather than a few sharp leaves in front of a soft background."""
+"""Blocks known better than this start with equal weights. The map then follows the motion of the largest area, not that
+of a few sharp leaves in front of a soft background."""
 _ROUNDS = 6
-"""Reweighted least squares."""
+"""Rounds of reweighted least squares."""
 
 
 @dataclass(frozen=True)
 class PyramidBase:
-    """The long-focal picture in linear light at OVERSAMPLING times the short one's density; levels are made from it."""
+    """The long-focal picture in linear light at OVERSAMPLING times the short one's density; the base of all levels."""
 
     colours_HW3: Plane
     """Camera colours if the short picture is a mosaic, else sRGB primaries."""
     is_mosaic: bool
     """Whether the short picture is a mosaic."""
     to_pixels: Map
-    """The nominal map, scaled: (x, y) of the short picture, corrected by the map being fitted, -> pixels here."""
+    """The nominal map, scaled to this picture's pixels. Its input is (x, y) after the map being fitted."""
 
     @classmethod
     def prepare(
@@ -113,7 +113,7 @@ class PyramidLevel:
         return cls(np.asarray(planes, np.float32), colours, to_pixels)
 
     def warped(self, mapping: LensMap, at_HW2: Points) -> tuple[Plane, Plane]:
-        """([H, W, 4] detail, its gradient and its edge bias; [H, W] 0 or 1, where they are valid) at mapping(at).
+        """([H, W, 4] detail, its gradient and its edge bias, at mapping(at); [H, W] 1 where they are valid, else 0).
 
         Edge bias: a tone curve applied before a lens's blur, and sharpening, move edges towards their darker side, more
         at higher contrast (0.05 px from a tenth of white to four fifths of it). To first order the shift is
@@ -149,7 +149,7 @@ def _as_mosaic(colours_HW3: Plane, row: int, col: int) -> Plane:
 
 def mean_over_neighbours(mosaic: Plane) -> Plane:
     """(R + 2 G + B) / 4 around every pixel. The kernel 1 2 1 weights the colours equally at all places of a mosaic, so
-    it moves nothing."""
+    it shifts no edge."""
     kernel = np.array([0.25, 0.5, 0.25], np.float32)
     return np.asarray(
         cv2.sepFilter2D(mosaic, cv2.CV_32F, kernel, kernel, borderType=cv2.BORDER_REFLECT_101), np.float32
@@ -157,7 +157,7 @@ def mean_over_neighbours(mosaic: Plane) -> Plane:
 
 
 def fine_detail(planes: Plane) -> Plane:
-    """[H, W] or [H, W, C]: the planes less their local means, divided by the first plane's local contrast."""
+    """[H, W] or [H, W, C]: the planes minus their local means, divided by the first plane's local contrast."""
     high = planes - _local_mean(planes)
     first = high if high.ndim == 2 else high[..., 0]
     contrast = np.sqrt(np.maximum(_local_mean(first * first), 0)) + _NOISE
@@ -193,7 +193,7 @@ class Blocks:
         planes, inside = warped
         moving = planes[..., 0] * inside
         gain = float((fixed * moving).sum() / max(float((moving * moving).sum()), 1e-9))
-        gain = float(np.clip(gain, 0.2, 3.0))  # far from the match the fit is near 0 and would stop the steps
+        gain = float(np.clip(gain, 0.2, 3.0))  # far from the match the gain is near 0, which would stop the steps
         residual = fixed * inside - gain * moving
         x, y = gain * planes[..., 1] * inside, gain * planes[..., 2] * inside
         edge_bias = planes[..., 3] * inside
@@ -206,10 +206,10 @@ class Blocks:
         return blocks._without_edge_bias(biased[used])
 
     def _without_edge_bias(self, biased_N4: NDArray[np.float64]) -> "Blocks":
-        """Without the part of the residuals that the edge bias times one coefficient explains.
+        """Remove the part of the residuals that one coefficient times the edge bias explains.
 
         The coefficient is fitted over all blocks together with a free shift for each.
-        biased_N4: means of the edge bias times both derivatives, the residual and itself.
+        biased_N4: means of the edge bias times each derivative, times the residual, and times itself.
         """
         if not len(biased_N4):
             return self
@@ -258,7 +258,7 @@ def fit(blocks: Blocks, mapping: LensMap, *, px: float, lens: bool) -> Fit:
         step = np.linalg.solve(normal, np.einsum("npj,nj->p", kept, shift) - prior * present)
         off = shift - jacobian @ step
         distance = np.einsum("ni,nij,nj->n", off, precision, off)
-        spread = max(float(np.median(distance)) / 1.386, 0.02)  # the median of chi-squared, two degrees
+        spread = max(float(np.median(distance)) / 1.386, 0.02)  # the median of chi-squared with two degrees
         weight = np.clip(1 - distance / (2 * spread * _TUKEY**2), 0, None) ** 2
     variance = np.einsum("nip,pq,niq->n", jacobian, np.linalg.inv(normal), jacobian)
     whole = np.zeros(9)

@@ -28,7 +28,7 @@ def register_raw(raw: RawImage, long_HWC: NDArray[np.uint8], nominal: Map) -> Le
     first_col, first_row = max(0, int((left - reach - col0) // 2)), max(0, int((top - reach - row0) // 2))
     end_col, end_row = min(cols, int((right + reach - col0) // 2)), min(rows, int((bottom + reach - row0) // 2))
     if end_col <= first_col or end_row <= first_row:
-        raise RegistrationError("shared area: expected overlapping pictures, got none in common")
+        raise RegistrationError("shared area: expected overlapping pictures, got no overlap")
     counts = raw.counts(first_row, first_col, end_row - first_row, end_col - first_col)
     to_visible = translation(col0 + 2 * first_col, row0 + 2 * first_row)
     found = register(
@@ -41,7 +41,7 @@ def register_raw(raw: RawImage, long_HWC: NDArray[np.uint8], nominal: Map) -> Le
 
 
 def mosaic_luminance(counts_4HW: NDArray[np.uint16], raw: RawImage) -> Plane:
-    """[2H, 2W] in [0, 255] of packed counts: (R + 2 G + B) / 4 around every pixel, whatever its colour."""
+    """[2H, 2W] in [0, 255] of packed counts: (R + 2 G + B) / 4 around each pixel, of any colour."""
     _, height, width = counts_4HW.shape
     span = raw.white_level - raw.black_level
     light = (counts_4HW - raw.black_level[:, None, None]) * (raw.wb / span)[:, None, None]

@@ -93,7 +93,7 @@ def _coarse_shift(fixed: Plane, level: PyramidLevel, mapping: LensMap, step: NDA
     planes, inside = level.warped(mapping, _centres((0, 0, width, height), step))
     rows, cols = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
     if rows.size < 8 or cols.size < 8:
-        raise RegistrationError("shared area: expected overlapping pictures, got none in common")
+        raise RegistrationError("shared area: expected overlapping pictures, got no overlap")
     first, size = np.array([rows[0], cols[0]]), np.array([np.ptp(rows) + 1, np.ptp(cols) + 1])
     reach = np.minimum(int(np.ceil(MAX_SHIFT * size.max())), size // 3)
     inner = first + reach
@@ -163,7 +163,7 @@ def _require_plausible(mapping: LensMap, error_px: float, score: float, shape: t
         raise RegistrationError(f"correlation after registration: expected at least {MIN_CORRELATION}, got {score:.2f}")
     if not error_px <= MAX_ERROR_PX:
         raise RegistrationError(
-            f"standard error of the map: expected at most {MAX_ERROR_PX} px, got {error_px:.2f} px: too little detail"
+            f"standard error of the map: expected at most {MAX_ERROR_PX} px, got {error_px:.2f} px (too little detail)"
         )
     height, width = shape
     change = float(np.abs(np.linalg.svd(mapping.affine[:, :2] - np.eye(2), compute_uv=False)).max())

@@ -23,7 +23,7 @@ def luminance(image_HWC: NDArray[np.uint8]) -> Plane:
 
 
 def local_detail(plane: Plane) -> Plane:
-    """The plane less its local mean, divided by its local contrast, so that exposure and vignetting cancel."""
+    """The plane minus its local mean, divided by its local contrast, so that exposure and vignetting cancel."""
     high = plane - cv2.GaussianBlur(plane, _WINDOW_PX, _NEIGHBOURHOOD_PX)
     contrast = np.sqrt(cv2.GaussianBlur(high * high, _WINDOW_PX, _NEIGHBOURHOOD_PX))
     return np.asarray(high / (contrast + 2.0), np.float32)  # + 2 of 255 keeps noise small
@@ -112,5 +112,5 @@ def _gain(a: Plane, b: Plane) -> tuple[float, float]:
     mean_a, mean_b = float(a.mean()), float(b.mean())
     about = b - mean_b
     gain = float(np.vdot(a, about)) / max(float(np.vdot(about, about)), 1e-9 * about.size)
-    gain = float(np.clip(gain, 0.2, 5.0))  # far from the match the fit is near 0 and would stop the steps
+    gain = float(np.clip(gain, 0.2, 5.0))  # far from the match the gain is near 0, which would stop the steps
     return gain, mean_a - gain * mean_b

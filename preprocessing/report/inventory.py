@@ -21,7 +21,7 @@ PAIR_COLUMNS = (
     *("jpg_scale", "jpg_k1", "jpg_shift_x", "jpg_shift_y", "jpg_falloff"),
 )
 _NULL_CHUNK_BYTES = 128
-"""A column chunk of one null is smaller than this, one with the smallest true_flow larger."""
+"""A column chunk that holds one null is smaller than this; one that holds the smallest true_flow is larger."""
 
 
 class InspectError(ValueError):

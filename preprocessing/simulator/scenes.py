@@ -27,7 +27,7 @@ _TAPS = (np.arange(-_REACH, _REACH) + 0.5) / 2
 _HALVING = np.asarray(np.sinc(_TAPS) * np.sinc(_TAPS / LANCZOS_LOBES), np.float32)
 _HALVING /= _HALVING.sum()
 """Lanczos' kernel at half density. A 2x2 average would alias detail above the coarser canvas's resolution to moire that
-no lens makes: at 35 mm it moved edges by up to 0.1 px of the frame."""
+no lens produces: at 35 mm it moved edges by up to 0.1 px of the frame."""
 
 _RGBA_TO_LINEAR = np.stack([SRGB_BYTE_TO_LINEAR] * 3 + [(np.arange(256) / 255).astype(np.float32)], axis=-1)[None]
 

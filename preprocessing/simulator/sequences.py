@@ -166,7 +166,7 @@ def _write_sequence(folder: Path, job: _Job, photos: Sequence[Path]) -> None:
     if partial.exists():
         shutil.rmtree(partial)
     (partial / TRUTH_FOLDER).mkdir(parents=True)
-    cv2.setNumThreads(1)  # sums in the same order on every machine; Ray's tasks share the cores
+    cv2.setNumThreads(1)  # keeps the order of sums, and leaves other cores to other tasks
     scene_rng, motion_rng, camera_rng, *noise_rngs = np.random.default_rng([job.seed, job.index]).spawn(
         3 + len(FOCALS_MM)
     )

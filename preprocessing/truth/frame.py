@@ -79,7 +79,7 @@ class FrameGeometry:
         half_diagonal = 0.5 * float(np.hypot(self.jpg_width, self.jpg_height))
         dx = xy[..., 0] - (self.raw_width / 2 + self.principal_x)
         dy = xy[..., 1] - (self.raw_height / 2 + self.principal_y)
-        # Backward: a barrel (k1 < 0) shows more of the scene at the edge than an ideal lens.
+        # This is the backward map: a barrel (k1 < 0) shows more of the scene at the edge than an ideal lens.
         factor = scale * (1.0 - (self.k1 / half_diagonal**2) * (dx * dx + dy * dy))
         dx, dy = dx * factor, dy * factor
         (r00, r01, r02), (r10, r11, r12), (r20, r21, r22) = self._rotation().tolist()

@@ -1,6 +1,6 @@
 """Seamless textures: 1/f noise, brick, stone, wood, cloth, plaster, roof tiles, paper and more.
 
-A material is a tile at the finest canvas's density and its area averages by 2, 4 and 8, so that a wall looks the same
+A material is a tile at the finest canvas's density, with copies averaged down by 2, 4 and 8. A wall thus looks the same
 at every focal length. Tiles are made once per process from fixed seeds; scenes tint, shift and shade them.
 """
 

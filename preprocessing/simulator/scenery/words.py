@@ -55,7 +55,7 @@ def pick(rng: np.random.Generator, values: Sequence[T]) -> T:
 
 
 def tone(rng: np.random.Generator, colour: Colour, spread: float = 0.08) -> Colour:
-    """The colour with small random changes of brightness and hue, as from light and age."""
+    """The colour with small random changes of brightness and hue, as if faded by light and age."""
     factor = (1 + spread * rng.normal()) * (1 + 0.3 * spread * rng.normal(size=3))
     red, green, blue = np.clip(np.array(colour) * factor, 4, 250).tolist()
     return red, green, blue
