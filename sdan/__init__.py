@@ -27,7 +27,7 @@ from sdan.ops import squared_deform_conv2d
 __all__ = ["SDAN", "STARTER", "SDANConfig", "load", "raw_input", "squared_deform_conv2d", "starter_folder", "zoom"]
 
 STARTER = "starter"
-"""The name that `load` takes for the model that is installed with the package."""
+"""`load(STARTER)` loads the model that is installed with the package."""
 
 
 def load(model: str | Path) -> Network:
@@ -72,7 +72,7 @@ def zoom(
         ValueError: shapes that do not match each other or the model, or a model without a tile size.
     """
     if model.tile_px is None:
-        raise ValueError("model: expected one from sdan.load, got one without tile_px; set model.tile_px")
+        raise ValueError("model: expected a model from sdan.load, got one without tile_px; set model.tile_px")
     channels = 3 if model.config.input == "rgb" else 4
     if raw.dim() != 3 or raw.shape[0] != channels:
         raise ValueError(f"raw: expected [{channels},h,w] for input={model.config.input!r}, got {tuple(raw.shape)}")

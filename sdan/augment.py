@@ -1,8 +1,8 @@
 """Random crops, flips and transposes that keep the RAW's Bayer phase and all pictures registered.
 
-All positions are in mosaic pixels of the LR tile. A flip changes the colour phase: the last of an even number of RGGB
-rows is a G B row. So a crop to be flipped starts one sensor row later, at an odd row, and ends with an R G row. A
-transpose keeps the phase and swaps the two greens.
+All positions are in mosaic pixels of the LR tile. A flip would change the colour phase, because an RGGB crop ends with
+a G B row. So a crop to be flipped starts one sensor row later, at an odd row, and ends with an R G row. A transpose
+keeps the phase and swaps the two greens.
 """
 
 from __future__ import annotations

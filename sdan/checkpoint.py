@@ -40,7 +40,7 @@ FORMAT_VERSION = 1
 WEIGHTS, DESCRIPTION, TRAINER = "model.safetensors", "config.json", "trainer.pt"
 ARCHITECTURES: dict[str, type[SDAN] | type[SRResNet]] = {"SDAN": SDAN, "SRResNet": SRResNet}
 PACKAGES = ("torch", "torchvision", "safetensors", "numpy", "ray", "mlflow")
-"""Their versions are stored."""
+"""Packages of which the versions are stored."""
 
 
 class CheckpointError(ValueError):
@@ -166,7 +166,7 @@ def load_trainer_state(folder: str | Path) -> dict[str, Any]:
     """
     path = _find(Path(folder)) / TRAINER
     if not path.is_file():
-        raise CheckpointError(f"{path}: expected for resuming, got no such file; start a new run from this model")
+        raise CheckpointError(f"{path}: expected a trainer state, got no such file; start a new run from this model")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
@@ -190,7 +190,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
         described = json.loads(path.read_text())
     except OSError as error:
         raise CheckpointError(
-            f"{path}: expected in a checkpoint, got {error.strerror}; copy the whole folder again"
+            f"{path}: expected a checkpoint's file, got {error.strerror}; copy the whole folder again"
         ) from error
     except ValueError as error:
         raise CheckpointError(f"{path}: expected JSON, got {error}; copy the checkpoint again") from error
@@ -206,7 +206,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
 
 def _load_weights(model: nn.Module, path: Path) -> None:
     if not path.is_file():
-        raise CheckpointError(f"{path}: expected in a checkpoint, got no such file; copy the whole folder again")
+        raise CheckpointError(f"{path}: expected a checkpoint's file, got no such file; copy the whole folder again")
     try:
         weights = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:

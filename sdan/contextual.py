@@ -22,7 +22,7 @@ from torch.nn import functional as F
 BANDWIDTH = 0.5
 """h, as in both papers' code."""
 EPSILON = 1e-5
-"""Added to the row's smallest distance, against division by zero."""
+"""Added to the row's smallest distance to avoid division by zero."""
 BLOCK_ELEMENTS = 1 << 20
 """Entries of A in memory at a time."""
 GRID = 64
@@ -83,7 +83,7 @@ def contextual_loss(points: Points, target: Points, *, spatial_weight: float = 0
         spatial_weight: w_s, 0.1 in the CoBi paper.
 
     Returns:
-        scalar, at least 0, in float32 (float64 for float64 features), also under autocast.
+        scalar, at least 0, in float32 (float64 for float64 features), even under autocast.
 
     Raises:
         ValueError: point sets of different sizes.

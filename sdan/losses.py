@@ -10,7 +10,7 @@ and compute parts["NAME"] in `_target_loss` (pixels), in `_feature_terms`, or in
 VGG_WEIGHTS. A loss for another forward pass is a new function here, called in pipelines/training/step.py.
 
 Every term crops `border_px` target pixels from each side, where convolutions saw zero padding and offsets point outside
-the crop. All terms are computed in float32, also under autocast.
+the crop. All terms are computed in float32, even under autocast.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def sdan_loss(
 def self_reference_loss(output: SDANOutput, low: Tensor, config: LossConfig) -> LossTerms:
     """Compare the deployed pass {X, X} with its own low-resolution picture; no target is used (ours).
 
-    X' and the low-passed output must both equal the input's picture. This fixes colour, brightness and position, and
+    X' and the low-passed output must both equal the input's picture. This fixes colour, brightness and position, but
     does not constrain detail above the input's resolution.
 
     Args:

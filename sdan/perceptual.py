@@ -56,7 +56,7 @@ class VGG19Features(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """Compute the feature maps, in float32 also under autocast.
+        """Compute the feature maps, in float32 even under autocast.
 
         Args:
             image: [B,3,H,W], RGB in [0, 1].
@@ -135,7 +135,7 @@ def _download() -> Mapping[str, Tensor]:
 def _origin(path: Path | str | None) -> str:
     if path is not None:
         return f"--vgg-weights {path}"
-    return f"VGG-19 weights, by torchvision in {Path(torch.hub.get_dir()) / 'checkpoints'}"
+    return f"VGG-19 weights, torchvision's copy in {Path(torch.hub.get_dir()) / 'checkpoints'}"
 
 
 def _first_line(error: Exception) -> str:

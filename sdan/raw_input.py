@@ -80,7 +80,7 @@ def normalise(packed_N4HW: Tensor, black_N4: Tensor, white_N: Tensor, wb_N4: Ten
     black = black_N4.float()[:, :, None, None]
     span = white_N.float()[:, None, None, None] - black
     if n and float(span.min()) <= 0:
-        raise ValueError(f"white level: expected above the black level {black_N4.tolist()}, got {white_N.tolist()}")
+        raise ValueError(f"white level: expected more than the black level {black_N4.tolist()}, got {white_N.tolist()}")
     gain = wb_N4.float()[:, :, None, None] / span
     return (packed_N4HW.float() - black).mul_(gain).clamp_(0, 1)
 

@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 
 def low_pass(image_NCHW: Tensor, factor: int) -> Tensor:
-    """Average over factor x factor pixels. Every low-resolution reference (Y' and packed input's) is made by this.
+    """Average over factor x factor pixels. Makes all low-resolution references (Y', and the rendering for packed RAW).
 
-    A departure: the released code shrinks Y by bicubic interpolation without antialiasing, so its Y' aliases.
+    The released code instead shrinks Y by bicubic interpolation without antialiasing, so its Y' aliases.
 
     Raises:
         ValueError: H or W is not a multiple of `factor`.

@@ -20,7 +20,7 @@ def full_conv2d(input: Tensor, weight: Tensor) -> Tensor:
         weight: [Cout, Cin, K, K], K odd.
 
     Returns:
-        [N, Cout, H + K - 1, W + K - 1], channels-last. Autocast lowers it as it lowers `conv2d`.
+        [N, Cout, H + K - 1, W + K - 1], channels-last. Autocast treats it like `conv2d`.
     """
     device_type = input.device.type
     if torch.is_autocast_enabled(device_type) and input.dtype != torch.float64:

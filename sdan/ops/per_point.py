@@ -7,7 +7,7 @@ from torch import Tensor
 def per_point_deform_conv2d(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """output(p) = bias + sum_k weight_k . input(p + k + offset_k(p)): torchvision's `deform_conv2d`, stride 1.
 
-    Half types are computed in float32 and the result is cast back, also under autocast: torchvision's CPU operator
+    Half types are computed in float32 and the result is cast back, even under autocast: torchvision's CPU operator
     supports neither bfloat16 nor float16, and its GPU operator would round the sampling positions. So half types cost
     as much as float32, with 9 C H W values of scratch memory for K=3.
 

@@ -85,7 +85,7 @@ def channels_last(image_NCHW: Tensor) -> Tensor:
     """The image in channels-last memory, without a copy if it already is.
 
     On the CPU each image is transposed separately: PyTorch tiles the copy of a transposed matrix but not that of a
-    permuted batch, so this takes half the time. Not while tracing, where the loop would fix the batch size.
+    permuted batch, so this takes half the time. Tracing copies the batch, because a loop would fix its size.
     """
     if image_NCHW.is_contiguous(memory_format=torch.channels_last) or torch.compiler.is_compiling():
         return image_NCHW.contiguous(memory_format=torch.channels_last)

@@ -215,7 +215,7 @@ def warp_backward_kernel(
         grad_y = left * (dot_bl - dot_tl) + right * (dot_br - dot_tr)
         grad_x = top * (dot_tr - dot_tl) + bottom * (dot_br - dot_bl)
         invalid = (y != y) | (x != x)
-        grad_y = tl.where(invalid, y + x, grad_y)  # NaN, as the output is
+        grad_y = tl.where(invalid, y + x, grad_y)  # NaN, like the output
         grad_x = tl.where(invalid, y + x, grad_x)
         plane = height * width
         target = grad_offset_ptr + image * 2 * plane + sample

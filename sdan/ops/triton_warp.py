@@ -91,7 +91,7 @@ def launch_meta(channels: int, dtype: torch.dtype, *, backward: bool) -> dict[st
 
 
 def _grid(offset: Tensor, block_p: int) -> int:
-    """The number of programs, on one axis (the others are limited to 65535): blocks of one image, then of the next."""
+    """The number of programs, all on one axis (the others are limited to 65535), in order of image, then block."""
     return offset.shape[0] * triton.cdiv(offset.shape[2] * offset.shape[3], block_p)
 
 

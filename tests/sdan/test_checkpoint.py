@@ -122,16 +122,16 @@ def test_missing_folders_and_files_are_named(folder, tmp_path):
     with pytest.raises(CheckpointError, match="no such folder") as error:
         load(tmp_path / "none")
     one_line(error)
-    with pytest.raises(CheckpointError, match=r"trainer\.pt: expected for resuming"):
+    with pytest.raises(CheckpointError, match=r"trainer\.pt: expected a trainer state"):
         load_trainer_state(folder)
     (folder / "model.safetensors").rename(folder / "elsewhere")
     with pytest.raises(
-        CheckpointError, match=r"model\.safetensors: expected in a checkpoint, got no such file;"
+        CheckpointError, match=r"model\.safetensors: expected a checkpoint's file, got no such file;"
     ) as error:
         load(folder)
     one_line(error)
     (folder / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"config\.json: expected in a checkpoint, got No such file"):
+    with pytest.raises(CheckpointError, match=r"config\.json: expected a checkpoint's file, got No such file"):
         load(folder)
 
 

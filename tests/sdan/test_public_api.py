@@ -117,7 +117,7 @@ def test_zoom_arranges_packed_raw_for_the_model(kind):
 
 
 def test_zoom_without_a_tile_size_is_refused():
-    with pytest.raises(ValueError, match=r"model: expected one from sdan\.load, got one without tile_px"):
+    with pytest.raises(ValueError, match=r"model: expected a model from sdan\.load, got one without tile_px"):
         sdan.zoom(sdan.SDAN(SMALL), torch.rand(4, 8, 8), torch.rand(3, 16, 16))
 
 

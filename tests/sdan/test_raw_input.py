@@ -30,7 +30,7 @@ def test_normalise_uses_the_levels_of_each_image():
 
 def test_normalise_refuses_wrong_levels_and_shapes():
     counts, four = torch.zeros(1, 4, 2, 2), torch.ones(1, 4)
-    with pytest.raises(ValueError, match=r"white level: expected above the black level \[\[512.*, got \[512"):
+    with pytest.raises(ValueError, match=r"white level: expected more than the black level \[\[512.*, got \[512"):
         normalise(counts, four * 512, torch.tensor([512.0]), four)
     with pytest.raises(ValueError, match="RAW: expected packed"):
         normalise(counts, four[0], torch.tensor([4000.0]), four)
