@@ -109,8 +109,8 @@ def _optuna(distribution: Distribution) -> distributions.BaseDistribution:
 def _tune_settings() -> Iterator[None]:
     """Settings that Tune reads only from the environment.
 
-    Tune saves its state every second: a kill loses everything since the last save, by default 10 seconds or more. Its
-    progress tables are off.
+    Tune saves its state every second (default: 10 seconds or more), because a kill loses everything since the last
+    save. Its progress tables are off.
     """
     settings = {"TUNE_GLOBAL_CHECKPOINT_S": "1", "RAY_AIR_NEW_OUTPUT": "0"}
     missing = {key: value for key, value in settings.items() if key not in os.environ}
@@ -124,7 +124,7 @@ def _tune_settings() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Do not print the traceback of a failed trial: the table has its reason, and error.txt the traceback."""
+    """Do not print the traceback of a failed trial: the table has its reason, and error.txt has the traceback."""
     optuna_level = optuna_logging.get_verbosity()
     optuna_logging.set_verbosity(optuna_logging.WARNING)
     loggers = [logging.getLogger(name) for name in ("ray.tune.execution.tune_controller", "ray.tune.tune")]

@@ -151,7 +151,7 @@ def _finish(client: MlflowClient, run: SweepRun, folder: Path, num_trials: int) 
             if row.status == "running":
                 close_child(client, row.run_id, "interrupted")
         raise InterruptedSweepError(
-            f"sweep {run.name!r}: expected {num_trials} ended trials, got {len(done)} before an interruption; resume it"
+            f"sweep {run.name!r}: expected {num_trials} ended trials, got {len(done)} when interrupted; resume it"
         )
     for row in trials:
         if row.status == "running":  # Tune was killed before it saved this trial, and has started another
@@ -164,7 +164,7 @@ def _finish(client: MlflowClient, run: SweepRun, folder: Path, num_trials: int) 
     if best is None or best.score is None:
         first = next((row.reason for row in trials if row.reason), "no reason recorded")
         raise SweepError(
-            f"sweep {run.name!r}: expected a trial with a result, got {len(done)} without; the first: {first}"
+            f"sweep {run.name!r}: expected a trial with a result, got {len(done)} without one; the first: {first}"
         )
     for row in trials:
         client.set_tag(row.run_id, BEST_TAG, str(row is best).lower())
@@ -196,7 +196,7 @@ def _resume(folder: Path, asked: Record) -> Record:
         got = getattr(asked, key)
         if key != "parent_run_id" and got != value:
             raise SweepError(
-                f"sweep {record.name!r}, {key}: expected {value} as at its start, got {got}; resume with the same"
+                f"sweep {record.name!r}, {key}: expected {value} (as at its start), got {got}; resume with that value"
             )
     return record
 

@@ -114,7 +114,7 @@ def close_child(client: MlflowClient, run_id: str, status: str, reason: str = ""
 
 
 class EndOfTrial(tune.Callback):
-    """Ends the MLflow runs of trials that cannot do so themselves: ASHA stopped them, or their process died."""
+    """Ends the MLflow runs of trials that cannot do so themselves because ASHA stopped them or their process died."""
 
     def __init__(self, run: SweepRun) -> None:
         self.run = run

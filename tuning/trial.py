@@ -216,7 +216,7 @@ def reason_of(error: BaseException) -> str:
     """One line, 'ValueError: crop too large', for the root cause of an error.
 
     Ray wraps errors: this unwraps a failed Ray Train run to the error of its first failed worker (or its controller),
-    and a Ray task error to its cause. Of a message with several lines only the first is kept.
+    and a Ray task error to its cause. Only the first line of a message is kept.
     """
     failures: dict[int, BaseException] = getattr(error, "worker_failures", None) or {}
     if failures:

@@ -189,7 +189,7 @@ def test_all_trials_failed_gives_the_first_reason(slots, sweep):
 
     with pytest.raises(
         SweepError,
-        match=r"expected a trial with a result, got 1 without; the first: ValueError: no shards in data/shards",
+        match=r"expected a trial with a result, got 1 without one; the first: ValueError: no shards in data/shards",
     ):
         run_other(sweep[2], name="broken", train=broken, num_trials=1)
     (parent,) = [run for run in runs(sweep) if run.data.tags.get("mlflow.runName") == "broken"]
@@ -198,7 +198,7 @@ def test_all_trials_failed_gives_the_first_reason(slots, sweep):
 
 def test_an_interrupted_sweep_says_resume_and_is_killed(slots, sweep, monkeypatch):
     monkeypatch.setattr("tuning.sweep.search", lambda *arguments: None)  # as if it ended before its first trial
-    with pytest.raises(SweepError, match="expected 2 ended trials, got 0 before an interruption; resume it"):
+    with pytest.raises(SweepError, match="expected 2 ended trials, got 0 when interrupted; resume it"):
         run_other(sweep[2], name="cut")
     (parent,) = [run for run in runs(sweep) if run.data.tags.get("mlflow.runName") == "cut"]
     assert parent.info.status == "KILLED"
@@ -219,7 +219,7 @@ def test_resuming_a_finished_sweep_redoes_nothing(slots, sweep):
     assert [row.epochs for row in first.trials] == [1, 1]
     assert run_other(folder, **same, resume=True) == first
     assert (folder / "calls").read_text() == "xx"
-    with pytest.raises(SweepError, match=r"num_trials: expected 2 as at its start, got 3"):
+    with pytest.raises(SweepError, match=r"num_trials: expected 2 \(as at its start\), got 3"):
         run_other(folder, **same, resume=True, num_trials=3)
     with pytest.raises(SweepError, match=r"space: expected .*uniform\(0, 1\).*, got .*uniform\(0, 2\)"):
         run_other(folder, {"a": uniform(0, 2)}, **same, resume=True)
