@@ -142,7 +142,7 @@ def _takes_preprocess_options(verb: Callable[..., None]) -> Callable[..., None]:
 
 @app.command()
 def demo() -> None:
-    """Run every stage, small, on this machine, from simulated RAW to a picture."""
+    """Run every stage at a small size on this machine, from simulated RAW to a picture."""
     from pipelines import demo as verb
 
     result = verb.run(_data(), say=_say)
@@ -332,7 +332,7 @@ def zoom(
     out: Annotated[Path, typer.Option("-o", metavar="OUT", help="A .png, or a folder for several photographs.")],
     model: Annotated[
         str | None,
-        typer.Option(metavar="URI", help="As for evaluate; default: the champion, or the starter model without one."),
+        typer.Option(metavar="URI", help="As for evaluate; default: the champion, or else the starter model."),
     ] = None,
     bits: Annotated[int, typer.Option(help="8 or 16 bits per channel.")] = 8,
 ) -> None:
@@ -433,7 +433,7 @@ def main() -> None:
     except OSError as error:
         if error.filename is None or isinstance(error, ConnectionError):
             raise
-        _stop(f"{error.filename}: expected a place to read and write, got {error.strerror}; choose another")
+        _stop(f"{error.filename}: expected a readable and writable path, got {error.strerror}; choose another")
     except Exception as error:
         package = type(error).__module__.split(".")[0]
         if package == "mlflow":

@@ -44,10 +44,10 @@ def start_ray(*, resources: dict[str, float] | None = None) -> None:
     # By default Ray ends idle worker processes after a second. Each new one imports torch again, which took half of the
     # CPU time of a small training.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
-    # Ray warns at four times this many processes; on two CPUs the actors of one training are already eight.
+    # Ray warns at four times this number of processes. On two CPUs one training already has eight actors.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, os.cpu_count() or 1)))
-    # OpenMP threads yield their core while they wait. With readers, or another run, on the same cores, a training with
-    # spinning threads takes several times as long.
+    # OpenMP threads must yield their core while they wait: if they spin, and readers or another run use the same
+    # cores, training takes several times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     verbose = os.environ.get("SDAN_VERBOSE") == "1"
     common: dict[str, Any] = {

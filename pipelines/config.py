@@ -158,7 +158,7 @@ def srraw_8x() -> ExperimentConfig:
 
 
 def smoke() -> ExperimentConfig:
-    """Tiny, seconds on a CPU: to see that every stage runs."""
+    """Tiny: takes seconds on a CPU, to check that every stage runs."""
     return ExperimentConfig(
         name="smoke",
         model=SDANConfig(features=8, blocks=1, packing_kernel=4, skip="rendering"),
@@ -267,7 +267,7 @@ def flatten(config: ExperimentConfig) -> dict[str, Any]:
 
 
 def to_dict(config: ExperimentConfig) -> dict[str, Any]:
-    """JSON-ready; `from_dict` is the way back."""
+    """JSON-ready values; `from_dict` is the inverse."""
     return dataclasses.asdict(config)
 
 

@@ -1,4 +1,4 @@
-"""`sdan demo`: every stage, small, on this machine, from simulated RAW to a zoomed photograph."""
+"""`sdan demo`: every stage at a small size on this machine, from simulated RAW to a zoomed photograph."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def run(data: Path, *, say: Callable[[str], None]) -> DemoResult:
 
 
 def summary(result: DemoResult, data: Path) -> str:
-    """What `sdan demo` prints at the end: scores, pictures, and how to go on."""
+    """What `sdan demo` prints at the end: scores, pictures, and the next commands."""
     started = result.starter.rows["SDAN (self)"]
     before = ", ".join(f"{target} {started[f'{target}_psnr']:.2f} dB" for target in result.starter.targets)
     model = result.training.model
@@ -103,7 +103,7 @@ def summary(result: DemoResult, data: Path) -> str:
 
 
 def _zoom(sequence: Path, model: Path, out: Path) -> list[Path]:
-    """Zoom the sequence's 50 mm frame (00005), and show its centre beside bicubic."""
+    """Zoom the sequence's 50 mm frame (00005), and write a picture of its centre beside bicubic."""
     zoomer = Zoomer.load(model)
     photo = read_photo(
         next(path for path in sequence.glob("00005.*") if path.suffix.lower() in (".dng", ".arw")),

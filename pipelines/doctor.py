@@ -40,7 +40,7 @@ def report(data: Path, *, say: Callable[[str], None]) -> int:
 
 
 def _run(name: str, check: Callable[[], Finding]) -> Finding:
-    """The check's finding; an error that it raises is a finding, too."""
+    """The check's finding. An error that it raises becomes a finding, too."""
     try:
         return check()
     except ModuleNotFoundError as error:

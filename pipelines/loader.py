@@ -43,7 +43,7 @@ TASK_CROPS = 32
 
 
 class ShardsError(ValueError):
-    """Shards that this run cannot train or be evaluated on; the message says what to do."""
+    """Shards that cannot be used for this training or evaluation; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,7 @@ def num_steps(first_crop: int, last_crop: int, crops_per_step: int) -> int:
 
 
 def crop_numbers(places: np.ndarray, *, batch: int, rank: int, world: int, first_crop: int) -> np.ndarray:
-    """The stream numbers of this worker's crops; `places` counts its own crops from 0 at `first_crop`."""
+    """The stream numbers of this worker's crops. `places` numbers them from 0, starting at `first_crop`."""
     step, place = np.divmod(places, batch)
     return np.asarray(first_crop + step * (world * batch) + rank * batch + place)
 

@@ -32,7 +32,7 @@ CHAMPION = "champion"
 PREVIOUS_TAG = "sdan.previous_champion"
 """Tag of a champion's version: the version that was champion before it."""
 CHECKPOINT_TAG = "sdan.checkpoint"
-"""Tag of a run: the artifact folder of the checkpoint registered last."""
+"""Tag of a run: the artifact folder of the newest registered checkpoint."""
 
 SHARDS_TAG = "sdan.trained_on"
 """Tag of the registered model: the shards of its newest version, so that a retraining knows what is new."""
@@ -331,7 +331,7 @@ def _database(tracking_uri: str) -> Path | None:
 def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield  # closing the file releases the lock, also after a kill
+        yield  # closing the file releases the lock, even after a kill
 
 
 def _is_current(tracking_uri: str, database: Path) -> bool:

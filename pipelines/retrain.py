@@ -1,7 +1,8 @@
 """`sdan retrain`: preprocess new RAW, fine-tune the champion, and promote the result if it is better.
 
-Champion and fine-tuned model are scored on the same held-out tiles. Without a champion, the first model becomes it. The
-verb is made for a schedule: the registry records what the last training saw, and with nothing new the run ends at once.
+Champion and fine-tuned model are scored on the same held-out tiles. Without a champion, the new model becomes the
+champion. The verb can run on a schedule: the registry records which shards the last training saw, and if none are new
+the run ends at once.
 """
 
 from __future__ import annotations
@@ -124,8 +125,8 @@ def _fine_tune(
 def _trained_on_all(uri: str, shards: str) -> bool:
     """Whether the last training, promoted or not, saw exactly these shards.
 
-    Comparing digests also covers an earlier training that was interrupted and shards that were copied in, which the
-    number of pairs written by this run would miss.
+    Digests are compared, because the number of pairs written by this run misses shards of an earlier, interrupted
+    run and shards that were copied in.
     """
     return registry.remembered_shards(uri) == index_split(shards, "train").digest
 

@@ -58,7 +58,7 @@ CHANGEABLE = (
 RESIZE_CHECK_S = 30.0
 """How often an elastic run checks whether more workers fit. Growing repeats the steps since the last checkpoint."""
 MAX_START_FAILURES = 60
-"""How often the workers may fail to start, at about a minute each: the time to replace a lost machine."""
+"""How often the workers may fail to start, at about a minute each. This leaves time to replace a lost machine."""
 
 
 class TrainError(ValueError):
@@ -79,7 +79,7 @@ class TrainResult:
     version: str | None
     """Its version in the registry; None if it was not registered."""
     champion: bool
-    """Whether it became the champion: the first model of a registry does."""
+    """Whether it became the champion, as the first model of a registry does."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def choose(
         init: a model URI (registry.resolve_model) whose weights and network to start from.
 
     Raises:
-        TrainError, ConfigError, RunFolderError, RegistryError: options that contradict each other, or name nothing.
+        TrainError, ConfigError, RunFolderError, RegistryError: options that contradict each other, or an unknown name.
     """
     changes = configs.parse_assignments(assignments)
     if seed is not None:
@@ -259,12 +259,12 @@ def _folder(data: Path, config: ExperimentConfig, name: str | None, resume: bool
 
 def _check_resumed(stored: StoredRun, config: ExperimentConfig, shards: str) -> None:
     if shards != stored.shards:
-        raise TrainError(f"--resume, SHARDS: expected {stored.shards}, as the run was started, got {shards}")
+        raise TrainError(f"--resume, SHARDS: expected {stored.shards} (as when the run started), got {shards}")
     before, now = configs.flatten(configs.from_dict(stored.config)), configs.flatten(config)
     for key, value in before.items():
         if now[key] != value and key not in CHANGEABLE:
             raise TrainError(
-                f"--resume, {key}: expected {value}, as the run was started, got {now[key]}; "
+                f"--resume, {key}: expected {value} (as when the run started), got {now[key]}; "
                 f"only {', '.join(CHANGEABLE)} may change"
             )
 

@@ -96,7 +96,7 @@ class Zoomer:
 
 
 def check_output(path: Path, bits: int) -> None:
-    """Check before the work that its result can be written."""
+    """Check, before the work starts, that its result can be written."""
     if bits not in (8, 16):
         raise ZoomError(f"--bits: expected 8 or 16, got {bits}")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
@@ -143,7 +143,7 @@ def output_paths(photos: Sequence[Path], out: Path, scale: int) -> list[Path]:
     for number, target in enumerate(targets):
         if target in targets[:number]:
             first = photos[targets.index(target)]
-            raise ZoomError(f"{photos[number]}: expected a file name of its own, got that of {first}; use two folders")
+            raise ZoomError(f"{photos[number]}: expected a unique file name, got that of {first}; use two folders")
     return targets
 
 
@@ -157,10 +157,10 @@ class Zoomed:
 
 
 def choose_model(data: Path, uri: str | None) -> tuple[Path, bool]:
-    """(checkpoint folder, whether it is the starter model for want of a champion).
+    """(checkpoint folder, whether it is the starter model because there is no champion).
 
     Args:
-        uri: a model URI (registry.resolve_model); None: the champion, or the starter model while there is none.
+        uri: a model URI (registry.resolve_model); None: the champion, or the starter model if there is none.
     """
     tracking_uri = registry.default_tracking_uri(data)
     fallback = uri is None and registry.get_champion(tracking_uri) is None

@@ -46,7 +46,7 @@ def score_model(
         precision: auto, fp32, bf16 or fp16 (sdan.ops.precision).
 
     Returns:
-        offsets are measured in mosaic pixels.
+        scores by name; those of offsets are in mosaic pixels.
     """
     collected: PerCrop = {}
     model.eval()

@@ -3,7 +3,7 @@
 run.json          StoredRun: what a resumed run must know
 shards.json       StoredShards: the pairs that the run trains and validates on, listed once
 progress.jsonl    one line per validation, appended by Ray Train's controller once the checkpoint is safe
-live.json         rank 0's position, every few seconds, where it shares the folder
+live.json         rank 0's position, every few seconds, if its machine shares the folder
 checkpoint_*/     Ray Train's own checkpoints and state
 model/            the best checkpoint; its presence means that the run is finished
 """
@@ -43,7 +43,7 @@ class StoredRun:
     """Where Ray Train keeps state and checkpoints; None: the run's folder."""
 
     def write(self, folder: Path) -> None:
-        """Write it to the run's folder, which is made if missing."""
+        """Write it to the run's folder, which is created if missing."""
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / RUN, json.dumps(asdict(self), indent=2))
 
@@ -61,7 +61,7 @@ class RunShards:
 
     @classmethod
     def read(cls, folder: Path) -> RunShards | None:
-        """What `write` wrote; None for a run of a version that did not keep it (0.1)."""
+        """What `write` wrote; None for a run of version 0.1, which did not write it."""
         path = folder / SHARDS
         if not path.exists():
             return None
@@ -78,7 +78,7 @@ def run_folder(data: Path, name: str) -> Path:
 
 
 def all_runs(data: Path) -> list[Path]:
-    """The folders of all runs, the one started last first."""
+    """The folders of all runs, most recently started first."""
     found = sorted((data / RUNS).glob(f"*/{RUN}"), key=lambda path: path.stat().st_mtime, reverse=True)
     return [path.parent for path in found]
 
@@ -99,7 +99,7 @@ def started_at(folder: Path) -> float:
 
 
 def newest_unfinished(data: Path) -> Path:
-    """The folder of the run started last that has not finished.
+    """The folder of the most recently started run that has not finished.
 
     Raises:
         RunFolderError: there is none.
@@ -144,7 +144,7 @@ def live(folder: Path) -> dict[str, Any]:
 
 
 def _to_json(index: ShardIndex) -> dict[str, Any]:
-    # Not asdict: ShardInfo.options is a mapping of plain values that JSON takes as it stands.
+    # Not asdict: ShardInfo.options is a mapping of plain values that JSON can store unchanged.
     return {field.name: getattr(index, field.name) for field in fields(index)} | {"info": index.info.__dict__}
 
 

@@ -21,7 +21,7 @@ from pipelines.loader import ShardIndex
 from sdan import checkpoint
 
 EPOCH_METRICS = ("train_loss", "val_psnr")
-"""Every epoch logs at least one of these; they tell which epochs a run already has."""
+"""Every epoch logs at least one of these; they show which epochs a run already has."""
 
 
 class RunLog:

@@ -106,7 +106,7 @@ class Training:
     crops: int = 0
     """Position in the stream of crops: the number that all workers together have seen."""
     skipped_in_a_row: Tensor | int = 0
-    """Consecutive steps, up to the last one, whose loss or gradient was not finite; counted on the device."""
+    """Number of consecutive steps, up to the last, without a finite loss and gradient; counted on the device."""
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values for `restore`; the averaged weights are saved as the checkpoint's model."""

@@ -153,7 +153,7 @@ class TrainWorker:
         )
 
     def _end_epoch(self, before: int, metrics: dict[str, float]) -> None:
-        """Validate and checkpoint if the epochs since `before` include a validation; one large step may end several."""
+        """Validate and checkpoint if the epochs since `before` include a validation (one step may end several)."""
         epoch, every = self.epoch, self.config.train.validate_every
         if epoch // every > before // every or epoch == self.config.train.epochs:
             self._report(epoch, metrics)

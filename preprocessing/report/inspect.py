@@ -74,7 +74,7 @@ def inspect(shards: str, *, progress: Callable[[int, int], None] | None = None) 
 
 
 def check_output(path: Path) -> None:
-    """Check before the work that the page can be written.
+    """Check, before the work starts, that the page can be written.
 
     Raises:
         InspectError: `path` is a folder, or is not inside one that exists.

@@ -152,7 +152,7 @@ def test_the_only_photograph_raises_its_own_error(zoomer, tmp_path):
     ("names", "out", "message"),
     [
         (("one.png", "two.png"), "all.png", "expected a folder for several photographs, got one .png file"),
-        (("one.png", "other/one.dng"), "out", "other/one.dng: expected a file name of its own"),
+        (("one.png", "other/one.dng"), "out", "other/one.dng: expected a unique file name"),
         (("one.png",), "zoomed.jpg", "expected a .png or a folder, got a .jpg file"),
     ],
 )
