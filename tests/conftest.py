@@ -80,7 +80,7 @@ def tiny_shards(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def shards_without_truth(tiny_shards, tmp_path_factory):
-    """The tiny shards as real photographs would be: without the simulator's ideal picture and true offsets."""
+    """The tiny shards as if from real photographs, without the simulator's ideal picture and true offsets."""
     folder = tmp_path_factory.mktemp("real")
     for source in Path(tiny_shards).rglob("*.parquet"):
         table = pq.read_table(source)
@@ -96,7 +96,7 @@ def shards_without_truth(tiny_shards, tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def _shut_down_ray():
-    """A module that started Ray in this process ends it, so that the next one can start its own."""
+    """Shut down Ray after each module that started it in this process, so that the next module can start it."""
     yield
     ray = sys.modules.get("ray")
     if ray is not None and hasattr(ray, "is_initialized") and ray.is_initialized():

@@ -1,4 +1,4 @@
-"""cluster.yaml, checked without AWS: by Ray's validation, which ignores what is in `provider` and `node_config`, and by
+"""Checks cluster.yaml without AWS: by Ray's validation, which ignores what is in `provider` and `node_config`, and by
 botocore's model of EC2's RunInstances, which covers them."""
 
 import copy

@@ -169,7 +169,7 @@ def test_retraining_runs_once_for_new_pairs(tmp_path):
     champion = registry.get_champion(registry.default_tracking_uri(tmp_path / "data"))
     assert second.promoted == (gain > 0)
     assert str(champion.version) == (second.trained.version if gain > 0 else first.trained.version)
-    assert "nothing new" in retrain(raw, shards, **place).reason  # also if it was not promoted
+    assert "nothing new" in retrain(raw, shards, **place).reason  # even if the second model was not promoted
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Which package, folder and file may import which. Imports are read from the syntax tree, so late ones count too."""
+"""Which package, folder and file may import which. The syntax tree is read, so imports inside functions count, too."""
 
 import ast
 import subprocess
@@ -46,7 +46,7 @@ def package_sources() -> dict[str, str]:
 
 
 def imported(file: str, text: str, modules: set[str]) -> set[str]:
-    """Dotted names that a file imports, also inside functions; `from a import b` is a.b if that is a module."""
+    """Dotted names that a file imports, even inside functions; `from a import b` is a.b if that is a module."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(text, file)):
         if isinstance(node, ast.Import):
@@ -115,8 +115,8 @@ def graph(sources: dict[str, str], node_of: Callable[[str], str]) -> dict[str, s
     return edges
 
 
-def circle(edges: dict[str, set[str]]) -> list[str]:
-    """The nodes of one circle, the first one repeated at the end; [] if there is none."""
+def cycle(edges: dict[str, set[str]]) -> list[str]:
+    """The nodes of one cycle, with the first repeated at the end; [] if there is none."""
     done: set[str] = set()
 
     def walk(name: str, path: list[str]) -> list[str]:
@@ -137,18 +137,18 @@ def test_every_import_is_allowed():
     assert forbidden(package_sources()) == []
 
 
-def test_no_circles_between_files():
-    assert circle(graph(package_sources(), module_of)) == []
+def test_no_cycles_between_files():
+    assert cycle(graph(package_sources(), module_of)) == []
 
 
-def test_no_circles_between_rooms():
+def test_no_cycles_between_rooms():
     """A room is a folder below a package; a file directly in a package counts as a room."""
-    assert circle(graph(package_sources(), room_of)) == []
+    assert cycle(graph(package_sources(), room_of)) == []
 
 
-def test_no_circles_between_packages():
+def test_no_cycles_between_packages():
     edges = graph(package_sources(), lambda file: file.partition("/")[0])
-    assert circle(edges) == []
+    assert cycle(edges) == []
     assert all("pipelines" not in targets for targets in edges.values())
 
 
@@ -187,25 +187,25 @@ def test_allowed_imports_are_accepted():
     assert forbidden(sources) == []
 
 
-def test_circles_are_found():
+def test_cycles_are_found():
     sources = {
         "sdan/a.py": "from sdan import b",
         "sdan/b.py": "def late():\n    from sdan.c import thing",
         "sdan/c.py": "from . import a",
     }
-    assert circle(graph(sources, module_of)) == ["sdan.a", "sdan.b", "sdan.c", "sdan.a"]
-    assert circle(graph(sources | {"sdan/c.py": "import math"}, module_of)) == []
+    assert cycle(graph(sources, module_of)) == ["sdan.a", "sdan.b", "sdan.c", "sdan.a"]
+    assert cycle(graph(sources | {"sdan/c.py": "import math"}, module_of)) == []
 
 
-def test_circles_between_rooms_are_found():
+def test_cycles_between_rooms_are_found():
     sources = {
         "sdan/network.py": "from sdan.ops import kernels",
         "sdan/ops/__init__.py": "",
         "sdan/ops/kernels.py": "import math",
         "sdan/ops/check.py": "from sdan import network",
     }
-    assert circle(graph(sources, module_of)) == []
-    assert circle(graph(sources, room_of)) == ["sdan/network.py", "sdan/ops", "sdan/network.py"]
+    assert cycle(graph(sources, module_of)) == []
+    assert cycle(graph(sources, room_of)) == ["sdan/network.py", "sdan/ops", "sdan/network.py"]
 
 
 @pytest.mark.parametrize(

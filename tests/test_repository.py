@@ -34,7 +34,7 @@ TOP_LEVEL = {
     "tests",
     "tuning",
 }
-# Written so that this file does not find itself.
+# The patterns are split so that they do not match this file.
 MACHINE_PATH = re.compile("(?<![\\w.~$}-])/(home/(?!ubuntu)" + "|Users/|r" + "oot/|w" + "ork/|mnt/|media/)\\w+")
 PACKAGE_INDEX = re.compile(
     "(index"
@@ -138,7 +138,7 @@ def verbs_in(page: str) -> set[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def pages(tracked) -> dict[str, str]:
-    """The prose that people read, by its file's name; RESULTS.md also tells of older names."""
+    """The prose that people read, by its file's name; without RESULTS.md, which also uses older names."""
     written = [name for name in tracked if name.endswith(".md") and name != "benchmarks/RESULTS.md"]
     return {name: (ROOT / name).read_text() for name in written}
 

@@ -34,7 +34,7 @@ SDAN = str(Path(sys.executable).with_name("sdan"))
 SETTINGS = {"train.epochs": 10, "train.crops_per_epoch": 16, "train.learning_rate": 3e-3, "train.ema_decay": 0.9}
 CONFIG = configs.override(configs.smoke(), SETTINGS)
 NOISE_DB = 0.5
-"""Largest difference between runs of the same crops whose sums have another order or whose steps are larger."""
+"""Largest difference between runs that see the same crops, but sum in another order or take larger steps."""
 
 
 def reports(folder):
@@ -103,7 +103,7 @@ def undisturbed(tiny_shards, tmp_path_factory):
     return scores(data / "runs" / "run")
 
 
-def test_killed_workers_are_replaced_without_a_trace(tiny_shards, tmp_path, undisturbed):
+def test_killed_workers_do_not_change_the_scores(tiny_shards, tmp_path, undisturbed):
     folder = tmp_path / "runs" / "run"
     cluster.start_ray()
     with At(folder, [2, 5], kill_a_train_worker) as kills:
@@ -113,7 +113,7 @@ def test_killed_workers_are_replaced_without_a_trace(tiny_shards, tmp_path, undi
     assert_one_run(tmp_path, result.run_id, 10)
 
 
-def test_one_of_two_workers_is_killed(tiny_shards, tmp_path, undisturbed):
+def test_losing_one_of_two_workers_changes_little(tiny_shards, tmp_path, undisturbed):
     folder = tmp_path / "runs" / "run"
     cluster.start_ray()
     with At(folder, [3], kill_a_train_worker) as kills:

@@ -68,7 +68,7 @@ def test_wrong_input_gets_one_line(arguments, said, tiny_shards, tmp_path, monke
 @pytest.mark.parametrize("term", ["perceptual_weight", "contextual_weight", "cobi_vgg_weight"])
 @pytest.mark.parametrize("verb", [["train"], ["train", "--vgg-weights", "nosuch.pth"], ["tune"]])
 def test_a_vgg_loss_is_refused_without_weights(verb, term, tiny_shards, tmp_path, monkeypatch, capsys):
-    """Before a run exists: nothing is written."""
+    """It is refused before the run exists, so nothing is written."""
 
     def no_network(*args, **kwargs):
         raise urllib.error.URLError("no network")

@@ -51,7 +51,7 @@ def bicubic_psnr(index):
 
 
 def test_every_row_has_the_score_of_its_pictures(scored, tiny_shards):
-    """The network is untrained and the pairs are perfectly aligned, so that all rows are bicubic enlargement."""
+    """The network is untrained and the pairs are perfectly aligned, so all rows are bicubic enlargement."""
     result, _ = scored
     expected = bicubic_psnr(index_split(str(tiny_shards), "val"))
     assert list(result.rows) == ROWS
@@ -110,7 +110,7 @@ def test_real_shards_have_no_true_target(shards_without_truth, model):
 
 
 def test_two_models_of_one_index_are_scored_on_the_same_crops(tiny_shards, model, tmp_path):
-    """Also if preprocessing adds pairs in between, as in a retraining."""
+    """Even if preprocessing adds pairs in between, as in a retraining."""
     shards = shutil.copytree(tiny_shards, tmp_path / "shards")
     index = index_split(str(shards), "val")
     first = evaluate(index, model)

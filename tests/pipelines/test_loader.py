@@ -94,7 +94,7 @@ def test_two_workers_share_the_crops_of_one_step(stream):
 
 
 def test_each_crop_is_used_once_as_workers_come_and_go():
-    """Three steps of two workers, two of one, one of three, and the rest by two again."""
+    """Three steps by two workers, two steps by one, one step by three, and the rest by two again."""
     batch, seen, position = 3, [], 0
     for world, steps in ((2, 3), (1, 2), (3, 1), (2, 2)):
         for rank in range(world):

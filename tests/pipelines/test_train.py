@@ -107,7 +107,7 @@ def test_a_new_run_takes_config_then_set_then_seed(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_init_takes_the_network_of_the_model_and_no_more(tmp_path):
+def test_init_takes_only_the_network_of_the_model(tmp_path):
     model = save_model(tmp_path / "m")
     choice = choose(tmp_path, config="smoke", assignments=["train.epochs=7"], seed=5, init=str(model), name="mine")
     expected = configs.override(configs.smoke(), {"train.epochs": 7, "train.seed": 5, "model.features": 12})

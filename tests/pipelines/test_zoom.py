@@ -29,7 +29,7 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def write_photo(path: Path, height: int = 48, width: int = 64, seed: int = 0, **dng) -> Path:
-    """A DNG if the name ends so, else a PNG or JPG, of `picture`."""
+    """Write `picture` as a DNG if the name ends in .dng, else as a PNG or JPG."""
     image = picture(height, width, seed)
     if path.suffix == ".dng":
         packed = raw_input.mosaic_from_srgb(torch.from_numpy(image).permute(2, 0, 1)[None] / 255)

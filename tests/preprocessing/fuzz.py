@@ -1,9 +1,9 @@
-"""Sends thousands of damaged RAW and JPG files through the plan and the decoders: `make fuzz`, SEED=1, COUNT=2000.
+"""Sends thousands of damaged RAW and JPG files through the plan and the decoders: `make fuzz SEED=1 COUNT=2000`.
 
 Each file replaces its good original in a pair. As in a real run, its tags are read for the plan, then the pair is
 processed in a child (preprocessing.isolation). A file counts as a failure if the reason for rejecting it is not one of
 our one-line messages, if it takes too long or too much memory, or if the plan raises. Such files are kept. A crash of
-the child is counted, but is no failure.
+the child is counted, but is not a failure.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Random damage to RAW and JPG files, as from bad disks, cables, interrupted copies and faulty firmware."""
+"""Random damage to RAW and JPG files, like that of bad disks, cables, interrupted copies and faulty firmware."""
 
 import random
 import struct

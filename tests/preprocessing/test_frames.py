@@ -89,20 +89,20 @@ def test_pairs_use_the_smallest_ratio_within_the_limits():
     assert names(pair([shot("a", 0.3), shot("b", 0.1)], 3)) == ["b-a"]  # 2.9999999999999996 is 3
 
 
-def test_equal_focal_lengths():
+def test_equal_focal_lengths_share_the_first_lr_frame():
     shots = [shot("1", 240), shot("2", 240), shot("3", 50), shot("4", 50)]
     assert names(pair(shots, 4)) == ["3-1", "3-2"]
     assert names(pair([shot("1", 50), shot("2", 50)], 4)) == []
 
 
-def test_frames_without_raw_jpg_or_focal_length():
+def test_frames_without_raw_jpg_or_focal_length_make_no_pair():
     assert names(pair([shot("1", 240), shot("2", 50, raw=False), shot("3", 49)], 4)) == ["3-1"]
     assert names(pair([shot("1", 240, raw=False), shot("2", 50)], 4)) == ["2-1"]  # the target is the JPG
     assert names(pair([shot("1", 240, jpg=False), shot("2", 50)], 4)) == []
     assert names(pair([shot("1", 240), shot("2", None), shot("3", 50, jpg=False)], 4)) == []
 
 
-def test_exclusions(tmp_path):
+def test_exclusions_name_frames_or_sequences(tmp_path):
     assert is_excluded("00350", "00001", KNOWN_BAD) and not is_excluded("00350", "00004", KNOWN_BAD)
     (tmp_path / "bad.txt").write_text("# blurred\n00012/00003.JPG\n00007  # all of it\n\n00009/a.b\n")
     excluded = read_exclusions(tmp_path / "bad.txt")
@@ -127,7 +127,7 @@ def test_damaged_tags_read_as_missing(data):
     assert read_exif(data) == Exif()
 
 
-def test_camera_names():
+def test_a_camera_name_has_the_make_once():
     assert camera_name("NIKON", "NIKON D810") == "NIKON D810"
     assert camera_name("SONY", "ILCE-7SM2\x00") == "SONY ILCE-7SM2"
     assert camera_name(None, "") is None

@@ -1,4 +1,4 @@
-"""Damaged files end in rows or in a one-line reason, also in a real run; and the fuzzer detects violations."""
+"""Damaged files give rows or a one-line reason, in the fuzzer and in a real run. The fuzzer detects violations."""
 
 import random
 import shutil
@@ -88,7 +88,7 @@ def _hard_cases(good_raw, good_jpg):
 
 
 @pytest.mark.slow
-def test_hard_cases_in_a_real_run(tmp_path):
+def test_hard_cases_are_set_aside_in_a_real_run(tmp_path):
     raw, shards = tmp_path / "raw", tmp_path / "shards"
     write_sequence(raw / "good", seed=1, focals_mm=(240, 50))
     good = {suffix: (raw / "good" / f"00002.{suffix}").read_bytes() for suffix in ("dng", "JPG")}

@@ -137,7 +137,7 @@ def test_restart_after_a_kill_at_each_moment(changed, tmp_path):
         shutil.copytree(out, copy)
         ended = in_process(raw, copy, die_at=moment)
         for path in list_shards(str(copy)):
-            pq.read_metadata(path)  # complete, every one
+            pq.read_metadata(path)  # raises unless the file is complete
         assert in_process(raw, copy)
         assert content(copy) == expected, moment
         shutil.rmtree(copy)
@@ -193,7 +193,7 @@ def test_restart_after_random_kills_of_the_driver(raw, undisturbed, tmp_path, se
         driver.kill()
         driver.wait()
         for path in list_shards(str(out)):
-            pq.read_table(path)  # complete, every one
+            pq.read_table(path)  # raises unless the file is complete
     last = start(raw, out, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     said, _ = last.communicate()
     assert last.returncode == 0 and content(out) == undisturbed
@@ -239,7 +239,7 @@ def is_worker(pid):
 
 
 @pytest.mark.slow
-def test_pairs_that_crash_the_decoder(raw, undisturbed, tmp_path):
+def test_pairs_that_crash_the_decoder_are_set_aside(raw, undisturbed, tmp_path):
     bad, out = tmp_path / "raw", tmp_path / "shards"
     shutil.copytree(raw, bad)
     good = (bad / "00004" / "00006.dng").read_bytes()
@@ -258,14 +258,14 @@ def test_pairs_that_crash_the_decoder(raw, undisturbed, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_concurrent_runs(raw, undisturbed, tmp_path):
+def test_two_concurrent_runs_write_what_one_would(raw, undisturbed, tmp_path):
     both = [start(raw, tmp_path / "shards") for _ in range(2)]
     assert [run.wait() for run in both] == [0, 0]
     assert start(raw, tmp_path / "shards").wait() == 0 and content(tmp_path / "shards") == undisturbed
 
 
 @pytest.mark.slow
-def test_a_full_disk(raw, undisturbed, tmp_path):
+def test_a_full_disk_ends_the_run_and_keeps_finished_pairs(raw, undisturbed, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     size = sum(path.stat().st_size for path in (raw.parent / "undisturbed").rglob("*.parquet"))

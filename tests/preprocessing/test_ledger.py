@@ -1,4 +1,4 @@
-"""Shards are matched to sequences by name, also if one sequence's name starts with another's."""
+"""Shards are matched to sequences by name, even if one sequence's name starts with another's."""
 
 import json
 

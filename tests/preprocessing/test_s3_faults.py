@@ -193,7 +193,7 @@ def test_a_bucket_that_does_not_answer_ends_the_run(proxy):
         run("silent")
 
 
-def test_two_concurrent_runs(proxy, undisturbed):
+def test_two_concurrent_runs_write_what_one_would(proxy, undisturbed):
     program = (
         "import sys; from preprocessing.shards import *\n"
         f"preprocess('s3://zoom/raw', 's3://zoom/both', {OPTIONS!r}, progress=False)"

@@ -227,7 +227,7 @@ def test_changed_inputs_replace_the_older_shard(folders):
     assert gone.rpartition("_")[0] == come.rpartition("_")[0] == f"00001_{PAIRS[0]}"
 
 
-def test_exclusions_and_known_bad_frames(folders):
+def test_excluded_and_known_bad_frames_have_no_shards(folders):
     run(folders)
     shutil.copytree(folders[0] / "00001", folders[0] / "00350")
     options = PreprocessOptions(tile_px=24, stride_px=16, exclude=("00001/00005", "00002"))

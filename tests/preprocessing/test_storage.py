@@ -112,7 +112,7 @@ def test_readers_see_one_of_two_writers_whole(tmp_path):
 
 
 @pytest.mark.parametrize("size", [0, 10, 64 * 1024, 64 * 1024 + 1, 100_000, 300_000])
-def test_read_ends(tmp_path, size):
+def test_read_ends_gives_both_ends_without_overlap(tmp_path, size):
     data = os.urandom(size)
     (tmp_path / "x").write_bytes(data)
     first, last = open_folder(str(tmp_path)).read_ends("x")

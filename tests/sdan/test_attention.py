@@ -60,7 +60,7 @@ def test_both_cpu_forms_equal_the_explicit_one(onednn, dtype, monkeypatch):
         pytest.skip("oneDNN has no fast product of this type on this CPU")
     expected = value_and_gradient(explicit_attention, x.to(dtype).double())
     got = value_and_gradient(ops.packed_attention, x.to(dtype))
-    assert_near(got, expected, 3e-5 if dtype == torch.float32 else LIMITS[dtype])  # float32: 1000 is good to 6e-5
+    assert_near(got, expected, 3e-5 if dtype == torch.float32 else LIMITS[dtype])  # float32 resolves 1000 to 6e-5
 
 
 def test_gradcheck_and_opcheck(monkeypatch):
@@ -140,13 +140,13 @@ def test_the_portable_form_is_the_same():
     assert_near(got, value_and_gradient(ops.packed_attention, x), 1e-12)
 
 
-def test_wrong_number_of_axes():
+def test_a_wrong_number_of_axes_is_refused():
     with pytest.raises(ValueError, match=r"x.dim\(\): expected 3 for \[N, L, C\], got 4"):
         ops.packed_attention(torch.zeros(1, 2, 3, 4))
 
 
-def test_wide_tokens_on_cuda_take_the_blocks():
-    """K=4 at 128x128 has 1024 values per token: no fused kernel, so the blocks, never the matrix."""
+def test_wide_tokens_on_cuda_use_blocks():
+    """K=4 at 128x128 has 1024 values per token, which no fused kernel supports. Blocks never store the matrix."""
     hopper, turing = (9, 0), (7, 5)
     assert attention.fused_on_cuda(64, torch.float32, hopper)
     assert attention.fused_on_cuda(256, torch.bfloat16, hopper)

@@ -17,7 +17,7 @@ def test_full_convolution_and_its_gradients(kernel):
 
 @pytest.mark.parametrize("band", [1, 100, 300, 10_000])
 def test_bands_of_the_weight_gradient_add_up(band, monkeypatch):
-    """Bands of one row, of several, of single images, of the batch."""
+    """Bands of one row, of several rows, of one image, and of the whole batch."""
     monkeypatch.setattr(full_conv, "_BAND_VALUES", band)
     input, _, weight, _ = case((7, 9), batch=3, kernel=5)
     for layout in (torch.contiguous_format, torch.channels_last):

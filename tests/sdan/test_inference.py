@@ -104,7 +104,7 @@ def test_batches_do_not_change_the_output_and_progress_counts():
 
 
 def test_every_tile_has_the_training_size_and_starts_on_an_r():
-    """Also for photos that need padding."""
+    """Including tiles of photos that need padding."""
     seen = []
 
     class Spy(SDAN):

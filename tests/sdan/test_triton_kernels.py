@@ -1,4 +1,4 @@
-"""The Triton kernels against plain PyTorch, under Triton's interpreter and on a GPU if present; compiled for several.
+"""The Triton kernels equal plain PyTorch, in Triton's interpreter and on a GPU if present, and compile for many GPUs.
 
 The interpreter must be enabled before Triton is imported, so `test_under_the_interpreter` runs this file again in a
 separate process with TRITON_INTERPRET=1. Only the tests marked `interpreted` run there, through the same launch code as

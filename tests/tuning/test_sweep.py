@@ -129,7 +129,7 @@ def test_metrics_of_both_processes_have_their_epochs(sweep):
         assert [entry.value for entry in history] == [1 / epoch for epoch in range(1, row.epochs + 1)]
 
 
-def test_finished_trials_run_on_after_their_last_report(sweep):
+def test_trials_continue_after_their_last_report(sweep):
     client = sweep[1]
     finished = [row for row in trials_of(sweep, "here") if row.status == "finished"]
     assert finished
@@ -149,7 +149,7 @@ def test_asha_stops_weak_trials_and_they_are_marked(sweep):
         assert run.data.tags[STATUS_TAG] == "stopped" and run.info.end_time is not None
 
 
-def test_failed_trials_have_a_reason_and_stop_no_other(sweep):
+def test_failed_trials_have_a_reason_and_do_not_stop_others(sweep):
     assert {row.reason for row in trials_of(sweep, "raises")} == {
         "RuntimeError: packing kernel 4 does not divide 62",
     }
@@ -196,7 +196,7 @@ def test_all_trials_failed_gives_the_first_reason(slots, sweep):
     assert parent.info.status == "FAILED"
 
 
-def test_an_interrupted_sweep_says_resume_and_is_killed(slots, sweep, monkeypatch):
+def test_an_interrupted_sweep_asks_for_resume_and_is_killed(slots, sweep, monkeypatch):
     monkeypatch.setattr("tuning.sweep.search", lambda *arguments: None)  # as if it ended before its first trial
     with pytest.raises(SweepError, match="expected 2 ended trials, got 0 when interrupted; resume it"):
         run_other(sweep[2], name="cut")

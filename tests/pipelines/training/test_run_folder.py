@@ -102,7 +102,7 @@ def test_a_resumed_run_checks_its_shards_before_ray_starts(shards, tmp_path, mon
 
 @pytest.mark.slow
 def test_shards_added_before_a_restart_change_nothing(shards, tmp_path, monkeypatch):
-    """A run that ends before its model is registered, and resumes with more shards, has an unbroken run's weights."""
+    """A run that ends before its model is registered and resumes with more shards gets the same weights."""
 
     def killed(*arguments):
         raise KeyboardInterrupt

@@ -117,7 +117,7 @@ def test_the_losses_of_table_1_train_and_report_their_terms(smoke, vgg_weights):
 
 
 def _same(model):
-    """The wrapper of a training in one process: none."""
+    """The wrapper for training in one process: the model itself."""
     return model
 
 
@@ -248,7 +248,7 @@ def alone(tmp_path):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_distributed_training_takes_the_same_steps(smoke, alone, accumulate):
-    """With the bucket options of a worker: a static graph, or none if only the last part is exchanged."""
+    """With the bucket options of a worker: a static graph, unless only the last part's gradients are exchanged."""
     config, inputs = smoke
     changes = {"train.batch_per_worker": 2, "train.accumulate": accumulate}
     config = configs.override(config, changes)

@@ -1,4 +1,4 @@
-"""Known counts and levels are decoded exactly, in RGGB phase and in place; other files are refused in one line."""
+"""Known counts and levels are decoded exactly, in RGGB phase and at the right place; others are refused in one line."""
 
 from types import SimpleNamespace
 
@@ -78,7 +78,7 @@ def test_arw_is_decoded_as_the_sony_it_states(tmp_path):
 
 
 class OpenedRaw(SimpleNamespace):
-    """An opened rawpy.RawPy of a sensor that no file here can express."""
+    """Replaces an opened rawpy.RawPy, for sensors of which the tests cannot write a file."""
 
     def __init__(self, **changes):
         sizes = {"raw_width": 4, "raw_height": 4, "width": 4, "height": 4, "iwidth": 4, "iheight": 4}

@@ -1,4 +1,4 @@
-"""What preprocessing.raw.dng writes, LibRaw, Pillow and exifread read."""
+"""LibRaw, Pillow and exifread read what preprocessing.raw.dng writes."""
 
 import io
 from pathlib import Path

@@ -131,6 +131,6 @@ def test_footprint_of_a_scaling_is_exact():
     assert affine.footprint(mapping, (400, 600)) == (30, 20, 330, 220)
 
 
-def test_outside_the_source_is_an_error():
+def test_sampling_outside_the_source_is_an_error():
     with pytest.raises(ValueError, match=r"target: expected within the source's 50x50 px, got \[1"):
         affine.sample(np.zeros((50, 50, 3), np.uint8), affine.translation(1, 0), (50, 50))

@@ -1,4 +1,4 @@
-"""The aligned target is in the input's view, marks its valid part, and says so if registration fails."""
+"""The aligned target is in the input's view, marks its valid part, and is all invalid if registration fails."""
 
 import numpy as np
 from known_scene import Scene, to_8_bit
@@ -10,7 +10,7 @@ SCALE = 4
 LR_SIZE = (120, 160)
 HR_SIZE = (480, 640)
 SHIFT_PX = (6.0, -4.0)
-"""By which the target is off, target pixels."""
+"""Shift of the target against the input, target pixels."""
 
 
 def channels_first(picture_HWC):
