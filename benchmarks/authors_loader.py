@@ -1,6 +1,6 @@
 """How SDAN's released code makes a training crop, reimplemented for comparison by benchmarks/preprocess.py.
 
-As its `SRRawDataset` does for each crop: decode the whole RAW and pack it as float; decode both JPGs; crop all three to
+Like its `SRRawDataset`, for each crop: decode the whole RAW and pack it as float; decode both JPGs; crop all three to
 the field of view of the longest focal length; resize the float target up to that frame's resolution, warp it by the
 sequence's registration, resize it back and then to the exact scale; resize the input JPG, too (it is loaded even if the
 input is RAW); divide by the white balance; cut one crop. Axes are H W C.

@@ -53,7 +53,7 @@ def compile_all(architectures: Sequence[int] = ARCHITECTURES, channels: Sequence
 
 
 def compile_one(name: str, dtype: torch.dtype, channels: int, architecture: int) -> Compiled:
-    """Compile one kernel as a launch on tensors of this dtype and number of channels would."""
+    """Compile one kernel as for a launch on tensors of this dtype and number of channels."""
     kernel = getattr(triton_kernels, name)
     meta = launch_meta(channels, dtype, backward="backward" in name)
     options = {"num_warps": meta.pop("num_warps")}

@@ -1,4 +1,4 @@
-"""Accuracy of a pair's maps, and what sampling once preserves: `python benchmarks/geometry.py` (minutes on 2 cores).
+"""Accuracy of a pair's maps, and the gain of sampling once: `python benchmarks/geometry.py` (minutes on 2 cores).
 
 Simulated sequences come with the truth: the position in the long JPG of each background point of the short frame.
 Errors are distances in pixels of the long frame, at points 3 pixels apart where the background is visible. "Tiles" are
@@ -114,7 +114,7 @@ def box_of(image: decode.RawImage, area: tiles.Area) -> tuple[float, float, floa
 def tile_boxes(
     image: decode.RawImage, area: tiles.Area, tile_px: int, stride_px: int
 ) -> Iterator[tuple[float, float, float, float]]:
-    """The tiles that `cut` makes; one as large as the area where that is smaller than a tile."""
+    """The tiles that `cut` makes. Areas smaller than a tile give square tiles of their shorter side."""
     tile_px = min(tile_px, area[2], area[3])
     for row in tiles.tile_starts(area[2], tile_px, stride_px):
         for col in tiles.tile_starts(area[3], tile_px, stride_px):

@@ -38,7 +38,7 @@ def best_ms(steps: dict[str, Step], seconds: float, least: int = 2) -> dict[str,
 def peak_extra_mb(step: Step) -> float:
     """Peak memory that the step adds, in MB: resident pages, so that scratch memory of every library counts.
 
-    Large blocks get pages of their own from mmap, which the kernel takes back when they are freed. glibc would move
+    Large blocks get separate pages from mmap, which return to the kernel when they are freed. glibc would move
     them to its heap after a while, where fragmentation makes the result random: the same step showed 24 to 34 MB.
     """
     libc = ctypes.CDLL("libc.so.6")

@@ -1,7 +1,7 @@
 """From RAW to shards to crops: `python benchmarks/preprocess.py` (simulated 12 MP frames; minutes on 2 cores).
 
 The variants in a table take turns, each in a new process with one thread; the best time of each is reported. "Bare" is
-the least that any preprocessing must do: open the RAW and copy its counts, render it at half size, decode two JPGs,
+the minimum that any preprocessing must do: open the RAW and copy its counts, render it at half size, decode two JPGs,
 compress and write the same tiles. `--long` adds the cost of 10 to 200 sequences and a tree of 100,000 frames. The
 tables replace their section of benchmarks/RESULTS.md.
 """

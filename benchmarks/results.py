@@ -1,4 +1,4 @@
-"""Writes the tables of benchmarks/RESULTS.md: one section per benchmark, headed by where its numbers come from."""
+"""Writes the tables of benchmarks/RESULTS.md: one section per benchmark, headed by the origin of its numbers."""
 
 import datetime
 import os
@@ -39,7 +39,7 @@ def provenance(command: str, folders: tuple[str, ...] = ("../sdan",)) -> str:
 
 
 def publish(section: str, origin: str, tables: Tables, only: str | None) -> None:
-    """Print each table row by row as it is measured; unless `only` names one, write them all to their section.
+    """Print each table row by row as it is measured. Without `only`, write all tables to their section.
 
     origin   the section's first line, from `provenance`
     """
