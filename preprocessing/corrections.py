@@ -33,7 +33,7 @@ _CELL_PX = 4
 """Side of the cells whose mean light is compared. Small, because the tone curve is not linear in a mean."""
 _MAX_SIDE_CELLS = 192
 _BLOCKS = 8
-"""Blocks of cells along the shorter side. Large blocks, so that the remaining misalignment matters little."""
+"""Blocks of cells along the shorter side. Blocks are large, so that remaining misalignment matters little."""
 _TONE_DEGREE = 4
 """Degree of the polynomial fitted to the tone curve."""
 _DARK, _BRIGHT = 4, 250

@@ -22,7 +22,7 @@ JPG_SUFFIXES = frozenset({"jpg", "jpeg"})
 TRUTH_FOLDER = "truth"
 
 MAX_ZOOM_EXCESS = 1.3
-"""The largest focal ratio that still makes a pair, as a multiple of the scale (SR-RAW's 240/50 is 1.2 times 4)."""
+"""The largest focal ratio of a pair, as a multiple of the scale (SR-RAW's 240/50 is 1.2 times 4)."""
 
 KNOWN_BAD = ("00350/00001", "00350/00002", "00350/00003", "00560/00003", "00267/00003")
 """SR-RAW's frames with a broken JPG, as sequence/frame."""

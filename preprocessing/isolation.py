@@ -21,7 +21,7 @@ from preprocessing.plan import PairJob, PreprocessOptions
 from preprocessing.storage import Folder, open_folder
 
 LIMIT_S = 900.0
-"""Time limit per pair, seconds: several times what 150 megapixels and three slow downloads need."""
+"""Time limit per pair, seconds: several times longer than 150 megapixels and three slow downloads take."""
 _ATTEMPTS = 3
 _CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP})
 _PR_SET_PDEATHSIG = 1

@@ -46,7 +46,7 @@ def register(
     camera_matrix: NDArray[np.float64] | None = None,
     lens: bool = True,
 ) -> LensMap:
-    """The map near `nominal` by which `moving` shows what `reference` shows: moving(map(p)) ~ reference(p).
+    """The map near `nominal` that registers `moving` to `reference`: moving(map(p)) ~ reference(p).
 
     Normalised cross-correlation at the coarsest level finds the shift. At each level the shifts of blocks then refine
     an affine, tilt and radial distortion. Blocks are weighted by their precision; blocks with another motion are left
