@@ -54,7 +54,7 @@ CHANGEABLE = (
     "train.accumulate",
     "train.picture_every",
 )
-"""What a resumed run may change: values that affect neither the network nor which crops it sees."""
+"""The values that a resumed run may change. They affect neither the network nor which crops it sees."""
 RESIZE_CHECK_S = 30.0
 """How often an elastic run checks whether more workers fit. Growing repeats the steps since the last checkpoint."""
 MAX_START_FAILURES = 60
@@ -177,8 +177,8 @@ def train(
 
     Args:
         data: where runs, MLflow's database and artifacts are kept.
-        workers: number of DDP ranks, or (least, most) for a run that grows and shrinks with the cluster. None: as
-            stored in a resumed run, else one per GPU, or one.
+        workers: number of DDP ranks, or (least, most) for a run that grows and shrinks with the cluster. None:
+            the stored value of a resumed run; in a new run one per GPU, or one without GPUs.
         name: the run's folder name; None: made from the config and the time.
         resume: continue the run `name` from its latest checkpoint; only values of CHANGEABLE may differ.
         storage: s3:// URI or shared folder for Ray Train's state and checkpoints; None: the run's folder.
@@ -187,7 +187,7 @@ def train(
         run_id: an existing MLflow run (a sweep's child), which the caller terminates; None: a new run.
         callbacks: Ray Train callbacks, called in the controller after each report.
         register: the registered model that gets the best checkpoint as a new version; None: not registered.
-        max_failures: how often training restarts from the last checkpoint after a worker or machine is lost.
+        max_failures: maximum number of restarts from the last checkpoint after a worker or machine is lost.
 
     Raises:
         TrainError, ConfigError, ShardsError, RunFolderError, PerceptualError, ClusterError: before anything starts.

@@ -40,7 +40,7 @@ FORMAT_VERSION = 1
 WEIGHTS, DESCRIPTION, TRAINER = "model.safetensors", "config.json", "trainer.pt"
 ARCHITECTURES: dict[str, type[SDAN] | type[SRResNet]] = {"SDAN": SDAN, "SRResNet": SRResNet}
 PACKAGES = ("torch", "torchvision", "safetensors", "numpy", "ray", "mlflow")
-"""Packages of which the versions are stored."""
+"""Packages whose versions are stored."""
 
 
 class CheckpointError(ValueError):

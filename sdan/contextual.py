@@ -154,7 +154,7 @@ class _Block(NamedTuple):
 
 def _affinity(x_NC: Tensor, y_MC: Tensor, positions_M2: Tensor, rows: Tensor) -> _Block:
     distance = (1 - x_NC[rows] @ y_MC.T).clamp_(min=0)  # rounding may give 1 - cos < 0
-    # Without matrix products, so that the distance of a position from itself is exactly 0.
+    # Use no matrix product, so that the distance of a position from itself is exactly 0.
     distance += torch.cdist(positions_M2[rows], positions_M2, compute_mode="donot_use_mm_for_euclid_dist")
     smallest, nearest = distance.min(1, keepdim=True)
     return _Block(distance, smallest, nearest, torch.softmax(distance / (-BANDWIDTH * (smallest + EPSILON)), dim=1))

@@ -51,7 +51,7 @@ def squared_deform_conv2d(input: Tensor, offset: Tensor, weight: Tensor, bias: T
     margin = weight.shape[-1] // 2
     sample = portable.warp if portable.enabled() else _warp_op
     output = sample(full, offset, bias, margin)
-    # As conv2d: channels-last only if the input is, so that later layers keep their layout.
+    # Like conv2d, return channels-last only if the input is, so that later layers keep their layout.
     return output if input.is_contiguous(memory_format=torch.channels_last) else output.contiguous()
 
 
