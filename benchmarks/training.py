@@ -47,7 +47,7 @@ CPU = torch.device("cpu")
 CROP_PX = 128
 """Side of the paper's crop, mosaic pixels."""
 PAPER_HOURS, PAPER_GPUS, PAPER_EPOCHS, PAPER_CROPS = 5, 8, 300, 1200
-"""The paper's training, as it reports it. Crops per epoch: one for each of the 3 pairs of about 400 sequences."""
+"""The paper's training, as reported there. Crops per epoch: one for each of the 3 pairs of about 400 sequences."""
 WAYS: dict[str, dict[str, object]] = {
     "fp32": {},
     "fp32, contiguous": {"layout": "contiguous"},

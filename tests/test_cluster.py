@@ -81,7 +81,7 @@ def wrong_values(params, shape, path="node_config"):
     return [f"{path} is {params!r}"] if allowed and params not in allowed else []
 
 
-def test_ray_accepts_it(config):
+def test_ray_accepts_the_config(config):
     validate_config(prepare_config(config))
 
 
@@ -113,7 +113,7 @@ def test_typos_that_ray_does_not_check_are_found(config, path, value, message):
     assert any(message in problem for problem in problems(broken)), problems(broken)
 
 
-def test_it_contains_no_secret():
+def test_the_config_contains_no_secret():
     text = FILE.read_text()
     assert not re.search(r"AKIA|ASIA|aws_(access|secret)|BEGIN [A-Z ]*PRIVATE KEY|password", text, re.IGNORECASE)
     assert not re.search(r"\b[0-9a-zA-Z/+]{40,}\b", text)

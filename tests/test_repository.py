@@ -155,7 +155,7 @@ def test_pages_name_only_files_that_exist(pages, tracked):
     assert missing == []
 
 
-def test_links_between_pages_lead_somewhere(pages):
+def test_links_between_pages_have_a_target(pages):
     dead = [
         f"{page}: {link}"
         for page, text in pages.items()

@@ -14,7 +14,7 @@ from sdan import STARTER, checkpoint, starter_folder
 MOST_BYTES = 3_000_000
 
 
-def test_it_is_small_and_has_its_config_and_card():
+def test_the_starter_is_small_and_has_its_config_and_card():
     folder = registry.resolve_model("sqlite:////nowhere/mlflow.db", STARTER)
     assert (folder / "model.safetensors").stat().st_size <= MOST_BYTES
     stored = checkpoint.load(folder)
@@ -26,7 +26,7 @@ def test_it_is_small_and_has_its_config_and_card():
 
 
 @pytest.mark.slow
-def test_it_beats_bicubic_by_3_db_on_unseen_scenes(tmp_path):
+def test_the_starter_beats_bicubic_by_3_db_on_unseen_scenes(tmp_path):
     """True target, self protocol (what a user gets), scenes from a seed that training did not use.
 
     Measured 3.23 and 5.69 dB; the card has 2.88 and 5.73 dB for this kind of scene, 3.70 and 7.29 dB for all kinds.

@@ -20,7 +20,7 @@ from sdan.network import SDAN, SDANConfig
 
 @pytest.fixture
 def data(tmp_path, tiny_shards):
-    """A data folder with one unfinished run, named "cut", as a kill leaves it."""
+    """A data folder with one unfinished run, named "cut", as left by a kill."""
     folder = tmp_path / "runs" / "cut"
     run = StoredRun(configs.to_dict(configs.smoke()), str(tiny_shards), "0" * 32, None, 1)
     run.write(folder)

@@ -1,4 +1,4 @@
-"""A fake rawpy.imread that crashes, kills, hangs or prints in its process, as a mark in the RAW file says."""
+"""A fake rawpy.imread that crashes, kills, hangs or prints in its process, depending on a mark in the RAW file."""
 
 from pathlib import Path
 

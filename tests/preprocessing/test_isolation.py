@@ -1,4 +1,4 @@
-"""What happens to a pair when its child process dies. A fake decoder crashes, hangs or prints as a marked file says."""
+"""What happens to a pair when its child process dies. A fake decoder crashes, hangs or prints if a file is marked."""
 
 import dataclasses
 import json

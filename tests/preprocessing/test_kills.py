@@ -1,4 +1,4 @@
-"""After kills, full disks or concurrent runs, one more run leaves SHARDS as an undisturbed run would."""
+"""After kills, full disks or concurrent runs, one more run gives the same SHARDS as an undisturbed run."""
 
 import hashlib
 import os

@@ -78,7 +78,7 @@ def test_arw_is_decoded_as_the_sony_it_states(tmp_path):
 
 
 class OpenedRaw(SimpleNamespace):
-    """Replaces an opened rawpy.RawPy, for sensors of which the tests cannot write a file."""
+    """Replaces an opened rawpy.RawPy, for sensors whose files the tests cannot write."""
 
     def __init__(self, **changes):
         sizes = {"raw_width": 4, "raw_height": 4, "width": 4, "height": 4, "iwidth": 4, "iheight": 4}

@@ -38,7 +38,7 @@ def browser():
 
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [360, 768, 1280])
-def test_it_fits_and_shows_its_pictures(browser, page, width, dark):
+def test_the_page_fits_the_screen_and_shows_its_pictures(browser, page, width, dark):
     browser.open(page, width, dark=dark)
     assert browser.run("document.documentElement.scrollWidth") == width
     outside = "[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1)"
