@@ -1,7 +1,7 @@
 """Changes to S3, each a single boto3 request: an object is written completely or not at all.
 
-pyarrow.fs reads and lists. It does not write, because it uploads in parts: a killed writer would leave parts behind,
-which are billed, and it has no conditional requests.
+pyarrow.fs reads and lists. It does not write, because it has no conditional requests and uploads in parts: a killed
+writer would leave parts behind, which are billed.
 """
 
 from functools import lru_cache

@@ -277,7 +277,7 @@ def _quiet_ray_data() -> Iterator[_Failures]:
 
 
 def _require_only_deaths(failures: _Failures) -> None:
-    """Raise PreprocessError if a task failed other than by its worker's death: the installation is broken."""
+    """Raise PreprocessError if a task failed other than by its worker's death. The installation is then broken."""
     for error in failures.found:
         if not isinstance(error, _WORKER_DEATHS):
             named = re.findall(r"^(?!ray\.)[\w.]*(?:Error|Exception)\b.*", str(error), re.MULTILINE) or [

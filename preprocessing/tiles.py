@@ -39,7 +39,7 @@ class TileError(ValueError):
 class Jpg:
     """A camera JPG: pixels [H, W, 3] uint8 as stored, not rotated by EXIF.
 
-    Without a JPG, LibRaw's rendering: the camera's crop in sensor orientation, with orientation None.
+    If there is no JPG, it holds LibRaw's rendering of the camera's crop in sensor orientation, with orientation None.
     """
 
     stored: Image.Image | NDArray[np.uint8]

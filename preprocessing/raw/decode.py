@@ -57,7 +57,7 @@ class RawImage:
     """(row, col) of this area's first pixel in LibRaw's visible area, mosaic pixels, each 0 or 1."""
     camera_crop: tuple[int, int, int, int]
     """(top, left, height, width): the crop that the file declares (DNG: DefaultCrop), in coordinates of LibRaw's
-    visible area; without one, the whole area. The camera's JPG has the same centre."""
+    visible area; the whole area if none is declared. The camera's JPG has the same centre."""
     flip: int
     """LibRaw's sizes.flip: how a viewer turns the picture; see `upright`."""
     camera: str

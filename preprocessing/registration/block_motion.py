@@ -115,8 +115,8 @@ class PyramidLevel:
     def warped(self, mapping: LensMap, at_HW2: Points) -> tuple[Plane, Plane]:
         """([H, W, 4] detail, its gradient and its edge bias, at mapping(at); [H, W] 1 where they are valid, else 0).
 
-        Edge bias: a tone curve applied before a lens's blur, and sharpening, move edges towards their darker side, more
-        at higher contrast (0.05 px from a tenth of white to four fifths of it). To first order the shift is
+        Edge bias: sharpening, and a tone curve applied before a lens's blur, move edges towards their darker side, by
+        more at higher contrast (0.05 px from a tenth of white to four fifths of it). To first order the shift is
         |gradient|^2 / value times one coefficient for the whole picture, which `Blocks` fits.
         """
         height, width = self.size

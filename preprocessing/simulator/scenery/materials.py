@@ -35,7 +35,7 @@ def noise(seed: int, slope: float = 1.0, stretch: float = 1.0) -> Tile:
 
 
 def _grid(columns: int, rows: int, seed: int, offset: float) -> tuple[Tile, Tile, npt.NDArray[np.int64]]:
-    """Rows of bricks, odd rows shifted: each pixel's distance to its brick's edge in x and y (px), and brick number."""
+    """Each pixel's distance to its brick's edge in x and y (px), and its brick's number. Odd rows are shifted."""
     y, x = np.mgrid[0:TILE_PX, 0:TILE_PX].astype(np.float32) + 0.5
     wobble = 1.2
     y = y + wobble * np.roll(noise(seed, 1.6), 100, axis=0)
