@@ -279,7 +279,7 @@ def tune(
     name: Annotated[str, typer.Option(metavar="SWEEP", help="The sweep's name.")] = "sweep",
     resume: Annotated[bool, typer.Option("--resume", help="Continue the sweep of that name.")] = False,
 ) -> None:
-    """Sweep the packing kernel and the weight of the aligned image: an MLflow run with one child per trial."""
+    """Sweep the packing kernel and the aligned image's weight; MLflow gets one run with a child run per trial."""
     from pipelines import config as configs
     from pipelines import tune as verb
 

@@ -343,7 +343,7 @@ def check_fit(index: ShardIndex, config: ExperimentConfig) -> None:
     """Check that the shards' scale and tile size suit the config.
 
     Raises:
-        ShardsError: they do not; the message names both sides.
+        ShardsError: they do not suit it; the message names both values.
     """
     if index.info.scale != config.model.scale:
         raise ShardsError(

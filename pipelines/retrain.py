@@ -102,7 +102,7 @@ def _fine_tune(
     uri = registry.default_tracking_uri(data)
     champion = f"models:/{registry.MODEL}@{registry.CHAMPION}"
     version = registry.get_champion(uri)
-    # Not a temporary folder: the workers of a cluster read it, too.
+    # A temporary folder would not do, because the workers of a cluster read it, too.
     cache = data / "models" / f"{registry.MODEL}-{version.version if version else 0}"
     folder = registry.resolve_model(uri, champion, cache)
     tuned = fine_tuning(configs.from_dict(checkpoint.load(folder).config))

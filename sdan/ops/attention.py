@@ -189,7 +189,7 @@ for _key in ("AutocastCPU", "AutocastCUDA"):
 
 def _types(x_LC: Tensor) -> tuple[Tensor, Tensor]:
     """(x for the logits, x for the other products): the first is at least float32; the second is bfloat16 if x is, else
-    the first.
+    the same as the first.
 
     float16 has too small a range for the gradients.
     """
