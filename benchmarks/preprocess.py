@@ -40,7 +40,7 @@ def measure(name: str, work: Path, seconds: float) -> Measured:
 
 
 def turns(names: tuple[str, ...], work: Path, seconds: float, rounds: int = 3) -> dict[str, Measured]:
-    """Run each variant `rounds` times, in turns: its best round, with its highest memory peak."""
+    """Run the variants in turns, `rounds` times each. Returns the best round of each, with its highest memory peak."""
     found: dict[str, list[Measured]] = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:
@@ -261,7 +261,7 @@ def tree_table(work: Path, sequences: int = 14_286) -> Iterator[str]:
         "import sys,time;from preprocessing.frames import discover;from preprocessing.storage import *;"
         "from preprocessing.plan import *;f=open_folder(sys.argv[1]);t=time.perf_counter();"
         "n=sum(len(s.frames) for s in discover(f));a=time.perf_counter()-t;"
-        # Not ru_maxrss: a process inherits that from its parent.
+        # Do not use ru_maxrss, which a process inherits from its parent.
         "m=lambda:round(int(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])/1e3);k=m();"
         "t=time.perf_counter();p=make_plan(f,PreprocessOptions(),{});b=time.perf_counter()-t;"
         "print(n,round(a,1),k,len(p.jobs),round(b,1),m())"

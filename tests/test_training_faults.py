@@ -176,7 +176,7 @@ def test_a_killed_driver_resumes_as_one_run(tiny_shards, tmp_path, undisturbed):
         assert driver.returncode == -signal.SIGKILL and len(kills.struck) == 1
     subprocess.run([*base, "--name", "run", "--resume"], check=True, env=environment, timeout=300)
     found = reports(folder)
-    # The controller's line is written before its own record of the checkpoint: a kill between the two repeats the line.
+    # The controller writes the line before it records the checkpoint, so a kill between the two repeats the line.
     assert all(line[progress.SELECT_BY] == undisturbed[line["epoch"]] for line in found)
     assert len(found) <= 11 + 2
     client = MlflowClient(registry.default_tracking_uri(tmp_path))

@@ -66,7 +66,7 @@ def written(path: Path) -> np.ndarray:
 
 
 def test_the_starter_models_output_is_written(tmp_path):
-    """A photo of one tile: the PNG has the network's own output, from an independent reading of the RAW."""
+    """The PNG of a one-tile photo has the network's own output for an independently decoded RAW."""
     path = write_photo(tmp_path / "photo.dng", 64, 64)
     zoomer = Zoomer.load(starter_folder())
     assert zoomer.model.tile_px == 32  # packed pixels

@@ -269,7 +269,7 @@ def test_rows_contain_the_simulators_truth(tmp_path):
     info = read_info(str(tmp_path / "shards"))
     for path in list_shards(str(tmp_path / "shards")):
         row = decode(pq.read_table(path).to_pylist()[0], info)
-        assert np.abs(row["true_flow"].astype(float)).max() * 2 * 4 < 0.05  # HR pixels: the nominal map is the true one
+        assert np.abs(row["true_flow"].astype(float)).max() * 2 * 4 < 0.05  # HR pixels; the nominal map is exact here
         assert np.corrcoef(row["true_rgb"].ravel(), row["hr_rgb"].ravel())[0, 1] > 0.95
     (tmp_path / "raw" / "00001" / "truth" / "geometry.json").write_text("{}")
     report = run((tmp_path / "raw", tmp_path / "shards"))
