@@ -24,7 +24,7 @@ from pipelines.scoring.scores import BORDER_PX, PROTOCOLS, TARGETS, PerCrop, mea
 from preprocessing.schema import SPLITS
 from sdan import checkpoint, metrics
 from sdan.baselines import Network
-from sdan.ops.precision import autocast
+from sdan.ops.precision import autocast, resolve
 from sdan.resample import bicubic
 
 METRICS = ("psnr", "ssim", "lpips")
@@ -51,6 +51,8 @@ class Evaluation:
     epe_px: float
     """Mean end-point error of the oracle offsets, mosaic pixels; NaN for real data."""
     lpips_missing: str | None
+    precision: str = "fp32"
+    """What the network computed in."""
 
     @property
     def gap_db(self) -> dict[str, float]:
@@ -83,7 +85,7 @@ class Evaluation:
         lines = [
             f"{'Simulated data. ' if self.simulated else ''}{self.crops} crops of {self.crop_px} packed pixels, "
             f"split {self.split}, RGB in [0, 1], border {BORDER_PX} px; "
-            f"aligned: {100 * self.valid_share:.1f} % of pixels valid.",
+            f"aligned: {100 * self.valid_share:.1f} % of pixels valid; network in {self.precision}.",
             f"Oracle - self gap: {gaps}.",
         ]
         if math.isfinite(self.epe_px):
@@ -183,6 +185,7 @@ def evaluate_model(
         valid_share=float(held.aligned_mask.float().mean()) if held.aligned_mask is not None else math.nan,
         epe_px=mean_scores(scores).get("oracle_epe_px", math.nan),
         lpips_missing=metrics.lpips_unavailable(),
+        precision=resolve("auto", device),
     )
 
 

@@ -82,10 +82,7 @@ def index_split(shards: str, split: str) -> ShardIndex:
         info = schema.read_info(shards)
         paths = sorted(schema.list_shards(shards, split))
     except (pa.ArrowException, OSError) as error:
-        raise ShardsError(
-            f"SHARDS, {shards}: expected a folder or s3:// URI of readable shards, got {one_line(error)}; "
-            "check the path"
-        ) from error
+        raise _unreadable(shards, error) from error
     if not paths:
         remedy = (
             "name sequences for it with `sdan preprocess ... --val SEQ,SEQ`"
@@ -96,6 +93,12 @@ def index_split(shards: str, split: str) -> ShardIndex:
     with ThreadPoolExecutor(16) as pool:
         tiles = tuple(pool.map(lambda path: _count_tiles(shards, path), paths))
     return ShardIndex(shards, split, tuple(paths), tiles, info)
+
+
+def _unreadable(shards: str, error: Exception) -> ShardsError:
+    return ShardsError(
+        f"SHARDS, {shards}: expected a folder or s3:// URI of readable shards, got {one_line(error)}; check the path"
+    )
 
 
 def _count_tiles(shards: str, path: str) -> int:
@@ -121,7 +124,10 @@ def require_unchanged(index: ShardIndex) -> None:
     Raises:
         ShardsError: a file is missing, damaged or has another number of tiles.
     """
-    listed = set(schema.list_shards(index.shards, index.split))
+    try:
+        listed = set(schema.list_shards(index.shards, index.split))
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(index.shards, error) from error
     for path in index.paths:
         if path not in listed:
             raise _changed(path, "no such file")
@@ -143,6 +149,7 @@ def read_tile(index: ShardIndex, pair: int, tile: int, columns: tuple[str, ...] 
 
     Raises:
         ShardsError: the file is missing, damaged, or no longer the one that was indexed.
+        OSError: a network or disk error. Ray Train then restarts from the last checkpoint.
     """
     path = index.paths[pair]
     try:
@@ -153,7 +160,7 @@ def read_tile(index: ShardIndex, pair: int, tile: int, columns: tuple[str, ...] 
         table = file.read_row_group(tile, columns=list(columns) if columns else None, use_threads=False)
     except FileNotFoundError as error:
         raise _changed(path, "no such file") from error
-    except (pa.ArrowException, OSError) as error:
+    except pa.ArrowException as error:
         raise _changed(path, one_line(error)) from error
     return schema.decode({name: _first(table.column(name)) for name in table.column_names}, index.info)
 

@@ -295,11 +295,12 @@ def _record(
         run_id = run_id or registry.create_run(tracking_uri, EXPERIMENT, folder.name)
         start_from = str(init_from.resolve()) if init_from else None
         run = StoredRun(configs.to_dict(config), shards, run_id, start_from, plan.workers, storage)
-        log_data(tracking_uri, run.run_id, [pairs.train, pairs.val])
     registry.log_config(tracking_uri, run.run_id, configs.flatten(config) | {"shards": shards})
     folder.mkdir(parents=True, exist_ok=True)
     pairs.write(folder)
     run.write(folder)
+    if stored is None:
+        log_data(tracking_uri, run.run_id, [pairs.train, pairs.val])
     return run
 
 

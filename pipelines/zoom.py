@@ -86,10 +86,12 @@ class Zoomer:
         """Load a checkpoint folder onto the GPU, or the CPU if there is none."""
         return cls(sdan.load(folder))
 
-    def zoom(self, photo: Photo, progress: Callable[[int, int], None] | None = None) -> np.ndarray:
-        """The enlarged photograph, upright: float32 [s H, s W, 3] in [0, 1]."""
+    def zoom(
+        self, photo: Photo, progress: Callable[[int, int], None] | None = None, *, precision: str = "auto"
+    ) -> np.ndarray:
+        """The enlarged photograph, upright: float32 [s H, s W, 3] in [0, 1]; precision as in sdan.ops.precision."""
         try:
-            zoomed = sdan.zoom(self.model, photo.raw, photo.rendering, progress=progress)
+            zoomed = sdan.zoom(self.model, photo.raw, photo.rendering, precision=precision, progress=progress)
         except ValueError as error:
             raise ZoomError(str(error)) from error
         return decode.upright(zoomed.permute(1, 2, 0).cpu().numpy(), photo.flip)
@@ -209,7 +211,8 @@ def _zoom_one(photo: Path, target: Path, zoomer: Zoomer, bits: int, say: Callabl
     if not decoded.from_raw and zoomer.model.config.input != "rgb":
         say(f"{photo}: no RAW, so its pixels are converted to a synthetic mosaic; expect less detail than from RAW")
     with tqdm(desc=photo.name, unit="tile") as bar:
-        image = zoomer.zoom(decoded, partial(move_bar, bar))
+        # 16 bits need more than the 8 bits of mantissa that bf16 has.
+        image = zoomer.zoom(decoded, partial(move_bar, bar), precision="fp32" if bits == 16 else "auto")
     write_png(image, target, bits=bits)
     say(f"{target} ({image.shape[1]}x{image.shape[0]})")
     return Zoomed(target, image.shape[1], image.shape[0])

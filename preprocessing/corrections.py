@@ -148,12 +148,8 @@ class _Cells:
         side = max(_CELL_PX, -(-max(height, width) // _MAX_SIDE_CELLS))
         self.shape = (max(1, height // side), max(1, width // side))
         self.rendering, well = self._light(pictures.rendering, side, BT709_BYTE_TO_LINEAR)
-        self.lr, lr_well = self._light(
-            pictures.lr, side, SRGB_BYTE_TO_LINEAR if pictures.lr_is_jpg else BT709_BYTE_TO_LINEAR
-        )
-        self.hr, hr_well = self._light(
-            pictures.hr, side, SRGB_BYTE_TO_LINEAR if pictures.hr_is_jpg else BT709_BYTE_TO_LINEAR
-        )
+        self.lr, lr_well = self._light(pictures.lr, side, _linear_table(pictures.lr_is_jpg))
+        self.hr, hr_well = self._light(pictures.hr, side, _linear_table(pictures.hr_is_jpg))
         self.lr_good, self.hr_good = well & lr_well, well & hr_well
         y, x = (np.mgrid[: self.shape[0], : self.shape[1]] + 0.5) * side
         places = np.stack([x.ravel(), y.ravel()], 1)

@@ -91,7 +91,7 @@ def preprocess(
     *,
     dry_run: bool = False,
     progress: bool = True,
-    start_ray: Callable[[], object] = ray.init,
+    start_ray: Callable[[], object] | None = None,
 ) -> PreprocessReport:
     """Turn the zoom sequences below `raw` into shards below `shards` (local folders or `s3://` URIs).
 
@@ -101,7 +101,8 @@ def preprocess(
     Args:
         dry_run: count and estimate; write nothing.
         progress: show a progress bar.
-        start_ray: starts or joins Ray; called if there is work and Ray is not running, after all checks.
+        start_ray: starts or joins Ray, and leaves it running. It is called after all checks, if there is work and Ray
+            is not running. None: Ray is started with its defaults, and stopped at the end.
 
     Raises:
         PreprocessError: the whole run failed; one line.
@@ -120,12 +121,11 @@ def preprocess(
     report = PreprocessReport(pairs=len(plan.jobs), todo=len(todo), skipped=len(done), notes=list(plan.notes))
     report.quarantined = [*plan.faults, *quarantined]
     if dry_run:
+        cpus = _cpus(start_ray)
         with _storage_errors(target, "read"):
-            report.estimate = estimate(todo, options, Rate.read(target), _cpus(start_ray))
+            report.estimate = estimate(todo, options, Rate.read(target), cpus)
     else:
-        if todo and not ray.is_initialized():
-            start_ray()
-        with _storage_errors(target, "written"):
+        with _ray(start_ray, needed=bool(todo)), _storage_errors(target, "written"):
             ledger.prepare(plan, options)
             for job in done:
                 ledger.keep_one_shard(job)
@@ -228,9 +228,31 @@ def _task(row: dict[str, Any], source: Folder, target: Folder, options: Preproce
     return asdict(_PROCESS.run(job, source, target, options))
 
 
-def _cpus(start_ray: Callable[[], object]) -> float:
+@contextlib.contextmanager
+def _ray(start_ray: Callable[[], object] | None, *, needed: bool) -> Iterator[None]:
+    """Ray for the job: the running one, or else as `preprocess` describes `start_ray`."""
+    if ray.is_initialized() or not needed:
+        yield
+    elif start_ray is not None:
+        start_ray()
+        yield
+    else:
+        try:
+            ray.init()
+        except Exception as error:  # Ray raises a bare Exception if the machine is too busy or its disk is full
+            reason = one_line(error)[:200]
+            raise PreprocessError(
+                f"Ray: expected to start, got {reason}; check this machine's load and disk"
+            ) from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _cpus(start_ray: Callable[[], object] | None) -> float:
     """CPUs of the running Ray or of the cluster at RAY_ADDRESS, else of this machine."""
-    if not ray.is_initialized() and os.environ.get("RAY_ADDRESS"):
+    if not ray.is_initialized() and os.environ.get("RAY_ADDRESS") and start_ray is not None:
         start_ray()
     return float(ray.cluster_resources().get("CPU", 1)) if ray.is_initialized() else float(os.cpu_count() or 1)
 

@@ -125,7 +125,8 @@ class Training:
         self.averaged.load_state_dict(stored.model.state_dict())
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty if the run computed without fp16 so far
+            self.scaler.load_state_dict(state["scaler"])
         self.step, self.crops = int(state["step"]), int(state["crops"])
 
     def check_finite(self, config: TrainConfig) -> None:

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from pipelines.training.run_folder import RunShards
 from pipelines.training.run_log import RunLog, machine_metrics
 from preprocessing.schema import SCHEMA_VERSION
 from sdan import checkpoint
-from sdan.ops.precision import resolve
+from sdan.ops.precision import common_precision, resolve
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,9 @@ class TrainWorker:
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.job = job
-        self.config, self.index = job.config, job.shards.train
+        self.index = job.shards.train
         self.device = get_device()
+        self.config = self._with_precision(job.config)
         torch.set_num_threads(job.threads)
         if self.config.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs this to be deterministic
@@ -77,7 +78,14 @@ class TrainWorker:
         self.training = step.start(self.config, job.init_from, self.device, wrap, job.vgg)
         self.log = RunLog(job.tracking_uri, job.run_id) if self.rank == 0 else None
         if self.log:
-            self.log.environment(self.world, self.device, resolve(self.config.train.precision, self.device))
+            self.log.environment(self.world, self.device, self.config.train.precision)
+
+    def _with_precision(self, config: ExperimentConfig) -> ExperimentConfig:
+        """The config with the precision that all ranks compute in; checkpoints keep the job's own value, e.g. auto."""
+        chosen = [resolve(config.train.precision, self.device)] * self.world
+        if self.world > 1:
+            dist.all_gather_object(chosen, chosen[self.rank])
+        return replace(config, train=replace(config.train, precision=common_precision(chosen)))
 
     def _distributed(self, model: nn.Module) -> nn.Module:
         return prepare_model(model, parallel_strategy_kwargs=step.bucket_options(self.config.train))
@@ -177,7 +185,7 @@ class TrainWorker:
             saved = checkpoint.save(
                 Path(folder) / "checkpoint",
                 self.training.averaged,
-                config=configs.to_dict(self.config) | {"schema_version": SCHEMA_VERSION},
+                config=configs.to_dict(self.job.config) | {"schema_version": SCHEMA_VERSION},
                 scores=metrics,
                 trainer_state=self.training.state(),
             )

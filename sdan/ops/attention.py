@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdan.ops import portable
-from sdan.ops.precision import cpu_has_bf16
+from sdan.ops.precision import onednn_accepts_bf16
 
 _BLOCK_VALUES = 2**20
 """Values of the matrix per block: 4 MB in float32. Blocks of half or twice this size were slower."""
@@ -217,5 +217,5 @@ def _use_onednn(matrix: Tensor) -> bool:
     if matrix.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if matrix.dtype == torch.bfloat16:
-        return cpu_has_bf16()
+        return onednn_accepts_bf16()
     return matrix.dtype == torch.float32

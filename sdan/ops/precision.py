@@ -6,6 +6,8 @@ there. Training, validation, evaluation and zooming all choose through `resolve`
 
 from __future__ import annotations
 
+import platform
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, cast, get_args
 
@@ -29,8 +31,25 @@ def native_precision(device: torch.device) -> Precision:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether oneDNN computes bf16 with this CPU's own instructions."""
+    """Whether this CPU has bf16 instructions: AVX512_BF16 or AMX on x86, the bf16 extension on ARM."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        # oneDNN also accepts bf16 on other AVX-512 CPUs, and emulates it there.
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return onednn_accepts_bf16()
+
+
+def onednn_accepts_bf16() -> bool:
+    """Whether oneDNN computes bf16 on this CPU at all, with instructions or emulated."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def common_precision(chosen: Collection[Precision]) -> Precision:
+    """The precision for DDP ranks whose processors would choose differently: gradients must have the same scale."""
+    if len(set(chosen)) == 1:
+        return next(iter(chosen))
+    return "fp32" if "fp32" in chosen else "fp16"
 
 
 def resolve(precision: str, device: torch.device) -> Precision:

@@ -55,3 +55,23 @@ def test_bf16_support_matches_the_processors_flags():
         assert precision.cpu_has_bf16()
     elif "avx512f" not in flags and "avx_ne_convert" not in flags:
         assert not precision.cpu_has_bf16()
+
+
+@pytest.mark.parametrize(
+    ("instructions", "expected"),
+    [({}, False), ({"avx512_bf16"}, True), ({"amx_tile"}, True)],
+)
+def test_bf16_on_x86_needs_instructions(monkeypatch, instructions, expected):
+    """oneDNN accepts bf16 on every AVX-512 CPU and emulates it on those without these instructions."""
+    monkeypatch.setattr(precision.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: "avx512_bf16" in instructions)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: "amx_tile" in instructions)
+    assert precision.cpu_has_bf16() == expected
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [(["bf16", "bf16"], "bf16"), (["bf16", "fp16"], "fp16"), (["fp32", "bf16"], "fp32"), (["fp16"], "fp16")],
+)
+def test_ranks_agree_on_one_precision(chosen, expected):
+    assert precision.common_precision(chosen) == expected

@@ -100,6 +100,29 @@ def test_a_resumed_run_checks_its_shards_before_ray_starts(shards, tmp_path, mon
         train(str(shards), configs.smoke(), data=tmp_path, name="cut", resume=True, progress=False)
 
 
+def test_a_network_error_is_not_a_changed_shard(shards, monkeypatch):
+    """Ray Train retries an OSError from the last checkpoint; a ShardsError ends the run."""
+
+    def broken(shards, path):
+        raise OSError("AWS Error NETWORK_CONNECTION")
+
+    index = index_split(str(shards), "train")
+    monkeypatch.setattr("pipelines.loader._open", broken)
+    with pytest.raises(OSError, match="NETWORK_CONNECTION") as said:
+        read_tile(index, 0, 0)
+    assert not isinstance(said.value, ValueError)
+
+
+def test_shards_that_cannot_be_listed_are_one_line(shards, monkeypatch):
+    def broken(shards, split):
+        raise OSError("AWS Error ACCESS_DENIED")
+
+    index = index_split(str(shards), "train")
+    monkeypatch.setattr("pipelines.loader.schema.list_shards", broken)
+    with pytest.raises(ShardsError, match="expected a folder or s3:// URI of readable shards, got AWS Error"):
+        require_unchanged(index)
+
+
 @pytest.mark.slow
 def test_shards_added_before_a_restart_change_nothing(shards, tmp_path, monkeypatch):
     """A run that ends before its model is registered and resumes with more shards gets the same weights."""

@@ -268,3 +268,16 @@ def test_a_compiled_network_takes_the_same_step(smoke):
     assert_alike(plain, compiled, 2e-5)
     assert float(compiled_terms["loss"]) == pytest.approx(float(terms["loss"]), rel=1e-4)
     assert compiled.state()["model"].keys() == plain.state()["model"].keys()
+
+
+def test_a_run_can_resume_in_fp16(smoke, tmp_path):
+    """A run that started without a gradient scaler has no scaler state to restore."""
+    config, _ = smoke
+    training = step.start(config, None, torch.device("cpu"), lambda model: model)
+    checkpoint.save(
+        tmp_path / "c", training.averaged, config=configs.to_dict(config), scores={}, trainer_state=training.state()
+    )
+    resumed = step.start(config, None, torch.device("cpu"), lambda model: model)
+    resumed.scaler = torch.amp.GradScaler("cpu", enabled=True)
+    resumed.restore(tmp_path / "c")
+    assert resumed.scaler.get_scale() == torch.amp.GradScaler("cpu", enabled=True).get_scale()
