@@ -82,9 +82,9 @@ def warp_forward_kernel(
     image, sample, valid, _y, _x, pixel, has_top, has_bottom, has_left, has_right, top, bottom, left, right = _corners(
         offset_ptr, height, width, frame_height, frame_width, margin, BLOCK_P, ACC
     )
-    target = output_ptr + (image * height * width + sample)[:, None] * channels
     corner = input_ptr + pixel[:, None] * channels
     below = frame_width.to(tl.int64) * channels
+    target = output_ptr + (image * height * width + sample)[:, None] * channels
     for start in range(0, channels, BLOCK_C):
         channel = (start + tl.arange(0, BLOCK_C))[None, :]
         active = valid[:, None] & (channel < channels)
