@@ -29,6 +29,7 @@ from sdan.checkpoint import DESCRIPTION, TRAINER, WEIGHTS
 
 MODEL = "sdan"
 CHAMPION = "champion"
+CHAMPION_URI = f"models:/{MODEL}@{CHAMPION}"
 PREVIOUS_TAG = "sdan.previous_champion"
 """Tag of a champion's version: the version that was champion before it."""
 CHECKPOINT_TAG = "sdan.checkpoint"
@@ -280,8 +281,7 @@ def _check_folder(folder: Path, asked: str | None = None) -> None:
     label = asked or str(folder)
     if not folder.is_dir():
         raise RegistryError(
-            f"{label}: expected a checkpoint folder, got no such folder; use runs:/RUN_ID, models:/{MODEL}@{CHAMPION} "
-            f"or {STARTER}"
+            f"{label}: expected a checkpoint folder, got no such folder; use runs:/RUN_ID, {CHAMPION_URI} or {STARTER}"
         )
     missing = [name for name in (WEIGHTS, DESCRIPTION) if not (folder / name).is_file()]
     if missing:

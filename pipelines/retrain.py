@@ -69,11 +69,11 @@ def retrain(
     """
     uri = registry.default_tracking_uri(data)
     report = preprocess(raw, shards, options, dry_run=dry_run, progress=progress, start_ray=cluster.start_ray)
-    has_champion = registry.get_champion(uri) is not None
+    champion = registry.get_champion(uri)
     if dry_run:
-        return RetrainResult(report, None, None, None, False, _intention(report, has_champion, uri, shards))
+        return RetrainResult(report, None, None, None, False, _intention(report, champion is not None, uri, shards))
     registry.prepare_database(uri)
-    if not has_champion:
+    if champion is None:
         first = config or configs.named(configs.DEFAULT)
         trained = train(shards, first, data=data, workers=workers, vgg_weights=vgg_weights, progress=progress)
         score = evaluate(shards, trained.model, limit=COMPARED_CROPS)
@@ -81,7 +81,7 @@ def retrain(
     elif _trained_on_all(uri, shards):
         result = RetrainResult(report, None, None, None, False, "nothing new to train on; the champion stays")
     else:
-        result = _fine_tune(report, shards, data, workers, vgg_weights, progress)
+        result = _fine_tune(report, str(champion.version), shards, data, workers, vgg_weights, progress)
     status.note_retrain(data, result.reason)
     return result
 
@@ -96,15 +96,19 @@ def summary(result: RetrainResult, shards: str, *, dry_run: bool) -> str:
 
 
 def _fine_tune(
-    report: PreprocessReport, shards: str, data: Path, workers: int | None, vgg_weights: Path | None, progress: bool
+    report: PreprocessReport,
+    version: str,
+    shards: str,
+    data: Path,
+    workers: int | None,
+    vgg_weights: Path | None,
+    progress: bool,
 ) -> RetrainResult:
     """Fine-tune the champion, score both on the same held-out tiles, and promote the better."""
     uri = registry.default_tracking_uri(data)
-    champion = f"models:/{registry.MODEL}@{registry.CHAMPION}"
-    version = registry.get_champion(uri)
     # A temporary folder would not do, because the workers of a cluster read it, too.
-    cache = data / "models" / f"{registry.MODEL}-{version.version if version else 0}"
-    folder = registry.resolve_model(uri, champion, cache)
+    cache = data / "models" / f"{registry.MODEL}-{version}"
+    folder = registry.resolve_model(uri, registry.CHAMPION_URI, cache)
     tuned = fine_tuning(configs.from_dict(checkpoint.load(folder).config))
     trained = train(
         shards, tuned, data=data, workers=workers, init_from=folder, vgg_weights=vgg_weights, progress=progress

@@ -208,7 +208,7 @@ def train(
 
 def summary(result: TrainResult) -> str:
     """What `sdan train` prints at the end."""
-    champion = f"models:/{registry.MODEL}@{registry.CHAMPION}"
+    champion = registry.CHAMPION_URI
     lines = [
         f"model: {result.model} (registry: {registry.MODEL}, version {result.version}; MLflow run {result.run_id})",
         f"first model of this registry: it is now {champion}"

@@ -166,7 +166,7 @@ def choose_model(data: Path, uri: str | None) -> tuple[Path, bool]:
     """
     tracking_uri = registry.default_tracking_uri(data)
     fallback = uri is None and registry.get_champion(tracking_uri) is None
-    chosen = STARTER if fallback else uri or f"models:/{registry.MODEL}@{registry.CHAMPION}"
+    chosen = STARTER if fallback else uri or registry.CHAMPION_URI
     return registry.resolve_model(tracking_uri, chosen), fallback
 
 
