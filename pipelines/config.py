@@ -48,10 +48,17 @@ class TrainConfig:
     """Decay of the exponential moving average of the weights; 0: none."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: what the processor of each worker computes natively (sdan.ops.precision)."""
-    layout: Literal["channels_last", "contiguous"] = "channels_last"
-    """Memory layout of weights and feature maps (which is faster: benchmarks/RESULTS.md, Training)."""
+    layout: Literal["auto", "channels_last", "contiguous"] = "auto"
+    """Memory layout of weights and feature maps. auto: channels_last, except for float32 on CUDA without TF32, where
+    cuDNN is about ten times slower in it (sdan.ops.precision)."""
+    tf32: bool = True
+    """Let float32 convolutions on GPUs from Ampere on use TF32, in training and its validation. deterministic turns it
+    off. The paper's configs set it to False: TF32's effect on their reported numbers was not measured."""
     compile: bool = False
     """Compile the network with torch.compile: slower start (minutes), less time and memory per step."""
+    cuda_graph: bool = False
+    """Record the step as one CUDA graph and replay it: for small networks and batches, whose time on a GPU goes into
+    starting kernels. One worker, one GPU, bf16 or fp32 (pipelines/training/graph.py)."""
     accumulate: int = 1
     """Gradient accumulation: process the batch in this many parts, to save GPU memory. Must divide batch_per_worker.
     The gradient is that of the whole batch."""
@@ -97,8 +104,13 @@ class TrainConfig:
             raise ConfigError(f"train.ema_decay: expected a value in [0, 1), got {self.ema_decay}")
         if self.precision not in ("auto", "fp32", "bf16", "fp16"):
             raise ConfigError(f"train.precision: expected auto, fp32, bf16 or fp16, got {self.precision!r}")
-        if self.layout not in ("channels_last", "contiguous"):
-            raise ConfigError(f"train.layout: expected channels_last or contiguous, got {self.layout!r}")
+        if self.layout not in ("auto", "channels_last", "contiguous"):
+            raise ConfigError(f"train.layout: expected auto, channels_last or contiguous, got {self.layout!r}")
+
+    @property
+    def use_tf32(self) -> bool:
+        """Whether training may use TF32."""
+        return self.tf32 and not self.deterministic
 
 
 @dataclass(frozen=True)
@@ -133,7 +145,7 @@ class ExperimentConfig:
 
 def paper_4x() -> ExperimentConfig:
     """The paper as printed and released: mosaic RAW, no skip, the reference is always Y' (8 GPUs, batch 8 on each)."""
-    return ExperimentConfig(name="paper_4x", train=TrainConfig(precision="fp32"))
+    return ExperimentConfig(name="paper_4x", train=TrainConfig(precision="fp32", tf32=False))
 
 
 def paper_4x_rgb() -> ExperimentConfig:

@@ -52,11 +52,11 @@ def _run(name: str, check: Callable[[], Finding]) -> Finding:
 def _torch() -> Finding:
     import torch
 
-    from sdan.ops.precision import native_precision
+    from sdan.ops.precision import compute_plan
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = f"train.precision=auto computes in {native_precision(device)}"
-    return Finding("torch", "ok", f"{torch.__version__}, {os.cpu_count()} CPUs, {chosen}")
+    plan = compute_plan(device, tf32=True)
+    return Finding("torch", "ok", f"{torch.__version__}, {os.cpu_count()} CPUs, train.precision=auto: {plan}")
 
 
 def _gpu() -> Finding:

@@ -24,7 +24,7 @@ from pipelines.scoring.scores import BORDER_PX, PROTOCOLS, TARGETS, PerCrop, mea
 from preprocessing.schema import SPLITS
 from sdan import checkpoint, metrics
 from sdan.baselines import Network
-from sdan.ops.precision import autocast, resolve
+from sdan.ops.precision import compute_plan
 from sdan.resample import bicubic
 
 METRICS = ("psnr", "ssim", "lpips")
@@ -160,11 +160,12 @@ def check_request(
 def evaluate_model(
     model: Network, held: HeldOut, *, split: str, crop_px: int, targets: Sequence[str] | None = None
 ) -> Evaluation:
-    """Score one model and the baselines on crops that are already loaded."""
+    """Score one model and the baselines on crops that are already loaded; the scores never depend on TF32."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = model.to(device)
+    plan = compute_plan(device)
+    model = model.to(device).to(memory_format=plan.memory_format)
     lpips = metrics.lpips_unavailable() is None
-    scores = score_model(model, held, device, lpips=lpips)
+    scores = score_model(model, held, plan, lpips=lpips)
     per_row: dict[str, PerCrop] = {
         "bicubic of the camera JPG": score_bicubic(model, held, device, "camera", lpips=lpips),
         "bicubic of the rendering": score_bicubic(model, held, device, "rendering", lpips=lpips),
@@ -185,19 +186,19 @@ def evaluate_model(
         valid_share=float(held.aligned_mask.float().mean()) if held.aligned_mask is not None else math.nan,
         epe_px=mean_scores(scores).get("oracle_epe_px", math.nan),
         lpips_missing=metrics.lpips_unavailable(),
-        precision=resolve("auto", device),
+        precision=plan.precision,
     )
 
 
 def examples(model: Network, held: HeldOut, count: int = EXAMPLES) -> np.ndarray:
     """One row per crop, bicubic | SDAN | target, from the most detailed crop to the median one; uint8 [H, W, 3]."""
-    device = next(model.parameters()).device
+    plan = compute_plan(next(model.parameters()).device)
     target_name = "true_rgb" if "true_rgb" in held.batch else "hr_rgb"
     rows = []
     for number in _by_detail(held.batch[target_name], count):
         part = held.select(range(number, number + 1))
-        inputs = model_inputs(part.batch, model.config, device)
-        with torch.inference_mode(), autocast("auto", device):
+        inputs = model_inputs(part.batch, model.config, plan.device)
+        with plan.inference():
             zoomed = model(inputs.x, inputs.self_reference, inputs.rendering).zoomed
         truth = part.batch[target_name].float() / 255
         panels = (

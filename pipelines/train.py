@@ -31,13 +31,14 @@ from pipelines.config import ConfigError, ExperimentConfig
 from pipelines.loader import check_fit, index_split, require_unchanged
 from pipelines.training import run_folder
 from pipelines.training.failures import StopOnPermanentError
+from pipelines.training.graph import check_graph
 from pipelines.training.progress import SELECT_BY, ProgressFile, ProgressLine
 from pipelines.training.run_folder import RunShards, StoredRun
 from pipelines.training.run_log import log_data
 from pipelines.training.worker import TrainJob, train_worker
 from sdan import checkpoint
 from sdan.network import SDAN
-from sdan.ops.precision import emulation_warning
+from sdan.ops.precision import slow_choice
 from sdan.perceptual import load_vgg19
 from tuning.trial import reason_of
 
@@ -50,7 +51,9 @@ CHANGEABLE = (
     "train.max_skipped",
     "train.precision",
     "train.layout",
+    "train.tf32",
     "train.compile",
+    "train.cuda_graph",
     "train.accumulate",
     "train.picture_every",
 )
@@ -196,7 +199,7 @@ def train(
     vgg = load_vgg19(vgg_weights) if config.loss.needs_vgg else None
     cluster.start_ray()
     plan = cluster.plan_workers(workers or (stored.workers if stored else None))
-    _warn_of_emulation(config, plan)
+    _check_speed(config, plan)
     tracking_uri = registry.default_tracking_uri(data)
     run = _record(folder, stored, config, pairs, run_id, init_from, plan, storage, tracking_uri)
     job = _job(folder, run, config, pairs, plan, vgg, tracking_uri)
@@ -269,8 +272,11 @@ def _check_resumed(stored: StoredRun, config: ExperimentConfig, shards: str) -> 
             )
 
 
-def _warn_of_emulation(config: ExperimentConfig, plan: cluster.WorkerPlan) -> None:
-    warning = None if plan.use_gpu else emulation_warning(config.train.precision, torch.device("cpu"))
+def _check_speed(config: ExperimentConfig, plan: cluster.WorkerPlan) -> None:
+    """Check train.cuda_graph, and warn of settings that are much slower than auto's."""
+    train, device = config.train, torch.device("cuda" if plan.use_gpu else "cpu")
+    check_graph(config, device_type=device.type, workers=plan.workers, precision=train.precision)
+    warning = slow_choice(device, train.precision, train.layout, tf32=train.use_tf32)
     if warning:
         logging.getLogger(__name__).warning(warning)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -14,7 +13,7 @@ from torchvision.utils import flow_to_image
 from pipelines.loader import model_inputs
 from pipelines.scoring.held_out import HeldOut
 from sdan.baselines import Network
-from sdan.ops.precision import autocast
+from sdan.ops.precision import ComputePlan
 
 PAPER, INK = (250, 250, 248), (32, 32, 32)
 CELL_PX, GAP_PX, LABEL_PX = 256, 8, 18
@@ -26,7 +25,7 @@ def to_uint8(image: Tensor) -> np.ndarray:
     return (image.float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
 
 
-def training_sheet(model: Network, held: HeldOut, device: torch.device, precision: str = "auto") -> np.ndarray:
+def training_sheet(model: Network, held: HeldOut, plan: ComputePlan) -> np.ndarray:
     """One row per crop: input, reference Y', aligned X', output (self), target, mask M, offsets as colours (oracle).
 
     Returns:
@@ -34,8 +33,8 @@ def training_sheet(model: Network, held: HeldOut, device: torch.device, precisio
     """
     model.eval()
     part = held.select(range(min(SHEET_ROWS, len(held))))
-    inputs = model_inputs(part.batch, model.config, device)
-    with torch.inference_mode(), autocast(precision, device):
+    inputs = model_inputs(part.batch, model.config, plan.device)
+    with plan.inference():
         oracle = model(inputs.x, inputs.oracle_reference, inputs.rendering)
         deployed = model(inputs.x, inputs.self_reference, inputs.rendering)
     offset = oracle.offset.float().nan_to_num()  # a diverged network must not crash the run here

@@ -16,7 +16,7 @@ from pipelines.loader import Inputs, model_inputs
 from pipelines.scoring.held_out import HeldOut
 from sdan import metrics
 from sdan.baselines import Network
-from sdan.ops.precision import autocast
+from sdan.ops.precision import ComputePlan
 from sdan.resample import bicubic
 
 BORDER_PX = 8
@@ -32,28 +32,27 @@ PerCrop = dict[str, list[float]]
 def score_model(
     model: Network,
     held: HeldOut,
-    device: torch.device,
+    plan: ComputePlan,
     protocols: Sequence[str] = PROTOCOLS,
     *,
     lpips: bool = False,
-    precision: str = "auto",
 ) -> PerCrop:
     """Score a model's outputs, and its offsets: their statistics and, for simulated data, their end-point error.
 
     Args:
+        model: on the plan's device, in its layout.
         protocols: self (the reference is the input's rendering) and oracle (the reference is made from the target).
         lpips: also compute LPIPS, which needs its weights.
-        precision: auto, fp32, bf16 or fp16 (sdan.ops.precision).
 
     Returns:
         scores by name; those of offsets are in mosaic pixels.
     """
     collected: PerCrop = {}
     model.eval()
-    for inputs, part in _batches(model, held, device):
+    for inputs, part in _batches(model, held, plan.device):
         for protocol in protocols:
             reference = inputs.self_reference if protocol == "self" else inputs.oracle_reference
-            with torch.inference_mode(), autocast(precision, device):
+            with plan.inference():
                 output = model(inputs.x, reference, inputs.rendering)
             px_per_offset = inputs.rendering.shape[-1] / output.offset.shape[-1]
             scores = score_images(output.zoomed, part, lpips=lpips)

@@ -23,30 +23,36 @@ class EpochMeter:
     """
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.skipped: Tensor | float = 0.0
+        self.names: list[str] = []
+        self.sums: Tensor | None = None
+        """[len(names)], on the device."""
         self.steps = 0
         self.waited_s = 0.0
         self.started = time.perf_counter()
 
     def add(self, terms: dict[str, Tensor], waited_s: float) -> None:
         """Add one step's terms (step.train_step); they stay on the device."""
-        skipped = terms["skipped"]
-        for name, term in terms.items():
-            if name == "skipped":
-                continue
-            # A gradient norm is also infinite when fp16's GradScaler tries a scale that is too large.
-            kept = torch.where((skipped > 0) | ~term.isfinite(), 0.0, term)
-            self.sums[name] = self.sums[name] + kept if name in self.sums else kept
-        self.skipped = self.skipped + skipped
+        self.names = list(terms)
+        values = torch.stack(list(terms.values()))  # on a GPU, each operation costs the same for one term or for all
+        # A gradient norm is also infinite when fp16's GradScaler tries a scale that is too large.
+        kept = torch.where((terms["skipped"] > 0) | ~values.isfinite(), 0.0, values)
+        kept[self.names.index("skipped")] = terms["skipped"]
+        self.sums = kept if self.sums is None else self.sums + kept
         self.steps += 1
         self.waited_s += waited_s
 
     @property
     def loss(self) -> float | None:
-        """The mean loss so far; None if every step was skipped. Waits for the device."""
-        used = self.steps - float(self.skipped)
-        return float(self.sums["loss"]) / used if used else None
+        """The mean loss so far; None before the first step or if every step was skipped. Waits for the device."""
+        sums = self._sums()
+        used = self.steps - sums["skipped"]
+        return sums["loss"] / used if used else None
+
+    def _sums(self) -> dict[str, float]:
+        """Name -> sum over the steps that were not skipped; `skipped`: how many were. Waits for the device."""
+        if self.sums is None:
+            return {"skipped": 0.0}
+        return dict(zip(self.names, self.sums.tolist(), strict=True))
 
     def crops_per_s(self, crops_per_step: int) -> float:
         return self.steps * crops_per_step / (time.perf_counter() - self.started)
@@ -57,11 +63,12 @@ class EpochMeter:
         Raises:
             NotFiniteError: every step was skipped.
         """
-        skipped = float(self.skipped)
+        sums = self._sums()
+        skipped = sums.pop("skipped")
         if skipped == self.steps:
             raise NotFiniteError(not_finite(f"all {self.steps} steps of an epoch"))
         elapsed = time.perf_counter() - self.started
-        means = {f"train_{name}": float(value) / (self.steps - skipped) for name, value in self.sums.items()}
+        means = {f"train_{name}": value / (self.steps - skipped) for name, value in sums.items()}
         return means | {
             "skipped_steps": skipped,
             "crops_per_s": self.crops_per_s(crops_per_step),
@@ -70,26 +77,37 @@ class EpochMeter:
 
 
 class LiveFile:
-    """Writes live.json to the run's folder: epoch, loss, crops/s, seconds left, time. Does nothing if the folder is on
-    another machine."""
+    """Writes live.json to the run's folder: epoch, loss, crops/s, seconds left, time, and how the run computes. Does
+    nothing if the folder is on another machine."""
 
-    def __init__(self, folder: Path, epochs: int, crops_per_epoch: int) -> None:
+    def __init__(self, folder: Path, epochs: int, crops_per_epoch: int, started: str = "") -> None:
+        """Nothing is written yet.
+
+        Args:
+            started: one line that says how the run computes (RunLog.environment).
+        """
         self.path = folder / LIVE if folder.is_dir() else None
-        self.epochs, self.crops_per_epoch = epochs, crops_per_epoch
+        self.epochs, self.crops_per_epoch, self.started = epochs, crops_per_epoch, started
         self.written = 0.0
 
     def update(self, crops: int, meter: EpochMeter, crops_per_step: int) -> None:
-        """Write the file if the last write is LIVE_EVERY_S ago; `crops` is the position in the stream of crops."""
+        """Write the file if the last write is LIVE_EVERY_S ago.
+
+        Args:
+            crops: the position in the stream of crops.
+            meter: of this epoch; before its first step, loss, crops/s and time left are unknown (null).
+        """
         if self.path is None or time.monotonic() < self.written + LIVE_EVERY_S:
             return
         self.written = time.monotonic()
-        rate = meter.crops_per_s(crops_per_step)
+        rate = meter.crops_per_s(crops_per_step) if meter.steps else None
         now = {
             "time": time.time(),
             "epoch": min(self.epochs, crops / self.crops_per_epoch),
             "epochs": self.epochs,
             "loss": meter.loss,
             "crops_per_s": rate,
-            "left_s": max(0.0, self.epochs * self.crops_per_epoch - crops) / rate,
+            "left_s": max(0.0, self.epochs * self.crops_per_epoch - crops) / rate if rate else None,
+            "started": self.started,
         }
         write_atomically(self.path, json.dumps(now))

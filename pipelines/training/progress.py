@@ -53,17 +53,21 @@ def describe(now: dict[str, Any], report: dict[str, Any]) -> str:
     rate = newest.get("crops_per_s")
     if rate is not None:
         parts.append(f"{rate:.1f} crops/s")
-    if newest is now:
+    if newest is now and now["left_s"] is not None:
         parts.append(f"{tqdm.format_interval(now['left_s'])} left")
     return ", ".join(parts)
 
 
 class ProgressLine:
-    """One live line on stderr: epoch, loss, PSNR, crops/s and time left, updated by a thread."""
+    """One live line on stderr: epoch, loss, PSNR, crops/s and time left, updated by a thread.
+
+    A line above it says how the run computes, after each start of the workers that changes it.
+    """
 
     def __init__(self, folder: Path, epochs: int, *, enabled: bool) -> None:
         self.folder, self.epochs, self.enabled = folder, epochs, enabled
         self.began = time.time()
+        self.said = ""
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -91,6 +95,9 @@ class ProgressLine:
         report, now = last_report(self.folder), live(self.folder)
         if now.get("time", 0.0) < self.began:
             now = {}  # written before this --resume
+        if now.get("started", self.said) != self.said:
+            self.said = now["started"]
+            bar.write(f"train: {self.said}", file=sys.stderr)
         bar.n = min(self.epochs, max(now.get("epoch", 0.0), report.get("epoch", 0.0)))
         bar.postfix = describe(now, report)
         bar.refresh()

@@ -3,7 +3,7 @@
 run.json          StoredRun: what a resumed run must know
 shards.json       StoredShards: the pairs that the run trains and validates on, listed once
 progress.jsonl    one line per validation, appended by Ray Train's controller once the checkpoint is safe
-live.json         rank 0's position, every few seconds, if its machine shares the folder
+live.json         rank 0's position and how it computes, every few seconds, if its machine shares the folder
 checkpoint_*/     Ray Train's own checkpoints and state
 model/            the best checkpoint; its presence means that the run is finished
 """

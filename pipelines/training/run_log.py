@@ -19,6 +19,7 @@ from mlflow.tracking import MlflowClient
 
 from pipelines.loader import ShardIndex
 from sdan import checkpoint
+from sdan.ops.precision import ComputePlan
 
 EPOCH_METRICS = ("train_loss", "val_psnr")
 """Every epoch logs at least one of these; they show which epochs a run already has."""
@@ -56,10 +57,19 @@ class RunLog:
         except Exception as error:
             logging.getLogger(__name__).warning("MLflow: writing the picture of epoch %d failed: %s", epoch, error)
 
-    def environment(self, workers: int, device: torch.device, precision: str) -> None:
-        """Tag the run with where it is running now (a resumed run may be on another machine)."""
-        for name, value in (environment(workers, device) | {"precision": precision}).items():
+    def environment(self, workers: int, plan: ComputePlan) -> str:
+        """Tag the run with where and how it computes now (a resumed run may be on another machine).
+
+        Returns:
+            one line that says so, and in which precision the run computed before if that was another.
+        """
+        before = self.client.get_run(self.run_id).data.tags.get("env.precision")
+        now = environment(workers, plan.device)
+        how = {"precision": plan.precision, "layout": plan.layout, "tf32": "on" if plan.tf32 else "off"}
+        for name, value in (now | how).items():
             self.client.set_tag(self.run_id, f"env.{name}", value)
+        changed = f"; it computed in {before} before" if before not in (None, plan.precision) else ""
+        return f"computes in {plan}, on {now['device']}, workers: {workers}{changed}"
 
 
 def environment(workers: int, device: torch.device) -> dict[str, str]:

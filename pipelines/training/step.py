@@ -1,6 +1,7 @@
 """One training step: learning rate, loss, gradients, optimizer, averaged weights; and the state a checkpoint keeps.
 
-`train_step` is the step; `Training` is everything that it changes.
+`train_step` is the step: it writes the learning rate to the device, and `device_step` does the rest there. `Training`
+is everything that they change.
 """
 
 from __future__ import annotations
@@ -10,17 +11,18 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipelines.config import ExperimentConfig, TrainConfig
 from pipelines.loader import Inputs
+from pipelines.training.graph import GraphedStep, check_graph
 from sdan import checkpoint
 from sdan.losses import LossConfig, sdan_loss, self_reference_loss, transfer_loss
 from sdan.network import SDAN, SDANOutput
-from sdan.ops.precision import autocast, resolve
+from sdan.ops.precision import ComputePlan, compute_plan
 from sdan.perceptual import VGG19Features
 from sdan.resample import low_pass
 
@@ -94,25 +96,43 @@ class Training:
 
     model: SDAN
     wrapped: nn.Module
-    """`model` inside DDP and torch.compile, where they are used; steps run through it."""
+    """`model`, inside DDP if there are several workers; steps run through it."""
     averaged: SDAN
     """Exponential moving average of the weights: what is validated and saved."""
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    plan: ComputePlan
+    """Precision, layout and TF32 of the step."""
+    rate: Tensor
+    """The optimizer's learning rate, a float32 scalar on the device."""
+    new_share: Tensor
+    """Share of the new weights in the average, 1 - decay: a float32 scalar on the device."""
+    skipped_in_a_row: Tensor
+    """Number of consecutive steps, up to the last, without a finite loss and gradient; counted on the device."""
     vgg: VGG19Features | None = None
     """The feature network of perceptual losses; not part of the checkpoint."""
+    graph: GraphedStep | None = None
+    """`device_step` as a CUDA graph, with train.cuda_graph."""
     step: int = 0
     """Optimizer steps so far, skipped ones included."""
     crops: int = 0
     """Position in the stream of crops: the number that all workers together have seen."""
-    skipped_in_a_row: Tensor | int = 0
-    """Number of consecutive steps, up to the last, without a finite loss and gradient; counted on the device."""
+
+    def set_schedule(self, rate: float, config: TrainConfig) -> None:
+        """Write what changes with the step's number to the device, where `device_step` reads it."""
+        # The decay starts small, so that the initial weights do not dominate the average of a short run.
+        decay = min(config.ema_decay, (1 + self.step) / (10 + self.step)) if config.ema_decay else 0.0
+        self.rate.fill_(rate)
+        self.new_share.fill_(1 - decay)
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values for `restore`; the averaged weights are saved as the checkpoint's model."""
+        optimizer = self.optimizer.state_dict()
+        for group in optimizer["param_groups"]:  # as without a graph and its learning rate on the device
+            group.update(lr=float(self.rate), capturable=False)
         return {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
             "step": self.step,
             "crops": self.crops,
@@ -124,10 +144,22 @@ class Training:
         state = checkpoint.load_trainer_state(folder)
         self.averaged.load_state_dict(stored.model.state_dict())
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._restore_optimizer(state["optimizer"])
         if state["scaler"]:  # empty if the run computed without fp16 so far
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.crops = int(state["step"]), int(state["crops"])
+
+    def _restore_optimizer(self, stored: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(stored)
+        for group in self.optimizer.param_groups:
+            group.update(lr=self.rate, capturable=self.graph is not None)
+        for parameter, moments in self.optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                # The fused optimizer walks memory in order: the moments need the layout of the weights, which may
+                # have changed since the checkpoint.
+                moments[name] = torch.empty_like(parameter).copy_(moments[name])
+        if self.graph is not None:
+            self.graph.forget()
 
     def check_finite(self, config: TrainConfig) -> None:
         """Raise NotFiniteError after train.max_skipped consecutive skipped steps; checks every max_skipped steps."""
@@ -159,37 +191,68 @@ def start(
         wrap: wraps the model for training (DDP if there are several workers).
         vgg: perceptual.load_vgg19's weights, for a loss that needs them.
     """
-    torch.manual_seed(config.train.seed)
-    layout = torch.channels_last if config.train.layout == "channels_last" else torch.contiguous_format
+    train = config.train
+    plan = plan_of(train, device)
+    torch.manual_seed(train.seed)
     model = SDAN(config.model)
     if init_from:
         model.load_state_dict(checkpoint.load(Path(init_from)).model.state_dict())
-    model.to(device).to(memory_format=layout)
-    averaged = SDAN(config.model).to(device).to(memory_format=layout)
+    model.to(device).to(memory_format=plan.memory_format)
+    averaged = SDAN(config.model).to(device).to(memory_format=plan.memory_format)
     averaged.load_state_dict(model.state_dict())
+    rate = torch.tensor(train.learning_rate, device=device)
     optimizer = torch.optim.Adam(
-        model.parameters(), lr=config.train.learning_rate, betas=config.train.betas, fused=True
+        model.parameters(), lr=rate, betas=train.betas, fused=True, capturable=train.cuda_graph
     )
+    if train.compile:
+        model.compile()  # before DDP wraps it, so that the network becomes one graph
     wrapped = wrap(model)
-    if config.train.compile:
-        wrapped = cast(nn.Module, torch.compile(wrapped))
-    scaler = torch.amp.GradScaler(device.type, enabled=resolve(config.train.precision, device) == "fp16")
-    features = VGG19Features(vgg).to(device) if vgg is not None else None
-    return Training(model, wrapped, averaged.eval().requires_grad_(False), optimizer, scaler, features)
+    training = Training(
+        model=model,
+        wrapped=wrapped,
+        averaged=averaged.eval().requires_grad_(False),
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler(device.type, enabled=plan.precision == "fp16"),
+        plan=plan,
+        rate=rate,
+        new_share=torch.tensor(1.0, device=device),
+        skipped_in_a_row=torch.zeros((), dtype=torch.int32, device=device),
+        vgg=VGG19Features(vgg).to(device) if vgg is not None else None,
+    )
+    if train.cuda_graph:
+        workers = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        check_graph(config, device_type=device.type, workers=workers, precision=plan.precision)
+        training.graph = GraphedStep(lambda inputs: device_step(training, inputs, config), training.skipped_in_a_row)
+    return training
+
+
+def plan_of(config: TrainConfig, device: torch.device) -> ComputePlan:
+    """How a training by this config computes on `device`."""
+    return compute_plan(device, config.precision, config.layout, tf32=config.use_tf32)
 
 
 def train_step(training: Training, inputs: Inputs, config: ExperimentConfig, rate: float) -> dict[str, Tensor]:
     """One optimizer step; all ranks skip it if any rank's loss or gradient is not finite.
 
-    Nothing here waits for the device; the decision to skip is made on it.
+    Nothing here waits for the device.
 
     Returns:
         tensors on the device: the loss terms, `grad_norm` (before clipping) and `skipped`. `skipped` is 1 for a step
         whose loss or gradient was not finite, and 0 when fp16's GradScaler skipped a step to adjust its scale. The
         terms of a skipped step may be NaN.
     """
-    for group in training.optimizer.param_groups:
-        group["lr"] = rate
+    training.set_schedule(rate, config.train)
+    terms = training.graph(inputs) if training.graph else device_step(training, inputs, config)
+    training.step += 1
+    return terms
+
+
+def device_step(training: Training, inputs: Inputs, config: ExperimentConfig) -> dict[str, Tensor]:
+    """The part of `train_step` that runs on the device, with the schedule that it finds there.
+
+    It decides there, too, whether to skip the step, and changes tensors of `training` only in place. So a CUDA graph
+    can replay it.
+    """
     terms = _gradients(training, inputs.parts(config.train.accumulate), config)
     training.scaler.unscale_(training.optimizer)
     limit = config.train.grad_clip or math.inf
@@ -197,10 +260,9 @@ def train_step(training: Training, inputs: Inputs, config: ExperimentConfig, rat
     good = norm.isfinite()
     _optimizer_step(training, good)
     training.optimizer.zero_grad(set_to_none=True)
-    _average(training, config.train, good)
+    _average(training, good)
     fault = ~terms["loss"].isfinite() if training.scaler.is_enabled() else ~good
-    training.skipped_in_a_row = (training.skipped_in_a_row + 1) * fault
-    training.step += 1
+    training.skipped_in_a_row.add_(1).mul_(fault)
     return {**terms, "grad_norm": norm, "skipped": fault.float()}
 
 
@@ -211,15 +273,16 @@ def _gradients(training: Training, parts: list[Inputs], config: ExperimentConfig
         loss terms, averaged over the parts.
     """
     means: dict[str, Tensor] = {}
-    for number, part in enumerate(parts, 1):
-        with nullcontext() if number == len(parts) else _apart(training.wrapped):
-            with autocast(config.train.precision, part.x.device):
+    with training.plan.autocast():  # around all parts, because it casts each weight once until it ends
+        for number, part in enumerate(parts, 1):
+            with nullcontext() if number == len(parts) else _apart(training.wrapped):
                 terms = training_loss(training.wrapped, part, config.loss, training.vgg)
-            # DDP exchanges gradients, not losses: a NaN gradient tells the other ranks about an infinite loss.
-            poison = torch.where(terms["loss"].detach().isfinite(), 1.0, math.nan)
-            training.scaler.scale(terms["loss"] * poison / len(parts)).backward()
-        for name, term in terms.items():
-            means[name] = means.get(name, 0.0) + term.detach() / len(parts)
+                # DDP exchanges gradients, not losses: a NaN gradient tells the other ranks about an infinite loss.
+                poison = torch.where(terms["loss"].detach().isfinite(), 1.0, math.nan)
+                with torch.autocast(training.plan.device.type, enabled=False):
+                    training.scaler.scale(terms["loss"] * poison / len(parts)).backward()
+            for name, term in terms.items():
+                means[name] = means.get(name, 0.0) + term.detach() / len(parts)
     return means
 
 
@@ -248,11 +311,9 @@ def _optimizer_step(training: Training, good: Tensor) -> None:
     training.optimizer.step()
 
 
-def _average(training: Training, config: TrainConfig, good: Tensor) -> None:
+def _average(training: Training, good: Tensor) -> None:
     """Update the moving average of the weights if `good`."""
-    # The decay starts small, so that the initial weights do not dominate the average of a short run.
-    decay = min(config.ema_decay, (1 + training.step) / (10 + training.step)) if config.ema_decay else 0.0
     with torch.no_grad():
         ahead = torch._foreach_sub(list(training.model.parameters()), list(training.averaged.parameters()))
-        torch._foreach_mul_(ahead, (1 - decay) * good)
+        torch._foreach_mul_(ahead, training.new_share * good)
         torch._foreach_add_(list(training.averaged.parameters()), ahead)

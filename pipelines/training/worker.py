@@ -35,7 +35,7 @@ from pipelines.training.run_folder import RunShards
 from pipelines.training.run_log import RunLog, machine_metrics
 from preprocessing.schema import SCHEMA_VERSION
 from sdan import checkpoint
-from sdan.ops.precision import common_precision, resolve
+from sdan.ops.precision import common_plan
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class TrainWorker:
         self.job = job
         self.index = job.shards.train
         self.device = get_device()
-        self.config = self._with_precision(job.config)
+        self.config = self._as_all_ranks(job.config)
         torch.set_num_threads(job.threads)
         if self.config.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs this to be deterministic
@@ -77,15 +77,17 @@ class TrainWorker:
         wrap = self._distributed if self.world > 1 else (lambda model: model)
         self.training = step.start(self.config, job.init_from, self.device, wrap, job.vgg)
         self.log = RunLog(job.tracking_uri, job.run_id) if self.rank == 0 else None
-        if self.log:
-            self.log.environment(self.world, self.device, self.config.train.precision)
+        self.started = self.log.environment(self.world, self.training.plan) if self.log else ""
 
-    def _with_precision(self, config: ExperimentConfig) -> ExperimentConfig:
-        """The config with the precision that all ranks compute in; checkpoints keep the job's own value, e.g. auto."""
-        chosen = [resolve(config.train.precision, self.device)] * self.world
+    def _as_all_ranks(self, config: ExperimentConfig) -> ExperimentConfig:
+        """The config with the precision, layout and TF32 of all ranks; checkpoints keep the job's own values."""
+        own = step.plan_of(config.train, self.device)
+        plans = [own] * self.world
         if self.world > 1:
-            dist.all_gather_object(chosen, chosen[self.rank])
-        return replace(config, train=replace(config.train, precision=common_precision(chosen)))
+            dist.all_gather_object(plans, own)
+        plan = common_plan(plans, own)
+        train = replace(config.train, precision=plan.precision, layout=plan.layout, tf32=plan.tf32)
+        return replace(config, train=train)
 
     def _distributed(self, model: nn.Module) -> nn.Module:
         return prepare_model(model, parallel_strategy_kwargs=step.bucket_options(self.config.train))
@@ -113,8 +115,13 @@ class TrainWorker:
 
     def run(self) -> None:
         """Train from the last checkpoint (if any) to the last epoch."""
-        self._restore_or_report()
-        live = LiveFile(Path(self.job.folder), self.config.train.epochs, self.crops_per_epoch)
+        resumed = self._restore()
+        live = LiveFile(Path(self.job.folder), self.config.train.epochs, self.crops_per_epoch, self.started)
+        if self.rank == 0:
+            print(self.started, flush=True)  # to the worker's log; the driver shows live.json's copy
+            live.update(self.training.crops, EpochMeter(), self.crops_per_step)
+        if not resumed:
+            self._report(0, {})  # the untrained network
         meter, waiting = EpochMeter(), time.perf_counter()
         for batch in self._batches():
             waited_s = time.perf_counter() - waiting
@@ -131,14 +138,14 @@ class TrainWorker:
                 meter = EpochMeter()
             waiting = time.perf_counter()
 
-    def _restore_or_report(self) -> None:
-        """Restore the last checkpoint; a new run instead reports the untrained network as epoch 0."""
+    def _restore(self) -> bool:
+        """Restore the last checkpoint; False if there is none yet."""
         previous = ray.train.get_checkpoint()
         if previous is None:
-            self._report(0, {})
-            return
+            return False
         with previous.as_directory() as folder:
             self.training.restore(Path(folder))
+        return True
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         train, loss = self.config.train, self.config.loss
@@ -174,8 +181,7 @@ class TrainWorker:
         if self.log and self.log.metrics(epoch, metrics):
             every = self.config.train.validate_every * self.config.train.picture_every
             if epoch % every == 0 or epoch == self.config.train.epochs:
-                precision = self.config.train.precision
-                sheet = training_sheet(self.training.averaged, self.validation, self.device, precision)
+                sheet = training_sheet(self.training.averaged, self.validation, self.training.plan)
                 self.log.picture(epoch, "validation", sheet)
         reported = metrics | {"epoch": epoch, "epochs": self.config.train.epochs}
         if self.rank > 0:
@@ -193,9 +199,7 @@ class TrainWorker:
 
     def _validate(self) -> dict[str, float]:
         """Scores of the averaged weights by both protocols, over all ranks' crops."""
-        per_crop = score_model(
-            self.training.averaged, self.validation, self.device, precision=self.config.train.precision
-        )
+        per_crop = score_model(self.training.averaged, self.validation, self.training.plan)
         if self.world > 1:
             parts: list[dict[str, list[float]]] = [{} for _ in range(self.world)]
             dist.all_gather_object(parts, per_crop)
@@ -215,6 +219,7 @@ def train_worker(config: dict[str, TrainJob]) -> None:
     job = config["job"]
     worker, context = TrainWorker(job), ray.train.get_context()
     with ExitStack() as stack:
+        stack.enter_context(worker.training.plan.tf32_flags())
         if context.get_local_rank() == 0:
             stack.enter_context(machine_metrics(job.tracking_uri, job.run_id, context.get_node_rank()))
         worker.run()

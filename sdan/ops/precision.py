@@ -1,22 +1,121 @@
-"""The arithmetic that a processor computes natively: bf16, fp16 or float32.
+"""How a network computes on a device: precision, TF32 and memory layout, chosen in one place.
 
-A CPU without bf16 instructions emulates bf16 about ten times slower than it computes float32, so `auto` never picks it
-there. Training, validation, evaluation and zooming all choose through `resolve`.
+`compute_plan` chooses for training, validation, evaluation and zooming. A CPU without bf16 instructions emulates bf16
+about ten times slower than it computes float32, so `auto` never picks bf16 there. cuDNN's float32 convolutions are
+about ten times slower in channels-last than in contiguous layout unless they use TF32, so `auto` picks the layout after
+the precision.
 """
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Collection
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
 
 import torch
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Layout = Literal["channels_last", "contiguous"]
 
-_BF16_CAPABILITY = (8, 0)
-"""The first CUDA compute capability with bf16 tensor cores."""
+_AMPERE = (8, 0)
+"""The first CUDA compute capability with bf16 and TF32 tensor cores."""
+
+
+@dataclass(frozen=True)
+class ComputePlan:
+    """How a network computes on one device; `compute_plan` makes it."""
+
+    device: torch.device
+    precision: Precision
+    layout: Layout
+    """Memory layout of weights and feature maps."""
+    tf32: bool
+    """Whether float32 convolutions on CUDA round their inputs to TF32 (10 bits of mantissa)."""
+
+    def __str__(self) -> str:
+        """E.g. "bf16, channels_last", on CUDA followed by "TF32 on" or "TF32 off"."""
+        parts: list[str] = [self.precision, self.layout]
+        if self.device.type == "cuda":
+            parts.append(f"TF32 {'on' if self.tf32 else 'off'}")
+        return ", ".join(parts)
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """`layout` as an argument of `Module.to`."""
+        return torch.channels_last if self.layout == "channels_last" else torch.contiguous_format
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """torch.autocast for `precision`; a context that does nothing for fp32."""
+        return autocast(self.precision, self.device)
+
+    @contextmanager
+    def tf32_flags(self) -> Iterator[None]:
+        """Inside, PyTorch's TF32 switches follow `tf32`; afterwards they are what they were. Does nothing on a CPU.
+
+        Only convolutions follow it. Matrix products stay float32, because the attention's logits, unscaled sums, need
+        it. A backward pass must run inside, too.
+        """
+        if self.device.type != "cuda":
+            yield
+            return
+        # The older switches: Inductor of torch 2.11 reads them, and raises an error once fp32_precision was set.
+        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        before = matmul.allow_tf32, cudnn.allow_tf32
+        matmul.allow_tf32, cudnn.allow_tf32 = False, self.tf32
+        try:
+            yield
+        finally:
+            matmul.allow_tf32, cudnn.allow_tf32 = before
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """torch.inference_mode, autocast and the TF32 switches together."""
+        with torch.inference_mode(), self.tf32_flags(), self.autocast():
+            yield
+
+
+def compute_plan(
+    device: torch.device, precision: str = "auto", layout: str = "auto", *, tf32: bool = False
+) -> ComputePlan:
+    """How to compute on `device`.
+
+    Args:
+        precision: auto, fp32, bf16 or fp16 (`resolve`).
+        layout: channels_last, contiguous, or auto: channels_last, except for float32 on CUDA without TF32.
+        tf32: allow TF32, on GPUs that have it (Ampere and later). False for everything whose numbers are reported.
+
+    Raises:
+        ValueError: another precision or layout.
+    """
+    if layout not in ("auto", *get_args(Layout)):
+        raise ValueError(f"layout: expected auto, channels_last or contiguous, got {layout!r}")
+    chosen = resolve(precision, device)
+    tf32 = tf32 and device.type == "cuda" and torch.cuda.get_device_capability(device) >= _AMPERE
+    if layout == "auto":
+        layout = "contiguous" if _slow_in_channels_last(device, chosen, tf32) else "channels_last"
+    return ComputePlan(device, chosen, cast(Layout, layout), tf32)
+
+
+def common_plan(plans: Collection[ComputePlan], own: ComputePlan) -> ComputePlan:
+    """`own` with the choices that all DDP ranks can follow: gradients must have one scale and one layout.
+
+    Args:
+        plans: those of all ranks.
+    """
+    contiguous = any(plan.layout == "contiguous" for plan in plans)
+    return replace(
+        own,
+        precision=common_precision([plan.precision for plan in plans]),
+        layout="contiguous" if contiguous else "channels_last",
+        tf32=all(plan.tf32 for plan in plans),
+    )
+
+
+def _slow_in_channels_last(device: torch.device, precision: Precision, tf32: bool) -> bool:
+    """Whether convolutions run in cuDNN's float32 kernels for channels-last, ten times slower than for contiguous."""
+    return device.type == "cuda" and precision == "fp32" and not tf32
 
 
 def native_precision(device: torch.device) -> Precision:
@@ -26,7 +125,7 @@ def native_precision(device: torch.device) -> Precision:
         CUDA: bf16 from sm_80 on, else fp16. CPU: bf16 with AVX512_BF16 or AMX, else fp32. Other devices: fp32.
     """
     if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= _BF16_CAPABILITY else "fp16"
+        return "bf16" if torch.cuda.get_device_capability(device) >= _AMPERE else "fp16"
     return "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
 
 
@@ -79,10 +178,20 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
     return torch.autocast(device.type, torch.bfloat16 if chosen == "bf16" else torch.float16)
 
 
-def emulation_warning(precision: str, device: torch.device) -> str | None:
-    """One line for an explicit bf16 that this CPU would emulate; None if no warning is needed."""
+def slow_choice(device: torch.device, precision: str, layout: str, *, tf32: bool) -> str | None:
+    """One line for a precision or layout that was set and is about ten times slower here than auto's; else None.
+
+    Args:
+        device: of CUDA only the type matters, so a driver without a GPU can ask.
+        precision, layout, tf32: as given to `compute_plan`.
+    """
     if precision == "bf16" and device.type == "cpu" and not cpu_has_bf16():
         return (
             "train.precision: expected auto or fp32, got bf16, which this CPU emulates about 10 times slower than fp32"
+        )
+    if precision == "fp32" and layout == "channels_last" and _slow_in_channels_last(device, "fp32", tf32):
+        return (
+            "train.layout: expected auto or contiguous for fp32 without TF32, got channels_last, in which cuDNN's "
+            "convolutions are about 10 times slower"
         )
     return None

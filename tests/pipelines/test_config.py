@@ -21,6 +21,20 @@ def test_paper_4x_has_the_papers_values():
     assert config.model.skip == "none"
     assert config.loss.self_reference_weight == 0
     assert (config.train.crop_px, config.input_px, config.train.epochs) == (64, 128, 300)
+    assert (config.train.precision, config.train.use_tf32) == ("fp32", False)
+
+
+def test_deterministic_training_does_not_use_tf32():
+    assert configs.srraw_4x().train.use_tf32
+    assert not configs.override(configs.srraw_4x(), {"train.deterministic": "true"}).train.use_tf32
+
+
+def test_a_config_of_an_older_version_is_read():
+    stored = configs.to_dict(configs.srraw_4x())
+    for name in ("tf32", "cuda_graph"):
+        del stored["train"][name]
+    stored["train"]["layout"] = "channels_last"  # the default then
+    assert configs.from_dict(stored) == configs.override(configs.srraw_4x(), {"train.layout": "channels_last"})
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,13 @@ def test_a_healthy_machine_has_every_finding_and_exit_code_0(tmp_path):
     assert found["S3"] == ("ok", "credentials from env")
 
 
+@pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_the_precision_of_this_cpu_is_shown(tmp_path, monkeypatch, has_bf16, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sdan.ops.precision.cpu_has_bf16", lambda: has_bf16)
+    assert run(tmp_path)[1]["torch"][1].endswith(f"train.precision=auto: {expected}, channels_last")
+
+
 def test_the_operators_of_this_machine_are_ok(tmp_path, monkeypatch):
     monkeypatch.setattr(PARTS["operators"], selftest)
     _, found = run(tmp_path)

@@ -109,6 +109,13 @@ def test_real_shards_have_no_true_target(shards_without_truth, model):
         evaluate(shards_without_truth, model, targets=["true"])
 
 
+@pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_the_table_names_the_precision_of_this_cpu(tiny_shards, model, monkeypatch, has_bf16, expected):
+    monkeypatch.setattr("sdan.ops.precision.cpu_has_bf16", lambda: has_bf16)
+    result = evaluate(str(tiny_shards), model, limit=1)
+    assert result.precision == expected and f"network in {expected}." in result.table()
+
+
 def test_two_models_of_one_index_are_scored_on_the_same_crops(tiny_shards, model, tmp_path):
     """Even if preprocessing adds pairs in between, as in a retraining."""
     shards = shutil.copytree(tiny_shards, tmp_path / "shards")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pipelines.training.meter import EpochMeter, LiveFile
+from pipelines.training.progress import describe
 from pipelines.training.step import NotFiniteError
 
 
@@ -52,3 +53,11 @@ def test_the_live_file_has_epoch_loss_and_time_left(tmp_path):
     assert json.loads((tmp_path / "live.json").read_text()) == now
     LiveFile(tmp_path / "elsewhere", 4, 10).update(15, meter, 5)  # a folder on another machine
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_the_live_file_says_how_the_run_computes_at_once(tmp_path):
+    LiveFile(tmp_path, 4, 10, "computes in fp32, channels_last").update(15, EpochMeter(), 5)
+    now = json.loads((tmp_path / "live.json").read_text())
+    assert now["started"] == "computes in fp32, channels_last" and now["epoch"] == 1.5
+    assert now["loss"] is None and now["crops_per_s"] is None and now["left_s"] is None
+    assert describe(now, {}) == "epoch 1.5/4"
