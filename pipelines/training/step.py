@@ -242,7 +242,8 @@ def train_step(training: Training, inputs: Inputs, config: ExperimentConfig, rat
         terms of a skipped step may be NaN.
     """
     training.set_schedule(rate, config.train)
-    terms = training.graph(inputs) if training.graph else device_step(training, inputs, config)
+    with training.plan.tf32_flags():
+        terms = training.graph(inputs) if training.graph else device_step(training, inputs, config)
     training.step += 1
     return terms
 

@@ -219,7 +219,6 @@ def train_worker(config: dict[str, TrainJob]) -> None:
     job = config["job"]
     worker, context = TrainWorker(job), ray.train.get_context()
     with ExitStack() as stack:
-        stack.enter_context(worker.training.plan.tf32_flags())
         if context.get_local_rank() == 0:
             stack.enter_context(machine_metrics(job.tracking_uri, job.run_id, context.get_node_rank()))
         worker.run()

@@ -9,7 +9,7 @@ the precision.
 from __future__ import annotations
 
 import platform
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
@@ -60,14 +60,13 @@ class ComputePlan:
         if self.device.type != "cuda":
             yield
             return
-        # The older switches: Inductor of torch 2.11 reads them, and raises an error once fp32_precision was set.
-        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-        before = matmul.allow_tf32, cudnn.allow_tf32
-        matmul.allow_tf32, cudnn.allow_tf32 = False, self.tf32
+        restore = _remember_tf32()
+        # Inductor of torch 2.11 reads these switches, and fails once the newer ones (fp32_precision) were set.
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, self.tf32
         try:
             yield
         finally:
-            matmul.allow_tf32, cudnn.allow_tf32 = before
+            restore()
 
     @contextmanager
     def inference(self) -> Iterator[None]:
@@ -195,3 +194,20 @@ def slow_choice(device: torch.device, precision: str, layout: str, *, tf32: bool
             "convolutions are about 10 times slower"
         )
     return None
+
+
+def _remember_tf32() -> Callable[[], None]:
+    """A function that sets PyTorch's TF32 switches to what they are now."""
+    backends: Any = torch.backends
+    matmul, cudnn = backends.cuda.matmul, backends.cudnn
+    switches: list[tuple[Any, str, Any]]
+    try:
+        switches = [(matmul, "allow_tf32", matmul.allow_tf32), (cudnn, "allow_tf32", cudnn.allow_tf32)]
+    except RuntimeError:  # the caller set the newer switches, after which PyTorch refuses to read the older ones
+        switches = [(part, "fp32_precision", part.fp32_precision) for part in (matmul, cudnn.conv, cudnn.rnn)]
+
+    def restore() -> None:
+        for part, name, value in switches:
+            setattr(part, name, value)
+
+    return restore

@@ -116,6 +116,22 @@ def test_only_convolutions_use_tf32_and_only_inside(gpu, tf32):
         assert switches() == before
 
 
+@pytest.mark.parametrize("gpu", [(9, 0)], indirect=True)
+def test_a_callers_newer_tf32_switches_come_back(gpu):
+    """PyTorch refuses to read the older switches after these are set."""
+    older, convolution = switches(), torch.backends.cudnn.conv
+    try:
+        torch.backends.cuda.matmul.fp32_precision = convolution.fp32_precision = "tf32"
+        with pytest.raises(RuntimeError, match="mix of the legacy and new APIs"):
+            switches()
+        with precision.compute_plan(gpu, "fp32").tf32_flags():
+            assert switches() == (False, False)
+        assert torch.backends.cuda.matmul.fp32_precision == convolution.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = older
+    assert switches() == older
+
+
 @pytest.mark.parametrize("cpu_bf16", [True], indirect=True)
 def test_inference_records_no_gradient_and_lowers_products(cpu_bf16):
     weight = torch.ones(2, 2, requires_grad=True)
