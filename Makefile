@@ -12,10 +12,10 @@ export RAY_USAGE_STATS_ENABLED := 0
 .DEFAULT_GOAL := help
 SEED ?= 0
 COUNT ?= 2000
-.PHONY: help setup demo test test-slow fuzz check ui constraints clean
+.PHONY: help setup demo test test-slow fuzz check benchmark-gpu ui constraints clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## create .venv with the exact versions of constraints.txt (7 GB, a few minutes the first time)
 
@@ -43,6 +43,9 @@ check: setup  ## lint, formatting, types, spelling
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/codespell
+
+benchmark-gpu: setup  ## measure every GPU table of benchmarks/RESULTS.md (one GPU, under 8 minutes)
+	@$(BIN)/python benchmarks/gpu.py --write
 
 ui: setup  ## the MLflow UI on http://127.0.0.1:$(PORT)
 	@$(BIN)/sdan --data $(DATA) ui --port $(PORT)

@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-Picture = NDArray[np.float32]
+Picture = NDArray[Any]
+"""float32 [H, W, C]; OpenCV's annotations do not say which type it returns."""
 TOLERANCE_PX = 32
 
 
@@ -47,7 +48,8 @@ def crop(pair: Pair, random: np.random.Generator, *, scale: int = 4, crop_px: in
     size = (packed.shape[1] * 2 * scale, packed.shape[0] * 2 * scale)
     target = cv2.resize(target, size, interpolation=cv2.INTER_CUBIC)
     input_jpg = cv2.resize(input_jpg, (size[0] // scale, size[1] // scale), interpolation=cv2.INTER_CUBIC)
-    for picture in (target, input_jpg):
+    pictures: tuple[Picture, ...] = (target, input_jpg)
+    for picture in pictures:
         for channel, gain in enumerate((2.0, 1.0, 1.6)):
             picture[..., channel] /= np.power(gain, 1 / 2.2)
         np.clip(picture, 0.0, 1.0, out=picture)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
@@ -208,7 +209,7 @@ def chain_rows(pictures: list[Path]) -> Iterator[str]:
     for pair, (zoom, to_longest) in PAIRS.items():
         rows = []
         for path in pictures:
-            fine = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+            fine = np.asarray(cv2.imread(str(path), cv2.IMREAD_COLOR_RGB), np.uint8)
             fine = np.ascontiguousarray(fine[: fine.shape[0] // 2 * 2, : fine.shape[1] // 2 * 2])
             height, width = fine.shape[0] // 2, fine.shape[1] // 2
             long = np.asarray(cv2.resize(fine, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
@@ -225,7 +226,7 @@ def chain_rows(pictures: list[Path]) -> Iterator[str]:
             chains = (
                 authors_chain(long, to_longest, size, kind)[inner] for kind in (cv2.INTER_CUBIC, cv2.INTER_LINEAR)
             )
-            rows.append([psnr(shown, ideal) for shown in (once, *chains)])
+            rows.append([psnr(once, ideal), *(psnr(shown, ideal) for shown in chains)])
         once_db, cubic_db, linear_db = np.mean(rows, axis=0)
         yield f"| {pair} | **{once_db:.1f}** | {cubic_db:.1f} | {linear_db:.1f} |"
 
@@ -245,7 +246,7 @@ def area_average(fine: NDArray[np.uint8], to_fine: affine.Map, size: affine.Size
 
 def authors_chain(long: NDArray[np.uint8], to_longest: float, size: affine.Size, resize: int) -> NDArray[np.float64]:
     """Enlarge to the longest focal length's grid, warp, reduce, resize to the exact scale, as in SRRawDataset."""
-    picture = long.astype(np.float32) / 255
+    picture: NDArray[Any] = long.astype(np.float32) / 255
     height, width = picture.shape[:2]
     picture = cv2.resize(picture, (round(width * to_longest), round(height * to_longest)), interpolation=resize)
     index = affine.compose(affine.translation(-0.5, -0.5), affine.compose(MOTION, affine.translation(0.5, 0.5)))

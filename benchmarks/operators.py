@@ -1,4 +1,7 @@
-"""Our operators against torchvision's and the authors': `python benchmarks/operators.py` (CPU, minutes on 2 cores).
+"""Our operators against torchvision's and the authors': `python benchmarks/operators.py` (minutes).
+
+Where there is a GPU, or with `--device cuda`, it runs the operators' tables of benchmarks/gpu.py; their columns are
+explained in benchmarks/on_gpu/operator_tables.py. This text explains the CPU's.
 
 Each ratio compares best times from one run in which the implementations take turns, so that background load affects
 all of them. The tables replace their section of benchmarks/RESULTS.md; text outside the section's markers is kept.
@@ -10,14 +13,14 @@ operator has no bf16.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
+import gpu  # puts the repository on the import path
 import torch
 from authors_operators import authors_way, repeated
 from measure import Step, best_ms, peak_extra_mb
+from operator_steps import backward_of, forward_of, module_step, operator_case, plain_conv, relative_errors
 from results import Tables, provenance, publish
-from torch import Tensor
-from torch.nn import functional
 
 import sdan.network
 from sdan.ops import packed_attention, squared_deform_conv2d
@@ -27,37 +30,6 @@ SHAPES = ((1, 64, 64, 64), (4, 64, 64, 64), (4, 64, 128, 128), (1, 64, 256, 256)
 TOKENS = ((4, 4096, 64), (1, 4096, 256), (1, 1024, 1024))
 MODULES = ((4, 64, 64, 64), (1, 64, 128, 128))
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-
-
-def backward_of(operator: Callable[..., Tensor], tensors: list[Tensor], upstream: Tensor) -> Step:
-    return lambda: torch.autograd.grad(operator(*tensors), tensors, upstream)
-
-
-def forward_of(operator: Callable[..., Tensor], tensors: list[Tensor]) -> Step:
-    def step() -> Tensor:
-        with torch.no_grad():
-            return operator(*tensors)
-
-    return step
-
-
-def operator_case(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, layout: torch.memory_format
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """(ours: input, offset, weight, bias), (conv: input, weight, bias), upstream gradient."""
-    random = torch.Generator().manual_seed(0)
-    num_images, channels, height, width = shape
-    input = torch.randn(shape, generator=random).to(dtype).contiguous(memory_format=layout)
-    offset = 3 * torch.randn(num_images, 2, height, width, generator=random)
-    weight = (torch.randn(channels, channels, 3, 3, generator=random) / 24).to(dtype)
-    bias = torch.randn(channels, generator=random).to(dtype)
-    upstream = torch.randn(shape, generator=random).to(dtype).contiguous(memory_format=layout)
-    ours = [tensor.requires_grad_() for tensor in (input, offset, weight, bias)]
-    return ours, [ours[0], *ours[2:]], upstream
-
-
-def plain_conv(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return functional.conv2d(input, weight, bias, padding=1)
 
 
 def operator_rows(seconds: float) -> Iterator[str]:
@@ -181,17 +153,6 @@ def module_rows(seconds: float) -> Iterator[str]:
                 )
 
 
-def module_step(module: torch.nn.Module, features: Tensor, reference: Tensor, dtype: torch.dtype) -> Step:
-    """Forward and backward as in a training step: bf16 through autocast."""
-
-    def step() -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            aligned_features, aligned, _, _ = module(features, reference)
-        (aligned_features.float().square().mean() + aligned.float().square().mean()).backward()
-
-    return step
-
-
 def error_rows() -> Iterator[str]:
     yield "| type | value | grad input | grad offset | grad weight | grad bias |"
     yield "|---|---|---|---|---|---|"
@@ -199,35 +160,33 @@ def error_rows() -> Iterator[str]:
     for dtype in (torch.float64, torch.float32):
         ours, _, upstream = operator_case((1, 64, 64, 64), torch.float32, torch.contiguous_format)
         tensors = [tensor.detach().to(dtype).requires_grad_() for tensor in ours]
-        results = []
-        for operator in (squared_deform_conv2d, squared_deform_repeated):
-            output = operator(*tensors)
-            results.append([output, *torch.autograd.grad(output, tensors, upstream.to(dtype))])
-        errors = [float(((a - b).abs().max() / b.abs().max()).detach()) for a, b in zip(*results, strict=True)]
+        errors = relative_errors(squared_deform_conv2d, squared_deform_repeated, tensors, upstream.to(dtype), dtype)
         yield f"| {str(dtype).removeprefix('torch.')} | {' | '.join(f'{error:.0e}' for error in errors)} |"
 
 
-def main() -> None:
-    """Measure, print each row when it is ready, and update RESULTS.md."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=1.0, help="time per cell, at least two turns each")
-    parser.add_argument(
-        "--only", choices=["operator", "memory", "attention", "module", "errors"], help="print this table only"
-    )
-    chosen = parser.parse_args()
-    origin = provenance("python " + " ".join(["benchmarks/operators.py", *sys.argv[1:]]))
-    tables: Tables = {
-        "operator": (
-            "Squared deformable convolution (f = forward, b = backward)",
-            lambda: operator_rows(chosen.seconds),
-        ),
+def cpu_tables(seconds: float) -> Tables:
+    """The CPU's tables, with about `seconds` for each cell."""
+    return {
+        "operator": ("Squared deformable convolution (f = forward, b = backward)", lambda: operator_rows(seconds)),
         "memory": ("Its peak memory, forward+backward", memory_rows),
-        "attention": ("Packed attention", lambda: attention_rows(chosen.seconds)),
-        "module": ("The whole alignment module", lambda: module_rows(chosen.seconds)),
+        "attention": ("Packed attention", lambda: attention_rows(seconds)),
+        "module": ("The whole alignment module", lambda: module_rows(seconds)),
         "errors": ("Largest relative difference to torchvision, 1x64x64x64", error_rows),
     }
-    publish("operators", origin, tables, chosen.only)
+
+
+def main() -> int:
+    """Measure, print each row when it is ready, and update RESULTS.md; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=1.0, help="CPU: time per cell, at least two turns each")
+    gpu.add_device_options(parser, cpu_tables(0.0), gpu.OPERATORS)
+    chosen = parser.parse_args()
+    command = "python " + " ".join(["benchmarks/operators.py", *sys.argv[1:]])
+    if chosen.device == "cuda":
+        return gpu.run_some(gpu.OPERATORS, chosen.only, command)
+    publish("operators", provenance(command), cpu_tables(chosen.seconds), chosen.only)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -62,7 +62,7 @@ class Group:
 
 def groups() -> list[Group]:
     """Every group. Seeds differ, so no two groups share a scene."""
-    found = []
+    found: list[Group] = []
     for split, counts in SEQUENCES.items():
         for preset in PRESETS:
             for photographs, count in zip((False, True), counts, strict=True):

@@ -1,6 +1,9 @@
 """A training step against the authors' way, the time of its parts, and the loader: `python benchmarks/training.py`.
 
-Runs on the CPU. "Step" is `pipelines.training.step.train_step` of config `paper_4x` (64 features, 16 blocks,
+Where there is a GPU, or with `--device cuda`, it runs the training tables of benchmarks/gpu.py; their columns are
+explained in benchmarks/on_gpu/step_tables.py. This text explains the CPU's.
+
+"Step" is `pipelines.training.step.train_step` of config `paper_4x` (64 features, 16 blocks,
 128 x 128 mosaic crops, 512 x 512 targets): forward, eq. 6, backward, Adam. "Authors' way" is the same network with
 torchvision's operator on the repeated offset and explicit attention, in float32, contiguous. Ours is channels-last
 unless the column says otherwise. The variants of a row take turns; the best time of each is reported.
@@ -18,30 +21,23 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+import gpu  # puts the repository on the import path
+import torch
+from authors_operators import authors_way
+from measure import best_ms
+from results import Tables, provenance, publish
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from training_steps import authors_step, our_step, synthetic_inputs
 
-import torch  # noqa: E402
-from authors_operators import authors_way  # noqa: E402
-from measure import best_ms  # noqa: E402
-from results import Tables, provenance, publish  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
-
-from pipelines import cluster  # noqa: E402
-from pipelines import config as configs  # noqa: E402
-from pipelines.config import ExperimentConfig  # noqa: E402
-from pipelines.loader import CropStream, Inputs, index_split, model_inputs, training_batches  # noqa: E402
-from pipelines.train import train  # noqa: E402
-from pipelines.training import step  # noqa: E402
-from pipelines.training.run_folder import last_report  # noqa: E402
-from preprocessing.shards import PreprocessOptions, preprocess  # noqa: E402
-from preprocessing.simulator.sequences import simulate  # noqa: E402
-from sdan.losses import sdan_loss  # noqa: E402
-from sdan.network import SDAN, SDANOutput, with_flips  # noqa: E402
-from sdan.ops import offset_mask  # noqa: E402
-from sdan.ops.precision import autocast  # noqa: E402
-from sdan.resample import low_pass  # noqa: E402
+from pipelines import config as configs
+from pipelines.config import ExperimentConfig
+from pipelines.loader import CropStream, Inputs, index_split, model_inputs, training_batches
+from pipelines.training import step
+from sdan.losses import sdan_loss
+from sdan.network import SDAN, SDANOutput, with_flips
+from sdan.ops import offset_mask
+from sdan.ops.precision import autocast
 
 CPU = torch.device("cpu")
 CROP_PX = 128
@@ -49,39 +45,17 @@ CROP_PX = 128
 PAPER_HOURS, PAPER_GPUS, PAPER_EPOCHS, PAPER_CROPS = 5, 8, 300, 1200
 """The paper's training, as reported there. Crops per epoch: one for each of the 3 pairs of about 400 sequences."""
 WAYS: dict[str, dict[str, object]] = {
-    "fp32": {},
-    "fp32, contiguous": {"layout": "contiguous"},
-    "bf16": {"precision": "bf16"},
-    "bf16, contiguous": {"precision": "bf16", "layout": "contiguous"},
+    "fp32": {"train.precision": "fp32"},
+    "fp32, contiguous": {"train.precision": "fp32", "train.layout": "contiguous"},
+    "bf16": {"train.precision": "bf16"},
+    "bf16, contiguous": {"train.precision": "bf16", "train.layout": "contiguous"},
 }
-COMPILED: dict[str, dict[str, object]] = {"bf16, compiled": {"precision": "bf16", "compile": True}}
-
-
-def synthetic_inputs(batch: int, seed: int = 0) -> Inputs:
-    """Smooth random pictures of the paper's sizes."""
-    random = torch.Generator().manual_seed(seed)
-    target = nn.functional.interpolate(torch.rand(batch, 3, 64, 64, generator=random), size=4 * CROP_PX, mode="bicubic")
-    target = target.clamp(0, 1)
-    low = low_pass(target, 4)
-    return Inputs(low[:, 1:2].contiguous(), low, low, low, low, target, None)
+COMPILED: dict[str, dict[str, object]] = {"bf16, compiled": {"train.precision": "bf16", "train.compile": True}}
 
 
 def start(changes: dict[str, object], batch: int) -> Callable[[], object]:
-    """A training step of paper_4x that can be called repeatedly. `changes`: values of TrainConfig."""
-    paper = configs.paper_4x()
-    config = replace(paper, train=replace(paper.train, batch_per_worker=batch, **changes))  # type: ignore[arg-type]
-    training, inputs = step.start(config, None, CPU, lambda model: model), synthetic_inputs(batch)
-    return lambda: step.train_step(training, inputs, config, 1e-4)
-
-
-def authors_step(batch: int) -> Callable[[], object]:
-    ours = start({"layout": "contiguous"}, batch)
-
-    def run() -> None:
-        with authors_way():
-            ours()
-
-    return run
+    """A training step of paper_4x that can be called repeatedly. `changes`: values by dotted name."""
+    return our_step(configs.override(configs.paper_4x(), changes), batch, CPU)
 
 
 def step_rows(seconds: float, compiled: bool) -> Iterator[str]:
@@ -92,7 +66,9 @@ def step_rows(seconds: float, compiled: bool) -> Iterator[str]:
     for threads in (2, 1):
         torch.set_num_threads(threads)
         for batch in (1, 4):
-            steps = {"authors": authors_step(batch)} | {name: start(way, batch) for name, way in ways.items()}
+            steps = {"authors": authors_step(configs.paper_4x(), batch, CPU)} | {
+                name: start(way, batch) for name, way in ways.items()
+            }
             ms = best_ms(steps, seconds)
             best = min(ms[name] for name in ways)
             cells = [f"{value / 1e3:.2f} ({ms['authors'] / value:.1f}x)" for name, value in ms.items() if name in ways]
@@ -118,7 +94,7 @@ class Part:
 
 def parts_of(config: ExperimentConfig, batch: int) -> dict[str, Callable[[], object]]:
     """Name -> a call that runs one part of the step, forward and backward, on the inputs it has in the step."""
-    training, inputs = step.start(config, None, CPU, lambda model: model), synthetic_inputs(batch)
+    training, inputs = step.start(config, None, CPU, lambda model: model), synthetic_inputs(config, batch, CPU)
     parts = network_parts(training.model, inputs, config)
     for parameter in training.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -222,6 +198,13 @@ def part_rows(seconds: float, batch: int = 4) -> Iterator[str]:
 
 def loader_rows(work: Path) -> Iterator[str]:
     """Rate of the loader alone, then of a training run that it feeds."""
+    # Only this table needs Ray, which a GPU machine that is lent for a measurement may lack.
+    from pipelines import cluster
+    from pipelines.train import train
+    from pipelines.training.run_folder import last_report
+    from preprocessing.shards import PreprocessOptions, preprocess
+    from preprocessing.simulator.sequences import simulate
+
     cluster.start_ray()
     simulate(work / "raw", sequences=3, width_px=1536, preset="tripod", seed=5)
     preprocess(str(work / "raw"), str(work / "shards"), PreprocessOptions(align="ecc", val=("00003",)), progress=False)
@@ -230,15 +213,16 @@ def loader_rows(work: Path) -> Iterator[str]:
     for name, batch, steps in (("paper_4x", 4, 6), ("starter", 8, 60)):
         base = configs.named(name)
         loss = replace(base.loss, self_target="pair", reference_weight=1.0) if name == "starter" else base.loss
-        settings = {
-            "epochs": 3,
-            "crops_per_epoch": steps * batch,
-            "batch_per_worker": batch,
-            "precision": "bf16",
-            "validate_every": 3,
-            "val_crops": 1,
-        }
-        config = replace(base, loss=loss, train=replace(base.train, **settings))
+        train_config = replace(
+            base.train,
+            epochs=3,
+            crops_per_epoch=steps * batch,
+            batch_per_worker=batch,
+            precision="bf16",
+            validate_every=3,
+            val_crops=1,
+        )
+        config = replace(base, loss=loss, train=train_config)
         stream = CropStream(index_split(str(work / "shards"), "train"), 0, config.train.crop_px, augment=True)
         alone = _loader_rate(stream, config, batch)
         train(str(work / "shards"), config, data=work / "data", workers=1, name=name, register=None, progress=False)
@@ -271,7 +255,7 @@ USABLE = 0.4
 def roofline_rows() -> Iterator[str]:
     """Expected rates from PyTorch's FLOP count and from each convolution reading and writing its features once."""
     config = configs.paper_4x()
-    training, inputs = step.start(config, None, CPU, lambda model: model), synthetic_inputs(1)
+    training, inputs = step.start(config, None, CPU, lambda model: model), synthetic_inputs(config, 1, CPU)
     moved = 0
 
     def count(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
@@ -299,23 +283,31 @@ def roofline_rows() -> Iterator[str]:
         yield f"| {name} | {compute:.2f} | {memory:.2f} | {rate:.0f} | {minutes:.0f} min |"
 
 
-def main() -> None:
-    """Measure, print each row when it is ready, and update RESULTS.md."""
+def cpu_tables(seconds: float, compiled: bool, work: Path) -> Tables:
+    """The CPU's tables, with about `seconds` for each row; the loader's data goes below `work`."""
+    return {
+        "step": ("A training step of paper_4x", lambda: step_rows(seconds, compiled)),
+        "parts": ("Time of each part", lambda: part_rows(seconds / 4)),
+        "loader": ("The loader, 2 cores shared with the step", lambda: loader_rows(work)),
+        "roofline": ("Expected on GPUs (roofline)", roofline_rows),
+    }
+
+
+def main() -> int:
+    """Measure, print each row when it is ready, and update RESULTS.md; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=10.0, help="time per row, at least two turns each")
-    parser.add_argument("--compiled", action="store_true", help="also time torch.compile (minutes of compiling)")
-    parser.add_argument("--only", choices=["step", "parts", "loader", "roofline"], help="print this table only")
-    chosen = parser.parse_args()
-    origin = provenance(" ".join(["python benchmarks/training.py", *sys.argv[1:]]), ("../sdan", "../pipelines"))
+    parser.add_argument("--seconds", type=float, default=10.0, help="CPU: time per row, at least two turns each")
+    parser.add_argument("--compiled", action="store_true", help="CPU: also time torch.compile (minutes of compiling)")
     with tempfile.TemporaryDirectory() as work:
-        tables: Tables = {
-            "step": ("A training step of paper_4x", lambda: step_rows(chosen.seconds, chosen.compiled)),
-            "parts": ("Time of each part", lambda: part_rows(chosen.seconds / 4)),
-            "loader": ("The loader, 2 cores shared with the step", lambda: loader_rows(Path(work))),
-            "roofline": ("Expected on GPUs (roofline)", roofline_rows),
-        }
-        publish("training", origin, tables, chosen.only)
+        gpu.add_device_options(parser, cpu_tables(0.0, False, Path(work)), gpu.TRAINING)
+        chosen = parser.parse_args()
+        command = " ".join(["python benchmarks/training.py", *sys.argv[1:]])
+        if chosen.device == "cuda":
+            return gpu.run_some(gpu.TRAINING, chosen.only, command)
+        origin = provenance(command, ("../sdan", "../pipelines"))
+        publish("training", origin, cpu_tables(chosen.seconds, chosen.compiled, Path(work)), chosen.only)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
