@@ -40,7 +40,7 @@ _RULES: tuple[tuple[str, str], ...] = (
     (OPTIMIZER, r"adam|multi_tensor_apply|aten::_foreach|optimizer\.step"),
     (FILLS, r"^memset|fillfunctor|^aten::(fill_|zero_)"),
     (CASTS, r"(bfloat16|float16|half)_copy|loadwithcast|copy.*\| (aten::copy_, )?aten::_to_copy"),
-    (COPIES, r"^memcpy|copy|nchwtonhwc|nhwctonchw|addpadding|catarray|flip|pixel_(un)?shuffle|(un)?pack_tokens"),
+    (COPIES, r"^memcpy|copy|nchwtonhwc|nhwctonchw|addpadding|catarray|flip|pixel_(un)?shuffle"),
     (SAMPLING, r"warp_(forward|backward)|bilinear_warp|deformable|grid_sampler|upsample|embedding_bag"),
     (ATTENTION, r"flash|fmha|attention|softmax"),
     (CONVOLUTION, r"fprop|dgrad|wgrad|convol|conv2d|cudnn"),

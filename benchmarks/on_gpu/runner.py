@@ -5,9 +5,12 @@ table that failed, a new process measures the next one. This module imports neit
 """
 
 import multiprocessing
+import os
+import signal
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -51,7 +54,7 @@ class Session:
                 continue
             try:
                 yield row(case)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self.failed.append(name(case))
                 yield f"| {name(case)} | failed: {reason(error)} |"
 
@@ -117,7 +120,10 @@ class Worker:
         return outcome
 
     def stop(self) -> None:
-        """End the process, whatever it is doing."""
+        """End the process and those that it started, whatever they are doing."""
+        assert self._process.pid  # it was started
+        with suppress(ProcessLookupError):  # it has no group of its own before it is ready
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
         self._process.join()
         self._pipe.close()
@@ -130,7 +136,8 @@ class Worker:
 
 
 def _serve(pipe: Connection) -> None:
-    """The worker's process."""
+    """The worker's process; those that it starts belong to its group."""
+    os.setpgid(0, 0)
     pipe.send("ready")
     while True:
         try:
@@ -141,7 +148,7 @@ def _serve(pipe: Connection) -> None:
         try:
             for line in table.rows(session):
                 pipe.send(line)
-        except Exception as caught:
+        except (Exception, SystemExit) as caught:
             error = reason(caught)
         pipe.send((error, session.failed, session.left_out))
 
@@ -184,7 +191,7 @@ def share_of(left_s: float, shares: Sequence[float]) -> float:
     return max(0.0, left_s) * shares[0] / sum(shares)
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """Type, first line of the message, and the last line of this repository that was running."""
     message = (str(error).strip().splitlines() or [""])[0].replace("|", "/")[:LONGEST_REASON]
     places = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(ROOT)]

@@ -2,7 +2,9 @@
 
 import math
 import os
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from on_gpu import runner
@@ -28,6 +30,11 @@ def hangs(session):
     time.sleep(600)
 
 
+def leaves_a_child(session):
+    yield str(subprocess.Popen(["sleep", "600"]).pid)
+    raise SystemExit("the child did not end")
+
+
 def table(rows, share_s=1.0):
     return Table(rows.__name__, f"Title of {rows.__name__}", rows, share_s)
 
@@ -47,6 +54,24 @@ def test_a_table_that_fails_costs_only_itself():
     assert said.index("\n### Title of raises\n") < said.index("| first row |") < said.index("| good | cpu |")
     assert f"raises: {outcomes['raises'].error}" in said
     assert all("\n" not in outcome.error for outcome in outcomes.values() if outcome.error)
+
+
+def test_a_failed_table_leaves_no_process_behind():
+    outcomes, _ = measured([table(leaves_a_child)], seconds=400)
+    assert outcomes["leaves_a_child"].error.startswith("SystemExit: the child did not end")
+    (child,) = outcomes["leaves_a_child"].lines
+    deadline = time.monotonic() + 60
+    while is_running(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(child)
+
+
+def is_running(pid):
+    """False also for a zombie, which stays where nobody collects orphans."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_a_table_that_hangs_is_stopped(monkeypatch):
