@@ -193,7 +193,8 @@ def assert_alike(one, other, tolerance):
 def test_accumulated_parts_equal_the_whole_batch(smoke):
     config, inputs = smoke
     batch = together([inputs(number) for number in range(4)])
-    config = configs.override(config, {"train.batch_per_worker": 4, "train.grad_clip": 1.0})
+    changes = {"train.batch_per_worker": 4, "train.grad_clip": 1.0, "train.precision": "fp32"}
+    config = configs.override(config, changes)
     whole, terms = after_a_step(config, batch)
     for count in (2, 4):
         split, split_terms = after_a_step(config, batch, accumulate=count)
@@ -270,7 +271,8 @@ def test_distributed_training_takes_the_same_steps(smoke, alone, accumulate):
 def test_a_compiled_network_takes_the_same_steps(smoke, alone, accumulate):
     """Inside DDP, with a weight average, a gradient scaler and parts of a batch."""
     config, inputs = smoke
-    config = configs.override(config, {"train.batch_per_worker": 2, "train.accumulate": accumulate})
+    changes = {"train.batch_per_worker": 2, "train.accumulate": accumulate, "train.precision": "fp32"}
+    config = configs.override(config, changes)
     trainings, losses, options = [], [], step.bucket_options(config.train)
     for compiled in (False, True):
         changed = configs.override(config, {"train.compile": compiled})
