@@ -177,3 +177,22 @@ def test_ranks_agree_on_one_layout_and_on_tf32():
         common = precision.common_plan([new, old], own)
         assert (common.device, str(common)) == (own.device, "fp32, contiguous, TF32 off")
     assert precision.common_plan([new, new], new) == new
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA GPU")
+@pytest.mark.parametrize("tf32", [True, False])
+def test_gpu_only_convolutions_round_to_tf32(tf32):
+    """TF32 keeps 10 bits of mantissa: a relative error near 1e-3, against 1e-7 in float32."""
+    plan = precision.compute_plan(torch.device("cuda"), "fp32", tf32=tf32)
+    random = torch.Generator("cuda").manual_seed(0)
+    image, weight, left, right = (
+        torch.randn(shape, device="cuda", generator=random)
+        for shape in ((1, 64, 32, 32), (64, 64, 3, 3), (256, 256), (256, 256))
+    )
+    image, weight = (tensor.contiguous(memory_format=plan.memory_format) for tensor in (image, weight))
+    exact = torch.conv2d(image.double(), weight.double()), left.double() @ right.double()
+    with plan.inference():
+        found = torch.conv2d(image, weight), left @ right
+    errors = [float((one - two).abs().max() / two.std()) for one, two in zip(found, exact, strict=True)]
+    assert (errors[0] > 1e-4) == plan.tf32 and errors[1] < 1e-5
