@@ -25,11 +25,12 @@ def repeated(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Ten
         return squared_deform_repeated(*same).to(input.dtype)
 
 
-def authors_cpa(self: CrossPackingAttention, x_NCHW: Tensor) -> Tensor:
-    """`CrossPackingAttention.forward` as released: pack, attend with the whole matrix, unpack."""
+def authors_cpa(self: CrossPackingAttention, x_NCHW: Tensor, *, relu: bool = False) -> Tensor:
+    """`CrossPackingAttention.forward` as released: pack, attend with the whole matrix, unpack, then ReLU."""
     packed = F.pixel_unshuffle(x_NCHW, self.packing_kernel)
     attended = F.pixel_shuffle(explicit_attention(packed.flatten(2)).view_as(packed), self.packing_kernel)
-    return x_NCHW + self.gamma.to(x_NCHW.dtype) * attended.to(x_NCHW.dtype)
+    out = x_NCHW + self.gamma.to(x_NCHW.dtype) * attended.to(x_NCHW.dtype)
+    return F.relu(out) if relu else out
 
 
 @contextmanager

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from sdan.ops import packed_attention
+from sdan.ops.attention import cross_packing
 
 
 class CrossPackingAttention(nn.Module):
@@ -22,17 +21,14 @@ class CrossPackingAttention(nn.Module):
         self.packing_kernel = packing_kernel
         self.gamma = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        """[N, C, H, W] -> the same shape.
+    def forward(self, x_NCHW: Tensor, *, relu: bool = False) -> Tensor:
+        """[N, C, H, W] -> the same shape, type and layout; relu: with ReLU after it, in the same kernel on a GPU.
 
         Raises:
             ValueError: K does not divide H and W.
         """
         check_packing(self.packing_kernel, *x_NCHW.shape[-2:])
-        packed = F.pixel_unshuffle(x_NCHW, self.packing_kernel)  # [N, C K^2, H/K, W/K]
-        attended = F.pixel_shuffle(packed_attention(packed.flatten(2)).view_as(packed), self.packing_kernel)
-        # Cast to x's type: under autocast a float32 gamma would promote all following layers to float32.
-        return x_NCHW + self.gamma.to(x_NCHW.dtype) * attended.to(x_NCHW.dtype)
+        return cross_packing(x_NCHW, self.gamma, self.packing_kernel, relu=relu)
 
 
 class ChannelAttention(nn.Module):

@@ -141,8 +141,8 @@ class OffsetLearner(nn.Module):
             nn.init.zeros_(self.conv3.weight)
 
     def forward(self, features_N2CHW: Tensor) -> Tensor:
-        hidden = F.relu(self.attention1(self.conv1(features_N2CHW)))
-        hidden = F.relu(self.attention2(self.conv2(hidden)))
+        hidden = _attend_relu(self.attention1, self.conv1(features_N2CHW))
+        hidden = _attend_relu(self.attention2, self.conv2(hidden))
         # bfloat16 rounds an offset of 30 px to 1/8 px, so the last layer runs in float32.
         with torch.autocast(hidden.device.type, enabled=False):
             return self.conv3(hidden.float()) if self.conv3.weight.dtype == torch.float32 else self.conv3(hidden)
@@ -293,3 +293,11 @@ def _attention(config: SDANConfig) -> nn.Module:
     if config.attention == "cross_packing":
         return CrossPackingAttention(config.packing_kernel)
     return ChannelAttention(config.features) if config.attention == "channel" else nn.Identity()
+
+
+def _attend_relu(attention: nn.Module, x_NCHW: Tensor) -> Tensor:
+    """ReLU(attention(x))."""
+    if isinstance(attention, CrossPackingAttention):
+        attended: Tensor = attention(x_NCHW, relu=True)
+        return attended
+    return F.relu(attention(x_NCHW))

@@ -1,13 +1,19 @@
-"""Packed attention against the explicit form, which stores the matrix."""
+"""Packed attention against the explicit form, which stores the matrix; cross packing attention on the CPU."""
+
+import contextlib
+from unittest import mock
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdan import ops
-from sdan.ops import attention
+from sdan.network import OffsetLearner, SDANConfig
+from sdan.ops.attention import blocks, cross_packing, packed
 from sdan.ops.reference import explicit_attention
 
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -41,8 +47,8 @@ def test_equals_the_explicit_form(shape, dtype):
 @pytest.mark.parametrize("dtype", list(LIMITS))
 def test_several_blocks_equal_one(dtype, monkeypatch):
     x = tokens(2, 75, 24, dtype=dtype)
-    monkeypatch.setattr(attention, "_BLOCK_VALUES", 16 * 75)
-    assert [block.stop for block in attention._blocks(75)] == [16, 32, 48, 64, 75]
+    monkeypatch.setattr(blocks, "_BLOCK_VALUES", 16 * 75)
+    assert [block.stop for block in blocks._blocks(75, 16 * 75)] == [16, 32, 48, 64, 75]
     expected = value_and_gradient(explicit_attention, x.double())
     assert_near(value_and_gradient(ops.packed_attention, x), expected, LIMITS[dtype])
 
@@ -55,8 +61,8 @@ def test_both_cpu_forms_equal_the_explicit_one(onednn, dtype, monkeypatch):
     x[0] += 1.0  # all rows similar
     x[1, ::7] *= 10
     if not onednn:
-        monkeypatch.setattr(attention, "_use_onednn", lambda matrix: False)
-    elif not attention._use_onednn(x.to(dtype)):
+        monkeypatch.setattr(blocks, "_use_onednn", lambda matrix: False)
+    elif not blocks._use_onednn(x.to(dtype)):
         pytest.skip("oneDNN has no fast product of this type on this CPU")
     expected = value_and_gradient(explicit_attention, x.to(dtype).double())
     got = value_and_gradient(ops.packed_attention, x.to(dtype))
@@ -64,7 +70,7 @@ def test_both_cpu_forms_equal_the_explicit_one(onednn, dtype, monkeypatch):
 
 
 def test_gradcheck_and_opcheck(monkeypatch):
-    monkeypatch.setattr(attention, "_BLOCK_VALUES", 1)  # blocks of 16 rows
+    monkeypatch.setattr(blocks, "_BLOCK_VALUES", 1)  # blocks of 16 rows
     x = tokens(2, 20, 3).requires_grad_()
     torch.autograd.gradcheck(ops.packed_attention, x)
     torch.library.opcheck(torch.ops.sdan.packed_attention.default, (x,))
@@ -111,11 +117,11 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_matrix_is_never_stored(dtype, monkeypatch):
-    monkeypatch.setattr(attention, "_BLOCK_VALUES", 2**15)
+    monkeypatch.setattr(blocks, "_BLOCK_VALUES", 2**15)
     x = tokens(1, 1024, 16, dtype=dtype)
     with LargestTensor() as largest:
-        forward = attention._attention_op._init_fn(x)
-        attention._attention_backward_op._init_fn(torch.ones_like(x), x, *forward)
+        forward = packed.attend(x)
+        packed.attend_backward(torch.ones_like(x), x, None, *forward)
     assert 2**14 <= largest.values <= 2**15  # the matrix has 2**20 values
     with LargestTensor() as largest:
         explicit_attention(x)
@@ -145,21 +151,178 @@ def test_a_wrong_number_of_axes_is_refused():
         ops.packed_attention(torch.zeros(1, 2, 3, 4))
 
 
-def test_wide_tokens_on_cuda_use_blocks():
-    """K=4 at 128x128 has 1024 values per token, which no fused kernel supports. Blocks never store the matrix."""
-    hopper, turing = (9, 0), (7, 5)
-    assert attention.fused_on_cuda(64, torch.float32, hopper)
-    assert attention.fused_on_cuda(256, torch.bfloat16, hopper)
-    assert not attention.fused_on_cuda(1024, torch.bfloat16, hopper)
-    assert not attention.fused_on_cuda(100, torch.float32, hopper)  # not a multiple of 8
-    assert not attention.fused_on_cuda(64, torch.float64, hopper)
-    assert not attention.fused_on_cuda(64, torch.bfloat16, turing)
-    assert attention.fused_on_cuda(64, torch.float16, turing)
+@pytest.mark.parametrize("dtype", list(LIMITS))
+@pytest.mark.parametrize("values", [7 * 20 * 20, 20 * 20, 16 * 20])  # all images in one block, one image, 16 rows
+@pytest.mark.parametrize("give_negated", [True, False])
+def test_the_gpu_form_in_blocks(give_negated, values, dtype, monkeypatch):
+    """Tokens that no fused kernel takes; it runs on a CPU, too."""
+    monkeypatch.setattr(blocks, "_gpu_block_values", lambda x: values)
+    x, grad = tokens(3, 20, 12, dtype=dtype), tokens(3, 20, 12, dtype=dtype).flip(0)
+    negated = -x if give_negated else None
+    output = blocks.attend_batched(x, negated)
+    monkeypatch.setattr(blocks, "_gpu_block_values", lambda x: 2 * values)  # the backward pass takes half
+    got = output, blocks.attend_batched_backward(grad, x, negated, output)
+    leaf = x.double().requires_grad_()
+    expected = explicit_attention(leaf)
+    assert [tensor.dtype for tensor in got] == [dtype, dtype]
+    assert_near(got, [expected.detach(), *torch.autograd.grad(expected, leaf, grad.double())], LIMITS[dtype])
+
+
+def test_gpu_blocks_are_sized_by_the_input():
+    small, large = torch.empty(4, 1024, 1024, device="meta"), torch.empty(8, 4096, 1024, device="meta")
+    groups, rows = blocks._batches(small, blocks._gpu_block_values(small) // 2)
+    assert (len(groups), len(rows)) == (2, 1)
+    groups, rows = blocks._batches(large, blocks._gpu_block_values(large) // 2)
+    assert (len(groups), len(rows)) == (8, 2)  # half of one image's matrix, which has half as many values as all tokens
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "capability", "way"),
+    [
+        (64, torch.bfloat16, (9, 0), "flash"),
+        (64, torch.float16, (8, 6), "flash"),
+        (64, torch.float16, (7, 5), "efficient"),
+        (64, torch.float32, (9, 0), "efficient"),
+        (64, torch.float64, (9, 0), "batched"),
+        (64, torch.bfloat16, (7, 5), "batched"),
+        (200, torch.bfloat16, (9, 0), "flash"),
+        (200, torch.bfloat16, (8, 9), "efficient"),  # flash attention lacks the backward pass there
+        (256, torch.bfloat16, (8, 9), "flash"),
+        (100, torch.float32, (9, 0), "batched"),  # not a multiple of 8
+        (1024, torch.bfloat16, (9, 0), "batched"),  # K=4 at 128x128
+    ],
+)
+def test_the_way_on_a_gpu(width, dtype, capability, way):
+    """On fake tensors, so that both operators' schemas and the shapes of their results are PyTorch's."""
+    with on_fake_gpu(capability):
+        x = torch.empty(2, 40, width, dtype=dtype, device="cuda")
+        assert packed._way(x) == way
+        results, expected = packed.attend(x), packed.attend_fake(x)
+        for got, fake in zip(results, expected, strict=True):
+            assert (got.shape, got.dtype, got.stride()) == (fake.shape, fake.dtype, fake.stride())
+        grads = packed.attend_backward(x, x, None, *results)
+        assert len(grads) == (1 if way == "batched" else 3)
+        assert all((grad.shape, grad.dtype, grad.is_contiguous()) == (x.shape, dtype, True) for grad in grads)
+
+
+def on_fake_gpu(capability=(9, 0)):
+    """Tensors without values on a GPU of this compute capability, which need not exist."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", lambda *device: capability))
+    stack.enter_context(mock.patch.object(torch.backends.cuda, "is_flash_attention_available", lambda: True))
+    stack.enter_context(FakeTensorMode())
+    return stack
+
+
+def test_compiles_on_a_gpu_as_one_operator():
+    """Dynamo of torch 2.11 cannot trace scaled_dot_product_attention inside sdpa_kernel."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    with on_fake_gpu(), torch.no_grad():
+        with torch.device("cuda"):
+            learner = OffsetLearner(SDANConfig(features=8, packing_kernel=2), offset_channels=2)
+            x = torch.empty(2, 16, 16, 16)
+        compiled = torch.compile(learner, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
+        assert compiled(x).shape == (2, 2, 16, 16)
+    assert len(graphs) == 1
+    assert graphs[0].count("torch.ops.sdan.cross_packing.default") == 2
+    assert "scaled_dot_product" not in graphs[0]
+    assert "relu" not in graphs[0]
+
+
+@pytest.mark.parametrize("way", ["flash", "efficient"])
+def test_gradients_of_the_fused_kernels_are_joined(way, monkeypatch):
+    """With plain PyTorch in place of the kernels: queries are negated, and their gradient is subtracted."""
+
+    def forward(query, key, value, *rest, scale):
+        assert scale == 1.0
+        return functional.scaled_dot_product_attention(query, key, value, scale=scale), query.new_zeros(1)
+
+    def backward(grad, query, key, value, *rest, scale):
+        leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+        with torch.enable_grad():
+            output = functional.scaled_dot_product_attention(*leaves, scale=scale)
+        return torch.autograd.grad(output, leaves, grad)
+
+    monkeypatch.setattr(packed, "_way", lambda x: way)
+    monkeypatch.setattr(packed, f"_{way}", forward)
+    monkeypatch.setattr(packed, f"_{way}_backward", backward)
+    x = tokens(2, 20, 8)
+    assert_near(value_and_gradient(ops.packed_attention, x), value_and_gradient(explicit_attention, x), 1e-12)
 
 
 def test_fake_tensors_keep_the_shape():
     with FakeTensorMode():
         assert ops.packed_attention(torch.empty(2, 2**16, 2**16)).shape == (2, 2**16, 2**16)
+
+
+def cross_packing_results(x, gamma, relu, upstream):
+    leaves = [x.detach().requires_grad_(), gamma.detach().requires_grad_()]
+    value = cross_packing(*leaves, 2, relu=relu)
+    return [value.detach(), *torch.autograd.grad(value, leaves, upstream)]
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "every_second"])
+@pytest.mark.parametrize("dtype", list(LIMITS))
+def test_cross_packing_equals_the_portable_form(dtype, layout, relu):
+    wide = tokens(2, 3, 4, 12, dtype=dtype, scale=1)
+    x = {
+        "contiguous": wide[..., :6].contiguous(),
+        "channels_last": wide[..., :6].contiguous(memory_format=torch.channels_last),
+        "every_second": wide[..., ::2],
+    }[layout]
+    gamma = torch.tensor([0.7], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    with ops.portable_form():
+        value = cross_packing(x.double(), gamma.double(), 2, relu=relu)
+        upstream = torch.where(value.abs() < 0.05, 0, tokens(2, 3, 4, 6, scale=1))  # rounding may change a sign near 0
+        expected = cross_packing_results(x.double(), gamma.double(), relu, upstream)
+    got = cross_packing_results(x, gamma, relu, upstream.to(dtype))
+    assert [tensor.dtype for tensor in got] == [dtype, dtype, gamma.dtype]
+    for tensor in got[:2]:
+        assert tensor.is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
+        assert tensor.is_contiguous() == (layout != "channels_last")
+    assert_near(got[:2], expected[:2], LIMITS[dtype])
+    assert float((got[2] - expected[2]).abs()) <= LIMITS[dtype] * x.numel() ** 0.5
+
+
+def test_cross_packing_gradcheck_and_opcheck():
+    x = tokens(1, 2, 4, 6, scale=1).contiguous(memory_format=torch.channels_last)
+    gamma = torch.tensor([0.7], dtype=torch.float64)
+    leaves = x.clone().requires_grad_(), gamma.clone().requires_grad_()
+    torch.autograd.gradcheck(lambda *leaves: cross_packing(*leaves, 2, relu=True), leaves)
+    for relu, channels_last in ((True, True), (False, False)):
+        sample = (*leaves, 2, relu, channels_last)
+        torch.library.opcheck(torch.ops.sdan.cross_packing.default, sample)
+        out, *saved = torch.ops.sdan.cross_packing(x, gamma, 2, relu, channels_last)
+        sample = (torch.ones_like(out), out if relu else None, gamma, *saved, 2, channels_last)
+        torch.library.opcheck(torch.ops.sdan.cross_packing_backward.default, sample)
+
+
+def test_cross_packing_of_an_empty_batch():
+    x = torch.zeros(0, 3, 4, 6, requires_grad=True)
+    gamma = torch.ones(1, requires_grad=True)
+    value = cross_packing(x, gamma, 2, relu=True)
+    assert value.shape == x.shape
+    value.sum().backward()
+    assert x.grad.shape == x.shape
+    assert gamma.grad == 0
+
+
+def test_cross_packing_refuses_a_second_derivative():
+    x = tokens(1, 2, 4, 4).requires_grad_()
+    gamma = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    (first,) = torch.autograd.grad(cross_packing(x, gamma, 2).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"sdan::cross_packing: expected a single backward pass.*portable_form"):
+        first.sum().backward()
+    with ops.portable_form(), sdpa_kernel(SDPBackend.MATH):
+        (first,) = torch.autograd.grad(cross_packing(x, gamma, 2).square().sum(), x, create_graph=True)
+        first.square().sum().backward()
+    assert x.grad.abs().max() > 0
 
 
 @pytest.mark.gpu
@@ -171,3 +334,16 @@ def test_gpu_equals_the_explicit_form(width, dtype):
     expected = value_and_gradient(explicit_attention, x.double())
     got = [tensor.cpu() for tensor in value_and_gradient(ops.packed_attention, x.cuda())]
     assert_near(got, expected, 10 * LIMITS[dtype])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA GPU")
+def test_gpu_memory_of_wide_tokens():
+    """Beyond the tokens and the upstream gradient: 46 MB with blocks for a CPU's caches; at most 1.3 times as much."""
+    x = tokens(4, 1024, 1024, dtype=torch.bfloat16, scale=0.2).cuda().requires_grad_()
+    upstream = torch.ones_like(x)
+    torch.autograd.grad(ops.packed_attention(x), x, upstream)  # cuBLAS allocates its workspace
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.autograd.grad(ops.packed_attention(x), x, upstream)
+    assert torch.cuda.max_memory_allocated() - before <= 60e6

@@ -9,13 +9,15 @@ from torch import nn
 from sdan.network import SDAN, SDANConfig
 
 
-def training_step(model: nn.Module, run: nn.Module, *, autocast: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def training_step(
+    model: nn.Module, run: nn.Module, *, autocast: bool, device: str = "cpu"
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """One forward pass, backward pass and optimizer step; returns (loss, new weights)."""
     random = torch.Generator().manual_seed(1)
-    x, reference = torch.rand(2, 1, 16, 16, generator=random), torch.rand(2, 3, 16, 16, generator=random)
-    target = torch.rand(2, 3, 32, 32, generator=random)
+    shapes = (2, 1, 16, 16), (2, 3, 16, 16), (2, 3, 32, 32)
+    x, reference, target = (torch.rand(shape, generator=random).to(device) for shape in shapes)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
         output = run(x, reference)
     loss = (output.zoomed.float() - target).abs().mean() + (output.aligned.float() * output.mask).abs().mean()
     loss.backward()
@@ -23,9 +25,13 @@ def training_step(model: nn.Module, run: nn.Module, *, autocast: bool) -> tuple[
     return loss.detach(), [parameter.detach() for parameter in model.parameters()]
 
 
-def compare(backend: str, *, autocast: bool, limit: float, dynamic: bool | None = None) -> None:
+def compare(
+    backend: str, *, autocast: bool, limit: float, dynamic: bool | None = None, device: str = "cpu", packing: int = 4
+) -> None:
     torch.manual_seed(0)
-    eager = SDAN(SDANConfig(scale=2, features=8, blocks=1, packing_kernel=4))
+    eager = SDAN(SDANConfig(scale=2, features=8, blocks=1, packing_kernel=packing)).to(device)
+    if device != "cpu":
+        eager = eager.to(memory_format=torch.channels_last)
     with torch.no_grad():  # gamma starts at 0, which disables the attention
         for name, parameter in eager.named_parameters():
             if name.endswith("gamma"):
@@ -33,8 +39,8 @@ def compare(backend: str, *, autocast: bool, limit: float, dynamic: bool | None 
     start = [parameter.detach().clone() for parameter in eager.parameters()]
     model = copy.deepcopy(eager)
     compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=dynamic)
-    expected_loss, expected = training_step(eager, eager, autocast=autocast)
-    loss, weights = training_step(model, compiled, autocast=autocast)
+    expected_loss, expected = training_step(eager, eager, autocast=autocast, device=device)
+    loss, weights = training_step(model, compiled, autocast=autocast, device=device)
     assert float((loss - expected_loss).abs()) <= limit
     moved = max(float((b - a).abs().max()) for a, b in zip(start, expected, strict=True))
     assert moved > 0.01  # else equal weights would prove nothing
@@ -76,3 +82,14 @@ def test_skip_rendering_compiles_for_any_size():
             results.append([output.zoomed, *gradients])
         for got, expected in zip(results[1], results[0], strict=True):
             assert float((got - expected).abs().max()) <= 1e-4 * max(1.0, float(expected.abs().max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA GPU")
+@pytest.mark.parametrize("packing", [2, 8])  # 64 values per token, for a fused kernel, and 4, in blocks
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gpu_compiled_training_step_equals_the_eager_one(autocast, packing):
+    torch._dynamo.reset()
+    limit = 2e-2 if autocast else 1e-3
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        compare("inductor", autocast=autocast, limit=limit, device="cuda", packing=packing)

@@ -124,6 +124,7 @@ def test_cpa_equals_its_equation_and_starts_as_the_identity():
     weights = torch.softmax(energy.amax(-1, keepdim=True) - energy, dim=-1)
     attended = (weights @ packed).view(2, 3, 4, 4, 2, 3).permute(0, 1, 4, 2, 5, 3).reshape(2, 3, 8, 12)
     assert torch.allclose(attention(x), x + 0.7 * attended, atol=1e-5)
+    assert torch.allclose(attention(x, relu=True), (x + 0.7 * attended).relu(), atol=1e-5)
 
 
 def test_channel_attention_scales_channels_by_0_to_1():
