@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
-from on_gpu import operator_tables, step_tables  # noqa: E402
+from on_gpu import attention_tables, operator_tables, step_tables  # noqa: E402
 from on_gpu.runner import Outcome, Table, run_tables  # noqa: E402
 from results import RESULTS, gpu_provenance, update_section  # noqa: E402
 
@@ -27,7 +27,8 @@ DEFAULT_MINUTES = 7.5
 OPERATORS = (
     Table("operator", "Squared deformable convolution, ms", operator_tables.operator_rows, 90),
     Table("overhead", "What an eager call costs beyond its kernels, ms", operator_tables.overhead_rows, 20),
-    Table("attention", "Packed attention, ms", operator_tables.attention_rows, 50),
+    Table("attention", "Packed attention, ms", attention_tables.attention_rows, 45),
+    Table("cpa", "Cross packing attention with packing and ReLU, ms", attention_tables.cpa_rows, 35),
     Table("module", "The whole alignment module, forward+backward, ms", operator_tables.module_rows, 30),
     Table("errors", "Largest error against float64, relative", operator_tables.error_rows, 15),
 )

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 CONVOLUTION, CONVOLUTION_BACK = "convolution, forward", "convolution, backward"
 ATTENTION, ATTENTION_BACK = "attention, forward", "attention, backward"
-SAMPLING, COPIES, CASTS = "sampling", "copies, layout", "casts"
+SAMPLING, PACKING, COPIES, CASTS = "sampling", "packing", "copies, layout", "casts"
 PRODUCTS, SUMS, ELEMENTWISE, FILLS = "matrix products", "sums", "element-wise", "fills"
 OPTIMIZER, OTHER = "optimizer, averages", "other"
 KINDS = (
@@ -25,6 +25,7 @@ KINDS = (
     ATTENTION,
     ATTENTION_BACK,
     SAMPLING,
+    PACKING,
     COPIES,
     CASTS,
     PRODUCTS,
@@ -40,9 +41,10 @@ _RULES: tuple[tuple[str, str], ...] = (
     (OPTIMIZER, r"adam|multi_tensor_apply|aten::_foreach|optimizer\.step"),
     (FILLS, r"^memset|fillfunctor|^aten::(fill_|zero_)"),
     (CASTS, r"(bfloat16|float16|half)_copy|loadwithcast|copy.*\| (aten::copy_, )?aten::_to_copy"),
+    (PACKING, r"^(un)?pack_(gradient_)?kernel"),
     (COPIES, r"^memcpy|copy|nchwtonhwc|nhwctonchw|addpadding|catarray|flip|pixel_(un)?shuffle"),
     (SAMPLING, r"warp_(forward|backward)|bilinear_warp|deformable|grid_sampler|upsample|embedding_bag"),
-    (ATTENTION, r"flash|fmha|attention|softmax"),
+    (ATTENTION, r"flash|fmha|attention|softmax|cross_?packing"),
     (CONVOLUTION, r"fprop|dgrad|wgrad|convol|conv2d|cudnn"),
     (PRODUCTS, r"gemm|cutlass|cublas|aten::(mm|bmm|addmm|matmul|linear)"),
     (SUMS, r"reduce|aten::(sum|mean|norm|linalg_vector_norm)"),

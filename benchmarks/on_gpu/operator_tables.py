@@ -1,4 +1,4 @@
-"""The operator and packed attention on a GPU, beside a convolution, torchvision's operator and explicit attention.
+"""The operator on a GPU, beside a convolution and torchvision's operator; the alignment module; errors.
 
 Times are milliseconds, "forward / forward+backward". "Eager" is a Python call, "graph" a replayed CUDA graph: the
 kernels alone. "conv" is `conv2d` of the same shape, layout and type. torchvision's operator has no bf16 on CUDA either,
@@ -28,8 +28,6 @@ from sdan.ops.reference import explicit_attention
 SHAPES = ((4, 64, 64, 64), (4, 64, 128, 128), (8, 64, 128, 128), (1, 64, 256, 256), (1, 64, 1024, 1024))
 SMALL = ((1, 64, 32, 32), (4, 64, 64, 64))
 """Shapes whose kernels take less time than Python needs to launch them."""
-TOKENS = ((8, 4096, 256), (4, 4096, 64), (8, 768, 64), (4, 1024, 1024))
-"""[N, L, C] of paper_4x (batch 8), the same at 64x64, starter (batch 8), and K=4 at 128x128: wide tokens."""
 MODULES = ((8, 64, 128, 128), (8, 64, 64, 64))
 REHEARSAL_SHAPE, REHEARSAL_TOKENS = (1, 8, 8, 8), (1, 16, 8)
 CONTIGUOUS = torch.contiguous_format
@@ -151,41 +149,6 @@ def overhead_row(clock: Clock, case: Case, name: str, operator: Operator) -> str
         graph = [None if replay is None else clock.back_to_back_ms(replay) for replay in replays]
     beyond = [None if kernels is None else call - kernels for call, kernels in zip(eager, graph, strict=True)]
     return table_row((case.name, case.way.name, name, pair_text(eager), pair_text(graph), f"**{pair_text(beyond)}**"))
-
-
-def attention_rows(session: Session) -> Iterator[str]:
-    """Packed attention."""
-    yield table_head(
-        "tokens (N x L x C) | type | ours, eager | explicit, eager | ours, graph | explicit, graph"
-        " | ours / explicit, graph | MB ours / explicit"
-    )
-    clock = clock_of(session, 60.0)
-    found = cases(session, TOKENS, REHEARSAL_TOKENS)
-    yield from session.rows(found, lambda case: case.name, partial(attention_row, clock))
-    yield from clock.notes(session)
-
-
-def attention_row(clock: Clock, case: Case) -> str:
-    clock.tidy()
-    x, upstream = tokens_of(case, clock.device)
-    with tf32(case.way.tf32):
-        steps = {
-            "ours": (forward_of(packed_attention, [x]), backward_of(packed_attention, [x], upstream)),
-            "explicit": (forward_of(explicit_attention, [x]), backward_of(explicit_attention, [x], upstream)),
-        }
-        ours, explicit = (times_of(clock, step) for step in steps.values())
-        peaks = [clock.peak_mb(both) for _, both in steps.values()]
-    share = [ratio_text(a, b) for a, b in zip(ours.graph, explicit.graph, strict=True)]
-    return table_row(
-        (
-            case.name,
-            case.way.name,
-            *(pair_text(one.eager) for one in (ours, explicit)),
-            *(pair_text(one.graph) for one in (ours, explicit)),
-            f"**{' / '.join(share)}**",
-            " / ".join(f"{peak:.0f}" for peak in peaks),
-        )
-    )
 
 
 def tokens_of(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:

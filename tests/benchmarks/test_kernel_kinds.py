@@ -31,6 +31,12 @@ CASES = {
         ("aten::bmm", "sdan::packed_attention"),
         "attention, forward",
     ),
+    "void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_bf16_64x64>": (
+        ("aten::bmm", "_CrossPackingBackward", "autograd::engine::evaluate_function: _CrossPackingBackward"),
+        "attention, backward",
+    ),
+    "unpack_gradient_kernel": (("_CrossPackingBackward",), "packing"),
+    "pack_kernel": ((), "packing"),
     "ampere_sgemm_128x64_nt": (("aten::addmm",), "matrix products"),
     "warp_forward_kernel": (("sdan::bilinear_warp",), "sampling"),
     "warp_backward_kernel": ((), "sampling"),
