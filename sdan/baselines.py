@@ -1,7 +1,8 @@
 """SRResNet, Table 1's baseline network: SDAN's head and trunk without alignment.
 
-The other baseline, bicubic enlargement, is `sdan.resample.bicubic`. To add a network: give it SDAN's `forward`
-signature, `config` and `tile_px`, add it to `Network` here and to `ARCHITECTURES` in sdan/checkpoint.py.
+The other baseline, bicubic enlargement, is `sdan.resample.bicubic`. To add a network: give it SDAN's `forward`,
+`find_offset`, `zoom_at`, `offset_channels`, `config` and `tile_px`, add it to `Network` here and to `ARCHITECTURES` in
+sdan/checkpoint.py.
 """
 
 from __future__ import annotations
@@ -36,13 +37,26 @@ class SRResNet(nn.Module):
         output.
         """
         check_inputs(self.config, x, reference, rendering)
+        n, _, height, width = x.shape
+        zeros = torch.zeros(n, 2, height, width, device=x.device)
+        return SDANOutput(self.zoom_at(x, zeros, rendering), reference, torch.ones_like(zeros[:, :1]), zeros)
+
+    def find_offset(self, x: Tensor, reference: Tensor) -> Tensor:
+        """As SDAN.find_offset: no channels, because this network has no offsets."""
+        return x.new_empty((x.shape[0], 0, *x.shape[2:]))
+
+    def zoom_at(self, x: Tensor, offset: Tensor, rendering: Tensor | None = None) -> Tensor:
+        """As SDAN.zoom_at; the offset has no effect."""
         zoomed = self.super_resolution(F.relu(self.head(x))).float()
         if self.config.skip == "rendering":
             assert rendering is not None  # by check_inputs
             zoomed = zoomed + bicubic(rendering, self.config.scale)
-        n, _, height, width = x.shape
-        zeros = torch.zeros(n, 2, height, width, device=x.device)
-        return SDANOutput(zoomed, reference, torch.ones_like(zeros[:, :1]), zeros)
+        return zoomed
+
+    @property
+    def offset_channels(self) -> int:
+        """As SDAN.offset_channels."""
+        return 0
 
 
 Network = SDAN | SRResNet

@@ -162,18 +162,26 @@ class AlignmentModule(nn.Module):
 
     def forward(self, features_NCHW: Tensor, reference_N3HW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(F^X, Y') -> (F^X', X', M, Theta), in the paper's symbols."""
+        offset = self.find_offset(features_NCHW, reference_N3HW)
+        aligned_features = self.move(features_NCHW, offset)
+        centre = self.centre(offset)
+        return aligned_features, self.to_rgb(aligned_features), offset_mask(centre.detach()), centre
+
+    def find_offset(self, features_NCHW: Tensor, reference_N3HW: Tensor) -> Tensor:
+        """(F^X, Y') -> the offsets of the window, [N, 2, H, W]; for per_point those of its taps, [N, 2 K^2, H, W]."""
         views = with_flips(reference_N3HW) if self.flips else reference_N3HW
         reference_features = F.relu(self.reference_conv(views))
-        offset = self.offset_learner(torch.cat((features_NCHW, reference_features), dim=1))
-        if self.per_point:
-            moved = per_point_deform_conv2d(features_NCHW, offset, self.deform.weight, self.deform.bias)
-            centre = self.kernel**2 // 2
-            offset = offset[:, 2 * centre : 2 * centre + 2]
-        else:
-            moved = squared_deform_conv2d(features_NCHW, offset, self.deform.weight, self.deform.bias)
-        aligned_features = F.relu(moved)
-        mask = offset_mask(offset.detach())
-        return aligned_features, self.to_rgb(aligned_features), mask, offset
+        return self.offset_learner(torch.cat((features_NCHW, reference_features), dim=1))
+
+    def move(self, features_NCHW: Tensor, offset: Tensor) -> Tensor:
+        """(F^X, the offsets of `find_offset`) -> F^X'."""
+        deform = per_point_deform_conv2d if self.per_point else squared_deform_conv2d
+        return F.relu(deform(features_NCHW, offset, self.deform.weight, self.deform.bias))
+
+    def centre(self, offset: Tensor) -> Tensor:
+        """Theta [N, 2, H, W]: the offset of the window's centre."""
+        centre = self.kernel**2 // 2
+        return offset[:, 2 * centre : 2 * centre + 2] if self.per_point else offset
 
 
 class ResidualBlock(nn.Module):
@@ -248,13 +256,36 @@ class SDAN(nn.Module):
             ValueError: shapes that do not match each other or the config.
         """
         check_inputs(self.config, x, reference, rendering)
-        features = F.relu(self.head(x.clamp_min(0).sqrt() if self.config.encoding == "sqrt" else x))
-        aligned_features, aligned, mask, offset = self.alignment(features, reference)
+        aligned_features, aligned, mask, offset = self.alignment(self._features(x), reference)
+        return SDANOutput(self._zoomed(aligned_features, offset, rendering), aligned.float(), mask, offset)
+
+    def find_offset(self, x: Tensor, reference: Tensor) -> Tensor:
+        """The part of `forward` that depends on the input's size, through the attention and the flips.
+
+        Returns:
+            the offsets for `zoom_at`, [N, offset_channels, H, W].
+        """
+        return self.alignment.find_offset(self._features(x), reference)
+
+    def zoom_at(self, x: Tensor, offset: Tensor, rendering: Tensor | None = None) -> Tensor:
+        """The rest of `forward`: `zoomed`, with these offsets. A pixel depends on its neighbourhood in x only."""
+        aligned_features = self.alignment.move(self._features(x), offset)
+        return self._zoomed(aligned_features, self.alignment.centre(offset), rendering)
+
+    @property
+    def offset_channels(self) -> int:
+        """Channels of `find_offset`."""
+        return self.alignment.offset_learner.conv3.out_channels
+
+    def _features(self, x: Tensor) -> Tensor:
+        return F.relu(self.head(x.clamp_min(0).sqrt() if self.config.encoding == "sqrt" else x))
+
+    def _zoomed(self, aligned_features: Tensor, offset: Tensor, rendering: Tensor | None) -> Tensor:
         zoomed = self.super_resolution(aligned_features).float()
         if self.config.skip == "rendering":
-            assert rendering is not None  # by check_inputs
+            assert rendering is not None
             zoomed = zoomed + move_and_enlarge(rendering, offset, self.config)
-        return SDANOutput(zoomed, aligned.float(), mask, offset)
+        return zoomed
 
 
 def with_flips(image_NCHW: Tensor) -> Tensor:

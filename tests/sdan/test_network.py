@@ -44,6 +44,22 @@ def test_output_sizes(kind, scale, skip):
     assert not output.mask.requires_grad
 
 
+@pytest.mark.parametrize(
+    ("model_class", "offset", "channels"), [(SDAN, "squared", 2), (SDAN, "per_point", 18), (SRResNet, "squared", 0)]
+)
+def test_forward_is_its_two_parts(model_class, offset, channels):
+    torch.manual_seed(0)
+    model = model_class(replace(SMALL, input="packed", encoding="sqrt", offset=offset, skip="rendering"))
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.endswith(("conv3.weight", "last.weight", "gamma")):
+                value.normal_(0, 0.1)
+    x, reference, rendering = batch(model.config)
+    offsets = model.find_offset(x, reference)
+    assert offsets.shape[1] == channels == model.offset_channels
+    assert torch.equal(model.zoom_at(x, offsets, rendering), model(x, reference, rendering).zoomed)
+
+
 def test_direct_upsampling_is_cheaper_for_the_same_sizes():
     config = replace(SMALL, input="packed", upsampling="direct")
     inputs = batch(config)
