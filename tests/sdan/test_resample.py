@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from sdan.resample import bicubic, enlarge_offset, low_pass, sample
 
@@ -20,6 +21,22 @@ def test_bicubic_keeps_a_ramp_at_half_pixel_centres():
     # PyTorch's kernel (a = -0.75) bends a ramp by up to 0.04 px; a wrong centre would move it by 0.125 px or more.
     assert torch.allclose(bicubic(ramp, 4)[0, 0, 20, 8:-8], expected[8:-8], atol=0.05)
     assert bicubic(ramp.bfloat16(), 4).dtype == torch.float32
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4, 8])
+@pytest.mark.parametrize("size", [(1, 1), (2, 1), (5, 9)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_bicubic_equals_pytorchs(scale, size, layout):
+    image = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    image = image.contiguous(memory_format=layout).requires_grad_()
+    expected = F.interpolate(image, scale_factor=scale, mode="bicubic", align_corners=False)
+    weights = torch.rand(expected.shape, generator=torch.Generator().manual_seed(1))
+    (expected_gradient,) = torch.autograd.grad((expected * weights).sum(), image)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = bicubic(image, scale)
+    (gradient,) = torch.autograd.grad((got * weights).sum(), image)
+    assert got.dtype == torch.float32 and torch.allclose(got, expected, atol=1e-6)
+    assert torch.allclose(gradient, expected_gradient, atol=1e-5)
 
 
 def test_an_enlarged_linear_field_stays_linear():
