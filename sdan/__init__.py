@@ -12,7 +12,7 @@ Importing this package needs torch and safetensors only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,7 +24,17 @@ from sdan.baselines import Network
 from sdan.network import SDAN, SDANConfig
 from sdan.ops import squared_deform_conv2d
 
-__all__ = ["SDAN", "STARTER", "SDANConfig", "load", "raw_input", "squared_deform_conv2d", "starter_folder", "zoom"]
+__all__ = [
+    "SDAN",
+    "STARTER",
+    "SDANConfig",
+    "load",
+    "raw_input",
+    "squared_deform_conv2d",
+    "starter_folder",
+    "zoom",
+    "zoom_rows",
+]
 
 STARTER = "starter"
 """`load(STARTER)` loads the model that is installed with the package."""
@@ -71,13 +81,43 @@ def zoom(
     Raises:
         ValueError: shapes that do not match each other or the model, or a model without a tile size.
     """
+    x, tile_px = _network_input(model, raw)
+    return inference.zoom(model, x, rendering, tile_px=tile_px, precision=precision, progress=progress)
+
+
+def zoom_rows(
+    model: Network,
+    raw: Tensor,
+    rendering: Tensor,
+    *,
+    bits: int | None = None,
+    precision: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Tensor]:
+    """As `zoom`, but yields the result in parts, from top to bottom, so that it need not fit into memory.
+
+    Args:
+        bits: None for float32 in [0, 1]; 8 for levels as uint8, 16 as uint16.
+
+    Yields:
+        [3, pixel rows, scale 2w] on the CPU, channels-last in memory as image files are.
+
+    Raises:
+        ValueError: as `zoom`, at once.
+    """
+    x, tile_px = _network_input(model, raw)
+    return inference.zoom_rows(model, x, rendering, tile_px=tile_px, precision=precision, bits=bits, progress=progress)
+
+
+def _network_input(model: Network, raw: Tensor) -> tuple[Tensor, int]:
+    """(raw as the model's input x, the model's tile size); raises ValueError."""
     if model.tile_px is None:
         raise ValueError("model: expected a model from sdan.load, got one without tile_px; set model.tile_px")
     channels = 3 if model.config.input == "rgb" else 4
     if raw.dim() != 3 or raw.shape[0] != channels:
         raise ValueError(f"raw: expected [{channels},h,w] for input={model.config.input!r}, got {tuple(raw.shape)}")
     x = raw_input.packed_to_mosaic(raw[None])[0] if model.config.input == "mosaic" else raw
-    return inference.zoom(model, x, rendering, tile_px=model.tile_px, precision=precision, progress=progress)
+    return x, model.tile_px
 
 
 def starter_folder() -> Path:

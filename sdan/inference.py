@@ -1,169 +1,348 @@
-"""Zoom a whole photo in overlapping, feathered tiles of the size that the network was trained on.
+"""Zoom a whole photo, from top to bottom, in two passes over overlapping tiles.
 
-Use the training crop's size for tiles: cross packing attention sums over the tile, so its result depends on the size.
+The first pass finds the offsets, in tiles of the size that the network was trained on: cross packing attention sums
+over its tile and the flips mirror it, so their results depend on its size. The second pass does the rest. It consists
+of convolutions and sampling, where a pixel depends on its neighbourhood only, so its tiles are larger and fewer pixels
+are computed twice. The first pass runs just ahead of the second.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import repeat
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from sdan.baselines import Network
 from sdan.network import CHANNELS, SDANConfig
-from sdan.ops.precision import autocast
+from sdan.ops.precision import ComputePlan, compute_plan
 from sdan.raw_input import mosaic_to_packed, packed_to_mosaic
 from sdan.resample import low_pass
+from sdan.tiles import Outputs, Tiling, cover, fitted
+
+T = TypeVar("T")
+Progress = Callable[[int, int], None]
+"""Called with (tiles done, total tiles)."""
+
+TILE_PX = 128
+"""Largest side of the second pass's tiles, pixels of x."""
+OVERLAP_PX = 12
+"""Their overlap."""
+_CPU_PIXELS = 2**13
+"""Pixels of x in a batch on a CPU."""
+_GPU_PIXELS = 2**19
+"""Pixels of x in a batch on a GPU with enough memory."""
+_MEMORY_SHARE = 0.5
+"""Share of a GPU's free memory for the feature maps of a batch; the rest is for what their estimate leaves out."""
 
 
-@torch.inference_mode()
 def zoom(
-    model: nn.Module,
+    model: Network,
     x: Tensor,
     rendering: Tensor,
     *,
     tile_px: int,
     overlap_px: int | None = None,
-    batch: int = 4,
+    batch: int | None = None,
     precision: str = "auto",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Tensor:
     """Zoom one photo with its rendering as reference ({X, X}); no target is needed.
 
-    The outer part of inner tile borders, where the network saw zero padding, is dropped. The rest of the overlap is
-    feathered with weights that add up to 1. Memory: the output and a few tiles.
+    Returns:
+        float32 [3, upscale H, upscale W] in [0, 1], on the CPU. Arguments and errors: as `zoom_rows`.
+    """
+    parts = zoom_rows(
+        model, x, rendering, tile_px=tile_px, overlap_px=overlap_px, batch=batch, precision=precision, progress=progress
+    )
+    output = torch.empty(3, *(model.config.upscale * side for side in x.shape[-2:]))
+    done = 0
+    for part in parts:
+        output[:, done : done + part.shape[1]] = part
+        done += part.shape[1]
+    return output
+
+
+def zoom_rows(
+    model: Network,
+    x: Tensor,
+    rendering: Tensor,
+    *,
+    tile_px: int,
+    overlap_px: int | None = None,
+    batch: int | None = None,
+    precision: str = "auto",
+    bits: int | None = None,
+    progress: Progress | None = None,
+) -> Iterator[Tensor]:
+    """As `zoom`, but yields the result from top to bottom, at most `TILE_PX * upscale` pixel rows at a time.
+
+    Memory beyond the arguments: one row of tiles of the output, and the feature maps of a batch.
 
     Args:
-        model: SDAN or SRResNet; it is put into eval mode and runs on its own device.
+        model: it is put into eval mode and into the layout of `compute_plan`, and runs on its own device.
         x: one photo as the network's input, [C,H,W] in [0, 1] (raw_input.normalise), any size.
         rendering: [3,H,W] ([3,2H,2W] for packed) sRGB in [0, 1], of the same RAW; for input="rgb" x itself.
-        tile_px: side of a tile, pixels of x; use the training crop's.
-        overlap_px: overlap of neighbouring tiles, pixels of x; default a quarter of the tile, at least 8 mosaic
-            pixels.
-        batch: tiles per forward pass.
+        tile_px: side of the first pass's tiles, pixels of x; use the training crop's.
+        overlap_px: their overlap, pixels of x; default 3/16 of the tile, at least 8 mosaic pixels.
+        batch: most tiles per forward pass; default what suits the device. Halved where a GPU's memory is too small.
         precision: auto, fp32, bf16 or fp16 (ops.precision.resolve).
-        progress: called with (tiles done, total tiles).
+        bits: None for float32 in [0, 1]; 8 for levels as uint8, 16 as uint16.
+        progress: called with (tiles done, total tiles); both passes count.
 
-    Returns:
-        float32 [3, upscale H, upscale W] in [0, 1], on the CPU.
+    Yields:
+        [3, pixel rows, upscale W] on the CPU, channels-last in memory as image files are.
 
     Raises:
-        ValueError: sizes that do not match, or an overlap outside 8 mosaic pixels to half a tile.
+        ValueError, at once: sizes that do not match, an overlap outside 8 mosaic pixels to half a tile, other bits.
+        torch.OutOfMemoryError: a GPU without memory for a single tile.
     """
-    config: SDANConfig = model.config  # type: ignore[assignment]
-    overlap = _check(config, x, rendering, tile_px, overlap_px)
-    height, width = x.shape[-2:]
-    x, reference, rendering = _padded(config, x, rendering, tile_px)
-    step = 2 if config.input == "mosaic" else 1  # a mosaic's tiles start on an R photosite
-    rows, cols = (_starts(side, tile_px, overlap, step) for side in x.shape[-2:])
-    row_weights, col_weights = (
-        _weights(starts, side, tile_px, overlap, config.upscale)
-        for starts, side in ((rows, x.shape[-2]), (cols, x.shape[-1]))
-    )
-    output = torch.zeros(3, *(config.upscale * side for side in x.shape[-2:]))
-    tiles = [(i, j) for i in range(len(rows)) for j in range(len(cols))]
-    model.eval()
-    device = next(model.parameters()).device
-    for done in range(0, len(tiles), batch):
-        chosen = tiles[done : done + batch]
-        corners = [(rows[i], cols[j]) for i, j in chosen]
-        with autocast(precision, device):
-            zoomed = _zoom_tiles(model, config, x, reference, rendering, corners, tile_px, device)
-        for (i, j), (row, col), tile in zip(chosen, corners, zoomed, strict=True):
-            top, left, side = row * config.upscale, col * config.upscale, tile_px * config.upscale
-            tile *= row_weights[i][:, None] * col_weights[j]
-            output[:, top : top + side, left : left + side] += tile
-        if progress is not None:
-            progress(done + len(chosen), len(tiles))
-    return output[:, : height * config.upscale, : width * config.upscale].clamp_(0, 1).contiguous()
+    if bits not in (None, 8, 16):
+        raise ValueError(f"bits: expected None, 8 or 16, got {bits}")
+    overlap_px = _check(model.config, x, rendering, tile_px, overlap_px)
+    plan = compute_plan(next(model.parameters()).device, precision)
+    model.eval().to(memory_format=plan.memory_format)
+    rows = _zoomed(model, x, rendering, (tile_px, overlap_px), batch, plan, progress)
+    return _to_host(rows, bits, plan.device)
 
 
-def _zoom_tiles(
-    model: nn.Module,
-    config: SDANConfig,
+@torch.inference_mode()
+def _zoomed(
+    model: Network,
     x: Tensor,
-    reference: Tensor,
     rendering: Tensor,
-    corners: list[tuple[int, int]],
-    tile_px: int,
-    device: torch.device,
-) -> Tensor:
-    """[n,3,upscale tile,upscale tile] float32 on the CPU, of the tiles at `corners` (pixels of x)."""
-    factor = config.mosaic_factor
-    tiles = _windows(x, corners, tile_px, 1).to(device)
-    references = _windows(reference, corners, tile_px, 1).to(device)
-    return model(tiles, references, _windows(rendering, corners, tile_px, factor).to(device)).zoomed.float().cpu()
+    first_tile: tuple[int, int],
+    batch: int | None,
+    plan: ComputePlan,
+    progress: Progress | None,
+) -> Iterator[Tensor]:
+    """Pixel rows of the zoomed photo on the model's device, not clipped, valid until the next are asked for.
 
-
-def _windows(image: Tensor, corners: list[tuple[int, int]], side: int, factor: int) -> Tensor:
-    side *= factor
-    tops_lefts = [(row * factor, col * factor) for row, col in corners]
-    return torch.stack([image[:, top : top + side, left : left + side].float() for top, left in tops_lefts])
-
-
-def _starts(length: int, tile: int, overlap: int, step: int) -> list[int]:
-    """Tile origins that cover `length`, at most tile - overlap apart; the last tile ends at the photo's edge."""
-    stride = (tile - overlap) // step * step
-    return [*range(0, length - tile, stride), length - tile]
-
-
-def _weights(starts: list[int], length: int, tile: int, overlap: int, upscale: int) -> list[Tensor]:
-    """Each tile's feathering weights along one axis, at output resolution; they add up to 1 at every pixel.
-
-    At an inner border, the outer quarter of the overlap has weight 0 and its middle half is a ramp. There is no ramp at
-    the photo's edge.
+    Args:
+        first_tile: side and overlap of the first pass's tiles.
     """
-    position = (torch.arange(tile * upscale, dtype=torch.float64) + 0.5) / upscale  # pixels of x from the tile's start
-    margin, ramp = overlap / 4, overlap / 2
-    total = torch.zeros(length * upscale, dtype=torch.float64)
-    windows = []
-    for start in starts:
-        rising = ((position - margin) / ramp).clamp(0, 1) if start > 0 else torch.ones_like(position)
-        falling = (
-            ((tile - position - margin) / ramp).clamp(0, 1) if start + tile < length else torch.ones_like(position)
-        )
-        windows.append(torch.minimum(rising, falling))
-        total[start * upscale : (start + tile) * upscale] += windows[-1]
-    return [
-        (window / total[start * upscale : (start + tile) * upscale]).float()
-        for start, window in zip(starts, windows, strict=True)
-    ]
+    config, factor, device = model.config, model.config.mosaic_factor, plan.device
+    step = 2 if config.input == "mosaic" else 1  # a mosaic's tiles start on an R photosite
+    height, width = (fitted(side, TILE_PX, OVERLAP_PX, step) for side in _size(x))
+    large = cover(_size(x), (height, width), OVERLAP_PX, step=step, upscale=config.upscale)
+    slabs = _slabs((x, rendering), (1, factor), large, device)
+    padded = _padded(config, x, rendering, first_tile[0])
+    small = cover(_size(padded[0]), (first_tile[0], first_tile[0]), first_tile[1], step=step)
+    count = _counter(progress, len(large) + (len(small) if model.offset_channels else 0))
+    offsets: Iterator[Tensor] = repeat(torch.empty(0, height, x.shape[2], device=device))
+    if model.offset_channels:
+        first = _Pass(small, (1, factor), _offset_finder(model), plan, batch or _suitable(config, small, device), count)
+        rows = first.rows(_slabs(padded, (1, factor), small, device), model.offset_channels)
+        offsets = _windows(rows, large)
+    second = _Pass(large, (1, factor, 1), _zoomer(model), plan, batch or _suitable(config, large, device), count)
+    yield from second.rows(((*slab, offset) for slab, offset in zip(slabs, offsets, strict=False)), 3)
 
 
-def _padded(config: SDANConfig, x: Tensor, rendering: Tensor, tile: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(x, reference, rendering), padded at the bottom and the right to at least the size of a tile.
+def _offset_finder(model: Network) -> Callable[..., Tensor]:
+    return lambda x, rendering: model.find_offset(x, low_pass(rendering, model.config.mosaic_factor))
 
-    x and the reference are reflected about the outer pixel, which keeps a mosaic's colour phase. The rendering, which
-    the network only moves and enlarges, repeats its border pixel, as at every edge of a photo.
+
+def _zoomer(model: Network) -> Callable[..., Tensor]:
+    return lambda x, rendering, offset: model.zoom_at(x, offset, rendering)
+
+
+@dataclass
+class _Pass:
+    """One pass over a photo: runs the network on batches of tiles and joins its outputs.
+
+    The tiles of a batch lie side by side.
+    """
+
+    tiling: Tiling
+    factors: Sequence[int]
+    """Size of each input of `run` over that of x."""
+    run: Callable[..., Tensor]
+    """A batch of tiles of each input -> their outputs [n, C, upscale tile height, upscale tile width]."""
+    plan: ComputePlan
+    batch: int
+    """Most tiles per call of `run`."""
+    count: Callable[[int], None]
+    """Called with the number of tiles that each call has done."""
+
+    def rows(self, slabs: Iterable[Sequence[Tensor]], channels: int) -> Iterator[Tensor]:
+        """The output's pixel rows. `slabs`: each input's pixels under each row of tiles, [C, H, W]."""
+        return self.tiling.join((self._outputs(inputs) for inputs in slabs), channels, self.plan.device)
+
+    def _outputs(self, slabs: Sequence[Tensor]) -> Iterator[Outputs]:
+        done, columns = 0, range(len(self.tiling.lefts))
+        while done < len(columns):
+            some = columns[done : done + self.batch]
+            outputs = self._try(slabs, some)
+            if outputs is None:
+                self.batch = len(some) // 2
+                torch.cuda.empty_cache()
+                continue
+            yield some, outputs
+            done += len(some)
+            self.count(len(some))
+
+    def _try(self, slabs: Sequence[Tensor], columns: Sequence[int]) -> Tensor | None:
+        """The outputs of one batch; None if the device has no memory for it (for a single tile, the error)."""
+        try:
+            tiles = [self._cut(slab, columns, factor) for slab, factor in zip(slabs, self.factors, strict=True)]
+            with self.plan.inference():
+                return self.run(*tiles)
+        except torch.OutOfMemoryError:
+            if len(columns) == 1:
+                raise
+        return None
+
+    def _cut(self, slab: Tensor, columns: Sequence[int], factor: int) -> Tensor:
+        """[n, C, factor tile height, factor tile width] float32, in the plan's layout."""
+        lefts, width = [factor * self.tiling.lefts[column] for column in columns], factor * self.tiling.width
+        tiles = torch.stack([slab[:, :, left : left + width] for left in lefts])
+        return tiles.float().contiguous(memory_format=self.plan.memory_format)
+
+
+def _suitable(config: SDANConfig, tiling: Tiling, device: torch.device) -> int:
+    """The number of tiles in a batch for this device."""
+    pixels = tiling.height * tiling.width
+    if device.type != "cuda":
+        return max(1, _CPU_PIXELS // pixels)
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    # Values per pixel of x: the feature maps that live at once, and the output with the copies that its making needs.
+    enlarged = 3 * config.features if config.upsampling == "stages" else 0
+    values = 16 * config.features + tiling.upscale**2 * (enlarged + 6 * 3)
+    return max(1, min(int(_MEMORY_SHARE * free) // (4 * values), _GPU_PIXELS) // pixels)
+
+
+def _counter(progress: Progress | None, total: int) -> Callable[[int], None]:
+    """A function that adds to the number of tiles done and reports it."""
+    done = 0
+
+    def count(tiles: int) -> None:
+        nonlocal done
+        done += tiles
+        if progress is not None:
+            progress(done, total)
+
+    return count
+
+
+def _windows(rows: Iterator[Tensor], tiling: Tiling) -> Iterator[Tensor]:
+    """For each row of tiles, the pixels under it [C, tile height, W], of pixel rows that come from top to bottom."""
+    held, first = next(rows).clone(), 0
+    for top in tiling.tops:
+        held, first = held[:, top - first :], top
+        while held.shape[1] < tiling.height:
+            held = torch.cat((held, next(rows)), dim=1)
+        yield held[:, : tiling.height]
+
+
+def _slabs(
+    photos: Sequence[Tensor], factors: Sequence[int], tiling: Tiling, device: torch.device
+) -> Iterator[Sequence[Tensor]]:
+    """For each row of tiles, the pixels of each photo under it, [C, factor tile height, factor W] on the device.
+
+    On CUDA the next row's pixels are on their way while a row is computed. A CPU has no idle core for that.
+    """
+
+    def cut(top: int) -> list[Tensor]:
+        height = tiling.height
+        return [photo[:, top * k : (top + height) * k] for photo, k in zip(photos, factors, strict=True)]
+
+    if device.type != "cuda":
+        yield from ([part.to(device) for part in cut(top)] for top in tiling.tops)
+        return
+    stream = torch.cuda.Stream(device)
+
+    def send(top: int) -> tuple[list[Tensor], torch.cuda.Event]:
+        with torch.cuda.stream(stream):
+            sent = [_pinned(part).copy_(part).to(device, non_blocking=True) for part in cut(top)]
+            return sent, stream.record_event()
+
+    for sent, arrived in _one_ahead(map(send, tiling.tops)):
+        current = torch.cuda.current_stream(device)
+        current.wait_event(arrived)
+        for part in sent:
+            part.record_stream(current)
+        yield sent
+
+
+def _to_host(rows: Iterator[Tensor], bits: int | None, device: torch.device) -> Iterator[Tensor]:
+    """Finished pixel rows on the CPU; on CUDA they are copied while the next are computed."""
+    if device.type != "cuda":
+        yield from (_finished(part, bits) for part in rows)
+        return
+    stream = torch.cuda.Stream(device)
+
+    def fetch(part: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+        done = _finished(part, bits)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            host = _pinned(done).copy_(done, non_blocking=True)
+            done.record_stream(stream)
+            return host, stream.record_event()
+
+    for host, arrived in _one_ahead(map(fetch, rows)):
+        arrived.synchronize()
+        yield host
+
+
+@torch.inference_mode()
+def _finished(rows: Tensor, bits: int | None) -> Tensor:
+    """A copy of [3, H, W], clipped; with `bits` as levels. May change `rows`."""
+    if bits is None:
+        return rows.clamp(0, 1)
+    levels = rows.clamp_(0, 1).mul_(2**bits - 1).round_()
+    return levels.to(torch.uint8 if bits == 8 else torch.uint16)
+
+
+def _pinned(like: Tensor) -> Tensor:
+    """Page-locked memory on the host, which CUDA copies without waiting; of the same shape, type and strides."""
+    return torch.empty_like(like, device="cpu", pin_memory=True)
+
+
+def _one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The items, each given out only after the next has been started."""
+    waiting: deque[T] = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > 1:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _size(image: Tensor) -> tuple[int, int]:
+    return image.shape[-2], image.shape[-1]
+
+
+def _padded(config: SDANConfig, x: Tensor, rendering: Tensor, tile: int) -> tuple[Tensor, Tensor]:
+    """(x, rendering), at the bottom and the right reflected about the outer pixel, to at least the size of a tile.
+
+    The reflection keeps a mosaic's colour phase.
     """
     factor = config.mosaic_factor
-    tall, wide = (max(side, tile) * factor for side in x.shape[-2:])
-    reference = low_pass(_extend(rendering, tall, wide, _reflected), factor)
+    tall, wide = (max(side, tile) * factor for side in _size(x))
+    if (tall, wide) == _size(rendering):
+        return x, rendering
     if config.input == "packed":  # reflect photosites, not cells, so that RAW and reference stay registered
-        mosaic = _extend(packed_to_mosaic(x[None])[0], tall, wide, _reflected)
+        mosaic = _reflected(packed_to_mosaic(x[None])[0], tall, wide)
         x = mosaic_to_packed(mosaic[None])[0]
     else:
-        x = _extend(x, tall, wide, _reflected)
-    return x, reference, _extend(rendering, tall, wide, _repeated)
+        x = _reflected(x, tall, wide)
+    return x, _reflected(rendering, tall, wide)
 
 
-def _extend(image: Tensor, height: int, width: int, index: Callable[[int, int], Tensor]) -> Tensor:
-    if tuple(image.shape[-2:]) == (height, width):
-        return image
-    rows, cols = index(height, image.shape[-2]), index(width, image.shape[-1])
+def _reflected(image: Tensor, height: int, width: int) -> Tensor:
+    """[C, height, width], continued by reflection: columns 0, 1, ..., old - 1, old - 2, ..., 0, 1, ..."""
+    rows, cols = (_reflection(new, old) for new, old in zip((height, width), _size(image), strict=True))
     return image[:, rows.to(image.device)][:, :, cols.to(image.device)]
 
 
-def _reflected(new: int, old: int) -> Tensor:
-    """`new` indices into `old` pixels, reflected about the outer ones: 0, 1, ..., old - 1, old - 2, ..., 0, 1, ..."""
+def _reflection(new: int, old: int) -> Tensor:
     period = max(2 * (old - 1), 1)
     index = torch.arange(new) % period
     return torch.minimum(index, period - index) if old > 1 else torch.zeros_like(index)
-
-
-def _repeated(new: int, old: int) -> Tensor:
-    """`new` indices into `old` pixels, the last one repeated."""
-    return torch.arange(new).clamp(max=old - 1)
 
 
 def _check(config: SDANConfig, x: Tensor, rendering: Tensor, tile_px: int, overlap_px: int | None) -> int:
@@ -179,7 +358,7 @@ def _check(config: SDANConfig, x: Tensor, rendering: Tensor, tile_px: int, overl
     config.check_crop(tile_px)
     # The outer quarter is dropped; it must cover the 2 pixels that bicubic interpolation reads past a tile's border.
     minimum = 8 // factor
-    overlap = max(tile_px // 4, minimum) if overlap_px is None else overlap_px
+    overlap = max(3 * tile_px // 16, minimum) if overlap_px is None else overlap_px
     if not minimum <= overlap <= tile_px // 2:
         raise ValueError(f"overlap_px: expected {minimum} to {tile_px // 2}, half of tile_px={tile_px}, got {overlap}")
     return overlap

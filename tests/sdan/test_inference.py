@@ -1,4 +1,4 @@
-"""Zooming whole photos: any size, no visible tiles, and exactly bicubic before training."""
+"""Zooming whole photos: any size, no visible tiles, bounded memory, and exactly bicubic before training."""
 
 from dataclasses import replace
 
@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from sdan import inference
 from sdan.baselines import SRResNet
-from sdan.inference import zoom
+from sdan.inference import zoom, zoom_rows
 from sdan.metrics import psnr
 from sdan.network import SDAN, SDANConfig
 from sdan.ops import precision as ops_precision
 from sdan.raw_input import packed_to_mosaic
 from sdan.resample import bicubic, low_pass
+from sdan.tiles import cover
 
 CONFIG = SDANConfig(scale=2, features=8, blocks=1, packing_kernel=4, skip="rendering")
 
@@ -78,7 +80,13 @@ def test_packed_photos_get_the_low_passed_rendering_as_reference():
     assert torch.allclose(zoom(model, x, rendering, tile_px=16, precision="fp32"), expected, atol=1e-6)
 
 
-def test_tile_borders_are_hardly_visible():
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """The second pass's tiles are so small that a test's photo needs several."""
+    monkeypatch.setattr(inference, "TILE_PX", 40)
+
+
+def test_tile_borders_are_hardly_visible(small_tiles):
     """Two photos that start some pixels apart have different tiles but nearly the same output."""
     model = trained(replace(CONFIG, attention="none"))
     x, rendering = photo(CONFIG, 96, 112)
@@ -93,27 +101,154 @@ def test_tile_borders_are_hardly_visible():
     assert (whole[common] - later[inner]).abs().max() < 0.5 * changed
 
 
-def test_batches_do_not_change_the_output_and_progress_counts():
-    model = trained(CONFIG)
-    x, rendering = photo(CONFIG, 46, 70)
+@pytest.mark.parametrize("kind", ["mosaic", "packed", "rgb"])
+def test_wide_overlaps_give_the_output_of_one_forward(kind, monkeypatch):
+    """Without attention and flips a pixel depends on 6 pixels around it in the first pass, and 8 in the second."""
+    config = replace(CONFIG, input=kind, attention="none", flips=False)
+    model = trained(config)
+    x, rendering = photo(config, 90, 76)
+    with torch.no_grad():
+        reference = low_pass(rendering[None], config.mosaic_factor)
+        expected = model(x[None], reference, rendering[None]).zoomed[0].clamp(0, 1)
+    monkeypatch.setattr(inference, "TILE_PX", 70)
+    monkeypatch.setattr(inference, "OVERLAP_PX", 34)
+    zoomed = zoom(model, x, rendering, tile_px=60, overlap_px=28, precision="fp32")
+    assert torch.allclose(zoomed, expected, atol=1e-5)
+    monkeypatch.setattr(inference, "OVERLAP_PX", 4)
+    assert not torch.allclose(zoom(model, x, rendering, tile_px=60, precision="fp32"), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("model_class", [SDAN, SRResNet])
+@pytest.mark.parametrize("batch", [1, 2, 3, None])
+def test_batches_do_not_change_the_output_and_progress_counts(model_class, batch, small_tiles):
+    model = trained(CONFIG) if model_class is SDAN else SRResNet(CONFIG)
+    x, rendering = photo(CONFIG, 46, 130)
     calls = []
-    one = zoom(model, x, rendering, tile_px=32, batch=1, precision="fp32", progress=lambda *call: calls.append(call))
-    many = zoom(model, x, rendering, tile_px=32, batch=3, precision="fp32")
-    assert torch.allclose(one, many, atol=1e-5)
-    assert calls == [(n + 1, 6) for n in range(6)]
+    zoomed = zoom(
+        model, x, rendering, tile_px=32, batch=batch, precision="fp32", progress=lambda *call: calls.append(call)
+    )
+    assert torch.allclose(zoomed, zoom(model, x, rendering, tile_px=32, batch=4, precision="fp32"), atol=1e-5)
+    total = 2 * 5 + (2 * 6 if model_class is SDAN else 0)  # SRResNet has no offsets, hence no first pass
+    done = [tiles for tiles, _ in calls]
+    assert {tiles for _, tiles in calls} == {total} and done[-1] == total
+    steps = [later - earlier for earlier, later in zip([0, *done], done, strict=False)]
+    most = 5 if model_class is SRResNet else 6  # tiles in a row
+    assert min(steps) >= 1 and max(steps) == (batch or most)
 
 
-def test_every_tile_has_the_training_size_and_starts_on_an_r():
-    """Including tiles of photos that need padding."""
-    seen = []
+def test_rows_come_as_soon_as_their_tiles_are_done(small_tiles):
+    model = trained(CONFIG)
+    x, rendering = photo(CONFIG, 100, 50)
+    calls = []
+    rows = zoom_rows(
+        model, x, rendering, tile_px=32, precision="fp32", bits=8, progress=lambda *call: calls.append(call)
+    )
+    assert calls == []
+    first = next(rows)
+    done, total = calls[-1]
+    assert 0 < done < total / 2
+    assert not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")  # while the caller works
+    parts = [first, *rows]
+    assert len(parts) > 2 and sum(part.shape[1] for part in parts) == 200
+    assert all(part.permute(1, 2, 0).is_contiguous() for part in parts)  # as files store them
+    expected = zoom(model, x, rendering, tile_px=32, precision="fp32")
+    assert torch.equal(torch.cat(parts, dim=1), (expected * 255).round().to(torch.uint8))
+    parts = list(zoom_rows(model, x, rendering, tile_px=32, precision="fp32", bits=16))
+    assert torch.equal(torch.cat(parts, dim=1), (expected * 65535).round().to(torch.uint16))
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved(small_tiles, monkeypatch):
+    sizes = []
+
+    class Small(SDAN):
+        """Has memory for two tiles."""
+
+        def zoom_at(self, x, offset, rendering=None):
+            sizes.append(len(x))
+            if len(x) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().zoom_at(x, offset, rendering)
+
+    x, rendering = photo(CONFIG, 60, 160)
+    plain = trained(CONFIG)
+    model = Small(CONFIG)
+    model.load_state_dict(plain.state_dict())
+    calls = []
+    zoomed = zoom(model, x, rendering, tile_px=32, batch=8, precision="fp32", progress=lambda *call: calls.append(call))
+    assert sizes == [6, 3, 1, 1, 1, 1, 1, 1, *[1] * 6] and calls[-1][0] == calls[-1][1]
+    assert torch.allclose(zoomed, zoom(plain, x, rendering, tile_px=32, precision="fp32"), atol=1e-5)
+    monkeypatch.setattr(Small, "zoom_at", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
+    with pytest.raises(torch.OutOfMemoryError, match="none"):
+        zoom(model, x, rendering, tile_px=32, precision="fp32")
+
+
+def test_a_batch_on_a_gpu_takes_what_its_memory_holds(monkeypatch):
+    free = {}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["bytes"], 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * 2**20)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**20)
+    tiling = cover((512, 1024), (128, 128), 12, upscale=8)
+    sizes = {}
+    for megabytes in (1, 3000, 9000, 100_000):
+        free["bytes"] = megabytes * 2**20
+        sizes[megabytes] = inference._suitable(replace(CONFIG, features=48), tiling, torch.device("cuda"))
+    assert sizes[1] == 1 and 1 < sizes[3000] < sizes[9000] < sizes[100_000] == 2**19 // 128**2
+
+
+def test_an_interrupted_zoom_leaves_nothing_switched_on(small_tiles):
+    model = trained(CONFIG)
+    x, rendering = photo(CONFIG, 60, 60)
+
+    def interrupt(done, total):
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        zoom(model, x, rendering, tile_px=32, precision="bf16", progress=interrupt)
+    assert not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
+    assert zoom(model, x, rendering, tile_px=32, precision="fp32").isfinite().all()
+
+
+def test_a_row_is_asked_for_while_the_last_one_is_used():
+    asked, used = [], []
+    for item in inference._one_ahead(asked.append(item) or item for item in range(4)):
+        used.append((item, len(asked)))
+    assert used == [(0, 2), (1, 3), (2, 4), (3, 4)]
+    assert list(inference._one_ahead(iter(()))) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA GPU")
+@pytest.mark.parametrize("kind", ["mosaic", "packed"])
+def test_a_gpu_gives_the_cpus_output(kind, small_tiles):
+    config = replace(CONFIG, input=kind)
+    model = trained(config)
+    x, rendering = photo(config, 100, 150)
+    expected = zoom(model, x, rendering, tile_px=32, precision="fp32")
+    model.cuda()
+    assert torch.allclose(zoom(model, x, rendering, tile_px=32, precision="fp32"), expected, atol=1e-3)
+    levels = torch.cat(list(zoom_rows(model, x, rendering, tile_px=32, bits=8)), dim=1)
+    assert (levels.float() / 255 - expected).abs().mean() < 4 / 255
+    assert levels.dtype == torch.uint8 and levels.is_pinned()
+    fine = torch.cat(list(zoom_rows(model, x, rendering, tile_px=32, bits=16, precision="fp32")), dim=1)
+    assert (fine.float() / 65535 - expected).abs().max() < 1e-3
+
+
+def test_the_offsets_tiles_have_the_training_size():
+    """Including tiles of photos that need padding; a mosaic's tiles start on an R photosite in both passes."""
+    seen, zoomed = [], []
 
     class Spy(SDAN):
-        def forward(self, x, reference, rendering=None):
+        def find_offset(self, x, reference):
             seen.append(x.clone())
-            return super().forward(x, reference, rendering)
+            return super().find_offset(x, reference)
+
+        def zoom_at(self, x, offset, rendering=None):
+            zoomed.append(x.clone())
+            return super().zoom_at(x, offset, rendering)
 
     colours = torch.tensor([0.1, 0.4, 0.5, 0.9]).view(1, 4, 1, 1)
-    for height, width in ((23, 30), (5, 6), (11, 40)):
+    for height, width in ((23, 30), (5, 6), (11, 40), (21, 85)):
         mosaic = packed_to_mosaic(colours.expand(1, 4, height, width))[0]
         zoom(Spy(CONFIG), mosaic, torch.rand(3, 2 * height, 2 * width), tile_px=16)
         zoom(
@@ -122,11 +257,13 @@ def test_every_tile_has_the_training_size_and_starts_on_an_r():
             torch.rand(3, 2 * height, 2 * width),
             tile_px=16,
         )
-    cells = packed_to_mosaic(colours.expand(1, 4, 8, 8))[0]
-    for tiles in seen:
-        assert tiles.shape[-2:] == (16, 16)
-        expected = cells if tiles.shape[1] == 1 else colours[0].expand(4, 16, 16)
+    for tiles in (*seen, *zoomed):
+        height, width = tiles.shape[-2:]
+        cells = packed_to_mosaic(colours.expand(1, 4, height // 2, width // 2))[0]
+        expected = cells if tiles.shape[1] == 1 else colours[0].expand(4, height, width)
         assert (tiles == expected).all()
+    assert {tuple(tiles.shape[-2:]) for tiles in seen} == {(16, 16)}
+    assert max(tiles.shape[-1] for tiles in zoomed) <= inference.TILE_PX
 
 
 def test_padding_keeps_packed_raw_and_reference_registered():
@@ -134,9 +271,9 @@ def test_padding_keeps_packed_raw_and_reference_registered():
     seen = {}
 
     class Spy(SDAN):
-        def forward(self, x, reference, rendering=None):
+        def find_offset(self, x, reference):
             seen.update(x=x.clone(), reference=reference.clone())
-            return super().forward(x, reference, rendering)
+            return super().find_offset(x, reference)
 
     rendering = (torch.arange(12.0) / 12).expand(3, 32, 12)
     x = torch.stack(
@@ -161,9 +298,9 @@ def test_precision_auto_is_bf16_only_where_it_is_native(monkeypatch, precision, 
     used = []
 
     class Spy(SDAN):
-        def forward(self, x, reference, rendering=None):
+        def zoom_at(self, x, offset, rendering=None):
             used.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
-            return super().forward(x, reference, rendering)
+            return super().zoom_at(x, offset, rendering)
 
     monkeypatch.setattr(ops_precision, "cpu_has_bf16", lambda: native_bf16)
     x, rendering = photo(CONFIG, 16, 16)
@@ -193,3 +330,5 @@ def test_wrong_sizes_are_refused():
         zoom(model, x, rendering, tile_px=18)
     with pytest.raises(ValueError, match="overlap_px: expected 8 to 8, half of tile_px=16, got 9"):
         zoom(model, x, rendering, tile_px=16, overlap_px=9)
+    with pytest.raises(ValueError, match="bits: expected None, 8 or 16, got 12"):
+        zoom_rows(model, x, rendering, tile_px=16, bits=12)

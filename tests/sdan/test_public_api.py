@@ -114,11 +114,15 @@ def test_zoom_arranges_packed_raw_for_the_model(kind):
     x = raw if kind == "packed" else raw_input.packed_to_mosaic(raw[None])[0]
     assert torch.equal(zoomed, inference.zoom(model, x, rendering, tile_px=16, precision="fp32"))
     assert zoomed.shape == (3, 36, 44) and calls[-1][0] == calls[-1][1]
+    parts = list(sdan.zoom_rows(model, raw, rendering, bits=16, precision="fp32"))
+    assert torch.equal(torch.cat(parts, dim=1), (zoomed * 65535).round().to(torch.uint16))
 
 
 def test_zoom_without_a_tile_size_is_refused():
     with pytest.raises(ValueError, match=r"model: expected a model from sdan\.load, got one without tile_px"):
         sdan.zoom(sdan.SDAN(SMALL), torch.rand(4, 8, 8), torch.rand(3, 16, 16))
+    with pytest.raises(ValueError, match=r"model: expected a model from sdan\.load"):  # before the first row
+        sdan.zoom_rows(sdan.SDAN(SMALL), torch.rand(4, 8, 8), torch.rand(3, 16, 16))
 
 
 @pytest.mark.parametrize(("kind", "channels"), [("mosaic", 4), ("packed", 4), ("rgb", 3)])
