@@ -6,8 +6,9 @@ its linearised pixels, and a console message says so; an RGB model takes it dire
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,12 +21,15 @@ from tqdm import tqdm
 
 import sdan
 from pipelines import registry
+from pipelines.formats import png
 from preprocessing.raw import decode
 from preprocessing.storage import write_atomically
 from sdan import STARTER, raw_input
 from sdan.baselines import Network
 
 PICTURES = (".jpg", ".jpeg", ".png")
+_ROWS = 256
+"""Pixel rows that `write_png` converts at a time."""
 
 
 class ZoomError(ValueError):
@@ -90,11 +94,46 @@ class Zoomer:
         self, photo: Photo, progress: Callable[[int, int], None] | None = None, *, precision: str = "auto"
     ) -> np.ndarray:
         """The enlarged photograph, upright: float32 [s H, s W, 3] in [0, 1]; precision as in sdan.ops.precision."""
-        try:
+        with _zoom_errors():
             zoomed = sdan.zoom(self.model, photo.raw, photo.rendering, precision=precision, progress=progress)
-        except ValueError as error:
-            raise ZoomError(str(error)) from error
-        return decode.upright(zoomed.permute(1, 2, 0).cpu().numpy(), photo.flip)
+        return decode.upright(zoomed.permute(1, 2, 0).numpy(), photo.flip)
+
+    def levels(
+        self, photo: Photo, bits: int, progress: Callable[[int, int], None] | None = None
+    ) -> Iterator[np.ndarray]:
+        """The same as levels, uint8 or uint16 [rows, s W, 3], in parts from top to bottom.
+
+        Upright photographs need memory for one part; the others are turned as a whole.
+        """
+        # 16 bits need more than the 8 bits of mantissa that bf16 has.
+        precision = "fp32" if bits == 16 else "auto"
+        with _zoom_errors():
+            rows = sdan.zoom_rows(
+                self.model, photo.raw, photo.rendering, bits=bits, precision=precision, progress=progress
+            )
+            parts = (part.permute(1, 2, 0).numpy() for part in rows)
+            if photo.flip:
+                yield decode.upright(np.concatenate(list(parts)), photo.flip)
+            else:
+                yield from parts
+
+    def size(self, photo: Photo) -> tuple[int, int]:
+        """(width, height) of the enlarged photograph, upright."""
+        height, width = (self.model.config.scale * side for side in photo.rendering.shape[1:])
+        return (height, width) if photo.flip & 4 else (width, height)
+
+
+@contextlib.contextmanager
+def _zoom_errors() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ZoomError(str(error)) from error
+    except torch.OutOfMemoryError as error:
+        raise ZoomError(
+            "GPU memory: expected room for one tile, got none; close other programs that use the GPU, "
+            "or set CUDA_VISIBLE_DEVICES= to use the CPU"
+        ) from error
 
 
 def check_output(path: Path, bits: int) -> None:
@@ -109,20 +148,32 @@ def check_output(path: Path, bits: int) -> None:
 
 
 def write_png(image_HW3: np.ndarray, path: Path, *, bits: int = 8) -> None:
-    """Write float RGB [H, W, 3] in [0, 1] as an 8 or 16 bit PNG; the file appears complete or not at all.
+    """Write float RGB [H, W, 3] in [0, 1] as a PNG with `bits` per channel.
+
+    Raises:
+        ZoomError: as `write_levels`.
+    """
+    height, width = image_HW3.shape[:2]
+    kind, most = (np.uint8, 255) if bits == 8 else (np.uint16, 65535)
+    some = range(0, height, _ROWS)
+    parts = ((image_HW3[top : top + _ROWS].clip(0, 1) * most).round().astype(kind) for top in some)
+    write_levels(parts, path, (width, height), bits)
+
+
+def write_levels(parts: Iterable[np.ndarray], path: Path, size: tuple[int, int], bits: int) -> None:
+    """Write RGB levels as a PNG; the file appears complete or not at all.
+
+    Args:
+        parts: uint8 or uint16 [rows, width, 3] by `bits`, from top to bottom.
+        size: (width, height).
 
     Raises:
         ZoomError: the path cannot be written.
     """
-    levels = 2**bits - 1
-    encoded = (image_HW3.clip(0, 1) * levels).round().astype(np.uint8 if bits == 8 else np.uint16)
-    done, data = cv2.imencode(".png", cv2.cvtColor(encoded, cv2.COLOR_RGB2BGR))
-    if not done:
-        size = f"{encoded.shape[1]}x{encoded.shape[0]} pixels"
-        raise ZoomError(f"{path}: expected a size that PNG supports, got {size}; zoom a smaller picture")
+    data = b"".join(png.encode(parts, *size, bits))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, data.tobytes())
+        write_atomically(path, data)
     except OSError as error:
         raise ZoomError(
             f"-o {path}: expected a writable place, got {error.strerror or error}; choose another"
@@ -210,12 +261,11 @@ def _zoom_one(photo: Path, target: Path, zoomer: Zoomer, bits: int, say: Callabl
     decoded = read_photo(photo, zoomer.model.config.input)
     if not decoded.from_raw and zoomer.model.config.input != "rgb":
         say(f"{photo}: no RAW, so its pixels are converted to a synthetic mosaic; expect less detail than from RAW")
+    width, height = zoomer.size(decoded)
     with tqdm(desc=photo.name, unit="tile") as bar:
-        # 16 bits need more than the 8 bits of mantissa that bf16 has.
-        image = zoomer.zoom(decoded, partial(move_bar, bar), precision="fp32" if bits == 16 else "auto")
-    write_png(image, target, bits=bits)
-    say(f"{target} ({image.shape[1]}x{image.shape[0]})")
-    return Zoomed(target, image.shape[1], image.shape[0])
+        write_levels(zoomer.levels(decoded, bits, partial(move_bar, bar)), target, (width, height), bits)
+    say(f"{target} ({width}x{height})")
+    return Zoomed(target, width, height)
 
 
 def move_bar(bar: tqdm, done: int, total: int) -> None:

@@ -192,6 +192,40 @@ def test_a_png_appears_complete_or_not_at_all(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["photo.png", "turned.dng"])
+def test_an_interrupted_zoom_leaves_no_file(name, zoomer, tmp_path, monkeypatch):
+    path = write_photo(tmp_path / name, 70, 90, **({"shot": ShotTags(orientation=6)} if "turned" in name else {}))
+
+    def interrupt(bar, done, total):
+        if done == total:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(zoom, "move_bar", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        zoom_photos([path], tmp_path / "zoomed.png", zoomer, say=print, warn=print)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_gpu_without_memory_is_one_line(zoomer, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines")
+
+    monkeypatch.setattr(type(zoomer.model), "zoom_at", full)
+    with pytest.raises(ZoomError, match="GPU memory: expected room for one tile, got none; close") as caught:
+        zoom_photos([write_photo(tmp_path / "photo.png")], tmp_path / "out", zoomer, say=print, warn=print)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_levels_are_the_rounded_picture(orientation, zoomer, tmp_path):
+    path = write_photo(tmp_path / "photo.dng", 70, 90, shot=ShotTags(orientation=orientation))
+    photo = read_photo(path, zoomer.model.config.input)
+    expected = (zoomer.zoom(photo) * 255).round().astype(np.uint8)
+    levels = np.concatenate(list(zoomer.levels(photo, 8)))
+    assert np.array_equal(levels, expected)
+    assert zoomer.size(photo) == (levels.shape[1], levels.shape[0])
+
+
 def test_the_starter_model_is_chosen_without_a_champion(untrained, tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert zoom.choose_model(tmp_path, None) == (starter_folder(), True)
