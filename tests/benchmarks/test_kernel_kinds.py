@@ -40,6 +40,8 @@ CASES = {
     "ampere_sgemm_128x64_nt": (("aten::addmm",), "matrix products"),
     "warp_forward_kernel": (("sdan::bilinear_warp",), "sampling"),
     "warp_backward_kernel": ((), "sampling"),
+    "void at::native::radixSortKVInPlace<int>": (("aten::sort", "SquaredDeformConv2dBackward"), "sampling"),
+    "sm80_xmma_fprop_of_the_operator": (("aten::conv2d", "SquaredDeformConv2d"), "convolution, forward"),
     "void at::native::grid_sampler_2d_kernel<float, int>": (("aten::grid_sampler_2d",), "sampling"),
     f"{COPY} a layout": (("aten::copy_", "aten::clone", "aten::contiguous"), "copies, layout"),
     f"{COPY} a type": (("aten::copy_", "aten::_to_copy", "aten::to"), "casts"),
