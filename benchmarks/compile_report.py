@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sdan.ops import triton_kernels
-from sdan.ops.triton_warp import launch_meta
+from sdan.ops.triton_warp import BIAS_ROWS, launch_meta
 
 ARCHITECTURES = (80, 90, 100)
 CHANNELS = (3, 64, 256)
@@ -34,6 +34,7 @@ class Compiled:
     kernel: str
     dtype: str
     channels: int
+    layout: str
     architecture: int
     registers: int
     stack_bytes: int
@@ -49,15 +50,22 @@ def compile_all(architectures: Sequence[int] = ARCHITECTURES, channels: Sequence
         for name in ("warp_forward_kernel", "warp_backward_kernel"):
             for dtype in _NAMES:
                 for width in channels:
-                    yield compile_one(name, dtype, width, architecture)
+                    for channels_last in (True, False):
+                        yield compile_one(name, dtype, width, architecture, channels_last=channels_last)
 
 
-def compile_one(name: str, dtype: torch.dtype, channels: int, architecture: int) -> Compiled:
-    """Compile one kernel as for a launch on tensors of this dtype and number of channels."""
+def compile_one(
+    name: str, dtype: torch.dtype, channels: int, architecture: int, *, channels_last: bool = True
+) -> Compiled:
+    """Compile one kernel as for a launch on tensors of this dtype and number of channels, with every gradient.
+
+    channels_last   the layout of output and grad
+    """
     kernel = getattr(triton_kernels, name)
     meta = launch_meta(channels, dtype, backward="backward" in name)
     options = {"num_warps": meta.pop("num_warps")}
-    flags = {"HAS_BIAS": True, "NEED_INPUT": True, "NEED_OFFSET": True}
+    flags: dict[str, Any] = dict.fromkeys(("HAS_BIAS", "NEED_INPUT", "NEED_OFFSET", "NEED_BIAS"), True)
+    flags |= {"CHANNELS_LAST": channels_last, "BIAS_ROWS": BIAS_ROWS}
     constants = {key: value for key, value in (flags | meta).items() if key in kernel.arg_names}
     if channels == 1:
         constants["channels"] = 1
@@ -71,6 +79,7 @@ def compile_one(name: str, dtype: torch.dtype, channels: int, architecture: int)
         kernel=name,
         dtype=_NAMES[dtype],
         channels=channels,
+        layout="NHWC" if channels_last else "NCHW",
         architecture=architecture,
         registers=usage["REG"],
         stack_bytes=usage["STACK"],
@@ -82,7 +91,7 @@ def compile_one(name: str, dtype: torch.dtype, channels: int, architecture: int)
 
 def _type(arg: str, dtype: torch.dtype) -> str:
     wide = "fp64" if dtype == torch.float64 else "fp32"
-    if arg in ("offset_ptr", "grad_offset_ptr", "grad_input_ptr"):
+    if arg in ("offset_ptr", "grad_offset_ptr", "grad_input_ptr", "grad_bias_ptr"):
         return f"*{wide}"
     return f"*{_NAMES[dtype]}" if arg.endswith("_ptr") else "i32"
 
@@ -107,13 +116,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     write: Any = sys.stdout.write
     write(f"Triton {triton.__version__}\n")
-    write("| kernel | type | channels | GPU | registers | stack B | spilled B | shared B | 128-bit loads |\n")
-    write("|---|---|---|---|---|---|---|---|---|\n")
+    write("| kernel | type | channels | layout | GPU | registers | stack B | spilled B | shared B | 128-bit loads |\n")
+    write("|---|---|---|---|---|---|---|---|---|---|\n")
     spilled = 0
     for row in compile_all(chosen.arch, chosen.channels):
         spilled += row.spilled_bytes + row.stack_bytes
         write(
-            f"| {row.kernel} | {row.dtype} | {row.channels} | sm_{row.architecture} | {row.registers} "
+            f"| {row.kernel} | {row.dtype} | {row.channels} | {row.layout} | sm_{row.architecture} | {row.registers} "
             f"| {row.stack_bytes} | {row.spilled_bytes} | {row.shared_bytes} | {row.vector_loads} |\n"
         )
     write("no spills\n" if not spilled else "SPILLS: reduce the values per program in triton_warp.py\n")

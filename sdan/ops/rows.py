@@ -98,6 +98,16 @@ def channels_last(image_NCHW: Tensor) -> Tensor:
     return from_rows(rows, num_images, (height, width))
 
 
+def contiguous(image_NCHW: Tensor) -> Tensor:
+    """The image in contiguous memory, without a copy if it already is. The reverse of `channels_last`."""
+    if image_NCHW.device.type != "cpu" or not image_NCHW.is_contiguous(memory_format=torch.channels_last):
+        return image_NCHW.contiguous()
+    output = torch.empty_like(image_NCHW, memory_format=torch.contiguous_format)
+    for target, image in zip(output.flatten(2), image_NCHW.permute(0, 2, 3, 1).flatten(1, 2), strict=True):
+        target.copy_(image.t())
+    return output
+
+
 def to_rows(image_NCHW: Tensor) -> Tensor:
     """[N H W, C]; free when the image is channels-last."""
     return channels_last(image_NCHW).permute(0, 2, 3, 1).reshape(-1, image_NCHW.shape[1])
@@ -108,8 +118,8 @@ def from_rows(rows: Tensor, num_images: int, size: tuple[int, int]) -> Tensor:
     return rows.view(num_images, *size, rows.shape[-1]).permute(0, 3, 1, 2)
 
 
-def warp(input: Tensor, offset: Tensor, bias: Tensor | None, margin: int) -> Tensor:
-    """output(p) = bias + sum over the four corners q of weight(p, q) input(q)."""
+def warp(input: Tensor, offset: Tensor, bias: Tensor | None, margin: int, *, channels_last: bool = True) -> Tensor:
+    """output(p) = bias + sum over the four corners q of weight(p, q) input(q), in the layout that is asked for."""
     corners = find_corners(offset, _frame(input), margin)
     rows = _sum_rows(to_rows(input), corners.index_P4, corners.weights_P4(input.dtype))
     outside = (corners.weight_low + corners.weight_high).amin(dim=0) == 0
@@ -118,16 +128,21 @@ def warp(input: Tensor, offset: Tensor, bias: Tensor | None, margin: int) -> Ten
     rows.index_fill_(0, corners.invalid.nonzero().flatten(), float("nan"))
     if bias is not None:
         rows.add_(bias)
-    return from_rows(rows, input.shape[0], (offset.shape[2], offset.shape[3]))
+    output = from_rows(rows, input.shape[0], (offset.shape[2], offset.shape[3]))
+    return output if channels_last else contiguous(output)
 
 
 def warp_backward(
-    grad: Tensor, input: Tensor, offset: Tensor, margin: int, *, need_input: bool, need_offset: bool
-) -> tuple[Tensor, Tensor]:
-    """The gradients of `warp` with respect to input and offset; an empty tensor for a gradient that is not needed."""
+    grad: Tensor, input: Tensor, offset: Tensor, margin: int, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of `warp` with respect to input, offset and bias; None where `needs` is False.
+
+    The gradient of bias is at least float32.
+    """
+    need_input, need_offset, need_bias = needs
     corners = find_corners(offset, _frame(input), margin)
     grad_rows = to_rows(grad)
-    grad_input, grad_offset = grad.new_empty(0), offset.new_empty(0)
+    grad_input = grad_offset = grad_bias = None
     if need_offset:
         num_images, _, height, width = offset.shape
         steps = _offset_gradient(grad_rows, to_rows(input), corners).view(2, num_images, height, width)
@@ -135,7 +150,9 @@ def warp_backward(
     if need_input:
         num_targets = input.shape[0] * input.shape[2] * input.shape[3]
         grad_input = from_rows(scatter(grad_rows, corners, num_targets), input.shape[0], _frame(input))
-    return grad_input, grad_offset
+    if need_bias:
+        grad_bias = grad_rows.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
+    return grad_input, grad_offset, grad_bias
 
 
 def scatter(grad_rows: Tensor, corners: Corners, num_targets: int) -> Tensor:

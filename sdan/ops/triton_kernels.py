@@ -3,11 +3,12 @@
     forward     output(p, c) = bias(c) + sum_q weight(p, q) input(q, c)
     backward    grad_input(q, c) += weight(p, q) grad(p, c)
                 grad_offset(p) = sum_c grad(p, c) sum_q (d weight(p, q) / d offset) input(q, c)
+                grad_bias(c) = sum_p grad(p, c)
 
-q runs over the four frame pixels around p + margin + offset(p). All images are channels-last, so the C values of a
-corner are contiguous. A program takes BLOCK_P samples of one image, reads their offsets once, and reads BLOCK_C
-channels per corner in wide loads. Positions, weights and sums over channels are in ACC (float64 for float64 inputs,
-else float32).
+q runs over the four frame pixels around p + margin + offset(p). `input` and its gradient are channels-last, so the C
+values of a corner are contiguous; `output` and `grad` are channels-last or contiguous. A program takes BLOCK_P samples
+of one image, reads their offsets once, and reads BLOCK_C channels per corner in wide loads. Positions, weights and sums
+are in ACC (float64 for float64 inputs, else float32).
 
 Addresses are 64-bit; a sample's position within its image is 32-bit. Before positions become integers, infinite ones
 are clamped to just outside the frame and NaNs are replaced by a position there, so neither can form an address.
@@ -61,6 +62,31 @@ def _corners(
     return image, sample, valid, y, x, pixel, has_top, has_bottom, has_left, has_right, top, bottom, left, right
 
 
+@triton.jit
+def _first_channel(
+    image: tl.tensor,
+    sample: tl.tensor,
+    channels: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+    CHANNELS_LAST: tl.constexpr,
+) -> tl.tensor:
+    """Where channel 0 of each sample lies in a batch [N, C, H, W] of that layout (int64, [BLOCK_P, 1])."""
+    if CHANNELS_LAST:
+        return ((image * height * width + sample) * channels)[:, None]
+    return (image * channels * height * width + sample)[:, None]
+
+
+@triton.jit
+def _at_channel(
+    first: tl.tensor, channel: tl.tensor, height: tl.tensor, width: tl.tensor, CHANNELS_LAST: tl.constexpr
+) -> tl.tensor:
+    """The address of `channel` [1, BLOCK_C] where channel 0 is at the address `first` [BLOCK_P, 1]."""
+    if CHANNELS_LAST:
+        return first + channel
+    return first + channel.to(tl.int64) * (height * width)
+
+
 @triton.jit(do_not_specialize=["height", "width", "frame_height", "frame_width", "margin"])
 def warp_forward_kernel(
     input_ptr: tl.tensor,
@@ -74,17 +100,18 @@ def warp_forward_kernel(
     frame_width: tl.tensor,
     margin: tl.tensor,
     HAS_BIAS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ) -> None:
-    """output(p, c) = bias(c) + sum_q weight(p, q) input(q, c)."""
+    """output(p, c) = bias(c) + sum_q weight(p, q) input(q, c). CHANNELS_LAST is the layout of the output."""
     image, sample, valid, _y, _x, pixel, has_top, has_bottom, has_left, has_right, top, bottom, left, right = _corners(
         offset_ptr, height, width, frame_height, frame_width, margin, BLOCK_P, ACC
     )
     corner = input_ptr + pixel[:, None] * channels
     below = frame_width.to(tl.int64) * channels
-    target = output_ptr + (image * height * width + sample)[:, None] * channels
+    target = output_ptr + _first_channel(image, sample, channels, height, width, CHANNELS_LAST)
     for start in range(0, channels, BLOCK_C):
         channel = (start + tl.arange(0, BLOCK_C))[None, :]
         active = valid[:, None] & (channel < channels)
@@ -102,7 +129,8 @@ def warp_forward_kernel(
         ).to(ACC)
         if HAS_BIAS:
             acc += tl.load(bias_ptr + channel, mask=channel < channels, other=0.0).to(ACC)
-        tl.store(target + channel, acc.to(output_ptr.dtype.element_ty), mask=active)
+        place = _at_channel(target, channel, height, width, CHANNELS_LAST)
+        tl.store(place, acc.to(output_ptr.dtype.element_ty), mask=active)
 
 
 @triton.jit
@@ -135,6 +163,7 @@ def warp_backward_kernel(
     offset_ptr: tl.tensor,
     grad_input_ptr: tl.tensor,
     grad_offset_ptr: tl.tensor,
+    grad_bias_ptr: tl.tensor,
     channels: tl.tensor,
     height: tl.tensor,
     width: tl.tensor,
@@ -143,20 +172,24 @@ def warp_backward_kernel(
     margin: tl.tensor,
     NEED_INPUT: tl.constexpr,
     NEED_OFFSET: tl.constexpr,
+    NEED_BIAS: tl.constexpr,
+    BIAS_ROWS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ) -> None:
-    """grad_input(q, c) += weight(p, q) grad(p, c), by atomics.
+    """grad_input(q, c) += weight(p, q) grad(p, c), by atomics. CHANNELS_LAST is the layout of grad.
 
-    One program sums grad_offset(p) over all channels.
+    One program sums grad_offset(p) over all channels, and adds its sum of grad(p, c) to one of the BIAS_ROWS rows of
+    grad_bias [BIAS_ROWS, C], so that few programs wait for the same address.
     """
     image, sample, valid, y, x, pixel, has_top, has_bottom, has_left, has_right, top, bottom, left, right = _corners(
         offset_ptr, height, width, frame_height, frame_width, margin, BLOCK_P, ACC
     )
     corner = pixel[:, None] * channels
     below = frame_width.to(tl.int64) * channels
-    source = grad_ptr + (image * height * width + sample)[:, None] * channels
+    source = grad_ptr + _first_channel(image, sample, channels, height, width, CHANNELS_LAST)
     dot_tl = tl.zeros([BLOCK_P], dtype=ACC)
     dot_tr = tl.zeros([BLOCK_P], dtype=ACC)
     dot_bl = tl.zeros([BLOCK_P], dtype=ACC)
@@ -164,7 +197,10 @@ def warp_backward_kernel(
     for start in range(0, channels, BLOCK_C):
         channel = (start + tl.arange(0, BLOCK_C))[None, :]
         active = valid[:, None] & (channel < channels)
-        grad = tl.load(source + channel, mask=active, other=0.0).to(ACC)
+        grad = tl.load(_at_channel(source, channel, height, width, CHANNELS_LAST), mask=active, other=0.0).to(ACC)
+        if NEED_BIAS:
+            total = grad_bias_ptr + (tl.program_id(0) % BIAS_ROWS) * channels + channel
+            tl.atomic_add(total, tl.sum(grad, axis=0)[None, :], mask=channel < channels, sem="relaxed")
         here = corner + channel
         dot_tl += _corner_gradient(
             grad,

@@ -1,10 +1,12 @@
 """Launches the Triton kernels on a GPU or under Triton's interpreter: `warp` and `warp_backward` as in `sdan.ops.rows`.
 
-The launch ensures what the kernels assume: channels-last inputs, contiguous offsets, and the tensors' GPU as the
+The launch ensures what the kernels assume: a channels-last frame, contiguous offsets, and the tensors' GPU as the
 current device (`torch.cuda.device`). Triton launches on PyTorch's current stream of that device.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,88 +21,184 @@ _FORWARD_VALUES = 1024
 """Values per program and corner: 8 per thread at 4 warps, for 128-bit loads (see benchmarks/compile_report.py)."""
 _BACKWARD_VALUES = {8: 256, 4: 512, 2: 256}
 """The same for the backward pass, by bytes per value: the largest that do not spill registers on sm_80."""
+_BACKWARD_WARPS = {8: 4, 4: 4, 2: 2}
+"""Warps per program of the backward pass: 4 values per thread (float64: 2), so that sm_90 adds 16 bytes at once."""
+BIAS_ROWS = 64
+"""Rows of partial sums of the bias gradient. With one row, thousands of programs would add to the same addresses."""
+_ALIGNMENT = 16
+"""Triton compiles a kernel for pointers that are multiples of 16 bytes, and another one for those that are not."""
+
+_Sizes = tuple[int, ...]
 
 
-def warp(input: Tensor, offset: Tensor, bias: Tensor | None, margin: int) -> Tensor:
-    """output(p) = bias + sum over the four corners q of weight(p, q) input(q)."""
+class Launch:
+    """One kernel with its grid, sizes and constants, for tensors of fixed types on one device.
+
+    The first call goes through Triton, which compiles the kernel or finds it by all arguments. Later calls use that
+    kernel directly, which takes a fifth of the time.
+    """
+
+    def __init__(self, kernel: Any, grid: int, sizes: _Sizes, constants: dict[str, Any], num_warps: int) -> None:
+        self._kernel, self._grid, self._num_warps = kernel, (grid, 1, 1), num_warps
+        self._sizes, self._constants = sizes, constants
+        self._fixed = (*sizes, *constants.values())
+        self._run: Callable[..., object] | None = None
+
+    def __call__(self, *tensors: Tensor) -> None:
+        """Launch on the current device; tensors and constants in the order of the kernel's parameters."""
+        addresses = 0
+        for tensor in tensors:
+            addresses |= tensor.data_ptr()
+        aligned = addresses % _ALIGNMENT == 0
+        if aligned and self._run is not None:
+            self._run(*tensors, *self._fixed)
+            return
+        launcher = self._kernel[self._grid]
+        compiled = launcher(*tensors, *self._sizes, **self._constants, num_warps=self._num_warps)
+        if aligned and compiled is not None:  # Triton's interpreter compiles nothing
+            self._run = compiled[self._grid]
+
+
+def warp(input: Tensor, offset: Tensor, bias: Tensor | None, margin: int, *, channels_last: bool = True) -> Tensor:
+    """output(p) = bias + sum over the four corners q of weight(p, q) input(q), in the layout that is asked for."""
     input, offset = input.contiguous(memory_format=torch.channels_last), offset.contiguous()
-    num_images, _, height, width = offset.shape
-    output = input.new_empty((num_images, height, width, input.shape[1])).permute(0, 3, 1, 2)
-    meta = launch_meta(input.shape[1], input.dtype, backward=False)
+    num_images, channels, height, width = *input.shape[:2], *offset.shape[2:]
+    strides = (height * width * channels, 1, width * channels, channels)
+    if not channels_last:
+        strides = (channels * height * width, height * width, width, 1)
+    output = torch.empty_strided((num_images, channels, height, width), strides, dtype=input.dtype, device=input.device)
+    types = (input.dtype, offset.dtype, None if bias is None else bias.dtype)
+    launch = _forward_launch(input.shape, offset.shape, margin, types, input.get_device(), channels_last)
     with _on(input):
-        warp_forward_kernel[(_grid(offset, meta["BLOCK_P"]),)](
-            input,
-            offset,
-            bias if bias is not None else input,  # never read without HAS_BIAS
-            output,
-            *_sizes(input, offset, margin),
-            HAS_BIAS=bias is not None,
-            **meta,
-        )
+        launch(input, offset, input if bias is None else bias, output)  # the kernel reads no bias without HAS_BIAS
     return output
 
 
 def warp_backward(
-    grad: Tensor, input: Tensor, offset: Tensor, margin: int, *, need_input: bool, need_offset: bool
-) -> tuple[Tensor, Tensor]:
-    """The gradients of `warp` with respect to input and offset; an empty tensor for a gradient that is not needed.
+    grad: Tensor, input: Tensor, offset: Tensor, margin: int, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of `warp` with respect to input, offset and bias; None where `needs` is False.
 
-    Atomics sum grad_input, so its rounding varies from run to run. Under `torch.use_deterministic_algorithms(True)`
-    it comes from `rows.scatter`, which sorts instead.
+    Atomics sum the gradients of input and bias, so their rounding varies from run to run. Under
+    `torch.use_deterministic_algorithms(True)` they come from `rows.scatter`, which sorts instead, and from a plain sum.
     """
-    grad = grad.contiguous(memory_format=torch.channels_last)
+    channels_last = grad.is_contiguous(memory_format=torch.channels_last)
+    if not channels_last and not grad.is_contiguous():
+        grad, channels_last = grad.contiguous(memory_format=torch.channels_last), True
     input, offset = input.contiguous(memory_format=torch.channels_last), offset.contiguous()
-    atomics = need_input and not torch.are_deterministic_algorithms_enabled()
-    num_images, channels, frame_height, frame_width = input.shape
-    acc = torch.float64 if input.dtype == torch.float64 else torch.float32
-    sums = grad.new_zeros((num_images, frame_height, frame_width, channels) if atomics else (0,), dtype=acc)
-    grad_offset = offset.new_empty(offset.shape) if need_offset else offset.new_empty(0)
-    meta = launch_meta(channels, input.dtype, backward=True)
-    if atomics or need_offset:
+    need_input, need_offset, need_bias = needs
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    if deterministic:
+        needs = (False, need_offset, False)
+    sums, grad_bias_rows = _zeroed_sums(input, needs[0], needs[2])
+    grad_offset = torch.empty_like(offset) if need_offset else offset  # the kernel writes only what is needed
+    if any(needs):
+        types = (grad.dtype, input.dtype, offset.dtype)
+        launch = _backward_launch(input.shape, offset.shape, margin, types, input.get_device(), channels_last, needs)
         with _on(input):
-            warp_backward_kernel[(_grid(offset, meta["BLOCK_P"]),)](
-                grad,
-                input,
-                offset,
-                sums,
-                grad_offset,
-                *_sizes(input, offset, margin),
-                NEED_INPUT=atomics,
-                NEED_OFFSET=need_offset,
-                **meta,
-            )
-    if need_input and not atomics:
-        corners = rows.find_corners(offset, (frame_height, frame_width), margin)
-        sums = rows.scatter(rows.to_rows(grad), corners, num_images * frame_height * frame_width)
-    if not need_input:
-        return grad.new_empty(0), grad_offset
-    return rows.from_rows(sums.view(-1, channels), num_images, (frame_height, frame_width)).to(input.dtype), grad_offset
+            launch(grad, input, offset, sums, grad_offset, grad_bias_rows)
+    grad_input = grad_bias = None
+    if need_input:
+        grad_input = _sorted_sums(grad, input, offset, margin) if deterministic else sums
+        grad_input = grad_input if grad_input.dtype == input.dtype else grad_input.to(input.dtype)
+    if need_bias:
+        grad_bias = grad.sum((0, 2, 3), dtype=sums.dtype) if deterministic else grad_bias_rows.sum(0)
+    return grad_input, grad_offset if need_offset else None, grad_bias
+
+
+def _zeroed_sums(input: Tensor, need_input: bool, need_bias: bool) -> tuple[Tensor, Tensor]:
+    """Zeros for the sums of grad_input (like input, channels-last) and of grad_bias ([rows, C]), in one allocation.
+
+    Sums that are not needed are represented by a tensor that the kernel does not read.
+    """
+    channels, height, width = input.shape[1:]
+    num_sums = input.numel() if need_input else 0
+    num_bias = BIAS_ROWS * channels if need_bias else 0
+    zeros = torch.zeros(num_bias + num_sums, dtype=_sum_type(input.dtype), device=input.device)
+    strides = (height * width * channels, 1, width * channels, channels)
+    sums = zeros.as_strided(input.shape, strides, num_bias) if need_input else zeros
+    return sums, zeros.as_strided((BIAS_ROWS, channels), (channels, 1)) if need_bias else zeros
+
+
+def _sorted_sums(grad: Tensor, input: Tensor, offset: Tensor, margin: int) -> Tensor:
+    """The gradient of input without atomics."""
+    num_images, _, height, width = input.shape
+    corners = rows.find_corners(offset, (height, width), margin)
+    sums = rows.scatter(rows.to_rows(grad), corners, num_images * height * width)
+    return rows.from_rows(sums, num_images, (height, width))
+
+
+@lru_cache(maxsize=1024)
+def _forward_launch(
+    frame: torch.Size,
+    offset: torch.Size,
+    margin: int,
+    types: tuple[torch.dtype, torch.dtype, torch.dtype | None],
+    device_index: int,
+    channels_last: bool,
+) -> Launch:
+    """The forward kernel for these shapes, types (input, offset, bias), device and layout of the output."""
+    meta = launch_meta(frame[1], types[0], backward=False)
+    num_warps = meta.pop("num_warps")
+    constants = {"HAS_BIAS": types[2] is not None, "CHANNELS_LAST": channels_last, **meta}
+    grid = _grid(offset, meta["BLOCK_P"])
+    return Launch(warp_forward_kernel, grid, _sizes(frame, offset, margin), constants, num_warps)
+
+
+@lru_cache(maxsize=1024)
+def _backward_launch(
+    frame: torch.Size,
+    offset: torch.Size,
+    margin: int,
+    types: tuple[torch.dtype, torch.dtype, torch.dtype],
+    device_index: int,
+    channels_last: bool,
+    needs: tuple[bool, bool, bool],
+) -> Launch:
+    """The backward kernel for these shapes, types (grad, input, offset), device, layout of grad, and gradients."""
+    meta = launch_meta(frame[1], types[1], backward=True)
+    num_warps = meta.pop("num_warps")
+    constants = {
+        **dict(zip(("NEED_INPUT", "NEED_OFFSET", "NEED_BIAS"), needs, strict=True)),
+        "BIAS_ROWS": BIAS_ROWS,
+        "CHANNELS_LAST": channels_last,
+        **meta,
+    }
+    grid = _grid(offset, meta["BLOCK_P"])
+    return Launch(warp_backward_kernel, grid, _sizes(frame, offset, margin), constants, num_warps)
 
 
 def launch_meta(channels: int, dtype: torch.dtype, *, backward: bool) -> dict[str, Any]:
     """Block sizes: a thread loads 16 bytes of neighbouring channels; with few channels a program takes more samples."""
     wide = dtype == torch.float64
     values = _BACKWARD_VALUES[dtype.itemsize] if backward else _FORWARD_VALUES // (2 if wide else 1)
+    num_warps = _BACKWARD_WARPS[dtype.itemsize] if backward else 4
     block_c = min(triton.next_power_of_2(channels), 64)
-    # For 3 channels of float16, 128 samples need 96 registers and, on sm_100, 8 bytes of stack; 64 samples need 56 and
-    # none.
-    most_samples = 64 if block_c <= 4 and not backward else 128
+    # With 3 channels, more samples than half the threads need up to 193 registers and, on sm_100, stack.
+    most_samples = 16 * num_warps if block_c <= 4 else 128
     return {
         "BLOCK_P": min(values // block_c, most_samples),
         "BLOCK_C": block_c,
         "ACC": tl.float64 if wide else tl.float32,
-        "num_warps": 4,
+        "num_warps": num_warps,
     }
 
 
-def _grid(offset: Tensor, block_p: int) -> int:
+def _sum_type(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _grid(offset: torch.Size, block_p: int) -> int:
     """The number of programs, all on one axis (the others are limited to 65535), in order of image, then block."""
-    return offset.shape[0] * triton.cdiv(offset.shape[2] * offset.shape[3], block_p)
+    return offset[0] * int(triton.cdiv(offset[2] * offset[3], block_p))
 
 
-def _sizes(input: Tensor, offset: Tensor, margin: int) -> tuple[int, ...]:
-    return input.shape[1], offset.shape[2], offset.shape[3], input.shape[2], input.shape[3], margin
+def _sizes(frame: torch.Size, offset: torch.Size, margin: int) -> _Sizes:
+    return frame[1], offset[2], offset[3], frame[2], frame[3], margin
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[object]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    """Make the tensor's GPU current, if it is not."""
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)

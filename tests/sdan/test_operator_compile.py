@@ -20,7 +20,7 @@ def test_opcheck(size, dtype):
         torch.library.opcheck(torch.ops.sdan.bilinear_warp.default, sample)
     grad = torch.randn(2, 3, *size, dtype=dtype)
     for need_input in (True, False):
-        sample = (grad, input.detach(), offset.detach(), 0, need_input, True)
+        sample = (grad, input.detach(), offset.detach(), 0, need_input, True, not need_input)
         torch.library.opcheck(torch.ops.sdan.bilinear_warp_backward.default, sample)
 
 

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from operator_cases import LIMITS, assert_near, case, value_and_gradients
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from sdan.ops import offset_mask, portable_form, rows, squared_deform_conv2d
+from sdan.ops import offset_mask, portable_form, rows, squared_deform, squared_deform_conv2d
 from sdan.ops.reference import squared_deform_loops, squared_deform_repeated
 
 SIZES = [(1, 1), (1, 7), (5, 123), (16, 16)]
@@ -174,18 +175,40 @@ def test_gradcheck():
     torch.autograd.gradcheck(squared_deform_conv2d, tensors)
 
 
-@pytest.mark.parametrize("need", [(True, False), (False, True), (True, True)])
-def test_gradients_of_input_or_offset_alone(need):
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (0, 1), (2, 3)])
+def test_gradients_of_some_tensors_alone(needed):
     tensors = case((5, 6))
     expected = value_and_gradients(squared_deform_repeated, tensors)
-    leaves = [t.requires_grad_(flag) for t, flag in zip(tensors, (*need, False, False), strict=True)]
+    leaves = [tensor.requires_grad_(number in needed) for number, tensor in enumerate(tensors)]
     output = squared_deform_conv2d(*leaves)
     upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    got = torch.autograd.grad(output, [t for t in leaves if t.requires_grad], upstream)
-    assert_near(got, [g for g, flag in zip(expected[1:3], need, strict=True) if flag], 1e-12)
+    got = torch.autograd.grad(output, [leaves[number] for number in needed], upstream)
+    assert_near(got, [expected[1 + number] for number in needed], 1e-12)
 
 
-def test_a_second_derivative_needs_the_portable_form():
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", list(LIMITS))
+def test_the_custom_operator_equals_the_eager_form(dtype, autocast, monkeypatch):
+    """torch.compile and torch.export use the first, eager code the second."""
+    results = []
+    for eager in (True, False):
+        monkeypatch.setattr(squared_deform, "_is_eager", lambda *tensors, eager=eager: eager)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            results.append(value_and_gradients(squared_deform_conv2d, case((9, 8), dtype=dtype)))
+    assert [tensor.dtype for tensor in results[0]] == [tensor.dtype for tensor in results[1]]
+    assert_near(*results, 1e-12 if dtype == torch.float64 else 1e-6)
+
+
+def test_traces_contain_the_custom_operator():
+    input, offset, weight, bias = case((4, 5))
+    traced = make_fx(lambda input: squared_deform_conv2d(input, offset, weight, bias))(input)
+    assert "sdan.bilinear_warp" in traced.code
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_a_second_derivative_needs_the_portable_form(eager, monkeypatch):
+    whether = squared_deform._is_eager
+    monkeypatch.setattr(squared_deform, "_is_eager", lambda *tensors: eager and whether(*tensors))
     tensors = [tensor.requires_grad_() for tensor in case((4, 5))]
     (first,) = torch.autograd.grad(squared_deform_conv2d(*tensors).square().sum(), tensors[1], create_graph=True)
     with pytest.raises(RuntimeError, match=r"expected a single backward pass.*portable_form"):
@@ -241,9 +264,8 @@ def test_sizes_past_two_to_the_31_keep_their_shapes():
         assert output.shape == input.shape
         assert output.stride() == input.stride()
         assert offset_mask(offset).shape == (2, 1, 8192, 8192)
-        grad_input, grad_offset = torch.ops.sdan.bilinear_warp_backward(output, input, offset, 0, True, True)
-        assert grad_input.shape == input.shape
-        assert grad_offset.shape == offset.shape
+        found = torch.ops.sdan.bilinear_warp_backward(output, input, offset, 0, True, True, True)
+        assert [grad.shape for grad in found] == [input.shape, offset.shape, (64,)]
 
 
 def test_indices_are_64_bit_where_32_would_overflow(monkeypatch):
