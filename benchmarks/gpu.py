@@ -1,8 +1,8 @@
 """Every table of a GPU in one command: `python benchmarks/gpu.py` (under 8 minutes).
 
-The docstrings of benchmarks/on_gpu/operator_tables.py and benchmarks/on_gpu/step_tables.py explain the columns. Each
-table has a share of the time, and one that fails or hangs costs only itself. `--write` puts the tables that were
-measured between their markers in benchmarks/RESULTS.md.
+The docstrings of the modules in benchmarks/on_gpu explain the columns. Each table has a share of the time, and one that
+fails or hangs costs only itself. `--write` puts the tables that were measured between their markers in
+benchmarks/RESULTS.md.
 
 Needs torch, torchvision, Triton, OpenCV, rawpy, exifread, Pillow and safetensors; neither Ray, MLflow nor PyArrow.
 
@@ -11,7 +11,7 @@ Exit codes: 0 all tables were measured, 1 a table or a row failed, 2 there is no
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -19,11 +19,20 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
 from on_gpu import attention_tables, operator_tables, step_tables  # noqa: E402
-from on_gpu.runner import Outcome, Table, run_tables  # noqa: E402
+from on_gpu.runner import Outcome, Session, Table, run_tables  # noqa: E402
 from results import RESULTS, gpu_provenance, update_section  # noqa: E402
 
 DEFAULT_MINUTES = 7.5
 """Without the start of Python, for a whole of less than 8 minutes."""
+
+
+def zoom_rows(session: Session) -> Iterator[str]:
+    """A 12 MP photo; imported here because only this table needs to read and write photos."""
+    from on_gpu import zoom_table
+
+    yield from zoom_table.zoom_rows(session)
+
+
 OPERATORS = (
     Table("operator", "Squared deformable convolution, ms", operator_tables.operator_rows, 90),
     Table("overhead", "What an eager call costs beyond its kernels, ms", operator_tables.overhead_rows, 20),
@@ -38,7 +47,8 @@ TRAINING = (
     Table("kernels", "The longest kernels of a step of paper_4x, batch 8, bf16", step_tables.kernel_rows, 15),
     Table("compiled", "A training step, compiled", step_tables.compiled_rows, 100),
 )
-TABLES = (*OPERATORS, *TRAINING)  # the compiler last, with the time that the others leave
+ZOOM = Table("zoom", "A 12 MP RAW to 192 MP by `sdan zoom`, starter model", zoom_rows, 50)
+TABLES = (*OPERATORS, *TRAINING[:-1], ZOOM, TRAINING[-1])  # the compiler last, with the time that the others leave
 NO_GPU = "--device cuda: expected a CUDA GPU, got none; run on a machine that has one, or with --device cpu"
 
 
