@@ -130,7 +130,7 @@ class _FullConv2d(torch.autograd.Function):
 def _prefers_products() -> bool:
     """Whether matrix products compute the weight gradient faster than oneDNN's channels-last convolution.
 
-    They do on CPUs with AVX2 only, where the convolution takes over twice as long (benchmarks/RESULTS.md).
+    They do on CPUs with AVX2 only, where the convolution takes over twice as long (docs/operator.md).
     """
     return torch.backends.cpu.get_cpu_capability() == "AVX2"
 
