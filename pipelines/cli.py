@@ -11,11 +11,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 if TYPE_CHECKING:
+    from preprocessing.colour import RenderingCurve
     from preprocessing.shards import PreprocessOptions
 
 PACKAGES = ("preprocessing", "sdan", "tuning", "pipelines")
@@ -102,6 +103,9 @@ def _preprocess_options(
         str, typer.Option(help="For a RAW without a JPG: quarantine it, or render a JPG with LibRaw.")
     ] = "quarantine",
     val: Annotated[str, typer.Option(metavar="SEQ,SEQ", help="Sequences to put in the val split.")] = "",
+    curve: Annotated[
+        str | None, typer.Option(help="Curve of the renderings: srgb or bt709; default: that of SHARDS, else srgb.")
+    ] = None,
 ) -> "PreprocessOptions":
     from preprocessing.frames import read_exclusions
     from preprocessing.shards import PreprocessError, PreprocessOptions
@@ -118,6 +122,7 @@ def _preprocess_options(
         exclude=excluded,
         missing_jpg=missing_jpg,
         val=tuple(name.strip() for name in val.split(",") if name.strip()),
+        curve=cast("RenderingCurve | None", curve),  # PreprocessOptions refuses other names
     )
 
 

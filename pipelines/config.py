@@ -286,7 +286,7 @@ def to_dict(config: ExperimentConfig) -> dict[str, Any]:
 def from_dict(stored: Mapping[str, Any]) -> ExperimentConfig:
     """A config written by `to_dict` of this or an older version; values added since then get their defaults."""
     known: dict[str, Any] = {
-        "model": _build(SDANConfig, stored.get("model", {})),
+        "model": _model(stored.get("model", {})),
         "loss": _build(LossConfig, stored.get("loss", {})),
         "train": _build(TrainConfig, stored.get("train", {})),
     }
@@ -296,6 +296,13 @@ def from_dict(stored: Mapping[str, Any]) -> ExperimentConfig:
         **known,
         first_schedule=(int(first[0]), float(first[1])) if first else None,
     )
+
+
+def _model(values: Mapping[str, Any]) -> SDANConfig:
+    try:
+        return SDANConfig.from_stored(values)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _build(cls: type, values: Mapping[str, Any]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from pipelines.train import TrainResult, train, with_network_of
 from pipelines.zoom import Zoomer, move_bar, read_photo, write_png
 from preprocessing.shards import PreprocessOptions, preprocess
 from preprocessing.simulator.sequences import simulate
-from sdan import starter_folder
+from sdan import checkpoint, starter_folder
 from sdan.resample import bicubic
 
 SEQUENCES = 10
@@ -72,7 +72,9 @@ def run(data: Path, *, say: Callable[[str], None]) -> DemoResult:
     with tqdm(total=SEQUENCES, desc="simulate", unit="sequence") as bar:
         simulate(raw, sequences=SEQUENCES, preset=PRESET, progress=partial(move_bar, bar))
     say(f"2/5 preprocess -> {shards}")
-    report = preprocess(str(raw), str(shards), OPTIONS, start_ray=cluster.start_ray)
+    starter_curve = checkpoint.load(starter_folder()).model.config.rendering_curve
+    options = replace(OPTIONS, curve=starter_curve)
+    report = preprocess(str(raw), str(shards), options, start_ray=cluster.start_ray)
     say(f"    {report.written} pairs written, {report.skipped} finished earlier, {len(report.quarantined)} set aside")
     config = with_network_of(starter_folder(), configs.override(configs.demo(), FINE_TUNING), ())
     say(f"3/5 train: fine-tune the starter model, {config.train.epochs} epochs of {config.train.crops_per_epoch} crops")
@@ -107,7 +109,7 @@ def _zoom(sequence: Path, model: Path, out: Path) -> list[Path]:
     zoomer = Zoomer.load(model)
     photo = read_photo(
         next(path for path in sequence.glob("00005.*") if path.suffix.lower() in (".dng", ".arw")),
-        zoomer.model.config.input,
+        zoomer.model.config,
     )
     with tqdm(desc="zoom", unit="tile") as bar:
         image = zoomer.zoom(photo, partial(move_bar, bar))

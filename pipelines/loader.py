@@ -14,7 +14,7 @@ import hashlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice, repeat
 from typing import Any, NamedTuple
@@ -346,8 +346,13 @@ def model_inputs(batch: dict[str, Tensor], config: SDANConfig, device: torch.dev
     )
 
 
+def with_curve_of(index: ShardIndex, config: ExperimentConfig) -> ExperimentConfig:
+    """The config for a network that is trained from scratch on these shards: it takes the curve of their renderings."""
+    return replace(config, model=replace(config.model, rendering_curve=index.info.rendering_curve))
+
+
 def check_fit(index: ShardIndex, config: ExperimentConfig) -> None:
-    """Check that the shards' scale and tile size suit the config.
+    """Check that the shards' scale, tile size and rendering curve suit the config.
 
     Raises:
         ShardsError: they do not suit it; the message names both values.
@@ -362,4 +367,10 @@ def check_fit(index: ShardIndex, config: ExperimentConfig) -> None:
             f"train.crop_px, {index.shards}: expected tiles of at least {config.train.crop_px} packed pixels, got "
             f"{index.info.tile_px}; --set train.crop_px={index.info.tile_px // 8 * 8}, or preprocess with "
             "a larger --tile"
+        )
+    curve, theirs = config.model.rendering_curve, index.info.rendering_curve
+    if curve != theirs and config.model.input != "rgb":
+        raise ShardsError(
+            f"model.rendering_curve, {index.shards}: expected renderings with the model's curve {curve}, got {theirs}; "
+            f"preprocess into another folder with --curve {curve}, or train a new model"
         )

@@ -28,7 +28,7 @@ from torch import Tensor
 from pipelines import cluster, registry
 from pipelines import config as configs
 from pipelines.config import ConfigError, ExperimentConfig
-from pipelines.loader import check_fit, index_split, require_unchanged
+from pipelines.loader import check_fit, index_split, require_unchanged, with_curve_of
 from pipelines.training import run_folder
 from pipelines.training.failures import StopOnPermanentError
 from pipelines.training.graph import check_graph
@@ -195,7 +195,7 @@ def train(
     Raises:
         TrainError, ConfigError, ShardsError, RunFolderError, PerceptualError, ClusterError: before anything starts.
     """
-    folder, stored, pairs = _checked(shards, config, data, name, resume, init_from)
+    folder, stored, pairs, config = _checked(shards, config, data, name, resume, init_from)
     vgg = load_vgg19(vgg_weights) if config.loss.needs_vgg else None
     cluster.start_ray()
     plan = cluster.plan_workers(workers or (stored.workers if stored else None))
@@ -223,19 +223,21 @@ def summary(result: TrainResult) -> str:
 
 def _checked(
     shards: str, config: ExperimentConfig, data: Path, name: str | None, resume: bool, init_from: Path | None
-) -> tuple[Path, StoredRun | None, RunShards]:
+) -> tuple[Path, StoredRun | None, RunShards, ExperimentConfig]:
     """Every check that needs neither Ray nor MLflow; writes nothing."""
     if "://" not in shards:
         shards = str(Path(shards).resolve())  # train workers have other working directories
     folder = _folder(data, config, name, resume)
     stored = run_folder.read_run(folder) if resume else None
+    pairs = _pairs(folder, shards, resume)
+    if init_from is None and (stored is None or stored.init_from is None):
+        config = with_curve_of(pairs.train, config)
     if stored is not None:
         _check_resumed(stored, config, shards)
-    pairs = _pairs(folder, shards, resume)
     check_fit(pairs.train, config)
     if init_from is not None and checkpoint.load(init_from).model.config != config.model:
         raise ConfigError(f"{init_from}: expected the model.* values of that checkpoint, got others; leave them out")
-    return folder, stored, pairs
+    return folder, stored, pairs, config
 
 
 def _pairs(folder: Path, shards: str, resume: bool) -> RunShards:

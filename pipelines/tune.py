@@ -12,7 +12,7 @@ from ray.train import UserCallback
 from pipelines import cluster, registry
 from pipelines import config as configs
 from pipelines.config import ExperimentConfig
-from pipelines.loader import check_fit, index_split
+from pipelines.loader import check_fit, index_split, with_curve_of
 from pipelines.train import train
 from pipelines.training.progress import SELECT_BY
 from pipelines.training.run_folder import is_run, run_folder
@@ -97,7 +97,8 @@ def tune(
         configs.override(config, {unknown[0]: ""})  # raises an error that names the nearest known key
     if "://" not in shards:
         shards = str(Path(shards).resolve())
-    check_fit(index_split(shards, "train"), config)
+    index = index_split(shards, "train")
+    check_fit(index, with_curve_of(index, config))
     index_split(shards, "val")
     if config.loss.needs_vgg or {f"loss.{name}" for name in VGG_WEIGHTS} & set(searched):
         load_vgg19(vgg_weights)  # fail here rather than in each trial

@@ -24,7 +24,7 @@ from pipelines import registry
 from pipelines.formats import png
 from preprocessing.raw import decode
 from preprocessing.storage import write_atomically
-from sdan import STARTER, raw_input
+from sdan import STARTER, SDANConfig, raw_input
 from sdan.baselines import Network
 
 PICTURES = (".jpg", ".jpeg", ".png")
@@ -43,14 +43,14 @@ class Photo:
     raw: Tensor
     """[4, h, w] packed RAW in [0, 1]; for a model with RGB input the rendering itself."""
     rendering: Tensor
-    """[3, 2h, 2w] sRGB in [0, 1]."""
+    """[3, 2h, 2w] in [0, 1], with the model's rendering curve; sRGB if input is rgb."""
     flip: int
     """LibRaw's code of the rotation that makes it upright."""
     from_raw: bool
 
 
-def read_photo(path: Path, model_input: str) -> Photo:
-    """Read RAW, JPG or PNG for a model whose input is "mosaic", "packed" or "rgb".
+def read_photo(path: Path, network: SDANConfig) -> Photo:
+    """Read RAW, JPG or PNG for a model of this config.
 
     Raises:
         ZoomError, RawError: no such file, not a picture, not a Bayer RAW.
@@ -58,25 +58,26 @@ def read_photo(path: Path, model_input: str) -> Photo:
     if not path.is_file():
         raise ZoomError(f"{path}: expected a photograph (RAW, JPG or PNG), got no such file; check the path")
     if path.suffix.lower() in PICTURES:
-        return _from_picture(path, model_input)
-    if model_input == "rgb":
+        return _from_picture(path, network)
+    if network.input == "rgb":
         raise ZoomError(f"{path}: expected a JPG or PNG for a model with RGB input, got RAW; pass the camera's JPG")
-    image = decode.load(path)
+    image = decode.load(path, curve=network.rendering_curve)
     raw, rendering = raw_input.from_photo(image)
     return Photo(raw, rendering, image.flip, from_raw=True)
 
 
-def _from_picture(path: Path, model_input: str) -> Photo:
+def _from_picture(path: Path, network: SDANConfig) -> Photo:
     # OpenCV applies the EXIF orientation.
     bgr = cv2.imread(str(path), cv2.IMREAD_COLOR)
     if bgr is None:
         raise ZoomError(f"{path}: expected a readable JPG or PNG, got a damaged or empty file; export it again")
     rgb = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
     rendering = torch.from_numpy(rgb).permute(2, 0, 1).float() / 255
-    if model_input == "rgb":
+    if network.input == "rgb":
         return Photo(rendering, rendering, 0, from_raw=False)
     even = rendering[..., : rgb.shape[0] // 2 * 2, : rgb.shape[1] // 2 * 2]
-    return Photo(raw_input.mosaic_from_srgb(even[None])[0], even, 0, from_raw=False)
+    encoded = raw_input.rendering_from_srgb(even, network.rendering_curve)
+    return Photo(raw_input.mosaic_from_srgb(even[None])[0], encoded, 0, from_raw=False)
 
 
 @dataclass(frozen=True)
@@ -258,7 +259,7 @@ def zoom_photos(
 
 
 def _zoom_one(photo: Path, target: Path, zoomer: Zoomer, bits: int, say: Callable[[str], None]) -> Zoomed:
-    decoded = read_photo(photo, zoomer.model.config.input)
+    decoded = read_photo(photo, zoomer.model.config)
     if not decoded.from_raw and zoomer.model.config.input != "rgb":
         say(f"{photo}: no RAW, so its pixels are converted to a synthetic mosaic; expect less detail than from RAW")
     width, height = zoomer.size(decoded)

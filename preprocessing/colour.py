@@ -3,7 +3,9 @@
 "Linear" is proportional to light, in [0, 1]; "encoded" is what an 8-bit picture stores divided by 255, in [0, 1].
 """
 
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +22,7 @@ def linear_to_srgb(linear: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any
 
 
 def bt709_to_linear(encoded: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
-    """BT.709's curve, which LibRaw's renderings use (`raw.rendering.RENDER_OPTIONS`), encoded -> linear."""
+    """BT.709's curve, LibRaw's default and that of renderings made before version 0.3, encoded -> linear."""
     return np.where(encoded < 0.081, encoded / 4.5, ((encoded + 0.099) / 1.099) ** (1 / 0.45))
 
 
@@ -31,6 +33,18 @@ SRGB_BYTE_TO_LINEAR = srgb_to_linear(_BYTES).astype(np.float32)
 BT709_BYTE_TO_LINEAR = bt709_to_linear(_BYTES).astype(np.float32)
 GAMMA_BYTE_TO_LINEAR = (_BYTES**_GAMMA).astype(np.float32)
 """A pure power. Registration uses it for JPGs, because the tone curves of cameras are unknown."""
+
+RenderingCurve = Literal["srgb", "bt709"]
+"""The curve that encodes a rendering of RAW. srgb: as camera JPGs and viewers have it. bt709: LibRaw's default, up to
+13 of 255 darker in the shadows; only for shards and models made before version 0.3, which state no curve."""
+LIBRAW_GAMMA: Mapping[RenderingCurve, tuple[float, float]] = MappingProxyType(
+    {"srgb": (2.4, 12.92), "bt709": (2.222, 4.5)}
+)
+"""LibRaw's `gamma` (exponent, slope of the linear part at black) for each curve."""
+RENDERING_BYTE_TO_LINEAR: Mapping[RenderingCurve, NDArray[np.float32]] = MappingProxyType(
+    {"srgb": SRGB_BYTE_TO_LINEAR, "bt709": BT709_BYTE_TO_LINEAR}
+)
+
 _SRGB_STEPS = 4095
 _LINEAR_TO_SRGB_BYTE = np.rint(255 * linear_to_srgb(np.arange(_SRGB_STEPS + 1) / _SRGB_STEPS)).astype(np.uint8)
 

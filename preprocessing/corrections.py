@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from preprocessing.colour import BT709_BYTE_TO_LINEAR, SRGB_BYTE_TO_LINEAR
+from preprocessing.colour import RENDERING_BYTE_TO_LINEAR, SRGB_BYTE_TO_LINEAR, RenderingCurve
 from preprocessing.registration.affine import Map, apply, compose, translation
 from preprocessing.registration.shift import local_detail, luminance, measure_shift
 
@@ -52,7 +52,7 @@ class Pictures:
     """One pair on the LR mosaic's grid over the shared area, uint8 [H, W, 3] each."""
 
     rendering: NDArray[np.uint8]
-    """LibRaw's rendering of LR's RAW with `RENDER_OPTIONS`: linear light encoded with BT.709's curve."""
+    """LibRaw's rendering of LR's RAW (raw.rendering): linear light encoded with `curve`."""
     lr: NDArray[np.uint8]
     hr: NDArray[np.uint8]
     """Low-passed and sampled on this grid."""
@@ -62,6 +62,12 @@ class Pictures:
     to_lr_units: Map
     """Pixel (x, y) of this grid -> units of the LR frame."""
     to_hr_units: Map
+    curve: RenderingCurve = "srgb"
+    """The curve of the rendering, and of `lr` and `hr` where they are renderings, too."""
+
+    def table(self, *, is_jpg: bool) -> NDArray[np.float32]:
+        """Byte -> linear light; the curves of cameras' JPGs are close to sRGB's."""
+        return SRGB_BYTE_TO_LINEAR if is_jpg else RENDERING_BYTE_TO_LINEAR[self.curve]
 
 
 def measure(pictures: Pictures) -> dict[str, float]:
@@ -147,9 +153,9 @@ class _Cells:
         height, width = pictures.lr.shape[:2]
         side = max(_CELL_PX, -(-max(height, width) // _MAX_SIDE_CELLS))
         self.shape = (max(1, height // side), max(1, width // side))
-        self.rendering, well = self._light(pictures.rendering, side, BT709_BYTE_TO_LINEAR)
-        self.lr, lr_well = self._light(pictures.lr, side, _linear_table(pictures.lr_is_jpg))
-        self.hr, hr_well = self._light(pictures.hr, side, _linear_table(pictures.hr_is_jpg))
+        self.rendering, well = self._light(pictures.rendering, side, pictures.table(is_jpg=False))
+        self.lr, lr_well = self._light(pictures.lr, side, pictures.table(is_jpg=pictures.lr_is_jpg))
+        self.hr, hr_well = self._light(pictures.hr, side, pictures.table(is_jpg=pictures.hr_is_jpg))
         self.lr_good, self.hr_good = well & lr_well, well & hr_well
         y, x = (np.mgrid[: self.shape[0], : self.shape[1]] + 0.5) * side
         places = np.stack([x.ravel(), y.ravel()], 1)
@@ -277,8 +283,3 @@ def _robust_fit(
 def _starts(length: int, side: int) -> list[int]:
     count = int(np.clip(length // side, 1, _MAX_PATCHES))
     return [round(start) for start in np.linspace(0, length - side, count).tolist()]
-
-
-def _linear_table(is_jpg: bool) -> NDArray[np.float32]:
-    """Cameras' JPGs are close to sRGB's curve; LibRaw's renderings have BT.709's."""
-    return SRGB_BYTE_TO_LINEAR if is_jpg else BT709_BYTE_TO_LINEAR

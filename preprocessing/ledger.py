@@ -13,9 +13,10 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from preprocessing.colour import RenderingCurve
 from preprocessing.pairs import PairResult
 from preprocessing.plan import PairJob, Plan, PreprocessError, PreprocessOptions, QuarantineEntry
-from preprocessing.schema import SCHEMA_VERSION, SPLITS, is_shard
+from preprocessing.schema import SCHEMA_VERSION, SPLITS, is_shard, stated_curve
 from preprocessing.storage import Folder
 
 _DATASET = "dataset.json"
@@ -52,6 +53,11 @@ class Ledger:
     def splits(self) -> Mapping[str, str]:
         """The split that earlier runs gave each sequence."""
         return self.dataset.get("splits", {})
+
+    @property
+    def curve(self) -> RenderingCurve | None:
+        """The curve of the renderings in SHARDS; None for a new folder."""
+        return stated_curve(self.dataset["options"]) if self.dataset else None
 
     @property
     def val(self) -> tuple[str, ...]:
@@ -196,8 +202,9 @@ def _require_same_options(target: Folder, made: Mapping[str, Any], options: Prep
             f"{target.label}: expected schema version {SCHEMA_VERSION}, got {made.get('schema_version')}; "
             "preprocess into another (empty) SHARDS folder"
         )
-    was, now = made.get("options", {}), options.shard_options
-    different = [name for name in now if was.get(name) != now[name]]
+    was, now = ({"curve": stated_curve(each)} | each for each in (made.get("options", {}), options.shard_options))
+    asked = [name for name in now if name != "curve" or options.curve is not None]
+    different = [name for name in asked if was.get(name) != now[name]]
     if different:
         raise PreprocessError(
             f"{target.label}: expected the options of its shards, "

@@ -71,9 +71,9 @@ def process(job: PairJob, source: Folder, target: Folder, options: PreprocessOpt
 
 def pair_rows(source: Folder, job: PairJob, options: PreprocessOptions) -> list[dict[str, Any]]:
     """All rows of one pair. Raises RawError or TileError if it cannot be used, _Unreadable if storage fails."""
-    raw = raw_files.load(_read(source, job.lr_raw), name=job.lr_raw)
-    lr_jpg = _picture(source, job.lr_jpg, job.lr_raw)
-    hr_jpg = _picture(source, job.hr_jpg, job.hr_raw)
+    raw = raw_files.load(_read(source, job.lr_raw), name=job.lr_raw, curve=options.rendering_curve)
+    lr_jpg = _picture(source, job.lr_jpg, job.lr_raw, options)
+    hr_jpg = _picture(source, job.hr_jpg, job.hr_raw, options)
     tiles = cut_tiles(
         raw,
         lr_jpg,
@@ -109,12 +109,13 @@ def _read(source: Folder, path: str) -> bytes:
         raise _Unreadable(f"{path}: cannot be read ({one_line(error)}); run again") from error
 
 
-def _picture(source: Folder, jpg: str | None, raw: str | None) -> Jpg:
+def _picture(source: Folder, jpg: str | None, raw: str | None, options: PreprocessOptions) -> Jpg:
     """The camera's JPG; without one, LibRaw's rendering of the RAW."""
     if jpg is not None:
         return decode_jpg(_read(source, jpg), jpg)
     assert raw is not None
-    return Jpg(raw_files.render(_read(source, raw), name=raw), None, "rendering")
+    rendering = raw_files.render(_read(source, raw), name=raw, curve=options.rendering_curve)
+    return Jpg(rendering, None, "rendering")
 
 
 def _exposure_ratio(columns: Mapping[str, Any]) -> float | None:

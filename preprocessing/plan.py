@@ -9,8 +9,9 @@ import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
+from preprocessing.colour import RenderingCurve
 from preprocessing.frames import (
     KNOWN_BAD,
     MAX_ZOOM_EXCESS,
@@ -55,6 +56,8 @@ class PreprocessOptions:
     """Sequences ("00350") and frames ("00350/00001") to leave out, in addition to `frames.KNOWN_BAD`."""
     val: tuple[str, ...] = ()
     """Sequences to put into the val split; this overrides the folder layout and the hash."""
+    curve: RenderingCurve | None = None
+    """Curve of the renderings (colour.RenderingCurve). None: that of the shards in SHARDS, srgb if there are none."""
 
     def __post_init__(self) -> None:
         for name, low, high in (("scale", 2, 16), ("tile_px", 8, 2048), ("stride_px", 1, self.tile_px)):
@@ -65,12 +68,23 @@ class PreprocessOptions:
             raise PreprocessError(f"align: expected scale or ecc, got {self.align!r}")
         if self.missing_jpg not in ("quarantine", "render"):
             raise PreprocessError(f"missing_jpg: expected quarantine or render, got {self.missing_jpg!r}")
+        if self.curve not in (None, *get_args(RenderingCurve)):
+            raise PreprocessError(f"curve: expected {' or '.join(get_args(RenderingCurve))}, got {self.curve!r}")
+
+    @property
+    def rendering_curve(self) -> RenderingCurve:
+        """`curve`, where None has become the default."""
+        return self.curve or "srgb"
 
     @property
     def shard_options(self) -> dict[str, int | str]:
-        """The options that all shards of a folder must share."""
+        """The options that all shards of a folder must share.
+
+        bt709 is not named: shards of version 0.2, which knew no other curve, keep their fingerprints.
+        """
         names = ("scale", "align", "tile_px", "stride_px", "missing_jpg")
-        return {name: getattr(self, name) for name in names}
+        shared = {name: getattr(self, name) for name in names}
+        return shared if self.rendering_curve == "bt709" else shared | {"curve": self.rendering_curve}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from preprocessing.colour import RenderingCurve
 from preprocessing.storage import open_folder
 
 SCHEMA_VERSION = 2
@@ -35,7 +36,10 @@ COLUMNS: Mapping[str, tuple[pa.DataType, str]] = {
     "sequence": (pa.string(), 'folder of the zoom sequence, e.g. "00134"'),
     "pair": (pa.string(), 'stems of the LR and the HR frame, e.g. "00006-00002"'),
     "lr_raw": (pa.binary(), "uint16 [4, t, t]: R, G1, G2, B sensor counts, not normalised, phase always RGGB"),
-    "lr_render": (pa.binary(), "uint8 [3, 2t, 2t]: LibRaw's rendering of the tile, sRGB"),
+    "lr_render": (
+        pa.binary(),
+        "uint8 [3, 2t, 2t]: LibRaw's rendering of the tile, sRGB; in files whose options have no curve, BT.709's curve",
+    ),
     "lr_rgb": (pa.binary(), "uint8 [3, 2t, 2t]: the camera JPG of the same area (see lr_source)"),
     "hr_rgb": (pa.binary(), "uint8 [3, 2ts, 2ts]: the long-focal JPG on the LR grid at exactly scale (see hr_source)"),
     "true_rgb": (pa.binary(), "uint8 [3, 2ts, 2ts] or null: simulated only, the ideal picture in the LR frame's view"),
@@ -142,10 +146,21 @@ class ShardInfo:
     """The options of `preprocess` that made the shards (`PreprocessOptions.shard_options`)."""
     schema_version: int = SCHEMA_VERSION
 
+    @property
+    def rendering_curve(self) -> RenderingCurve:
+        """The curve of lr_render. Shards made before version 0.3 do not state it; theirs is bt709."""
+        return stated_curve(self.options)
+
     def shape(self, column: str) -> tuple[int, ...]:
         """The array shape of a binary column, e.g. lr_raw -> (4, 96, 96)."""
         sizes = {"t": self.tile_px, "2t": 2 * self.tile_px, "2ts": 2 * self.tile_px * self.scale}
         return tuple(sizes[axis] if axis in sizes else int(axis) for axis in ARRAYS[column][1])
+
+
+def stated_curve(options: Mapping[str, Any]) -> RenderingCurve:
+    """The curve of renderings that were made with these `shard_options`."""
+    curve: RenderingCurve = options.get("curve", "bt709")
+    return curve
 
 
 def encode(rows: Iterable[Mapping[str, Any]], info: ShardInfo) -> pa.Table:

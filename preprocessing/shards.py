@@ -113,7 +113,9 @@ def preprocess(
         ledger = Ledger.read(target, options)
     # A sequence once held out with --val must not return to training in a later run without that option.
     asked_val = options.val
-    options = replace(options, val=tuple(sorted({*options.val, *ledger.val})))
+    options = replace(
+        options, val=tuple(sorted({*options.val, *ledger.val})), curve=options.curve or ledger.curve or "srgb"
+    )
     with _storage_errors(source, "read"):
         plan = make_plan(source, options, ledger.splits)
     todo, done, quarantined = ledger.classify(plan)

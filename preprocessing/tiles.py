@@ -259,6 +259,7 @@ def _corrections(
             hr_is_jpg=hr.source == "camera",
             to_lr_units=affine.compose(lr_frame, affine.compose(to_frame, place)),
             to_hr_units=affine.compose(hr_frame, affine.compose(maps.lr_to_hr, place)),
+            curve=raw.sensor.curve,
         )
     )
 

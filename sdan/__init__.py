@@ -3,8 +3,9 @@
     import sdan
     from preprocessing.raw import decode
 
-    raw, rendering = sdan.raw_input.from_photo(decode.load("PHOTO.ARW"))
     model = sdan.load("starter")
+    photo = decode.load("PHOTO.ARW", curve=model.config.rendering_curve)
+    raw, rendering = sdan.raw_input.from_photo(photo)
     zoomed = sdan.zoom(model, raw, rendering)  # [3, 4H, 4W], float32 in [0, 1]
 
 Importing this package needs torch and safetensors only.
@@ -71,7 +72,7 @@ def zoom(
         model: from `load`.
         raw: [4,h,w] packed RAW in [0, 1], as `raw_input.from_photo` returns it; for a model with input="rgb" the
             rendering itself.
-        rendering: [3,2h,2w] sRGB in [0, 1], rendered from the same RAW.
+        rendering: [3,2h,2w] in [0, 1], rendered from the same RAW with the curve `model.config.rendering_curve`.
         precision: auto, fp32, bf16 or fp16.
         progress: called with (tiles done, total tiles).
 

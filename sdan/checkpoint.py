@@ -6,8 +6,8 @@
 
 config.json holds `format` (FORMAT_VERSION), `architecture` (a key of ARCHITECTURES), `network` (the fields of
 SDANConfig), `config` (the configs of the run; `train.crop_px` gives the model's `tile_px`), `scores`, `commit` and
-`versions`. To add a network class, add it to ARCHITECTURES. A field added to SDANConfig needs a default, so that older
-checkpoints still load.
+`versions`. To add a network class, add it to ARCHITECTURES. A field added to SDANConfig needs a default or an entry in
+SDANConfig.from_stored, so that older checkpoints still load.
 
 Nothing is ever unpickled into code.
 """
@@ -23,7 +23,7 @@ import subprocess
 import tempfile
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -145,11 +145,7 @@ def load(folder: str | Path) -> Checkpoint:
     folder = _find(Path(folder))
     described = _read_description(folder)
     try:
-        known = {field.name for field in fields(SDANConfig)}
-        unknown = set(described["network"]) - known
-        if unknown:
-            raise ValueError(f"network: expected fields of SDANConfig, got unknown {sorted(unknown)}")
-        model = ARCHITECTURES[described["architecture"]](SDANConfig(**described["network"]))
+        model = ARCHITECTURES[described["architecture"]](SDANConfig.from_stored(described["network"]))
         config, scores = dict(described["config"]), dict(described["scores"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / DESCRIPTION}: expected a network's description, got {error!r}") from error

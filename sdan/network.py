@@ -14,8 +14,9 @@ Axes: N batch, C features, (H, W) the size of the input x. The mosaic has size (
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +32,14 @@ Attention = Literal["none", "channel", "cross_packing"]
 Skip = Literal["none", "rendering"]
 Upsampling = Literal["stages", "direct"]
 Encoding = Literal["linear", "sqrt"]
+RenderingCurve = Literal["srgb", "bt709"]
 CHANNELS = {"mosaic": 1, "packed": 4, "rgb": 3}
 """Channels of the input x."""
 
 _CHOICES = {
     "input": Input,
     "encoding": Encoding,
+    "rendering_curve": RenderingCurve,
     "offset": Offset,
     "attention": Attention,
     "skip": Skip,
@@ -57,6 +60,9 @@ class SDANConfig:
     encoding: Encoding = "linear"
     """Encoding of RAW values for the head. linear: the paper's. sqrt: their square root, which makes photon noise equal
     in shadows and highlights and is closer to the output's sRGB (ours)."""
+    rendering_curve: RenderingCurve = "srgb"
+    """Curve of the renderings that the network was trained with. srgb: sRGB's. bt709: LibRaw's default, for models made
+    before version 0.3. An rgb input has no rendering; its pictures are sRGB."""
     scale: int = 4
     """Size of the output over size of the mosaic: 2, 4, 8 or 16."""
     features: int = 64
@@ -88,6 +94,19 @@ class SDANConfig:
                 raise ValueError(f"{name}: expected a whole number of at least 1, got {getattr(self, name)!r}")
         if self.scale not in (2, 4, 8, 16):
             raise ValueError(f"scale: expected one of 2, 4, 8, 16 (each pixel shuffle doubles), got {self.scale!r}")
+
+    @classmethod
+    def from_stored(cls, values: Mapping[str, Any]) -> SDANConfig:
+        """The config of a checkpoint or run; values that its version did not store get that version's behaviour.
+
+        Raises:
+            ValueError: unknown names, or values out of range.
+        """
+        unknown = set(values) - {field.name for field in fields(cls)}
+        if unknown:
+            names = sorted(unknown)
+            raise ValueError(f"SDANConfig: expected known values, got {names}; use the newer SDAN that wrote it")
+        return cls(**{"rendering_curve": "bt709", **values})
 
     @property
     def upscale(self) -> int:

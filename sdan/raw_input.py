@@ -34,7 +34,7 @@ class Photo(Protocol):
 
     @property
     def rendering(self) -> Any:
-        """numpy uint8 [2h, 2w, 3], sRGB."""
+        """numpy uint8 [2h, 2w, 3]; primaries of sRGB, encoded with the curve that the photo was loaded with."""
 
 
 def from_photo(photo: Photo) -> tuple[Tensor, Tensor]:
@@ -99,6 +99,23 @@ def mosaic_to_packed(mosaic_N1HW: Tensor) -> Tensor:
     return F.pixel_unshuffle(mosaic_N1HW, 2)
 
 
+def rendering_from_srgb(image_3HW: Tensor, curve: str) -> Tensor:
+    """Encode an sRGB picture with a model's rendering curve (SDANConfig.rendering_curve).
+
+    Args:
+        image_3HW: sRGB in [0, 1].
+        curve: srgb (returns the picture itself) or bt709.
+
+    Returns:
+        float32 [3, H, W] in [0, 1].
+    """
+    image = image_3HW.float()
+    if curve == "srgb":
+        return image
+    linear = _srgb_to_linear(image)
+    return torch.where(linear < 0.018, 4.5 * linear, 1.099 * linear.clamp_min(0.018) ** 0.45 - 0.099)
+
+
 def mosaic_from_srgb(image_N3HW: Tensor) -> Tensor:
     """Make a synthetic mosaic from a picture without RAW: linearise it and sample one colour per photosite.
 
@@ -110,7 +127,11 @@ def mosaic_from_srgb(image_N3HW: Tensor) -> Tensor:
     Returns:
         float32 [N, 4, H/2, W/2] (R, G1, G2, B) in [0, 1].
     """
-    image = image_N3HW.float()
-    linear = torch.where(image <= 0.04045, image / 12.92, ((image + 0.055) / 1.055) ** 2.4)
+    linear = _srgb_to_linear(image_N3HW.float())
     planes = (linear[:, 0, ::2, ::2], linear[:, 1, ::2, 1::2], linear[:, 1, 1::2, ::2], linear[:, 2, 1::2, 1::2])
     return torch.stack(planes, dim=1)
+
+
+def _srgb_to_linear(image: Tensor) -> Tensor:
+    """sRGB's curve (IEC 61966-2-1), encoded -> linear, float32 in [0, 1]."""
+    return torch.where(image <= 0.04045, image / 12.92, ((image + 0.055) / 1.055) ** 2.4)

@@ -68,7 +68,7 @@ def tile_row(sequence: str, number: int, tile_px: int = TILE_PX) -> dict:
 def tiny_shards(tmp_path_factory):
     """Four train pairs, one val pair, two tiles of 24 packed pixels each, 4x."""
     folder = tmp_path_factory.mktemp("shards")
-    info = schema.ShardInfo(tile_px=TILE_PX, scale=SCALE, options={})
+    info = schema.ShardInfo(tile_px=TILE_PX, scale=SCALE, options={"curve": "srgb"})
     for split, sequences in (("train", ("00001", "00002", "00003", "00004")), ("val", ("00005",))):
         target = folder / f"split={split}"
         target.mkdir()

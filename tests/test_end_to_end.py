@@ -109,7 +109,7 @@ def test_a_raw_photograph_is_zoomed_by_the_network(stages):
     folder, _, result = stages
     zoomer = Zoomer.load(result.model)
     path = folder / "raw" / "00003" / "00005.dng"
-    photo = read_photo(path, zoomer.model.config.input)
+    photo = read_photo(path, zoomer.model.config)
     image = zoomer.zoom(photo)
     height, width = photo.rendering.shape[1:]
     assert image.shape == (4 * height, 4 * width, 3)
@@ -127,7 +127,7 @@ def test_a_jpg_is_zoomed_from_a_synthetic_mosaic(stages):
     folder, _, result = stages
     zoomer = Zoomer.load(result.model)
     path = folder / "raw" / "00003" / "00005.JPG"
-    photo = read_photo(path, zoomer.model.config.input)
+    photo = read_photo(path, zoomer.model.config)
     assert not photo.from_raw
     image = zoomer.zoom(photo)
     picture = torch.from_numpy(cv2.imread(str(path))[..., ::-1].copy()).permute(2, 0, 1) / 255

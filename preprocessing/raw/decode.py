@@ -22,6 +22,7 @@ import numpy as np
 import rawpy
 from numpy.typing import NDArray
 
+from preprocessing.colour import RenderingCurve
 from preprocessing.raw.checks import (
     BLOCK,
     COPY_OR_EXCLUDE,
@@ -114,22 +115,26 @@ class RawImage:
         return self.sensor.render(self.origin[0] + 2 * top, self.origin[1] + 2 * left, 2 * height, 2 * width)
 
 
-def load(source: str | Path | bytes, *, name: str | None = None) -> RawImage:
-    """Decode a RAW file, given as a local path or as its bytes; `name` is used in messages.
+def load(source: str | Path | bytes, *, name: str | None = None, curve: RenderingCurve = "srgb") -> RawImage:
+    """Decode a RAW file, given as a local path or as its bytes.
+
+    Args:
+        name: for messages.
+        curve: encodes the rendering. A model takes renderings with the curve of its training (SDANConfig.rendering).
 
     Raises RawError, one line, for a missing, unknown, truncated or corrupt file and for data that is not a Bayer mosaic
     (X-Trans, monochrome, Foveon, linear DNG).
     """
     with _opened(source, name) as (raw, label):
-        return _read_image(raw, label, _first_megabyte(source))
+        return _read_image(raw, label, _first_megabyte(source), curve)
 
 
-def render(source: str | Path | bytes, *, name: str | None = None) -> NDArray[np.uint8]:
+def render(source: str | Path | bytes, *, name: str | None = None, curve: RenderingCurve = "srgb") -> NDArray[np.uint8]:
     """LibRaw's rendering of the camera's crop: uint8 [H, W, 3], sensor's orientation.
 
     Used as the picture of a RAW without a camera JPG. Raises RawError as `load` does.
     """
-    image = load(source, name=name)
+    image = load(source, name=name, curve=curve)
     return image.sensor.render(*image.camera_crop)
 
 
@@ -161,7 +166,7 @@ def _opened(source: str | Path | bytes, name: str | None) -> Iterator[tuple[Any,
             ) from error
 
 
-def _read_image(raw: Any, label: str, head: bytes) -> RawImage:
+def _read_image(raw: Any, label: str, head: bytes, curve: RenderingCurve) -> RawImage:
     """Everything that is read from the file. `head`: its first megabyte, for the tags."""
     require_bayer(raw, label)
     pattern = raw.raw_colors_visible[:2, :2]
@@ -181,6 +186,7 @@ def _read_image(raw: Any, label: str, head: bytes) -> RawImage:
             white_level=_white_level(raw, black_levels, label),
             wb=_white_balance(raw, label)[channels],
             xyz_to_camera=_colour_matrix(raw, head, label),
+            curve=curve,
         ),
         origin=origin,
         camera_crop=_camera_crop(raw.sizes),

@@ -15,15 +15,14 @@ import numpy as np
 import rawpy
 from numpy.typing import NDArray
 
-from preprocessing.colour import LIBRAW_SRGB_TO_XYZ
+from preprocessing.colour import LIBRAW_GAMMA, LIBRAW_SRGB_TO_XYZ, RenderingCurve
 from preprocessing.raw.dng import bare_dng, cfa_channels
 
-RENDER_OPTIONS: Mapping[str, Any] = MappingProxyType(
+_OPTIONS: Mapping[str, Any] = MappingProxyType(
     {
         "demosaic_algorithm": rawpy.DemosaicAlgorithm.AHD,
         "output_color": rawpy.ColorSpace.sRGB,
         "output_bps": 8,
-        "gamma": (2.222, 4.5),
         "no_auto_bright": True,
         "bright": 1.0,
         "highlight_mode": rawpy.HighlightMode.Clip,
@@ -31,9 +30,6 @@ RENDER_OPTIONS: Mapping[str, Any] = MappingProxyType(
         "user_flip": 0,
     }
 )
-"""AHD demosaic, sRGB primaries, BT.709's curve (`colour.bt709_to_linear`), 8 bit, the file's white balance (passed as
-user_wb), no automatic brightening, the file's white level instead of the picture's maximum (adjust_maximum_thr=0:
-otherwise one bright pixel changes the whole rendering), the sensor's orientation (user_flip=0)."""
 
 _MARGIN_PX = 16
 """Margin around a window. Even, and larger than AHD's reach: 5 px for its border rule, about 4 px for its decisions."""
@@ -59,6 +55,8 @@ class SensorData:
     """Gains of the file's white balance, green = 1."""
     xyz_to_camera: NDArray[np.float64] | None
     """[3, 3]; None (unknown camera) leaves the colours as the camera measured them."""
+    curve: RenderingCurve = "srgb"
+    """The curve of the rendering."""
 
     def render(self, top: int, left: int, height: int, width: int) -> NDArray[np.uint8]:
         """uint8 [height, width, 3], that window of the whole frame's rendering; mosaic pixels."""
@@ -70,8 +68,16 @@ class SensorData:
         with rawpy.imread(io.BytesIO(file)) as raw:
             gains = np.ones(4)
             gains[raw.raw_colors_visible[:2, :2].ravel()] = self.wb[cfa_channels(self.cfa)]
-            picture = raw.postprocess(user_wb=gains.tolist(), **RENDER_OPTIONS)
+            picture = raw.postprocess(user_wb=gains.tolist(), **render_options(self.curve))
         return picture[top - first_row :, left - first_col :][:height, :width]
+
+
+def render_options(curve: RenderingCurve) -> dict[str, Any]:
+    """LibRaw's options: AHD demosaic, sRGB primaries, `curve`, 8 bit, no automatic brightening, the file's white level
+    instead of the picture's maximum (adjust_maximum_thr=0: otherwise one bright pixel changes the whole rendering), the
+    sensor's orientation (user_flip=0). The white balance comes on top.
+    """
+    return {**_OPTIONS, "gamma": LIBRAW_GAMMA[curve]}
 
 
 def _widened(start: int, length: int, limit: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import torch
 from pipelines import demo, registry
 from pipelines.zoom import read_photo
 from preprocessing.shards import PreprocessOptions
+from sdan import SDANConfig
 from sdan.resample import bicubic
 
 pytestmark = pytest.mark.slow
@@ -70,7 +71,7 @@ def test_the_pictures_exist_and_show_the_photograph(first):
     assert result.pictures == [folder / name for name in ("examples.png", "zoom_centre.png", "zoomed_4x.png")]
     examples, strip, full = (cv2.imread(str(path)) for path in result.pictures)
     assert len(np.unique(examples)) > 50
-    photo = read_photo(data / "demo" / "raw" / "00003" / "00005.dng", "packed")
+    photo = read_photo(data / "demo" / "raw" / "00003" / "00005.dng", SDANConfig(input="packed"))
     plain = bicubic(photo.rendering[None], 4)[0].clamp(0, 1).permute(1, 2, 0)
     assert full.shape == tuple(plain.shape)
     zoomed = torch.from_numpy(full[..., ::-1].copy()) / 255

@@ -1,6 +1,7 @@
 """A crop depends only on its number, and the network's inputs are registered to each other."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,6 +20,7 @@ from pipelines.loader import (
     num_steps,
     read_tile,
     training_batches,
+    with_curve_of,
 )
 from pipelines.scoring.held_out import held_out
 from preprocessing import schema
@@ -128,6 +130,10 @@ def test_shards_that_do_not_fit_the_config_are_refused(tiny_shards):
         check_fit(index, configs.srraw_8x())
     with pytest.raises(ShardsError, match=r"train\.crop_px.*expected tiles of at least 64"):
         check_fit(index, configs.srraw_4x())
+    old = replace(index, info=replace(index.info, options={}))  # as version 0.2 wrote it
+    with pytest.raises(ShardsError, match=r"model\.rendering_curve.*curve srgb, got bt709"):
+        check_fit(old, configs.smoke())
+    check_fit(old, with_curve_of(old, configs.smoke()))
     with pytest.raises(ShardsError, match="split=test"):
         index_split(str(tiny_shards), "test")
 
@@ -146,7 +152,7 @@ def test_a_measured_exposure_ratio_is_removed(tmp_path, tiny_shards, gain):
         row["hr_rgb"] = (255 * srgb_gain(row["hr_rgb"] / 255, gain)).round().clip(0, 255).astype(np.uint8)
         rows.append(row)
     (tmp_path / "split=train").mkdir()
-    info = schema.ShardInfo(tile_px=24, scale=4, options={})
+    info = schema.ShardInfo(tile_px=24, scale=4, options={"curve": "srgb"})
     for row in rows:
         path = tmp_path / "split=train" / f"0000{row['col']}_00005-00001_0123456789abcdef.parquet"
         pq.write_table(schema.encode([row], info), path)

@@ -14,7 +14,7 @@ from pipelines.zoom import Zoomer, ZoomError, check_output, output_paths, read_p
 from preprocessing.raw import decode
 from preprocessing.raw.dng import ShotTags, write_dng
 from sdan import checkpoint, raw_input, starter_folder
-from sdan.network import SDAN
+from sdan.network import SDAN, SDANConfig
 from sdan.ops.precision import autocast
 from sdan.resample import bicubic, low_pass
 
@@ -72,7 +72,8 @@ def test_the_starter_models_output_is_written(tmp_path):
     assert zoomer.model.tile_px == 32  # packed pixels
     zoom_photos([path], tmp_path / "zoomed.png", zoomer, say=print, warn=print)
     model = checkpoint.load(starter_folder()).model.eval()
-    raw, rendering = (tensor[None] for tensor in raw_input.from_photo(decode.load(path)))
+    photo = decode.load(path, curve=model.config.rendering_curve)
+    raw, rendering = (tensor[None] for tensor in raw_input.from_photo(photo))
     with torch.inference_mode(), autocast("auto", torch.device("cpu")):
         expected = model(raw, low_pass(rendering, 2), rendering).zoomed[0].float().clamp(0, 1)
     expected = expected.permute(1, 2, 0).numpy()
@@ -114,15 +115,15 @@ def test_a_turned_jpg_is_written_upright(zoomer, tmp_path):
 
 
 def test_an_odd_picture_loses_its_last_row_and_column(tmp_path):
-    photo = read_photo(write_photo(tmp_path / "photo.png", 41, 53), "packed")
+    photo = read_photo(write_photo(tmp_path / "photo.png", 41, 53), SDANConfig(input="packed"))
     assert photo.rendering.shape == (3, 40, 52) and photo.raw.shape == (4, 20, 26)
 
 
 def test_an_rgb_model_reads_pictures_and_refuses_raw(tmp_path):
-    photo = read_photo(write_photo(tmp_path / "photo.png", 41, 53), "rgb")
+    photo = read_photo(write_photo(tmp_path / "photo.png", 41, 53), SDANConfig(input="rgb"))
     assert torch.equal(photo.raw, photo.rendering) and photo.raw.shape == (3, 41, 53)
     with pytest.raises(ZoomError, match="expected a JPG or PNG for a model with RGB input, got RAW"):
-        read_photo(write_photo(tmp_path / "photo.dng"), "rgb")
+        read_photo(write_photo(tmp_path / "photo.dng"), SDANConfig(input="rgb"))
 
 
 def test_a_damaged_photograph_is_set_aside(zoomer, tmp_path):

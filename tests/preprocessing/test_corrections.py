@@ -1,11 +1,13 @@
 """Known exposure, distortion and vignetting are measured back from the pictures."""
 
+from dataclasses import replace
+
 import cv2
 import numpy as np
 import pytest
 from known_scene import Scene
 
-from preprocessing import tiles
+from preprocessing import colour, tiles
 from preprocessing.corrections import COLUMNS, Pictures, measure
 from preprocessing.raw import decode
 from preprocessing.registration.affine import about_centres, compose, translation, units_per_px
@@ -36,7 +38,18 @@ def grid():
     return np.stack([to_units[0, 0] * x + to_units[0, 2], to_units[1, 1] * y + to_units[1, 2]], -1), to_units
 
 
-def pictures(seed=1, *, ratio=1.0, falloff=0.0, scale=1.0, k1=0.0, shift=(0.0, 0.0), jpg_falloff=0.0, hr_shift=(0, 0)):
+def pictures(
+    seed=1,
+    *,
+    ratio=1.0,
+    falloff=0.0,
+    scale=1.0,
+    k1=0.0,
+    shift=(0.0, 0.0),
+    jpg_falloff=0.0,
+    hr_shift=(0, 0),
+    curve="srgb",
+):
     """A pair with exactly these distortions and exposures; the tone curve is the simulator's."""
     margin = 24
     size = (AREA[0] + 2 * margin, AREA[1] + 2 * margin)
@@ -54,13 +67,17 @@ def pictures(seed=1, *, ratio=1.0, falloff=0.0, scale=1.0, k1=0.0, shift=(0.0, 0
     camera = at(source) * (1 - jpg_falloff * (source**2).sum(-1, keepdims=True))
     other = q + np.array(hr_shift) / px
     long = at(other) * ratio * (1 - falloff * ZOOM**2 * (other**2).sum(-1, keepdims=True))
-    coded = (np.rint(255 * p).astype(np.uint8) for p in (bt709(at(q)), tone_curve(camera), tone_curve(long)))
-    return Pictures(*coded, True, True, to_units, compose(np.array([[ZOOM, 0, 0], [0, ZOOM, 0]]), to_units))
+    encoded = (ENCODE[curve](np.clip(at(q), 0, 1)), tone_curve(camera), tone_curve(long))
+    coded = (np.rint(255 * p).astype(np.uint8) for p in encoded)
+    to_hr_units = compose(np.array([[ZOOM, 0, 0], [0, ZOOM, 0]]), to_units)
+    return Pictures(*coded, True, True, to_units, to_hr_units, curve)
 
 
 def bt709(linear):
-    linear = np.clip(linear, 0, 1)
     return np.where(linear < 0.018, 4.5 * linear, 1.099 * linear**0.45 - 0.099)
+
+
+ENCODE = {"srgb": colour.linear_to_srgb, "bt709": bt709}
 
 
 @pytest.mark.parametrize(
@@ -68,6 +85,7 @@ def bt709(linear):
     [
         {},
         {"ratio": 1.4, "falloff": 0.3},
+        {"ratio": 1.4, "falloff": 0.3, "curve": "bt709"},
         {"ratio": 0.75, "hr_shift": (6, -9)},
         {"k1": 0.06, "shift": (0.7, -1.3)},
         {"k1": -0.04, "scale": 1.004, "jpg_falloff": -0.4},
@@ -101,20 +119,17 @@ def test_dark_and_unrelated_pictures_are_not_measurable():
     assert np.isnan([found[name] for name in COLUMNS if name.startswith("jpg")]).all()
 
 
-def test_renderings_need_no_camera_curve():
-    done = pictures(ratio=1.2)
-    rendered = np.rint(255 * bt709(1.2 * _linear(done.rendering))).astype(np.uint8)
-    both = Pictures(done.rendering, done.rendering, rendered, False, False, done.to_lr_units, done.to_hr_units)
+@pytest.mark.parametrize("curve", ["srgb", "bt709"])
+def test_renderings_need_no_camera_curve(curve):
+    done = pictures(ratio=1.2, curve=curve)
+    light = colour.RENDERING_BYTE_TO_LINEAR[curve][done.rendering]
+    rendered = np.rint(255 * ENCODE[curve](np.clip(1.2 * light, 0, 1))).astype(np.uint8)
+    both = replace(done, lr=done.rendering, hr=rendered, lr_is_jpg=False, hr_is_jpg=False)
     found = measure(both)
     assert found["exposure_ratio"] == pytest.approx(1.2, abs=0.01) and np.isnan(found["jpg_scale"])
     # The camera's curve is not known where the LR frame has no JPG.
-    mixed = Pictures(done.rendering, done.rendering, done.hr, False, True, done.to_lr_units, done.to_hr_units)
+    mixed = replace(done, lr=done.rendering, lr_is_jpg=False)
     assert np.isnan(list(measure(mixed).values())).all()
-
-
-def _linear(coded):
-    value = coded / 255
-    return np.where(value < 0.081, value / 4.5, ((value + 0.099) / 1.099) ** (1 / 0.45))
 
 
 def test_simulated_exposures_are_measured(tmp_path):

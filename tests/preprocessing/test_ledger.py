@@ -5,7 +5,7 @@ import json
 import pytest
 
 from preprocessing.ledger import Ledger, sequence_of
-from preprocessing.plan import PairJob, Plan, PreprocessOptions
+from preprocessing.plan import PairJob, Plan, PreprocessError, PreprocessOptions
 from preprocessing.raw.exif import Exif
 from preprocessing.schema import SCHEMA_VERSION
 from preprocessing.storage import open_folder
@@ -68,3 +68,15 @@ def test_val_of_a_concurrent_run_is_kept(folder):
     late.prepare(Plan(jobs=[job("scene", "5", "1")]), OPTIONS)
     found = Ledger.read(folder, OPTIONS)
     assert found.val == ("scene",) and found.splits == {"scene": "val"}
+
+
+def test_a_folder_keeps_the_curve_of_its_renderings(folder):
+    assert Ledger.read(folder, OPTIONS).curve == "srgb"
+    old = json.loads(folder.read("dataset.json"))
+    del old["options"]["curve"]  # as version 0.2 wrote it
+    folder.put("dataset.json", json.dumps(old).encode())
+    assert Ledger.read(folder, OPTIONS).curve == "bt709"
+    with pytest.raises(PreprocessError, match="expected the options of its shards, curve=bt709, got curve=srgb"):
+        Ledger.read(folder, PreprocessOptions(curve="srgb"))
+    kept = PreprocessOptions(curve="bt709")
+    assert Ledger.read(folder, kept).curve == "bt709" and kept.shard_options == old["options"]

@@ -166,7 +166,7 @@ def test_weights_of_another_network_are_refused(folder):
         ({"format": "1"}, "no format number"),
         ({"architecture": "os.system"}, "expected a network's description, got KeyError"),
         ({"network": {"scale": 3}}, "scale: expected one of"),
-        ({"network": {"colour": 3}}, "expected fields of SDANConfig, got unknown .*colour"),
+        ({"network": {"colour": 3}}, "SDANConfig: expected known values, got .*colour"),
         ({"network": None}, "expected a network's description, got TypeError"),
     ],
 )
@@ -210,3 +210,11 @@ def test_loading_never_runs_code_from_a_pickle(folder, tmp_path):
     torch.save([1, 2], folder / "trainer.pt")
     with pytest.raises(CheckpointError, match="expected a dictionary, got list"):
         load_trainer_state(folder)
+
+
+def test_older_models_take_renderings_with_bt709s_curve(folder):
+    path = folder / checkpoint.DESCRIPTION
+    described = json.loads(path.read_text())
+    assert described["network"].pop("rendering_curve") == "srgb" == SDANConfig().rendering_curve
+    path.write_text(json.dumps(described))
+    assert checkpoint.load(folder).model.config.rendering_curve == "bt709"

@@ -1,9 +1,17 @@
 """Normalising counts, the two layouts of RAW, and the synthetic mosaic."""
 
+import numpy as np
 import pytest
 import torch
 
-from sdan.raw_input import mosaic_from_srgb, mosaic_to_packed, normalise, packed_to_mosaic
+from preprocessing import colour
+from sdan.raw_input import (
+    mosaic_from_srgb,
+    mosaic_to_packed,
+    normalise,
+    packed_to_mosaic,
+    rendering_from_srgb,
+)
 
 
 def test_normalise_maps_black_to_0_and_white_to_the_gain():
@@ -61,3 +69,10 @@ def test_a_synthetic_mosaic_samples_linear_light_by_colour():
     chosen = torch.stack([image[0, 0, 0, 0], image[0, 1, 0, 1], image[0, 1, 1, 0], image[0, 2, 1, 1]])
     torch.testing.assert_close(photosites[1:], ((chosen[1:] + 0.055) / 1.055) ** 2.4)
     assert photosites[0] == 0
+
+
+def test_pictures_get_the_models_rendering_curve():
+    picture = torch.linspace(0, 1, 256).expand(3, 2, 256)
+    assert torch.equal(rendering_from_srgb(picture, "srgb"), picture)
+    expected = colour.linear_to_srgb(colour.bt709_to_linear(rendering_from_srgb(picture, "bt709").numpy()))
+    assert np.abs(expected - picture.numpy()).max() < 1e-5

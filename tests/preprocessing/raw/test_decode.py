@@ -9,7 +9,7 @@ from known_scene import BLACK, WB, WHITE, Scene, frame_to_scene, to_8_bit, to_mo
 
 from preprocessing.raw import decode
 from preprocessing.raw.dng import ShotTags, write_arw, write_dng
-from preprocessing.raw.rendering import RENDER_OPTIONS
+from preprocessing.raw.rendering import render_options
 
 SIZE = (96, 144)
 PHASES = ("RGGB", "GRBG", "GBRG", "BGGR")
@@ -154,7 +154,7 @@ def test_upright_turns_as_libraw_does(tmp_path, orientation, flip):
     image = decode.load(tmp_path / "x.dng")
     assert image.flip == flip and image.rendering.shape == (*SIZE, 3)
     with rawpy.imread(str(tmp_path / "x.dng")) as opened:
-        options = {name: value for name, value in RENDER_OPTIONS.items() if name != "user_flip"}
+        options = {name: value for name, value in render_options("srgb").items() if name != "user_flip"}
         turned = opened.postprocess(user_wb=[float(image.wb[channel]) for channel in (0, 1, 3, 2)], **options)
     assert np.array_equal(decode.upright(image.rendering, image.flip), turned)
 

@@ -7,9 +7,10 @@ import pytest
 import rawpy
 from known_scene import BLACK, WB, WHITE, Scene, frame_to_scene, to_mosaic
 
+from preprocessing import colour
 from preprocessing.raw import decode
 from preprocessing.raw.dng import ShotTags, bare_dng, cfa_channels, write_arw, write_dng
-from preprocessing.raw.rendering import RENDER_OPTIONS, xyz_to_camera_from_libraw
+from preprocessing.raw.rendering import render_options, xyz_to_camera_from_libraw
 
 SIZE = (590, 1140)
 """Wider and higher than 512, the side of the squares in which LibRaw's AHD works."""
@@ -23,10 +24,10 @@ def noisy_mosaic(cfa="RGGB"):
     return np.clip(mosaic + noise.round().astype(int), BLACK - 300, WHITE).astype(np.uint16)
 
 
-def by_libraw(path, wb):
+def by_libraw(path, wb, **changed):
     """The file's rendering by LibRaw alone; wb in its order R, G, B, G2."""
     with rawpy.imread(str(path)) as opened:
-        return opened.postprocess(user_wb=list(wb), **RENDER_OPTIONS)
+        return opened.postprocess(user_wb=list(wb), **(render_options("srgb") | changed))
 
 
 def write(path, cfa="RGGB", **arguments):
@@ -88,3 +89,18 @@ def test_a_colour_matrix_survives_a_dng():
         file = bare_dng(mosaic, "RGGB", [BLACK] * 4, WHITE, xyz_to_camera_from_libraw(matrix))
         with rawpy.imread(io.BytesIO(file)) as opened:
             assert (np.abs(opened.color_matrix[:, :3] - matrix) <= np.spacing(np.abs(matrix))).all()
+
+
+@pytest.mark.parametrize("curve", ["srgb", "bt709"])
+def test_the_rendering_has_the_curve_asked_for(tmp_path, curve):
+    write(tmp_path / "x.dng", wb=(2.25, 1.0, 1.5))
+    linear = by_libraw(tmp_path / "x.dng", (2.25, 1.0, 1.5, 1.0), gamma=(1, 1), output_bps=16)
+    encode = {"srgb": colour.linear_to_srgb, "bt709": bt709}[curve]
+    expected = 255 * encode(linear / 65535)
+    got = decode.load(tmp_path / "x.dng", curve=curve).rendering
+    assert np.abs(got - expected).max() <= 1
+    assert np.array_equal(decode.render(tmp_path / "x.dng", curve=curve), got)
+
+
+def bt709(linear):
+    return np.where(linear < 0.018, 4.5 * linear, 1.099 * linear**0.45 - 0.099)
