@@ -30,10 +30,10 @@ demo: setup  ## simulate, preprocess, train, evaluate, zoom: small, on this mach
 	@$(BIN)/sdan --data $(DATA) demo
 
 test: setup  ## the test suite (under 12 minutes on 2 cores)
-	@$(BIN)/python -m pytest -m "not slow" tests
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests
 
 test-slow: setup  ## kills, restarts, sweeps over the real trainer (under 40 minutes on 2 cores)
-	@$(BIN)/python -m pytest -m slow tests
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests
 
 fuzz: setup  ## damaged RAW and JPG files through the decoders; SEED= and COUNT= (2,000 files: about a minute)
 	@$(BIN)/python tests/preprocessing/fuzz.py --seed $(SEED) --count $(COUNT)

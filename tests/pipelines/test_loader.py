@@ -76,7 +76,7 @@ def test_a_resumed_run_gets_the_same_batches(stream):
 def test_crops_are_read_while_all_cpus_are_reserved(stream):
     """Train workers may hold every CPU, and a lost worker's CPUs are freed only after a while."""
     if not ray.is_initialized():
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
 
     @ray.remote
     class Reservation:

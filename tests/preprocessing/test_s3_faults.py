@@ -108,7 +108,7 @@ def proxy(tmp_path_factory):
         for number in range(1, SEQUENCES + 1):
             for path in folder.iterdir():
                 client.upload_file(str(path), "zoom", f"raw/{number:05d}/{path.name}")
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
         yield proxy
         ray.shutdown()
         proxy.shutdown()

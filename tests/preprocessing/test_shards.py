@@ -26,7 +26,7 @@ PAIRS = ("00005-00001", "00006-00002", "00007-00003")
 def running_ray():
     mine = not ray.is_initialized()
     if mine:
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     if mine:
         ray.shutdown()
