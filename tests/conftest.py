@@ -5,12 +5,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-_WORKER = os.environ.get("PYTEST_XDIST_WORKER")
-if _WORKER:  # two workers that start Ray must not find each other's instance
-    _RAY = Path(tempfile.gettempdir()) / f"ray-{os.getuid()}-{_WORKER}"
-    _RAY.mkdir(exist_ok=True)
-    os.environ["RAY_TMPDIR"] = str(_RAY)
-
 # Two libraries that each use every core slow each other down more than tenfold on tensors this small.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -21,6 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from preprocessing import schema
+
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+if _WORKER:  # two workers that start Ray must not find each other's instance
+    _RAY = Path(tempfile.gettempdir()) / f"ray-{os.getuid()}-{_WORKER}"
+    _RAY.mkdir(exist_ok=True)
+    os.environ["RAY_TMPDIR"] = str(_RAY)
 
 TILE_PX, SCALE = 24, 4
 
