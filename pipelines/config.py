@@ -67,6 +67,10 @@ class TrainConfig:
     match_exposure: bool = True
     """Scale each target to its input's exposure (a gain in linear light, measured by preprocessing), so that the
     network need not learn a brightness that varies between pairs. Held-out targets are not scaled."""
+    look: Literal["rendering", "camera"] = "camera"
+    """The tones and colours of the pictures that the network learns from. rendering: those of the input's rendering, so
+    that the network adds detail only, for any camera. camera: those of the camera's JPG, which the network then gives
+    to every photograph; the paper's, and that of runs before version 0.3."""
     validate_every: int = 1
     """Epochs between validations (a checkpoint follows each)."""
     picture_every: int = 5
@@ -102,6 +106,8 @@ class TrainConfig:
             )
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"train.ema_decay: expected a value in [0, 1), got {self.ema_decay}")
+        if self.look not in ("rendering", "camera"):
+            raise ConfigError(f"train.look: expected rendering or camera, got {self.look!r}")
         if self.precision not in ("auto", "fp32", "bf16", "fp16"):
             raise ConfigError(f"train.precision: expected auto, fp32, bf16 or fp16, got {self.precision!r}")
         if self.layout not in ("auto", "channels_last", "contiguous"):
@@ -159,7 +165,7 @@ def srraw_4x() -> ExperimentConfig:
         name="srraw_4x",
         model=SDANConfig(skip="rendering"),
         loss=LossConfig(kind="charbonnier", self_reference_weight=1.0),
-        train=TrainConfig(ema_decay=0.999, grad_clip=1.0, learning_rate=4e-4, warmup_steps=100),
+        train=TrainConfig(ema_decay=0.999, grad_clip=1.0, learning_rate=4e-4, warmup_steps=100, look="rendering"),
     )
 
 
@@ -183,6 +189,7 @@ def smoke() -> ExperimentConfig:
             learning_rate=1e-3,
             val_crops=4,
             picture_every=1,
+            look="rendering",
         ),
     )
 
@@ -206,6 +213,7 @@ def demo() -> ExperimentConfig:
             warmup_steps=20,
             val_crops=24,
             picture_every=2,
+            look="rendering",
         ),
     )
 
@@ -245,6 +253,7 @@ def starter() -> ExperimentConfig:
             validate_every=2,
             val_crops=64,
             picture_every=5,
+            look="rendering",
         ),
     )
 

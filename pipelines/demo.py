@@ -72,11 +72,13 @@ def run(data: Path, *, say: Callable[[str], None]) -> DemoResult:
     with tqdm(total=SEQUENCES, desc="simulate", unit="sequence") as bar:
         simulate(raw, sequences=SEQUENCES, preset=PRESET, progress=partial(move_bar, bar))
     say(f"2/5 preprocess -> {shards}")
-    starter_curve = checkpoint.load(starter_folder()).model.config.rendering_curve
-    options = replace(OPTIONS, curve=starter_curve)
+    starter = checkpoint.load(starter_folder())
+    options = replace(OPTIONS, curve=starter.model.config.rendering_curve)
     report = preprocess(str(raw), str(shards), options, start_ray=cluster.start_ray)
     say(f"    {report.written} pairs written, {report.skipped} finished earlier, {len(report.quarantined)} set aside")
-    config = with_network_of(starter_folder(), configs.override(configs.demo(), FINE_TUNING), ())
+    look = configs.from_dict(starter.config).train.look
+    fine_tuning = configs.override(configs.demo(), FINE_TUNING | {"train.look": look})
+    config = with_network_of(starter_folder(), fine_tuning, ())
     say(f"3/5 train: fine-tune the starter model, {config.train.epochs} epochs of {config.train.crops_per_epoch} crops")
     trained = train(str(shards), config, data=data, workers=workers, register=REGISTERED, init_from=starter_folder())
     say("4/5 evaluate on held-out sequences")

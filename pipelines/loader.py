@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -31,12 +31,16 @@ from torch import Tensor
 from pipelines.config import ExperimentConfig
 from preprocessing import schema
 from preprocessing.colour import divide_exposure
+from preprocessing.photometry.look import COLUMNS as LOOK_COLUMNS
+from preprocessing.photometry.look import Look
 from preprocessing.storage import one_line
 from sdan import augment, raw_input
 from sdan.network import SDANConfig
 from sdan.resample import low_pass
 
 IMAGES = ("lr_render", "lr_rgb", "hr_rgb")
+LOOK = (*LOOK_COLUMNS, "lr_source", "hr_source")
+"""The columns that `in_rendering_look` reads."""
 LEVELS = ("black_level", "wb", "white_level")
 TASK_CROPS = 32
 """Approximate crops per reader task; for a small network, starting a task costs as much as reading a batch."""
@@ -183,6 +187,8 @@ class CropStream:
     """Whether crops include the simulator's ideal picture, true_rgb uint8 [3,2cs,2cs]."""
     match_exposure: bool = False
     """Whether to scale the target to the input's exposure; pairs without a measured ratio stay unchanged."""
+    look: str = "camera"
+    """train.look: "rendering" gives lr_rgb, hr_rgb and true_rgb the tones and colours of lr_render."""
 
     def crop(self, number: int) -> dict[str, np.ndarray]:
         """Crop `number`: raw [4,c,c] float32 in [0,1], lr_render and lr_rgb uint8 [3,2c,2c], hr_rgb uint8 [3,2cs,2cs].
@@ -193,6 +199,7 @@ class CropStream:
         pair = self.pair(number)
         tile = int(random.integers(self.index.tiles[pair]))
         more = [*(["true_rgb"] if self.truth else []), *(["exposure_ratio"] if self.match_exposure else [])]
+        more += LOOK if self.look == "rendering" else ()
         row = read_tile(self.index, pair, tile, ("lr_raw", *IMAGES, *LEVELS, *more))
         if self.truth and row["true_rgb"] is None:
             raise ShardsError(
@@ -202,13 +209,39 @@ class CropStream:
         if self.match_exposure:
             row["hr_rgb"] = divide_exposure(row["hr_rgb"], row["exposure_ratio"])
         plan = augment.random_plan(random, self.index.info.tile_px, self.crop_px, flips=self.augment)
-        return cut_crop(row, plan, self.crop_px, self.index.info.scale)
+        crop = cut_crop(row, plan, self.crop_px, self.index.info.scale)
+        return crop if self.look == "camera" else crop | in_rendering_look(self.index, pair, row, crop)
 
     def pair(self, number: int) -> int:
         """The index of the pair that crop `number` is cut from."""
         pairs = len(self.index.paths)
         order = np.random.default_rng((self.seed, 1, number // pairs)).permutation(pairs)
         return int(order[number % pairs])
+
+
+def in_rendering_look(
+    index: ShardIndex, pair: int, row: Mapping[str, Any], pictures: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The camera's pictures among `pictures` with the tones and colours of the rendering (train.look=rendering).
+
+    Args:
+        row: the tile's row with the columns LOOK.
+        pictures: lr_rgb, hr_rgb and true_rgb of the tile or of a crop of it, uint8 [3, H, W]; others are left out.
+
+    Raises:
+        ShardsError: the shard was made before its JPG's look was measured.
+    """
+    if LOOK_COLUMNS[0] not in row:
+        raise ShardsError(
+            f"train.look=rendering, {index.paths[pair]}: expected a shard with the look of its JPG, got one of "
+            "an older version; preprocess again into another folder, or --set train.look=camera"
+        )
+    look = Look.of_row(row)
+    if look is None:
+        return {}
+    sources = {"lr_rgb": row["lr_source"], "hr_rgb": row["hr_source"], "true_rgb": "camera"}
+    found = {name: pictures[name] for name, source in sources.items() if name in pictures and source == "camera"}
+    return {name: look.remove(picture, index.info.rendering_curve) for name, picture in found.items()}
 
 
 def cut_crop(row: dict[str, Any], plan: augment.CropPlan, crop_px: int, scale: int) -> dict[str, np.ndarray]:

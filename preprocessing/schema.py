@@ -92,6 +92,15 @@ COLUMNS: Mapping[str, tuple[pa.DataType, str]] = {
         "LR's camera JPG against its RAW, this pair: the JPG's light falls by 1 - jpg_falloff r^2 (below 0: in-camera"
         " vignetting correction); NaN if not measurable",
     ),
+    "look_curve": (
+        pa.list_(pa.float32()),
+        "the look of LR's camera JPG, this pair: sRGB-encoded light of the JPG's values 0, 1/32, ..., 1, before"
+        " look_matrix; null if lr_rgb is no JPG or too little of it is unclipped",
+    ),
+    "look_matrix": (
+        pa.list_(pa.float32()),
+        "row by row, 3x3, on linear light: decode(lr_render) is nearly look_matrix . decode(look_curve(lr_rgb))",
+    ),
     "camera": (pa.string(), "make and model of the LR frame"),
     "row": (pa.int32(), "tile's first row, packed pixels of the LR frame after the phase crop"),
     "col": (pa.int32(), "tile's first column, packed pixels of the LR frame after the phase crop"),
@@ -184,8 +193,8 @@ def encode(rows: Iterable[Mapping[str, Any]], info: ShardInfo) -> pa.Table:
 def decode(row_or_batch: Mapping[str, Any], info: ShardInfo) -> dict[str, Any]:
     """Decode columns to numpy: of one row, or of a batch (column name -> sequence of values), stacked on axis 0.
 
-    Arrays of a single row are read-only views; a batch is copied. A null array becomes None; so does a batch with
-    a null in any row. Null scalars become NaN. Strings and unknown columns are returned unchanged.
+    Arrays of a single row are read-only views; a batch is copied. A null array or list becomes None; so does a batch
+    with a null in any row. Null scalars become NaN. Strings and unknown columns are returned unchanged.
     """
     return {name: _decode_column(name, value, info) for name, value in row_or_batch.items()}
 
@@ -262,6 +271,8 @@ def _decode_column(name: str, value: Any, info: ShardInfo) -> Any:
         return value
     target = _numpy_type(kind)
     if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+        if value is None or any(item is None for item in value):
+            return None
         return np.asarray(list(value) if _nested(value) else value, target)
     if value is None:
         return np.asarray(np.nan, target)

@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from preprocessing import corrections
+from preprocessing.photometry import corrections
+from preprocessing.photometry.look import COLUMNS as LOOK_COLUMNS
+from preprocessing.photometry.look import measure_look
 from preprocessing.raw.decode import RawImage
 from preprocessing.raw.exif import read_exif
 from preprocessing.registration import affine
@@ -180,6 +182,8 @@ def cut_tiles(
         "origin_col": raw.origin[1],
         "aligned_by": maps.aligned_by,
     } | _corrections(raw, render_HWC, lr, hr, maps, area, lr_HWC, low_HWC)
+    look = measure_look(lr_HWC, render_HWC, raw.sensor.curve) if lr.source == "camera" else None
+    shared_columns |= look.columns() if look else dict.fromkeys(LOOK_COLUMNS)
     tiles = []
     for row in rows:
         for col in cols:
@@ -242,7 +246,7 @@ def _corrections(
     lr_HWC: NDArray[np.uint8],
     low_HWC: NDArray[np.uint8],
 ) -> dict[str, Any]:
-    """The columns of corrections.py. render_HWC, lr_HWC and low_HWC (low-passed HR) are on the area's mosaic grid."""
+    """corrections.measure of the pair. render_HWC, lr_HWC and low_HWC (low-passed HR) are on the area's mosaic grid."""
     place = mosaic_origin(raw, area)
     # HR's frame may stay in stored orientation, because only its radius is used. LR's is in sensor orientation.
     hr_frame = affine.about_centres(affine.units_per_px(hr.size), hr.size, (0, 0))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipelines.config import ExperimentConfig
-from pipelines.loader import ShardIndex, check_fit, cut_crop, read_tile
+from pipelines.loader import ShardIndex, check_fit, cut_crop, in_rendering_look, read_tile
 from preprocessing.registration.aligned_target import align_to
 from sdan import augment
 
@@ -59,6 +59,8 @@ def held_out(index: ShardIndex, config: ExperimentConfig, *, limit: int | None, 
     names, samples, aligned = [], [], []
     for pair, tile in tiles:
         row = read_tile(index, pair, tile)
+        if config.train.look == "rendering":
+            row |= in_rendering_look(index, pair, row, {name: row[name] for name in row if row[name] is not None})
         names.append(f"{row['sequence']}/{row['pair']}@{row['row']},{row['col']}")
         samples.append(cut_crop(row, plan, config.train.crop_px, index.info.scale))
         if align:  # register the whole tile, which has more detail than the crop

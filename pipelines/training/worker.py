@@ -156,6 +156,7 @@ class TrainWorker:
             train.augment,
             truth=loss.self_target == "truth" and loss.self_reference_weight > 0,
             match_exposure=train.match_exposure,
+            look=train.look,
         )
         return training_batches(
             stream,

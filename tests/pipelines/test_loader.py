@@ -24,6 +24,8 @@ from pipelines.loader import (
 )
 from pipelines.scoring.held_out import held_out
 from preprocessing import schema
+from preprocessing.colour import linear_to_srgb, srgb_to_linear
+from preprocessing.photometry.look import KNOTS, Look
 from sdan.resample import low_pass
 
 
@@ -167,3 +169,43 @@ def test_a_measured_exposure_ratio_is_removed(tmp_path, tiny_shards, gain):
             off = np.abs(after["hr_rgb"].astype(int) - after["true_rgb"])[unclipped]
             assert off.max() <= 2 and off.mean() < 0.6
             assert gain == 1 or np.abs(before["hr_rgb"].astype(int) - before["true_rgb"]).mean() > 5
+
+
+def write_rows(folder, rows):
+    """SHARDS in `folder` with one pair of these rows."""
+    (folder / "split=train").mkdir(parents=True)
+    info = schema.ShardInfo(tile_px=24, scale=4, options={"curve": "srgb"})
+    pq.write_table(schema.encode(rows, info), folder / "split=train" / "00001_a_b.parquet", row_group_size=1)
+    return index_split(str(folder), "train")
+
+
+def test_look_rendering_changes_only_camera_pictures(tmp_path, tiny_shards):
+    """A look that doubles the light: the rendering is half as bright as the JPG."""
+    half = linear_to_srgb(srgb_to_linear(np.linspace(0, 1, KNOTS)) / 2).astype(np.float32)
+    row = read_tile(index_split(str(tiny_shards), "train"), 0, 0)
+    row |= Look(half, np.eye(3, dtype=np.float32)).columns()
+    index = write_rows(tmp_path / "camera", [row])
+    as_shot, rendered = (
+        CropStream(index, 0, 24, False, truth=True, look=look).crop(0) for look in ("camera", "rendering")
+    )
+    for name in ("lr_rgb", "hr_rgb", "true_rgb"):
+        expected = 255 * linear_to_srgb(srgb_to_linear(as_shot[name] / 255) / 2)
+        assert np.abs(rendered[name] - expected).max() <= 1
+    assert np.array_equal(rendered["lr_render"], as_shot["lr_render"])
+    mixed = write_rows(tmp_path / "mixed", [row | {"hr_source": "rendering"}])
+    crop = CropStream(mixed, 0, 24, False, look="rendering").crop(0)
+    assert np.array_equal(crop["hr_rgb"], as_shot["hr_rgb"]) and np.array_equal(crop["lr_rgb"], rendered["lr_rgb"])
+    scored = held_out(replace(index, split="val"), configs.smoke(), limit=None, align=False)
+    assert np.array_equal(scored.batch["hr_rgb"][0], rendered["hr_rgb"][:, 32:160, 32:160])
+
+
+def test_look_rendering_needs_shards_that_have_the_look(tmp_path, tiny_shards):
+    row = read_tile(index_split(str(tiny_shards), "train"), 0, 0)
+    new = pq.read_table(write_rows(tmp_path / "new", [row]).paths[0])
+    old = tmp_path / "old" / "split=train" / "00001_a_b.parquet"
+    old.parent.mkdir(parents=True)
+    pq.write_table(new.drop_columns(["look_curve", "look_matrix"]), old, row_group_size=1)
+    index = index_split(str(tmp_path / "old"), "train")
+    with pytest.raises(ShardsError, match=r"train\.look=rendering.*one of an older version; preprocess again"):
+        CropStream(index, 0, 24, False, look="rendering").crop(0)
+    assert CropStream(index, 0, 24, False).crop(0)["hr_rgb"].shape == (3, 192, 192)

@@ -40,6 +40,8 @@ def row(seed, **changes):
         "jpg_shift_x": 0.25,
         "jpg_shift_y": -0.5,
         "jpg_falloff": -0.3,
+        "look_curve": (np.arange(33) / 32).astype(np.float32),
+        "look_matrix": np.eye(3, dtype=np.float32).ravel(),
         "camera": "SONY ILCE-7SM2",
         "row": 3,
         "col": 5,

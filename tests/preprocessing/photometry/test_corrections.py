@@ -8,7 +8,7 @@ import pytest
 from known_scene import Scene
 
 from preprocessing import colour, tiles
-from preprocessing.corrections import COLUMNS, Pictures, measure
+from preprocessing.photometry.corrections import COLUMNS, Pictures, measure
 from preprocessing.raw import decode
 from preprocessing.registration.affine import about_centres, compose, translation, units_per_px
 from preprocessing.simulator import sequences
