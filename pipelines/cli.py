@@ -103,6 +103,9 @@ def _preprocess_options(
         str, typer.Option(help="For a RAW without a JPG: quarantine it, or render a JPG with LibRaw.")
     ] = "quarantine",
     val: Annotated[str, typer.Option(metavar="SEQ,SEQ", help="Sequences to put in the val split.")] = "",
+    keep_unaligned: Annotated[
+        bool, typer.Option("--keep-unaligned", help="Keep pairs that do not seem to show the same thing.")
+    ] = False,
     curve: Annotated[
         str | None, typer.Option(help="Curve of the renderings: srgb or bt709; default: that of SHARDS, else srgb.")
     ] = None,
@@ -122,6 +125,7 @@ def _preprocess_options(
         exclude=excluded,
         missing_jpg=missing_jpg,
         val=tuple(name.strip() for name in val.split(",") if name.strip()),
+        keep_unaligned=keep_unaligned,
         curve=cast("RenderingCurve | None", curve),  # PreprocessOptions refuses other names
     )
 

@@ -24,6 +24,9 @@ TRUTH_FOLDER = "truth"
 MAX_ZOOM_EXCESS = 1.3
 """The largest focal ratio of a pair, as a multiple of the scale (SR-RAW's 240/50 is 1.2 times 4)."""
 
+_CROP_FACTOR_SLACK = 0.05
+"""Relative difference of two frames' crop factors that is still rounding, if their tags do not name two lenses."""
+
 KNOWN_BAD = ("00350/00001", "00350/00002", "00350/00003", "00560/00003", "00267/00003")
 """SR-RAW's frames with a broken JPG, as sequence/frame."""
 
@@ -125,9 +128,30 @@ def _has_picture(shot: Shot, render_missing: bool) -> bool:
 
 
 def ratio(lr: Shot, hr: Shot) -> float:
-    """HR focal length / LR focal length; both must be known."""
+    """HR focal length / LR focal length; both must be known.
+
+    Phones have a sensor of its own behind each lens. The ratio is then that of the 35 mm equivalents.
+    """
     assert lr.exif.focal_mm and hr.exif.focal_mm
+    if _other_sensor(lr.exif, hr.exif):
+        assert lr.exif.focal_35mm and hr.exif.focal_35mm
+        return hr.exif.focal_35mm / lr.exif.focal_35mm
     return hr.exif.focal_mm / lr.exif.focal_mm
+
+
+def _other_sensor(lr: Exif, hr: Exif) -> bool:
+    """Whether the frames' crop factors differ by more than the rounding of the 35 mm equivalents to whole mm.
+
+    A zoom lens's crop factor is constant, but cameras round generously: allow more unless the tags name two lenses.
+    """
+    if not (lr.focal_mm and hr.focal_mm and lr.focal_35mm and hr.focal_35mm):
+        return False
+    slack = 1.0 if lr.lens and hr.lens and lr.lens != hr.lens else 1 + _CROP_FACTOR_SLACK
+    (low_lr, high_lr), (low_hr, high_hr) = (
+        ((full - 0.5) / focal, (full + 0.5) / focal)
+        for full, focal in ((lr.focal_35mm, lr.focal_mm), (hr.focal_35mm, hr.focal_mm))
+    )
+    return low_lr > high_hr * slack or low_hr > high_lr * slack
 
 
 def is_excluded(sequence: str, stem: str, excluded: Iterable[str]) -> bool:

@@ -64,14 +64,19 @@ class Ledger:
         """The sequences named by `--val` in this or earlier runs."""
         return tuple(self.dataset.get("val", ()))
 
-    def classify(self, plan: Plan) -> tuple[list[PairJob], list[PairJob], list[QuarantineEntry]]:
-        """Sort the plan's pairs into (to do, done, quarantined by an earlier run with the same inputs)."""
+    def classify(
+        self, plan: Plan, *, keep_unaligned: bool = False
+    ) -> tuple[list[PairJob], list[PairJob], list[QuarantineEntry]]:
+        """Sort the plan's pairs into (to do, done, quarantined by an earlier run with the same inputs).
+
+        keep_unaligned: pairs that were quarantined because their pictures do not show the same thing are to do.
+        """
         todo, done, quarantined = [], [], []
         for job in plan.jobs:
             note = self.quarantine.get(job.quarantine, {})
             if any(path.endswith(f"_{job.fingerprint}.parquet") for path in self.shards[job.key]):
                 done.append(job)
-            elif note.get("fingerprint") == job.fingerprint:
+            elif note.get("fingerprint") == job.fingerprint and not (keep_unaligned and note.get("unaligned")):
                 quarantined.append(QuarantineEntry(job.sequence, job.pair, note["reason"]))
             else:
                 todo.append(job)
@@ -121,10 +126,17 @@ class Ledger:
         if result.status == "written":
             self.keep_one_shard(job, [*self.shards[job.key], job.shard])
             return None
-        note = {"sequence": job.sequence, "pair": job.pair, "fingerprint": None, "reason": result.reason}
+        note: dict[str, Any] = {
+            "sequence": job.sequence,
+            "pair": job.pair,
+            "fingerprint": None,
+            "reason": result.reason,
+        }
         if result.status == "quarantined":
             self._delete(self.shards[job.key])  # older versions of the pair, from inputs that have changed
             note["fingerprint"] = job.fingerprint  # skip the pair until its inputs change
+            if result.aligned_by == "unaligned":
+                note["unaligned"] = True
         self._write(job.quarantine, note)
         return QuarantineEntry(job.sequence, job.pair, result.reason)
 

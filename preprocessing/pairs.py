@@ -17,7 +17,7 @@ from preprocessing.raw import decode as raw_files
 from preprocessing.registration.lens import LensMap
 from preprocessing.schema import ShardInfo, encode
 from preprocessing.storage import Folder, one_line
-from preprocessing.tiles import Jpg, TileError, cut_tiles, decode_jpg
+from preprocessing.tiles import Jpg, TileError, UnalignedError, cut_tiles, decode_jpg
 from preprocessing.truth.reader import Truth, load_truth
 
 
@@ -44,6 +44,9 @@ class PairResult:
     bytes: int = 0
     seconds: float = 0.0
     """If written: rows and size of the shard, and the time taken."""
+    aligned_by: str = ""
+    """If written: the rows' column aligned_by. "unaligned" also for a pair that was quarantined because its pictures
+    do not show the same thing."""
 
 
 def process(job: PairJob, source: Folder, target: Folder, options: PreprocessOptions) -> PairResult:
@@ -54,6 +57,9 @@ def process(job: PairJob, source: Folder, target: Folder, options: PreprocessOpt
         info = ShardInfo(options.tile_px, options.scale, options.shard_options)
         rows = pair_rows(source, job, options)
         data = _parquet(rows, info)
+    except UnalignedError as error:
+        names = " and ".join(filter(None, (job.lr_jpg or job.lr_raw, job.hr_jpg or job.hr_raw)))
+        return PairResult(job.key, "quarantined", f"{names}: {one_line(error)}", aligned_by="unaligned")
     except (raw_files.RawError, TileError) as error:
         return PairResult(job.key, "quarantined", one_line(error))
     except _Unreadable as error:
@@ -66,7 +72,10 @@ def process(job: PairJob, source: Folder, target: Folder, options: PreprocessOpt
         target.put(job.shard, data)
     except (OSError, pa.ArrowException) as error:
         return PairResult(job.key, "unwritable", one_line(error))
-    return PairResult(job.key, "written", rows=len(rows), bytes=data.size, seconds=time.monotonic() - began)
+    seconds = time.monotonic() - began
+    return PairResult(
+        job.key, "written", rows=len(rows), bytes=data.size, seconds=seconds, aligned_by=rows[0]["aligned_by"]
+    )
 
 
 def pair_rows(source: Folder, job: PairJob, options: PreprocessOptions) -> list[dict[str, Any]]:
@@ -83,6 +92,7 @@ def pair_rows(source: Folder, job: PairJob, options: PreprocessOptions) -> list[
         tile_px=options.tile_px,
         stride_px=options.stride_px,
         ecc=options.align == "ecc",
+        keep_unaligned=options.keep_unaligned,
     )
     of_pair = {
         "sequence": job.sequence,

@@ -59,6 +59,9 @@ class PreprocessOptions:
     curve: RenderingCurve | None = None
     """Curve of the renderings (colour.RenderingCurve). None: that of the shards in SHARDS, srgb if there are none."""
 
+    keep_unaligned: bool = False
+    """Keep pairs that neither correlate nor register, flagged "unaligned". They are otherwise quarantined."""
+
     def __post_init__(self) -> None:
         for name, low, high in (("scale", 2, 16), ("tile_px", 8, 2048), ("stride_px", 1, self.tile_px)):
             value = getattr(self, name)
@@ -116,7 +119,7 @@ class PairJob:
     lr_exif: Exif
     hr_exif: Exif
     zoom: float
-    """HR focal length / LR focal length."""
+    """HR focal length / LR focal length (frames.ratio)."""
     folder: str
     """The sequence's folder below RAW."""
     has_truth: bool
@@ -293,8 +296,10 @@ def _job(
     options: PreprocessOptions,
     digests: dict[str, str],
 ) -> PairJob:
+    assert lr.exif.focal_mm and hr.exif.focal_mm
+    zoom = ratio(lr, hr)
     inputs = (*lr.frame.raws, *lr.frame.jpgs, *(hr.frame.jpgs or hr.frame.raws))
-    identity = {
+    identity: dict[str, Any] = {
         "schema": SCHEMA_VERSION,
         "options": options.shard_options,
         "sequence": sequence.name,
@@ -303,6 +308,8 @@ def _job(
         "inputs": [_identity(raw, file, digests) for file in inputs],
         "truth": [_identity(raw, file, digests) for file in _truth_of(sequence, lr.frame.stem, hr.frame.stem)],
     }
+    if zoom != hr.exif.focal_mm / lr.exif.focal_mm:
+        identity["zoom"] = zoom  # from the 35 mm equivalents
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     return PairJob(
         sequence=sequence.name,
@@ -316,7 +323,7 @@ def _job(
         hr_raw=None if hr.frame.jpgs else hr.frame.raws[0].path,
         lr_exif=lr.exif,
         hr_exif=hr.exif,
-        zoom=ratio(lr, hr),
+        zoom=zoom,
         folder=sequence.folder,
         has_truth=bool(sequence.truth),
         pixels=max(_pixels(lr), _pixels(hr)),

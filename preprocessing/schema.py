@@ -123,7 +123,8 @@ COLUMNS: Mapping[str, tuple[pa.DataType, str]] = {
     ),
     "aligned_by": (
         pa.string(),
-        "scale (focal lengths only), ecc (registered), or scale_fallback (ecc was asked for and failed)",
+        "scale (focal lengths only), ecc (registered), scale_fallback (ecc was asked for and failed), or unaligned"
+        " (the pictures neither correlate nor register; only with --keep-unaligned)",
     ),
     "align_score": (
         pa.float32(),

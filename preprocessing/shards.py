@@ -63,6 +63,10 @@ class PreprocessReport:
     written: int = 0
     skipped: int = 0
     """Pairs finished by an earlier run."""
+    fallbacks: int = 0
+    """Pairs written by this run that could not be registered and fell back to the focal lengths."""
+    unaligned: int = 0
+    """Pairs written by this run whose pictures do not show the same thing (keep_unaligned)."""
     rows: int = 0
     """Tiles written by this run."""
     bytes: int = 0
@@ -118,7 +122,7 @@ def preprocess(
     )
     with _storage_errors(source, "read"):
         plan = make_plan(source, options, ledger.splits)
-    todo, done, quarantined = ledger.classify(plan)
+    todo, done, quarantined = ledger.classify(plan, keep_unaligned=options.keep_unaligned)
     had_shards = {job.sequence for job in plan.jobs if ledger.shards[job.key]}
     report = PreprocessReport(pairs=len(plan.jobs), todo=len(todo), skipped=len(done), notes=list(plan.notes))
     report.quarantined = [*plan.faults, *quarantined]
@@ -171,6 +175,8 @@ def _run_jobs(
                 report.bytes += result.bytes
                 report.raw_bytes += result.rows * tile_bytes(options, truth=job.has_truth)
                 report.task_seconds += result.seconds
+                report.fallbacks += result.aligned_by == "scale_fallback"
+                report.unaligned += result.aligned_by == "unaligned"
                 written.add(job.sequence)
             bar.update()
 

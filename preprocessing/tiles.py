@@ -3,6 +3,7 @@
 Areas are (top, left, height, width) in packed pixels unless stated otherwise; a packed pixel is 2 x 2 mosaic pixels.
 """
 
+import contextlib
 import io
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ from preprocessing.registration.affine import Map, Size
 from preprocessing.registration.lens import LensMap, sample_through
 from preprocessing.registration.raw_to_jpg import register_raw
 from preprocessing.registration.register import RegistrationError
+from preprocessing.registration.same_scene import MIN_SCORE, scene_score
 from preprocessing.registration.shift import correlation, local_detail, luminance, measure_shift
 
 Area = tuple[int, int, int, int]
@@ -35,6 +37,10 @@ _MAX_PIXELS_PER_BYTE = 256
 
 class TileError(ValueError):
     """A pair cannot be cut into tiles. The message is one line and says why."""
+
+
+class UnalignedError(TileError):
+    """The pictures of a pair neither correlate nor register: they do not show the same thing."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ class PairMaps:
     lr_to_hr: Map
     """One affine for the whole shared area."""
     aligned_by: str
-    """scale, ecc or scale_fallback (schema.py)."""
+    """scale, ecc, scale_fallback or unaligned (schema.py)."""
     found: LensMap | None = None
     """The registered map; None if not registered."""
 
@@ -151,9 +157,22 @@ def tile_starts(length: int, tile: int, stride: int) -> list[int]:
 
 
 def cut_tiles(
-    raw: RawImage, lr: Jpg, hr: Jpg, zoom: float, *, scale: int, tile_px: int, stride_px: int, ecc: bool
+    raw: RawImage,
+    lr: Jpg,
+    hr: Jpg,
+    zoom: float,
+    *,
+    scale: int,
+    tile_px: int,
+    stride_px: int,
+    ecc: bool,
+    keep_unaligned: bool = False,
 ) -> list[dict[str, Any]]:
-    """The picture columns of each tile's row. Raises TileError if the shared area is smaller than one tile."""
+    """The picture columns of each tile's row.
+
+    Raises TileError if the shared area is smaller than one tile, UnalignedError if the pictures do not show the same
+    thing, unless `keep_unaligned`.
+    """
     maps = pair_maps(raw, lr, hr, zoom, ecc=ecc)
     area = shared_area(raw, maps, lr.size, hr.size)
     rows, cols = tile_starts(area[2], tile_px, stride_px), tile_starts(area[3], tile_px, stride_px)
@@ -168,20 +187,11 @@ def cut_tiles(
     hr_place = affine.compose(place, affine.scaling(1 / scale))
     hr_HWC = _resample_hr(maps, hr, hr_place, (scale * size[0], scale * size[1]))
     low_HWC = np.asarray(cv2.resize(hr_HWC, size[::-1], interpolation=cv2.INTER_AREA), np.uint8)
+    aligned_by = _checked_alignment(raw, hr, maps, lr_HWC, low_HWC, zoom, keep_unaligned=keep_unaligned)
     counts_4HW, render_HWC = raw.counts(*area), raw.render(*area)
     quality = _Quality(lr_HWC, low_HWC, scale, tile_px)
-    shared_columns = {
-        "lr_source": lr.source,
-        "hr_source": hr.source,
-        "black_level": raw.black_level,
-        "wb": raw.wb,
-        "white_level": raw.white_level,
-        "scale": scale,
-        "camera": raw.camera,
-        "origin_row": raw.origin[0],
-        "origin_col": raw.origin[1],
-        "aligned_by": maps.aligned_by,
-    } | _corrections(raw, render_HWC, lr, hr, maps, area, lr_HWC, low_HWC)
+    shared_columns = _of_frames(raw, lr, hr) | {"scale": scale, "aligned_by": aligned_by}
+    shared_columns |= _corrections(raw, render_HWC, lr, hr, maps, area, lr_HWC, low_HWC)
     look = measure_look(lr_HWC, render_HWC, raw.sensor.curve) if lr.source == "camera" else None
     shared_columns |= look.columns() if look else dict.fromkeys(LOOK_COLUMNS)
     tiles = []
@@ -208,11 +218,54 @@ def cut_tiles(
     return tiles
 
 
+def _checked_alignment(
+    raw: RawImage,
+    hr: Jpg,
+    maps: PairMaps,
+    lr_HWC: NDArray[np.uint8],
+    low_HWC: NDArray[np.uint8],
+    zoom: float,
+    *,
+    keep_unaligned: bool,
+) -> str:
+    """The pair's aligned_by. Pictures that neither correlate nor register are "unaligned" or, unless
+    `keep_unaligned`, raise UnalignedError. Flat pictures pass: nothing can be said about them."""
+    if maps.aligned_by == "ecc":
+        return "ecc"
+    score = scene_score(luminance(lr_HWC), luminance(low_HWC))
+    if not score < MIN_SCORE:
+        return maps.aligned_by
+    if maps.aligned_by == "scale":  # with scale_fallback, registration has failed already
+        with contextlib.suppress(RegistrationError):
+            register_raw(raw, hr.pixels_HWC, _nominal(raw, hr, zoom))
+            return "scale"
+    if keep_unaligned:
+        return "unaligned"
+    raise UnalignedError(
+        f"expected two pictures of one scene, got a correlation of {score:.2f} (at least {MIN_SCORE:g}) and no "
+        "registration; check the files and their focal lengths, exclude the frame, or use --keep-unaligned"
+    )
+
+
 def _resample_hr(maps: PairMaps, hr: Jpg, to_mosaic: Map, size: Size) -> NDArray[np.uint8]:
     """Resample HR, once, onto a grid of `size`; `to_mosaic` maps that grid to the LR mosaic."""
     if maps.found is None:
         return affine.sample(hr.stored, affine.compose(maps.lr_to_hr, to_mosaic), size)
     return sample_through(hr.pixels_HWC, maps.found.after(to_mosaic), size)
+
+
+def _of_frames(raw: RawImage, lr: Jpg, hr: Jpg) -> dict[str, Any]:
+    """The columns that describe the two frames' files."""
+    return {
+        "lr_source": lr.source,
+        "hr_source": hr.source,
+        "black_level": raw.black_level,
+        "wb": raw.wb,
+        "white_level": raw.white_level,
+        "camera": raw.camera,
+        "origin_row": raw.origin[0],
+        "origin_col": raw.origin[1],
+    }
 
 
 class _Quality:

@@ -32,6 +32,10 @@ class Exif:
     camera: str | None = None
     """Make and model, e.g. "SONY ILCE-7SM2"."""
     focal_mm: float | None = None
+    focal_35mm: float | None = None
+    """FocalLengthIn35mmFilm: the focal length that gives the same field of view on 35 mm film."""
+    lens: str | None = None
+    """LensModel."""
     iso: float | None = None
     exposure_s: float | None = None
     f_number: float | None = None
@@ -90,6 +94,8 @@ def _by_pillow(tiff: bytes) -> Exif:
             "model": tags.get(0x0110),
             "orientation": tags.get(0x0112),
             "focal": more.get(0x920A, tags.get(0x920A)),
+            "focal_35mm": more.get(0xA405, tags.get(0xA405)),
+            "lens": more.get(0xA434),
             "iso": more.get(0x8827, tags.get(0x8827)),
             "exposure": more.get(0x829A, tags.get(0x829A)),
             "f_number": more.get(0x829D, tags.get(0x829D)),
@@ -110,6 +116,8 @@ def _by_exifread(data: bytes) -> Exif:
             "model": value("Image Model"),
             "orientation": value("Image Orientation"),
             "focal": value("EXIF FocalLength"),
+            "focal_35mm": value("EXIF FocalLengthIn35mmFilm"),
+            "lens": value("EXIF LensModel"),
             "iso": value("EXIF ISOSpeedRatings"),
             "exposure": value("EXIF ExposureTime"),
             "f_number": value("EXIF FNumber"),
@@ -122,6 +130,8 @@ def _exif(tags: Mapping[str, Any]) -> Exif:
     return Exif(
         camera=camera_name(tags["make"], tags["model"]),
         focal_mm=_positive(tags["focal"]),
+        focal_35mm=_positive(tags["focal_35mm"]),
+        lens=str(tags["lens"] or "").replace("\x00", " ").strip() or None,
         iso=_positive(tags["iso"]),
         exposure_s=_positive(tags["exposure"]),
         f_number=_positive(tags["f_number"]),

@@ -19,6 +19,12 @@ def job_summary(report: PreprocessReport, shards: str, *, dry_run: bool) -> str:
         f"{report.pairs} pairs: {done}, {report.skipped} finished earlier, {len(report.quarantined)} set aside, "
         f"{report.seconds:.1f} s"
     ]
+    for number, what in (
+        (report.fallbacks, "could not be registered and fell back to the focal lengths (scale_fallback)"),
+        (report.unaligned, "neither correlate nor register, and were kept by --keep-unaligned (unaligned)"),
+    ):
+        if number:
+            lines.append(f"  {number} of the pairs written {what}")
     if report.estimate and report.todo:
         lines.append(f"  {estimate_line(report.estimate)}")
     lines += [f"  set aside: {entry.sequence} {entry.pair}: {entry.reason}" for entry in report.quarantined[:_LISTED]]

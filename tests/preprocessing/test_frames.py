@@ -1,8 +1,11 @@
 """Sequences are found in SR-RAW's layout; frames are paired by focal ratio; tags are read."""
 
+import io
+
 import numpy as np
 import pytest
 from known_scene import jpg_bytes
+from PIL import Image
 
 from preprocessing.frames import (
     KNOWN_BAD,
@@ -13,6 +16,7 @@ from preprocessing.frames import (
     discover,
     is_excluded,
     pair,
+    ratio,
     read_exclusions,
 )
 from preprocessing.plan import PreprocessOptions, make_plan
@@ -72,6 +76,40 @@ def test_discover_accepts_a_single_sequence_folder(tmp_path):
     (found,) = discover(open_folder(str(tmp_path / "00134")))
     assert (found.name, found.folder, found.frames[0].raws[0].path) == ("00134", "", "00001.ARW")
     assert discover(open_folder(str(tmp_path / "absent"))) == []
+
+
+def ratio_of(lr, hr):
+    """The focal ratio of two frames given as (FocalLength, FocalLengthIn35mmFilm, LensModel)."""
+    shots = [
+        Shot(Frame(name, (), ()), Exif(focal_mm=focal, focal_35mm=full, lens=lens))
+        for name, (focal, full, lens) in (("lr", lr), ("hr", hr))
+    ]
+    return ratio(*shots)
+
+
+@pytest.mark.parametrize(
+    ("lr", "hr", "expected"),
+    [
+        ((4.25, 26, None), (6.0, 52, None), 2.0),  # a phone's two cameras
+        ((6.86, 24, "back 6.86mm f/1.78"), (9.0, 77, "back 9mm f/2.8"), 77 / 24),
+        ((6.86, 24, "back 6.86mm f/1.78"), (6.86, 48, "back 6.86mm f/1.78"), 2.0),  # digital zoom
+        ((24, 24, "FE 24-240mm"), (100, 100, "FE 24-240mm"), 100 / 24),
+        ((16, 24, "E 16-50mm"), (70.0, 105, "E 55-210mm"), 70 / 16),  # two lenses, one sensor
+        ((4.5, 24, None), (18.0, 97, None), 4.0),  # rounded to whole mm
+        ((50, None, None), (200, 310, None), 4.0),
+    ],
+)
+def test_35_mm_equivalents_relate_frames_of_two_sensors(lr, hr, expected):
+    assert ratio_of(lr, hr) == pytest.approx(expected)
+
+
+def test_35_mm_equivalent_and_lens_are_read():
+    exif = Image.Exif()
+    exif.get_ifd(0x8769).update({0x920A: 6.0, 0xA405: 52, 0xA434: "back camera 6mm f/2"})
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(out, "JPEG", exif=exif)
+    found = read_exif(out.getvalue())
+    assert (found.focal_mm, found.focal_35mm, found.lens) == (6, 52, "back camera 6mm f/2")
 
 
 def test_srraw_pairs_at_4x_and_8x():

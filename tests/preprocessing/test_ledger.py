@@ -1,10 +1,12 @@
 """Shards are matched to sequences by name, even if one sequence's name starts with another's."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from preprocessing.ledger import Ledger, sequence_of
+from preprocessing.pairs import PairResult
 from preprocessing.plan import PairJob, Plan, PreprocessError, PreprocessOptions
 from preprocessing.raw.exif import Exif
 from preprocessing.schema import SCHEMA_VERSION
@@ -68,6 +70,17 @@ def test_val_of_a_concurrent_run_is_kept(folder):
     late.prepare(Plan(jobs=[job("scene", "5", "1")]), OPTIONS)
     found = Ledger.read(folder, OPTIONS)
     assert found.val == ("scene",) and found.splits == {"scene": "val"}
+
+
+def test_unaligned_pairs_are_tried_again_if_wanted(folder):
+    ledger, plan = Ledger.read(folder, OPTIONS), Plan(jobs=[job("new", "5", "1"), job("new", "6", "2")])
+    plan.jobs = [replace(each, fingerprint=each.lr) for each in plan.jobs]
+    for each, how in zip(plan.jobs, ("unaligned", ""), strict=True):
+        ledger.record(each, PairResult(each.key, "quarantined", "why", aligned_by=how))
+    again = Ledger.read(folder, OPTIONS)
+    assert [entry.pair for entry in again.classify(plan)[2]] == ["5-1", "6-2"]
+    todo, _, quarantined = again.classify(plan, keep_unaligned=True)
+    assert [each.pair for each in todo] == ["5-1"] and [entry.pair for entry in quarantined] == ["6-2"]
 
 
 def test_a_folder_keeps_the_curve_of_its_renderings(folder):

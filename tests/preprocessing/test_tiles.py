@@ -9,6 +9,7 @@ from preprocessing.raw import decode
 from preprocessing.raw.dng import write_dng
 from preprocessing.registration import affine
 from preprocessing.registration.lens import LensMap, sample_through
+from preprocessing.registration.register import RegistrationError
 
 SIZE = (256, 384)
 SCALE, TILE_PX = 4, 24
@@ -120,12 +121,44 @@ def test_ecc_recovers_a_shift_and_a_wrong_focal_length(frames):
     assert np.abs(by_ecc[0]["hr_rgb"] - seen(by_ecc[0], 2 * SCALE)).mean() < 2
 
 
-def test_failed_ecc_falls_back_to_scale(frames):
-    raws, lr, _ = frames
-    other = tiles.Jpg(to_8_bit(Scene(99).view(frame_to_scene(1, SIZE), SIZE)), None)
-    rows = cut(raws["RGGB"], lr, other, ecc=True)
+def fail(*arguments):
+    raise RegistrationError("too little detail")
+
+
+def test_failed_ecc_falls_back_to_scale(frames, monkeypatch):
+    raws, lr, hr = frames
+    by_scale = cut(raws["RGGB"], lr, hr)
+    monkeypatch.setattr(tiles, "register_raw", fail)
+    rows = cut(raws["RGGB"], lr, hr, ecc=True)
     assert {row["aligned_by"] for row in rows} == {"scale_fallback"}
-    assert np.array_equal(rows[0]["lr_to_hr"], cut(raws["RGGB"], lr, other)[0]["lr_to_hr"])
+    assert np.array_equal(rows[0]["lr_to_hr"], by_scale[0]["lr_to_hr"])
+
+
+@pytest.mark.parametrize("ecc", [False, True])
+@pytest.mark.parametrize("wrong", ["another scene", "turned", "focal length"])
+def test_pictures_of_different_things_are_rejected(frames, wrong, ecc):
+    raws, lr, hr = frames
+    pixels = {
+        "another scene": to_8_bit(Scene(99).view(frame_to_scene(1, SIZE), SIZE)),
+        "turned": np.ascontiguousarray(hr.pixels_HWC[::-1, ::-1]),
+        "focal length": to_8_bit(picture(ZOOM / 2)),  # half of what its tags say
+    }[wrong]
+    other = tiles.Jpg(pixels, None)
+    with pytest.raises(tiles.UnalignedError, match=r"got a correlation of -?0\.[0-4]\d \(at least 0\.5\) and no reg"):
+        cut(raws["RGGB"], lr, other, ecc=ecc)
+    rows = cut(raws["RGGB"], lr, other, ecc=ecc, keep_unaligned=True)
+    assert {row["aligned_by"] for row in rows} == {"unaligned"}
+
+
+def test_a_low_score_alone_rejects_nothing(frames, monkeypatch):
+    raws, lr, hr = frames
+    monkeypatch.setattr(tiles, "scene_score", lambda first, second: 0.1)
+    assert {row["aligned_by"] for row in cut(raws["RGGB"], lr, hr)} == {"scale"}  # it registers
+    monkeypatch.setattr(tiles, "register_raw", fail)
+    with pytest.raises(tiles.UnalignedError):
+        cut(raws["RGGB"], lr, hr)
+    monkeypatch.setattr(tiles, "scene_score", lambda first, second: float("nan"))  # flat: nothing can be said
+    assert {row["aligned_by"] for row in cut(raws["RGGB"], lr, hr)} == {"scale"}
 
 
 def test_a_tile_larger_than_the_shared_area_is_rejected(frames):

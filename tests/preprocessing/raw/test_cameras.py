@@ -1,6 +1,7 @@
 """From files to shard rows for any Bayer camera and scale: phases, cropped JPGs, missing JPGs, 2x to 8x."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -129,6 +130,21 @@ def test_a_pair_without_rendering_is_quarantined(tmp_path):
     plan = make_plan(source, options, {})
     result = process(plan.jobs[0], source, target, options)
     assert result.status == "quarantined" and "00001/00001.dng: expected 256 rows of data, got 128" in result.reason
+
+
+def test_a_pair_of_two_scenes_is_quarantined(tmp_path):
+    """Another scene's JPG gets into the folder: the pair is set aside with its score, or kept and flagged."""
+    sequence = write_sequence(tmp_path / "raw" / "00001", focals_mm=(240, 50))
+    other = write_sequence(tmp_path / "other", seed=9, focals_mm=(240, 50))
+    (sequence / "00001.JPG").write_bytes((other / "00001.JPG").read_bytes())
+    source, target = open_folder(str(tmp_path / "raw")), open_folder(str(tmp_path / "shards"))
+    options = PreprocessOptions(**OPTIONS)
+    job = make_plan(source, options, {}).jobs[0]
+    result = process(job, source, target, options)
+    assert (result.status, result.aligned_by) == ("quarantined", "unaligned")
+    assert "00002.JPG and 00001/00001.JPG: expected two pictures of one scene, got a correlation of" in result.reason
+    kept = process(job, source, target, replace(options, keep_unaligned=True))
+    assert (kept.status, kept.aligned_by) == ("written", "unaligned")
 
 
 @pytest.mark.parametrize(
