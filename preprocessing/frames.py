@@ -72,6 +72,8 @@ class Shot:
 
     frame: Frame
     exif: Exif
+    colour_space: str | None = None
+    """That of its JPG; None for sRGB."""
 
 
 @dataclass

@@ -47,6 +47,8 @@ class PairResult:
     aligned_by: str = ""
     """If written: the rows' column aligned_by. "unaligned" also for a pair that was quarantined because its pictures
     do not show the same thing."""
+    notes: str = ""
+    """If written: remarks on its files, one per line."""
 
 
 def process(job: PairJob, source: Folder, target: Folder, options: PreprocessOptions) -> PairResult:
@@ -55,7 +57,8 @@ def process(job: PairJob, source: Folder, target: Folder, options: PreprocessOpt
     cv2.setNumThreads(1)  # a task has one CPU; OpenCV would use all
     try:
         info = ShardInfo(options.tile_px, options.scale, options.shard_options)
-        rows = pair_rows(source, job, options)
+        notes: list[str] = []
+        rows = pair_rows(source, job, options, notes)
         data = _parquet(rows, info)
     except UnalignedError as error:
         names = " and ".join(filter(None, (job.lr_jpg or job.lr_raw, job.hr_jpg or job.hr_raw)))
@@ -74,15 +77,28 @@ def process(job: PairJob, source: Folder, target: Folder, options: PreprocessOpt
         return PairResult(job.key, "unwritable", one_line(error))
     seconds = time.monotonic() - began
     return PairResult(
-        job.key, "written", rows=len(rows), bytes=data.size, seconds=seconds, aligned_by=rows[0]["aligned_by"]
+        job.key,
+        "written",
+        rows=len(rows),
+        bytes=data.size,
+        seconds=seconds,
+        aligned_by=rows[0]["aligned_by"],
+        notes="\n".join(notes),
     )
 
 
-def pair_rows(source: Folder, job: PairJob, options: PreprocessOptions) -> list[dict[str, Any]]:
-    """All rows of one pair. Raises RawError or TileError if it cannot be used, _Unreadable if storage fails."""
+def pair_rows(
+    source: Folder, job: PairJob, options: PreprocessOptions, notes: list[str] | None = None
+) -> list[dict[str, Any]]:
+    """All rows of one pair. `notes` receives one line per remark on its files.
+
+    Raises RawError or TileError if the pair cannot be used, _Unreadable if storage fails.
+    """
     raw = raw_files.load(_read(source, job.lr_raw), name=job.lr_raw, curve=options.rendering_curve)
     lr_jpg = _picture(source, job.lr_jpg, job.lr_raw, options)
     hr_jpg = _picture(source, job.hr_jpg, job.hr_raw, options)
+    if notes is not None:
+        notes += sorted({f"camera JPG: {note}" for note in (*lr_jpg.notes, *hr_jpg.notes)})
     tiles = cut_tiles(
         raw,
         lr_jpg,

@@ -25,6 +25,7 @@ from preprocessing.frames import (
     ratio,
 )
 from preprocessing.raw.exif import Exif, read_exif
+from preprocessing.raw.picture import colour_space
 from preprocessing.schema import SCHEMA_VERSION
 from preprocessing.storage import Folder
 
@@ -247,7 +248,7 @@ def _plan_sequence(raw: Folder, sequence: Sequence, options: PreprocessOptions, 
 
 def _read_tags(raw: Folder, frame: Frame, digests: dict[str, str]) -> Shot:
     """Read the JPG's tags, and the RAW's if those have no focal length. Adds the files' digests to `digests`."""
-    found = Exif()
+    found, colours = Exif(), None
     for file in (*frame.jpgs, *frame.raws):
         if found.focal_mm is None:
             first, last = raw.read_ends(file.path)
@@ -256,9 +257,10 @@ def _read_tags(raw: Folder, frame: Frame, digests: dict[str, str]) -> Shot:
             if more.focal_mm is None and file.size > len(first):
                 # Some RAW files have their tags behind the picture. Without a JPG, search the whole file.
                 more = read_exif(raw.read(file.path, _MORE_TAGS_BYTES if frame.jpgs else None))
+            colours = colours or (colour_space(first) if file in frame.jpgs else None)
             known = {name: value for name, value in asdict(found).items() if value is not None}
             found = replace(more, **known)
-    return Shot(frame, found)
+    return Shot(frame, found, colours)
 
 
 def _faults(shot: Shot, *, render_missing: bool) -> Iterator[str]:
@@ -308,6 +310,8 @@ def _job(
         "inputs": [_identity(raw, file, digests) for file in inputs],
         "truth": [_identity(raw, file, digests) for file in _truth_of(sequence, lr.frame.stem, hr.frame.stem)],
     }
+    if lr.colour_space or hr.colour_space:
+        identity["colour_spaces"] = [lr.colour_space, hr.colour_space]  # version 0.2 took them for sRGB
     if zoom != hr.exif.focal_mm / lr.exif.focal_mm:
         identity["zoom"] = zoom  # from the 35 mm equivalents
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]

@@ -12,6 +12,7 @@ import os
 import re
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -77,6 +78,8 @@ class PreprocessReport:
     """Sum over the tasks that wrote them."""
     quarantined: list[QuarantineEntry] = field(default_factory=list)
     """Everything that could not be used, in this run or earlier ones."""
+    remarks: Counter[str] = field(default_factory=Counter)
+    """Remarks on the files of pairs written by this run, and on how many pairs."""
     notes: list[str] = field(default_factory=list)
     """Excluded frames, and advice for the user; one line each."""
     new_sequences: list[str] = field(default_factory=list)
@@ -175,6 +178,7 @@ def _run_jobs(
                 report.bytes += result.bytes
                 report.raw_bytes += result.rows * tile_bytes(options, truth=job.has_truth)
                 report.task_seconds += result.seconds
+                report.remarks.update(result.notes.splitlines())
                 report.fallbacks += result.aligned_by == "scale_fallback"
                 report.unaligned += result.aligned_by == "unaligned"
                 written.add(job.sequence)

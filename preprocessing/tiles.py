@@ -4,7 +4,6 @@ Areas are (top, left, height, width) in packed pixels unless stated otherwise; a
 """
 
 import contextlib
-import io
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,7 +17,7 @@ from preprocessing.photometry import corrections
 from preprocessing.photometry.look import COLUMNS as LOOK_COLUMNS
 from preprocessing.photometry.look import measure_look
 from preprocessing.raw.decode import RawImage
-from preprocessing.raw.exif import read_exif
+from preprocessing.raw.picture import PictureError, read_picture
 from preprocessing.registration import affine
 from preprocessing.registration.affine import Map, Size
 from preprocessing.registration.lens import LensMap, sample_through
@@ -31,8 +30,6 @@ Area = tuple[int, int, int, int]
 
 _MEASURE_PX = 96
 """Minimum side, packed pixels, of the window in which a tile's residual shift is measured. It must exceed any shift."""
-_MAX_PIXELS_PER_BYTE = 256
-"""A JPG stores at least two bits per block of 64 pixels, so a file that declares more pixels is damaged."""
 
 
 class TileError(ValueError):
@@ -56,6 +53,8 @@ class Jpg:
     """EXIF Orientation, 1 to 8; None if not stated."""
     source: str = "camera"
     """camera or rendering."""
+    notes: tuple[str, ...] = ()
+    """What was done to it besides decoding (picture.Picture.notes)."""
 
     @property
     def size(self) -> Size:
@@ -91,17 +90,12 @@ class PairMaps:
 
 
 def decode_jpg(data: bytes, name: str) -> Jpg:
-    """Decode a JPG; `name` is for messages. Raises TileError if it is not a JPG, damaged or truncated."""
+    """Decode a JPG to sRGB; `name` is for messages. Raises TileError if it is not a JPG, damaged or truncated."""
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as picture:
-            if picture.width * picture.height > _MAX_PIXELS_PER_BYTE * len(data):
-                raise ValueError(f"declares {picture.width}x{picture.height} pixels in {len(data)} bytes")
-            picture.load()
-            pixels = picture if picture.mode == "RGB" else picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "not a JPG" if isinstance(error, Image.UnidentifiedImageError) else str(error).strip() or "damaged"
-        raise TileError(f"{name}: cannot be decoded ({reason}); copy it again or exclude it") from error
-    return Jpg(pixels, read_exif(data).orientation)
+        found = read_picture(data, name, kinds=("JPG",))
+    except PictureError as error:
+        raise TileError(str(error)) from error
+    return Jpg(found.stored, found.orientation, notes=found.notes)  # type: ignore[arg-type]  # JPGs have 8 bits
 
 
 def pair_maps(raw: RawImage, lr: Jpg, hr: Jpg, zoom: float, *, ecc: bool) -> PairMaps:

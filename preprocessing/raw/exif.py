@@ -10,14 +10,14 @@ import math
 import threading
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any
 
 import exifread
 from PIL import Image
 
-_EXIF_IFD = 0x8769
+_EXIF_IFD, _INTEROP_IFD = 0x8769, 0xA005
 _LOCK = threading.Lock()
 """Held while warnings are caught: that changes the filters of the whole process, and several threads read frames."""
 _EXIF_HEADER = b"Exif\x00\x00"
@@ -41,6 +41,10 @@ class Exif:
     f_number: float | None = None
     orientation: int | None = None
     """EXIF orientation 1-8: how a viewer turns the stored picture."""
+    colour_space: int | None = None
+    """ColorSpace: 1 sRGB, 2 or 65535 (uncalibrated) another, as a rule Adobe RGB."""
+    interoperability: str | None = None
+    """InteroperabilityIndex: R98 sRGB, R03 Adobe RGB."""
     size: tuple[int, int] | None = None
     """(height, width) of a JPG as stored."""
 
@@ -59,7 +63,8 @@ def read_exif(data: bytes) -> Exif:
             found = _by_pillow(header)
     if found.focal_mm is None and header:
         with contextlib.suppress(Exception):
-            found = _by_exifread(data)
+            known = {name: value for name, value in asdict(found).items() if value is not None}
+            found = replace(_by_exifread(data), **known)
     return replace(found, size=_jpg_size(data)) if data[:2] == b"\xff\xd8" else found
 
 
@@ -99,6 +104,8 @@ def _by_pillow(tiff: bytes) -> Exif:
             "iso": more.get(0x8827, tags.get(0x8827)),
             "exposure": more.get(0x829A, tags.get(0x829A)),
             "f_number": more.get(0x829D, tags.get(0x829D)),
+            "colour_space": more.get(0xA001),
+            "interoperability": tags.get_ifd(_INTEROP_IFD).get(1),
         }
     )
 
@@ -121,30 +128,39 @@ def _by_exifread(data: bytes) -> Exif:
             "iso": value("EXIF ISOSpeedRatings"),
             "exposure": value("EXIF ExposureTime"),
             "f_number": value("EXIF FNumber"),
+            "colour_space": value("EXIF ColorSpace"),
+            "interoperability": value("Interoperability InteroperabilityIndex"),
         }
     )
 
 
 def _exif(tags: Mapping[str, Any]) -> Exif:
-    orientation = _positive(tags["orientation"])
+    orientation, colour_space = _positive(tags["orientation"]), _positive(tags["colour_space"])
     return Exif(
         camera=camera_name(tags["make"], tags["model"]),
         focal_mm=_positive(tags["focal"]),
         focal_35mm=_positive(tags["focal_35mm"]),
-        lens=str(tags["lens"] or "").replace("\x00", " ").strip() or None,
+        lens=_text(tags["lens"]),
         iso=_positive(tags["iso"]),
         exposure_s=_positive(tags["exposure"]),
         f_number=_positive(tags["f_number"]),
         orientation=int(orientation) if orientation is not None and orientation in range(1, 9) else None,
+        colour_space=int(colour_space) if colour_space is not None else None,
+        interoperability=_text(tags["interoperability"]),
     )
 
 
 def camera_name(make: Any, model: Any) -> str | None:
     """ "SONY", "ILCE-7SM2" -> "SONY ILCE-7SM2"; a model that starts with the make does not repeat it."""
-    maker, kind = (str(text or "").replace("\x00", " ").strip() for text in (make, model))
+    maker, kind = (_text(text) or "" for text in (make, model))
     if kind.lower().startswith(maker.lower()):
         return kind or None
     return f"{maker} {kind}".strip() or None
+
+
+def _text(value: Any) -> str | None:
+    text = value.decode("latin-1") if isinstance(value, bytes) else str(value or "")
+    return text.replace("\x00", " ").strip() or None
 
 
 def _positive(value: Any) -> float | None:

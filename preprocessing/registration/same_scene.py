@@ -11,8 +11,9 @@ _SIDES_PX = (32, 64, 128)
 have more detail to tell scenes apart."""
 _FLAT = 0.2
 """Standard deviation of local detail below which a picture counts as flat: about half a level of 255."""
-MIN_SCORE = 0.5
-"""Below this score, and if registration fails too, a pair counts as two different scenes."""
+MIN_SCORE = 0.65
+"""Below this score, and if registration fails too, a pair counts as two different scenes. Simulated pairs of all
+presets score 0.89 or more, pairs of two scenes, turned pictures and wrong focal lengths 0.57 or less."""
 
 
 def scene_score(first: Plane, second: Plane) -> float:

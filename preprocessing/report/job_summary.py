@@ -25,6 +25,7 @@ def job_summary(report: PreprocessReport, shards: str, *, dry_run: bool) -> str:
     ):
         if number:
             lines.append(f"  {number} of the pairs written {what}")
+    lines += [f"  {number} of the pairs written: {remark}" for remark, number in sorted(report.remarks.items())]
     if report.estimate and report.todo:
         lines.append(f"  {estimate_line(report.estimate)}")
     lines += [f"  set aside: {entry.sequence} {entry.pair}: {entry.reason}" for entry in report.quarantined[:_LISTED]]

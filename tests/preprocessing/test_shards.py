@@ -186,7 +186,7 @@ def test_unusable_pairs_are_quarantined_and_the_rest_written(folders):
     found = reasons(report)
     assert report.written == 4 and report.pairs == 6
     assert "00005.dng: " in found.pop(("00001", PAIRS[0]))
-    assert "00002.JPG: cannot be decoded" in found.pop(("00001", PAIRS[1]))
+    assert "00002.JPG: expected a readable JPG, got" in found.pop(("00001", PAIRS[1]))
     assert "expected a RAW file beside 00004.JPG, got none" in found.pop(("00001", "00004"))
     assert "at least two frames of different focal lengths, got one" in found.pop(("00004", "-"))
     for frame in ("00001", "00002"):

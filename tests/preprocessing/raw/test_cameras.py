@@ -6,12 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from known_scene import WB, Scene, frame_to_scene, jpg_bytes, to_8_bit, to_mosaic, write_sequence
+from PIL import Image
 
 from preprocessing import tiles
 from preprocessing.ledger import Ledger
 from preprocessing.pairs import pair_rows, process
 from preprocessing.plan import PreprocessError, PreprocessOptions, make_plan
 from preprocessing.raw import decode, dng, tiff
+from preprocessing.raw.icc import ADOBE_RGB
 from preprocessing.storage import open_folder
 
 SIZE = (256, 384)
@@ -130,6 +132,26 @@ def test_a_pair_without_rendering_is_quarantined(tmp_path):
     plan = make_plan(source, options, {})
     result = process(plan.jobs[0], source, target, options)
     assert result.status == "quarantined" and "00001/00001.dng: expected 256 rows of data, got 128" in result.reason
+
+
+def test_adobe_rgb_jpgs_become_srgb(tmp_path):
+    """The same pixels, but EXIF says Adobe RGB: they are converted, said, and the pair is made again."""
+    sequence = write_sequence(tmp_path / "raw" / "00001", seed=6, focals_mm=(240, 50))
+    plain, before = rows_of(tmp_path / "raw")
+    for stem in ("00001", "00002"):
+        with Image.open(sequence / f"{stem}.JPG") as picture:
+            exif = picture.getexif()
+            exif.get_ifd(0x8769)[0xA001] = 65535
+            picture.save(sequence / f"{stem}.JPG", quality=97, subsampling=0, exif=exif)
+    converted, after = rows_of(tmp_path / "raw")
+    assert before.jobs[0].fingerprint != after.jobs[0].fingerprint
+    for name in ("lr_rgb", "hr_rgb"):
+        found, old = (rows["00002-00001"][0][name].astype(int) for rows in (converted, plain))
+        expected = ADOBE_RGB.to_srgb(plain["00002-00001"][0][name].transpose(1, 2, 0)).transpose(2, 0, 1).astype(int)
+        assert np.abs(found - expected).mean() < 2 < np.abs(found - old).mean()
+    source, target = open_folder(str(tmp_path / "raw")), open_folder(str(tmp_path / "shards"))
+    result = process(after.jobs[0], source, target, PreprocessOptions(**OPTIONS))
+    assert result.notes == "camera JPG: colours converted from Adobe RGB to sRGB"
 
 
 def test_a_pair_of_two_scenes_is_quarantined(tmp_path):

@@ -1,7 +1,15 @@
 """What a preprocessing run prints at its end."""
 
+from collections import Counter
+
 from preprocessing.report.job_summary import job_summary
 from preprocessing.shards import PreprocessReport
+
+
+def test_remarks_are_counted():
+    report = PreprocessReport(written=9, remarks=Counter({"camera JPG: colours converted from P3 to sRGB": 7}))
+    lines = job_summary(report, "SHARDS", dry_run=False).splitlines()
+    assert lines[1:] == ["  7 of the pairs written: camera JPG: colours converted from P3 to sRGB"]
 
 
 def test_pairs_without_registration_are_counted():
