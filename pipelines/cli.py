@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PACKAGES = ("preprocessing", "sdan", "tuning", "pipelines")
 CHAMPION = "models:/sdan@champion"
 TRAIN_PACKAGES = (
-    *("ray", "mlflow", "optuna", "matplotlib", "pyarrow", "boto3", "botocore", "jinja2", "psutil", "lpips"),
+    *("ray", "mlflow", "optuna", "matplotlib", "pyarrow", "boto3", "botocore", "jinja2", "psutil", "lpips", "pydantic"),
     "torchvision",
 )
 """Third-party packages that only the extra `train` installs."""

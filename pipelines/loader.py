@@ -33,7 +33,8 @@ from preprocessing import schema
 from preprocessing.colour import divide_exposure
 from preprocessing.photometry.look import COLUMNS as LOOK_COLUMNS
 from preprocessing.photometry.look import Look
-from preprocessing.storage import one_line
+from preprocessing.shard_folder.set_aside import why_no_shards
+from preprocessing.storage import one_line, open_folder
 from sdan import augment, raw_input
 from sdan.network import SDANConfig
 from sdan.resample import low_pass
@@ -93,7 +94,9 @@ def index_split(shards: str, split: str) -> ShardIndex:
             if split == "val"
             else "preprocess more sequences"
         )
-        raise ShardsError(f"SHARDS, {shards}: expected at least one pair in split={split}, got none; {remedy}")
+        set_aside = why_no_shards(open_folder(shards))
+        got = f"none: {set_aside}" if set_aside else "none"
+        raise ShardsError(f"SHARDS, {shards}: expected at least one pair in split={split}, got {got}; {remedy}")
     with ThreadPoolExecutor(16) as pool:
         tiles = tuple(pool.map(lambda path: _count_tiles(shards, path), paths))
     return ShardIndex(shards, split, tuple(paths), tiles, info)

@@ -1,9 +1,9 @@
 """The state of a SHARDS folder: options, finished pairs and quarantine. Read before a run and updated during it.
 
-SHARDS/dataset.json                                                   options, splits, and the sequences forced to val
+SHARDS/_dataset.json                                                  options, splits, and the sequences forced to val
 SHARDS/split=train|val|test/<sequence>_<pair>_<fingerprint>.parquet   one finished pair
-SHARDS/quarantine/<sequence>_<pair>.json                              why a pair, frame or sequence could not be used
-SHARDS/rate.json                                                      time and size of the last run (estimate.py)
+SHARDS/_quarantine/<sequence>_<pair>.json                             why a pair, frame or sequence could not be used
+SHARDS/_rate.json                                                     time and size of the last run (estimate.py)
 """
 
 import contextlib
@@ -11,15 +11,30 @@ import json
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import (
+    Any,
+    NotRequired,  # typing's TypedDict is too old for pydantic on Python 3.11
+)
+
+from typing_extensions import TypedDict
 
 from preprocessing.colour import RenderingCurve
 from preprocessing.pairs import PairResult
 from preprocessing.plan import PairJob, Plan, PreprocessError, PreprocessOptions, QuarantineEntry
 from preprocessing.schema import SCHEMA_VERSION, SPLITS, is_shard, stated_curve
+from preprocessing.shard_folder.names import DATASET, QUARANTINE, move_older, note_files, read_stored
+from preprocessing.shard_folder.set_aside import Note, parse_note
+from preprocessing.shard_folder.small_json import SmallJsonError, parse_json
 from preprocessing.storage import Folder
 
-_DATASET = "dataset.json"
+
+class _Dataset(TypedDict):
+    """_dataset.json"""
+
+    schema_version: int
+    options: dict[str, int | str]
+    val: NotRequired[list[str]]
+    splits: NotRequired[dict[str, str]]
 
 
 @dataclass
@@ -28,25 +43,27 @@ class Ledger:
 
     target: Folder
     dataset: dict[str, Any] = field(default_factory=dict)
-    """dataset.json; {} for a new folder."""
+    """_dataset.json; {} for a new folder."""
     shards: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     """Paths of the shards in SHARDS, by the pair's key."""
-    quarantine: dict[str, dict[str, Any]] = field(default_factory=dict)
+    quarantine: dict[str, Note] = field(default_factory=dict)
     """Content of the quarantine notes, by path in SHARDS."""
 
     @classmethod
     def read(cls, target: Folder, options: PreprocessOptions) -> "Ledger":
-        """Raises PreprocessError if the shards were made with other options, OSError if SHARDS cannot be read."""
+        """Options bind once there is a shard.
+
+        Raises PreprocessError if the shards were made with other options, OSError if SHARDS cannot be read.
+        """
         ledger = cls(target)
-        if target.exists(_DATASET):
-            ledger.dataset = _checked(target, target.read(_DATASET), options)
         ledger.shards = ledger._listed()
-        for entry in target.files("quarantine"):
-            if entry.base_name.endswith(".json") and not entry.base_name.startswith("."):
-                path = target.relative(entry.path)
-                # A damaged note will be rewritten. A missing one was removed by a concurrent run.
-                with contextlib.suppress(json.JSONDecodeError, FileNotFoundError):
-                    ledger.quarantine[path] = json.loads(target.read(path))
+        stored = read_stored(target, DATASET)
+        if stored is not None:
+            ledger.dataset = ledger._checked(stored, options)
+        for name, path in note_files(target).items():
+            # A damaged note will be rewritten. A missing one was removed by a concurrent run.
+            with contextlib.suppress(SmallJsonError, FileNotFoundError):
+                ledger.quarantine[f"{QUARANTINE}/{name}"] = parse_note(target, path)
         return ledger
 
     @property
@@ -56,8 +73,12 @@ class Ledger:
 
     @property
     def curve(self) -> RenderingCurve | None:
-        """The curve of the renderings in SHARDS; None for a new folder."""
-        return stated_curve(self.dataset["options"]) if self.dataset else None
+        """The curve of the renderings in SHARDS; None for a folder without shards."""
+        return stated_curve(self.dataset["options"]) if self.dataset and self.has_shards else None
+
+    @property
+    def has_shards(self) -> bool:
+        return any(self.shards.values())
 
     @property
     def val(self) -> tuple[str, ...]:
@@ -73,21 +94,21 @@ class Ledger:
         """
         todo, done, quarantined = [], [], []
         for job in plan.jobs:
-            note = self.quarantine.get(job.quarantine, {})
+            note = self.quarantine.get(job.quarantine)
             if any(path.endswith(f"_{job.fingerprint}.parquet") for path in self.shards[job.key]):
                 done.append(job)
-            elif note.get("fingerprint") == job.fingerprint and not (keep_unaligned and note.get("unaligned")):
-                quarantined.append(QuarantineEntry(job.sequence, job.pair, note["reason"]))
-            else:
+            elif not note or note.get("fingerprint") != job.fingerprint or (keep_unaligned and note.get("unaligned")):
                 todo.append(job)
+            else:
+                quarantined.append(QuarantineEntry(job.sequence, job.pair, note["reason"]))
         return todo, done, quarantined
 
     def prepare(self, plan: Plan, options: PreprocessOptions) -> None:
-        """Write dataset.json. Remove temporary files of killed runs, and shards that the plan makes obsolete."""
+        """Write _dataset.json. Remove temporary files of killed runs, and shards that the plan makes obsolete."""
 
         def merge(stored: bytes | None) -> bytes:
             # Keep the sequences that a concurrent run has added to `val` since we read the file.
-            self.dataset = _checked(self.target, stored, options) if stored else {}
+            self.dataset = self._checked(stored, options) if stored else {}
             val = sorted({*self.val, *options.val})
             splits = {**self.splits, **{job.sequence: job.split for job in plan.jobs}}
             dataset = {
@@ -98,7 +119,8 @@ class Ledger:
             }
             return json.dumps(dataset, indent=1).encode()
 
-        self.target.update(_DATASET, merge)
+        move_older(self.target)
+        self.target.update(DATASET, merge)
         self._sweep()
         for key in self._outdated(plan):
             self._delete(self.shards.pop(key))
@@ -152,9 +174,15 @@ class Ledger:
             found.remove(same)
         self._delete([path for path in found if path != job.shard])
 
-    def finish(self, plan: Plan) -> None:
-        """Clean up again at the end: a concurrent or killed run may have written files since `prepare`."""
+    def finish(self, plan: Plan, options: PreprocessOptions) -> None:
+        """Clean up again at the end: a concurrent or killed run may have written files since `prepare`.
+
+        Raises PreprocessError if a concurrent run has started with other options, before there were shards.
+        """
         self.shards = self._listed()
+        stored = read_stored(self.target, DATASET)
+        if stored is not None:
+            self._checked(stored, options)
         for job in plan.jobs:
             if any(path.endswith(f"_{job.fingerprint}.parquet") for path in self.shards[job.key]):
                 self.keep_one_shard(job)
@@ -164,11 +192,11 @@ class Ledger:
         """Write notes for the plan's faults, and remove notes of its sequences that are not among `entries`."""
         current = {(entry.sequence, entry.pair) for entry in entries}
         for fault in plan.faults:
-            path = f"quarantine/{fault.sequence}_{fault.pair}.json"
+            path = f"{QUARANTINE}/{fault.sequence}_{fault.pair}.json"
             if self.quarantine.get(path) != asdict(fault):
                 self._write(path, asdict(fault))
         for path, note in self.quarantine.items():
-            if note.get("sequence") in plan.sequences and (note["sequence"], note.get("pair")) not in current:
+            if note["sequence"] in plan.sequences and (note["sequence"], note["pair"]) not in current:
                 self.target.delete(path)
 
     def count(self) -> dict[str, int]:
@@ -176,6 +204,21 @@ class Ledger:
         return {
             split: sum(is_shard(file.base_name) for file in self.target.files(f"split={split}")) for split in SPLITS
         }
+
+    def _checked(self, stored: bytes, options: PreprocessOptions) -> dict[str, Any]:
+        """Parse _dataset.json. Raises PreprocessError if it is damaged or was made with other options."""
+        try:
+            dataset: dict[str, Any] = {**parse_json(stored, f"{self.target.label}/{DATASET}", _Dataset)}
+        except SmallJsonError as error:
+            raise PreprocessError(f"{error}; restore it or use another SHARDS folder") from error
+        if dataset["schema_version"] != SCHEMA_VERSION:
+            raise PreprocessError(
+                f"{self.target.label}: expected schema version {SCHEMA_VERSION}, got {dataset['schema_version']}; "
+                "preprocess into another (empty) SHARDS folder"
+            )
+        if self.has_shards:
+            _require_same_options(self.target, dataset, options)
+        return dataset
 
     def _listed(self) -> dict[str, list[str]]:
         shards: dict[str, list[str]] = defaultdict(list)
@@ -186,7 +229,7 @@ class Ledger:
         return shards
 
     def _sweep(self) -> None:
-        for folder in ("", "quarantine", *(f"split={split}" for split in SPLITS)):
+        for folder in ("", QUARANTINE, *(f"split={split}" for split in SPLITS)):
             self.target.sweep(folder)
 
     def _write(self, path: str, content: Mapping[str, Any]) -> None:
@@ -197,23 +240,7 @@ class Ledger:
             self.target.delete(path)
 
 
-def _checked(target: Folder, stored: bytes, options: PreprocessOptions) -> dict[str, Any]:
-    """Parse dataset.json. Raises PreprocessError if it is damaged or was made with other options."""
-    try:
-        dataset = json.loads(stored)
-    except json.JSONDecodeError as error:
-        where = f"{target.label}/{_DATASET}"
-        raise PreprocessError(f"{where}: expected JSON ({error}); restore it or use another SHARDS folder") from error
-    _require_same_options(target, dataset, options)
-    return dataset
-
-
 def _require_same_options(target: Folder, made: Mapping[str, Any], options: PreprocessOptions) -> None:
-    if made.get("schema_version") != SCHEMA_VERSION:
-        raise PreprocessError(
-            f"{target.label}: expected schema version {SCHEMA_VERSION}, got {made.get('schema_version')}; "
-            "preprocess into another (empty) SHARDS folder"
-        )
     was, now = ({"curve": stated_curve(each)} | each for each in (made.get("options", {}), options.shard_options))
     asked = [name for name in now if name != "curve" or options.curve is not None]
     different = [name for name in asked if was.get(name) != now[name]]

@@ -27,6 +27,7 @@ from preprocessing.frames import (
 from preprocessing.raw.exif import Exif, read_exif
 from preprocessing.raw.picture import colour_space
 from preprocessing.schema import SCHEMA_VERSION
+from preprocessing.shard_folder.names import QUARANTINE
 from preprocessing.storage import Folder
 
 _READERS = 16
@@ -149,7 +150,7 @@ class PairJob:
     @property
     def quarantine(self) -> str:
         """Path of the pair's quarantine note in SHARDS."""
-        return f"quarantine/{self.key}.json"
+        return f"{QUARANTINE}/{self.key}.json"
 
 
 @dataclass

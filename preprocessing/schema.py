@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from preprocessing.colour import RenderingCurve
+from preprocessing.shard_folder.set_aside import why_no_shards
 from preprocessing.storage import open_folder
 
 SCHEMA_VERSION = 2
@@ -207,7 +208,11 @@ def read_info(shards: str) -> ShardInfo:
     """
     paths = list_shards(shards)
     if not paths:
-        raise SchemaError(f"{shards}: expected shards (split=*/*.parquet), got none; run: sdan preprocess RAW {shards}")
+        set_aside = why_no_shards(open_folder(shards))
+        got = f"none: {set_aside}" if set_aside else "none"
+        raise SchemaError(
+            f"{shards}: expected shards (split=*/*.parquet), got {got}; run: sdan preprocess RAW {shards}"
+        )
     return info_of(pq.read_schema(paths[0], filesystem=open_folder(shards).filesystem), paths[0])
 
 

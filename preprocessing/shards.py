@@ -13,7 +13,7 @@ import re
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ import ray.data
 import ray.exceptions
 from tqdm import tqdm
 
-from preprocessing.estimate import Estimate, Rate, estimate, memory_bytes, tile_bytes
+from preprocessing.estimate import Estimate, Rate, estimate, memory_bytes, require_room_for_a_tile, tile_bytes
 from preprocessing.isolation import IsolatedProcess
 from preprocessing.ledger import Ledger
 from preprocessing.pairs import PairResult
@@ -125,6 +125,8 @@ def preprocess(
     )
     with _storage_errors(source, "read"):
         plan = make_plan(source, options, ledger.splits)
+    if not ledger.has_shards:
+        require_room_for_a_tile(plan.jobs, options)
     todo, done, quarantined = ledger.classify(plan, keep_unaligned=options.keep_unaligned)
     had_shards = {job.sequence for job in plan.jobs if ledger.shards[job.key]}
     report = PreprocessReport(pairs=len(plan.jobs), todo=len(todo), skipped=len(done), notes=list(plan.notes))
@@ -139,16 +141,14 @@ def preprocess(
             for job in done:
                 ledger.keep_one_shard(job)
             written = _run_jobs(source, ledger, todo, options, report, progress=progress)
-            ledger.finish(plan)
+            ledger.finish(plan, options)
             ledger.update_quarantine(report.quarantined, plan)
             if report.rows:
                 Rate(report.rows, report.bytes, report.raw_bytes, report.task_seconds).write(target)
         report.new_sequences = sorted(written - had_shards)
     with _storage_errors(target, "read"):
         report.splits = ledger.count()
-    unknown = [name for name in asked_val if name not in plan.sequences]
-    report.notes += [f"--val: expected a sequence in RAW, got {name}" for name in unknown]
-    report.notes += _val_advice(report, plan, dry_run=dry_run)
+    report.notes += _val_advice(report, plan, asked_val, dry_run=dry_run)
     report.seconds = time.monotonic() - began
     return report
 
@@ -337,9 +337,13 @@ def _storage_errors(folder: Folder, action: str) -> Iterator[None]:
         raise PreprocessError(f"{folder.label}: cannot be {action} ({one_line(error)}); {remedy}") from error
 
 
-def _val_advice(report: PreprocessReport, plan: Plan, *, dry_run: bool) -> list[str]:
-    in_val = report.splits["val"] or (dry_run and any(job.split == "val" for job in plan.jobs))
+def _val_advice(report: PreprocessReport, plan: Plan, asked_val: Iterable[str], *, dry_run: bool) -> list[str]:
+    unknown = [f"--val: expected a sequence in RAW, got {name}" for name in asked_val if name not in plan.sequences]
+    if report.splits["val"] or (not dry_run and not any(report.splits.values())):
+        return unknown
+    if any(job.split == "val" for job in plan.jobs):
+        return unknown if dry_run else [*unknown, "all pairs in val are set aside, so training cannot be evaluated"]
     train = sorted({job.sequence for job in plan.jobs if job.split == "train"})
-    if in_val or not train:
-        return []
-    return [f"no sequence is in val, so training cannot be evaluated; add one, e.g. --val {train[0]}"]
+    if not train:
+        return unknown
+    return [*unknown, f"no sequence is in val, so training cannot be evaluated; add one, e.g. --val {train[0]}"]

@@ -1,6 +1,5 @@
 """Reads what a SHARDS folder holds from the shards' footers and measurements: no pictures, a few KB per shard."""
 
-import json
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,6 +11,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from preprocessing.schema import SchemaError, ShardInfo, info_of, list_shards
+from preprocessing.shard_folder.names import note_files
+from preprocessing.shard_folder.set_aside import parse_note
+from preprocessing.shard_folder.small_json import SmallJsonError
 from preprocessing.storage import Folder, one_line, open_folder
 
 _READERS = 16
@@ -98,8 +100,7 @@ def _read(folder: Folder, paths: list[str], progress: Callable[[int, int], None]
     if inventory.pairs:
         path = inventory.pairs[0].path
         inventory.info = info_of(pq.read_schema(path, filesystem=folder.filesystem), path)
-    names = sorted(entry.path for entry in folder.files("quarantine") if entry.base_name.endswith(".json"))
-    for path in names:
+    for _, path in sorted(note_files(folder).items()):
         inventory.quarantine.append(_note(folder, path))
     if not inventory.pairs and not inventory.quarantine:
         raise InspectError(
@@ -132,9 +133,8 @@ def _read_pair(folder: Folder, path: str) -> Pair | str:
 
 
 def _note(folder: Folder, path: str) -> dict[str, str]:
-    name = folder.relative(path)
     try:
-        note = json.loads(folder.read(name))
-        return {key: str(note.get(key, "")) for key in ("sequence", "pair", "reason")}
-    except (json.JSONDecodeError, AttributeError):
-        return {"sequence": name, "pair": "", "reason": "this quarantine note is damaged; run sdan preprocess again"}
+        note = parse_note(folder, path)
+        return {"sequence": note["sequence"], "pair": note["pair"], "reason": note["reason"]}
+    except SmallJsonError:
+        return {"sequence": path, "pair": "", "reason": "this quarantine note is damaged; run sdan preprocess again"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from preprocessing.estimate import Estimate
+from preprocessing.shard_folder.names import QUARANTINE
 
 if TYPE_CHECKING:
     from preprocessing.shards import PreprocessReport
@@ -30,7 +31,7 @@ def job_summary(report: PreprocessReport, shards: str, *, dry_run: bool) -> str:
         lines.append(f"  {estimate_line(report.estimate)}")
     lines += [f"  set aside: {entry.sequence} {entry.pair}: {entry.reason}" for entry in report.quarantined[:_LISTED]]
     if len(report.quarantined) > _LISTED:
-        where = "" if dry_run else f" in {shards}/quarantine/"
+        where = "" if dry_run else f" in {shards}/{QUARANTINE}/"
         lines.append(f"  ... {len(report.quarantined) - _LISTED} more{where}")
     return "\n".join([*lines, *(f"  {note}" for note in report.notes)])
 

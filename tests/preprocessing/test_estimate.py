@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from known_scene import jpg_bytes, write_sequence
 
-from preprocessing import estimate as estimates
 from preprocessing import shards
-from preprocessing.estimate import Rate, estimate, memory_bytes, num_tiles, tile_bytes
+from preprocessing.estimate import Rate, estimate, memory_bytes, num_tiles, require_room_for_a_tile, tile_bytes
 from preprocessing.frames import discover
 from preprocessing.pairs import process
-from preprocessing.plan import PreprocessOptions, make_plan
+from preprocessing.plan import PreprocessError, PreprocessOptions, make_plan
 from preprocessing.raw.exif import read_exif
 from preprocessing.storage import Folder, open_folder
 
@@ -54,6 +53,21 @@ def test_bytes_of_a_12_megapixel_pair():
     assert tile_bytes(options, truth=True) == tile_bytes(options, truth=False) + 3 * 768**2 + 4 * 96**2
 
 
+def test_a_tile_that_never_fits_is_refused_at_once():
+    exif = read_exif(b"")
+    jobs = [_job(replace(exif, size=size), zoom=5.0) for size in ((512, 768), (640, 960))]  # at most 64 x 96
+    for tile_px, fits in ((64, True), (68, True), (69, False), (96, False)):
+        options = PreprocessOptions(tile_px=tile_px, stride_px=8)
+        if fits:
+            require_room_for_a_tile(jobs, options)
+            continue
+        with pytest.raises(PreprocessError, match=f"share, 96x64 packed .*, got {tile_px}; use --tile 64$"):
+            require_room_for_a_tile(jobs, options)
+    require_room_for_a_tile(jobs, PreprocessOptions(tile_px=72, stride_px=8, align="ecc"))
+    require_room_for_a_tile([*jobs, _job(exif, 5.0)], options)  # a size is unknown
+    require_room_for_a_tile([], options)
+
+
 def _job(exif, zoom, pixels=4240 * 2832):
     return shards.PairJob(
         *("00001", "00006", "00002", "train", "0" * 16, "a.ARW", "a.JPG", "b.JPG", None),
@@ -92,8 +106,9 @@ def test_a_damaged_rate_reads_as_none(tmp_path):
     rate = Rate(40, 58_000_000, 83_000_000, 2.5)
     rate.write(folder)
     assert Rate.read(folder) == rate
-    for text in (b"", b"{", b"[]", b'{"tiles": 3}'):
-        folder.put(estimates.RATE_FILE, text)
+    zero = b'{"tiles": 0, "bytes": 4, "raw_bytes": 5, "task_seconds": 6.5}'  # would divide by zero
+    for text in (b"", b"{", b"[]", b"5", b"\xff\xfe", b"[" * 10**6, b'{"tiles": 3}', zero):
+        folder.put("_rate.json", text)
         assert Rate.read(folder) is None
 
 

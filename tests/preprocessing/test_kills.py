@@ -24,8 +24,8 @@ from preprocessing.storage import Folder, writer_id
 
 
 def content(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file, except rate.json, which holds the time taken."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "rate.json")
+    """SHA-256 of every file, except _rate.json, which holds the time taken."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "_rate.json")
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -127,8 +127,8 @@ def test_restart_after_a_kill_at_each_moment(changed, tmp_path):
     expected = content(tmp_path / "undisturbed")
     assert in_process(raw, tmp_path / "fresh")
     fresh = content(tmp_path / "fresh")
-    assert {k: v for k, v in fresh.items() if k != "dataset.json"} == {
-        k: v for k, v in expected.items() if k != "dataset.json"
+    assert {k: v for k, v in fresh.items() if k != "_dataset.json"} == {
+        k: v for k, v in expected.items() if k != "_dataset.json"
     }
     moment, ended = 0, False
     while not ended:
@@ -212,7 +212,7 @@ def test_restart_after_random_kills_of_workers(raw, undisturbed, tmp_path):
                 os.kill(rng.choice(workers), signal.SIGKILL)
         time.sleep(rng.random())
     assert driver.wait() == 0
-    assert content(out).keys() <= undisturbed.keys() | {f"quarantine/{name}.json" for name in keys_of(undisturbed)}
+    assert content(out).keys() <= undisturbed.keys() | {f"_quarantine/{name}.json" for name in keys_of(undisturbed)}
     assert start(raw, out).wait() == 0 and content(out) == undisturbed
 
 

@@ -1,6 +1,7 @@
 """Shards can be read without this package: the examples in docs/shards.md run, and its table matches the schema."""
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from preprocessing import schema
+from preprocessing.shard_folder import names
+from preprocessing.storage import open_folder
 
 DOCS = (Path(__file__).parents[2] / "docs" / "shards.md").read_text()
 EXAMPLES = {
@@ -43,6 +46,17 @@ def test_documented_examples_read_a_picture(library, tiny_shards, tmp_path, monk
         for row in pq.read_table(path, partitioning=None).to_pylist()
     ]
     assert any(np.array_equal(found["picture"], picture) for picture in stored)
+
+
+def test_pandas_and_pyarrow_open_the_folder_as_it_is(tiny_shards, tmp_path):
+    import pandas
+
+    shutil.copytree(tiny_shards, tmp_path / "shards")
+    folder = open_folder(str(tmp_path / "shards"))
+    for name in (names.DATASET, names.RATE, f"{names.QUARANTINE}/a_5-1.json", "split=train/.a~host~1~2"):
+        folder.put(name, b"{}")
+    assert len(pandas.read_parquet(folder.root, columns=["sequence", "split"])) == 10
+    assert pq.read_table(folder.root, columns=["sequence"]).num_rows == 10
 
 
 @pytest.mark.parametrize("library", ["polars", "duckdb"])

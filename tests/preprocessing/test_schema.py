@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from preprocessing import schema
+from preprocessing.storage import open_folder
 
 INFO = schema.ShardInfo(tile_px=4, scale=2, options={"align": "scale"})
 
@@ -121,7 +122,7 @@ def test_shards_are_listed_by_split(tmp_path):
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    (tmp_path / "quarantine").mkdir()
+    (tmp_path / "_quarantine").mkdir()
     assert schema.list_shards(str(tmp_path), "train") == [
         str(tmp_path / f"split=train/{name}.parquet") for name in "ab"
     ]
@@ -133,6 +134,13 @@ def test_shards_are_listed_by_split(tmp_path):
 
 def test_empty_folders_and_other_versions_are_rejected(tmp_path):
     with pytest.raises(schema.SchemaError, match=r"expected shards \(.*\), got none; run: sdan preprocess RAW "):
+        schema.read_info(str(tmp_path))
+    folder = open_folder(str(tmp_path))
+    for number, reason in enumerate(["a/1.dng: the file ends early", "b/1.dng: the file ends early", "another"]):
+        note = {"sequence": "a", "pair": str(number), "reason": reason}
+        folder.put(f"_quarantine/a_{number}.json", json.dumps(note).encode())
+    expected = r"got none: 3 are set aside, most often because: the file ends early \(see .*/_quarantine\); run: sdan"
+    with pytest.raises(schema.SchemaError, match=expected):
         schema.read_info(str(tmp_path))
     with pytest.raises(schema.SchemaError, match="expected schema version 2, got none"):
         schema.info_of(pa.schema([]), "x.parquet")

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import ray
 from known_scene import Scene, frame_to_scene, jpg_bytes, to_8_bit, write_sequence
 
 from preprocessing import shards
-from preprocessing.schema import decode, list_shards, read_info
+from preprocessing.schema import SchemaError, decode, list_shards, read_info
 from preprocessing.shards import PreprocessError, PreprocessOptions, preprocess
 from preprocessing.simulator.sequences import simulate
 
@@ -52,8 +53,8 @@ def run(folders, options=OPTIONS, **arguments):
 
 
 def content(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder, except rate.json, which holds the time taken."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "rate.json")
+    """SHA-256 of every file below a folder, except _rate.json, which holds the time taken."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "_rate.json")
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -192,7 +193,7 @@ def test_unusable_pairs_are_quarantined_and_the_rest_written(folders):
     for frame in ("00001", "00002"):
         assert "expected EXIF FocalLength in JPG or RAW, got none" in found.pop(("00005", frame))
     assert "expected a focal length in at least two frames, got 0 of 2" in found.pop(("00005", "-")) and not found
-    notes = {path.name: json.loads(path.read_text()) for path in (out / "quarantine").iterdir()}
+    notes = {path.name: json.loads(path.read_text()) for path in (out / "_quarantine").iterdir()}
     assert {(note["sequence"], note["pair"]) for note in notes.values()} == set(reasons(report))
     assert notes[f"00001_{PAIRS[0]}.json"]["reason"] == reasons(report)["00001", PAIRS[0]]
 
@@ -203,7 +204,7 @@ def test_unusable_pairs_are_quarantined_and_the_rest_written(folders):
     shutil.rmtree(raw / "00005")
     repaired = run(folders)
     assert (repaired.todo, repaired.written) == (1, 1) and ("00001", PAIRS[0]) not in reasons(repaired)
-    left = {path.name for path in (out / "quarantine").iterdir()}
+    left = {path.name for path in (out / "_quarantine").iterdir()}
     assert f"00001_{PAIRS[0]}.json" not in left and f"00001_{PAIRS[1]}.json" in left
 
 
@@ -218,13 +219,40 @@ def _remove_focal_length(folder):
 def test_changed_inputs_replace_the_older_shard(folders):
     run(folders)
     old = {Path(path).name for path in list_shards(str(folders[1]))}
-    image = to_8_bit(Scene(7).view(frame_to_scene(1, (256, 384)), (256, 384)))
+    image = to_8_bit(Scene(1).view(frame_to_scene(1.01, (256, 384)), (256, 384)))
     (folders[0] / "00001" / "00001.JPG").write_bytes(jpg_bytes(image, 240))
     report = run(folders)
     new = {Path(path).name for path in list_shards(str(folders[1]))}
     assert (report.written, report.skipped, len(new)) == (1, 5, 6)
     (gone,), (come,) = old - new, new - old
     assert gone.rpartition("_")[0] == come.rpartition("_")[0] == f"00001_{PAIRS[0]}"
+
+
+def test_pairs_that_do_not_show_the_same_thing(folders):
+    """Set aside with their score; the summary counts them; --keep-unaligned tries them again and flags them."""
+    image = to_8_bit(Scene(7).view(frame_to_scene(1, (256, 384)), (256, 384)))
+    (folders[0] / "00001" / "00001.JPG").write_bytes(jpg_bytes(image, 240))
+    report = run(folders)
+    assert (report.written, report.unaligned) == (5, 0)
+    assert "expected two pictures of one scene" in reasons(report)["00001", PAIRS[0]]
+    kept = run(folders, replace(OPTIONS, keep_unaligned=True))
+    assert (kept.todo, kept.written, kept.unaligned, kept.quarantined) == (1, 1, 1, [])
+    assert (run(folders).skipped, run(folders).todo) == (6, 0)
+
+
+def test_when_everything_is_set_aside_other_options_may_follow(folders, monkeypatch):
+    monkeypatch.setattr("preprocessing.estimate._MARGIN_PX", 1000)  # as if the tags had promised more room
+    large = PreprocessOptions(tile_px=64, stride_px=16, val=("00002",))
+    report = run(folders, large)
+    assert report.written == 0 and len(report.quarantined) == 6 and report.notes == []
+    with pytest.raises(SchemaError, match="got none: 6 are set aside, most often because: expected a shared area of"):
+        read_info(str(folders[1]))
+    monkeypatch.undo()
+    with pytest.raises(PreprocessError, match=r"tile_px: expected at most .* got 64; use --tile 24"):
+        run(folders, large)
+    assert run(folders).written == 6
+    with pytest.raises(PreprocessError, match="expected the options of its shards, tile_px=24"):
+        run(folders, large)
 
 
 def test_excluded_and_known_bad_frames_have_no_shards(folders):
@@ -293,7 +321,7 @@ def test_pairs_of_killed_workers_are_retried_by_the_next_run(folders, monkeypatc
     monkeypatch.undo()
     report = run(folders)
     assert (report.todo, report.written, report.quarantined) == (1, 1, [])
-    assert not list((folders[1] / "quarantine").iterdir())
+    assert not list((folders[1] / "_quarantine").iterdir())
 
 
 def test_workers_without_this_package_end_the_run(folders, monkeypatch):
@@ -303,4 +331,4 @@ def test_workers_without_this_package_end_the_run(folders, monkeypatch):
     monkeypatch.setattr(shards, "_task", not_installed)
     with pytest.raises(PreprocessError, match=r"Ray workers cannot run the tasks \(.*not_installed.*\)"):
         run(folders)
-    assert not list(folders[1].glob("quarantine/*"))
+    assert not list(folders[1].glob("_quarantine/*"))

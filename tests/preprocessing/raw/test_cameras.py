@@ -116,7 +116,7 @@ def test_missing_jpg_is_part_of_the_fingerprint(tmp_path):
 def test_shards_of_an_older_schema_are_refused(tmp_path):
     folder = open_folder(str(tmp_path))
     options = PreprocessOptions(**OPTIONS)
-    folder.put("dataset.json", json.dumps({"schema_version": 1, "options": options.shard_options}).encode())
+    folder.put("_dataset.json", json.dumps({"schema_version": 1, "options": options.shard_options}).encode())
     with pytest.raises(PreprocessError, match=r"expected schema version 2, got 1; preprocess into another"):
         Ledger.read(folder, options)
 

@@ -18,8 +18,8 @@ HOSTILE = '<script>alert(1)</script>"&amp;'
 
 
 def note(folder, name, **content):
-    (folder / "quarantine").mkdir(parents=True, exist_ok=True)
-    (folder / "quarantine" / f"{name}.json").write_text(json.dumps(content))
+    (folder / "_quarantine").mkdir(parents=True, exist_ok=True)
+    (folder / "_quarantine" / f"{name}.json").write_text(json.dumps(content))
 
 
 def change(path, **values):
@@ -82,7 +82,7 @@ def test_hostile_names_stay_text(shards):
 
 def test_a_folder_with_only_a_quarantine_is_reported(tmp_path):
     note(tmp_path, "00001_00002", sequence="00001", pair="00002", reason="no RAW file beside 00002.JPG")
-    (tmp_path / "quarantine" / "broken.json").write_text("{")
+    (tmp_path / "_quarantine" / "broken.json").write_text("{")
     said = text(inspect(str(tmp_path)))
     assert (
         "No shards yet" in said and "no RAW file beside 00002.JPG" in said and "this quarantine note is damaged" in said

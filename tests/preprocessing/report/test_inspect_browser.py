@@ -22,10 +22,10 @@ LEFT = "document.querySelector('.two figure').getBoundingClientRect().x"
 def page(tiny_shards, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     shutil.copytree(tiny_shards, folder / "shards")
-    (folder / "shards" / "quarantine").mkdir()
+    (folder / "shards" / "_quarantine").mkdir()
     for number, name in enumerate(("<script>document.title='harmed'</script>", "a" * 300, "00001")):
         entry = {"sequence": name, "pair": "00005-00001", "reason": f"{name}/00005.ARW: " + "damaged " * 30}
-        (folder / "shards" / "quarantine" / f"{number}.json").write_text(json.dumps(entry))
+        (folder / "shards" / "_quarantine" / f"{number}.json").write_text(json.dumps(entry))
     (folder / "report.html").write_text(inspect(str(folder / "shards")))
     return folder / "report.html"
 
