@@ -82,10 +82,17 @@ class _Listing:
     truth: dict[str, list[File]] = field(default_factory=lambda: defaultdict(list))
 
 
-def discover(raw: Folder) -> list[Sequence]:
-    """All sequences below `raw`, sorted by folder. Uses one recursive listing and opens no file."""
+def discover(raw: Folder, not_utf_8: list[str] | None = None) -> list[Sequence]:
+    """All sequences below `raw`, sorted by folder. Uses one recursive listing and opens no file.
+
+    `not_utf_8` receives the paths of pictures whose names are not UTF-8, the foreign bytes as \\xNN; they are left out.
+    """
     listing = _Listing()
-    for entry in raw.files(recursive=True):
+    skipped: list[str] = []
+    entries = raw.files(recursive=True, not_utf_8=skipped)
+    if not_utf_8 is not None:
+        not_utf_8 += sorted(path for path in skipped if _is_picture(path))
+    for entry in entries:
         folder, _, name = raw.relative(entry.path).rpartition("/")
         if name.startswith("."):
             continue
@@ -185,6 +192,11 @@ def _is_sequence_folder(folder: str) -> bool:
     if parts[:1] and parts[0] in SPLITS and len(parts) == 2:
         return parts[1] != TRUTH_FOLDER
     return len(parts) <= 1 and parts != [TRUTH_FOLDER]
+
+
+def _is_picture(path: str) -> bool:
+    folder, _, name = path.rpartition("/")
+    return _is_sequence_folder(folder) and not name.startswith(".") and _suffix(name) in RAW_SUFFIXES | JPG_SUFFIXES
 
 
 def _frames(files: list[File]) -> tuple[Frame, ...]:

@@ -173,11 +173,16 @@ def make_plan(raw: Folder, options: PreprocessOptions, splits: Mapping[str, str]
 
     Raises PreprocessError if RAW holds no sequence, or if two sequences or two pairs would get the same shard names.
     """
-    sequences = discover(raw)
+    not_utf_8: list[str] = []
+    sequences = discover(raw, not_utf_8)
     if not sequences:
         got = "no zoom sequence" if raw.exists() else "no such folder"
+        if not_utf_8:
+            got = f"{len(not_utf_8)} files whose names are not UTF-8, e.g. {not_utf_8[0]}"
         raise PreprocessError(f"{raw.label}: expected folders like 00001/00001.ARW + 00001.JPG, got {got}")
     plan = Plan(sequences={sequence.name for sequence in sequences})
+    plan.faults += [_misnamed(raw, path) for path in not_utf_8]
+    plan.sequences |= {fault.sequence for fault in plan.faults}
     seen: dict[str, str] = {}
     for sequence in sequences:
         if sequence.name in seen:
@@ -199,6 +204,12 @@ def make_plan(raw: Folder, options: PreprocessOptions, splits: Mapping[str, str]
                 f"sequence {job.sequence}; rename one of them"
             )
     return plan
+
+
+def _misnamed(raw: Folder, path: str) -> QuarantineEntry:
+    folder, _, name = path.rpartition("/")
+    reason = f"{path}: expected a name in UTF-8, got other bytes; rename the file or its folder"
+    return QuarantineEntry((folder or raw.root).rpartition("/")[2], name, reason)
 
 
 def split_of(name: str) -> str:

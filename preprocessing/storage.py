@@ -47,12 +47,28 @@ class Folder:
     def path(self, relative: str) -> str:
         return f"{self.root}/{relative}" if relative else self.root
 
-    def files(self, relative: str = "", *, recursive: bool = False) -> list[pyarrow.fs.FileInfo]:
-        """List the files (not folders) below `relative` without opening any; [] if the folder does not exist."""
+    def files(
+        self, relative: str = "", *, recursive: bool = False, not_utf_8: list[str] | None = None
+    ) -> list[pyarrow.fs.FileInfo]:
+        """List the files (not folders) below `relative` without opening any; [] if the folder does not exist.
+
+        Files whose names are not UTF-8 are left out: pyarrow, Parquet and JSON cannot hold them. `not_utf_8` receives
+        their paths relative to this folder, the foreign bytes as \\xNN.
+        """
         from pyarrow import fs
 
         selector = fs.FileSelector(self.path(relative), allow_not_found=True, recursive=recursive)
-        return [entry for entry in self.filesystem.get_file_info(selector) if entry.type == fs.FileType.File]
+        found = []
+        for entry in self.filesystem.get_file_info(selector):
+            if entry.type != fs.FileType.File:
+                continue
+            try:
+                entry.path  # noqa: B018  # decodes the name
+                found.append(entry)
+            except UnicodeDecodeError as error:
+                if not_utf_8 is not None:
+                    not_utf_8.append(self.relative(error.object.decode("utf-8", "backslashreplace")))
+        return found
 
     def relative(self, path: str) -> str:
         """A listed path relative to this folder."""
@@ -170,7 +186,8 @@ class Folder:
 def open_folder(uri: str) -> Folder:
     """Open a local path or `s3://bucket/prefix`. S3 credentials and endpoint come from AWS's environment variables.
 
-    The folder need not exist. Raises OSError or pyarrow.ArrowInvalid for a malformed or unsupported URI.
+    The folder need not exist. Raises OSError or pyarrow.ArrowInvalid for a malformed or unsupported URI, and OSError
+    for a path that is not UTF-8.
     """
     import pyarrow as pa
     from pyarrow import fs
@@ -181,6 +198,11 @@ def open_folder(uri: str) -> Folder:
         filesystem, root = fs.FileSystem.from_uri(uri)
     else:
         filesystem, root = fs.LocalFileSystem(), str(Path(uri).absolute())
+        try:
+            root.encode()
+        except UnicodeEncodeError as error:
+            shown = os.fsencode(uri).decode("utf-8", "backslashreplace")
+            raise OSError(f"{shown}: expected a path in UTF-8, got other bytes; rename the folder") from error
     return Folder(filesystem, root.rstrip("/"), uri)
 
 

@@ -1,10 +1,12 @@
 """Sequences are found in SR-RAW's layout; frames are paired by focal ratio; tags are read."""
 
 import io
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
-from known_scene import jpg_bytes
+from known_scene import jpg_bytes, write_sequence
 from PIL import Image
 
 from preprocessing.frames import (
@@ -19,8 +21,10 @@ from preprocessing.frames import (
     ratio,
     read_exclusions,
 )
-from preprocessing.plan import PreprocessOptions, make_plan
+from preprocessing.ledger import Ledger
+from preprocessing.plan import Plan, PreprocessError, PreprocessOptions, make_plan
 from preprocessing.raw.exif import Exif, camera_name, read_exif
+from preprocessing.shards import preprocess
 from preprocessing.storage import open_folder
 
 
@@ -69,6 +73,47 @@ def test_discover_finds_any_suffix_case_and_ignores_other_files(tmp_path):
         "00002.jpeg",
     ]
     assert {file.name for file in first.truth} == {"00001.npz", "00009.JPG"}
+
+
+def test_names_that_are_not_utf_8_are_set_aside_by_name(tmp_path):
+    """The byte 0xDF is Latin-1's sharp s; cameras and old archives leave such names."""
+    write_sequence(tmp_path / "00001", focals_mm=(240, 50))
+    root = os.fsencode(tmp_path)
+    for name in (b"00001/Stra\xdfe.dng", b"00001/Stra\xdfe.JPG", b"00001/notes\xdf.txt", b"Fl\xfc\xdfe/1.JPG"):
+        path = Path(os.fsdecode(root + b"/" + name))
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x")
+    plan = make_plan(open_folder(str(tmp_path)), PreprocessOptions(), {})
+    assert [job.pair for job in plan.jobs] == ["00002-00001"]
+    assert [(fault.sequence, fault.pair) for fault in plan.faults] == [
+        ("00001", r"Stra\xdfe.JPG"),
+        ("00001", r"Stra\xdfe.dng"),
+        (r"Fl\xfc\xdfe", "1.JPG"),
+    ]
+    assert r"00001/Stra\xdfe.JPG: expected a name in UTF-8, got other bytes; rename" in plan.faults[0].reason
+    target = open_folder(str(tmp_path / "shards"))
+    ledger = Ledger.read(target, PreprocessOptions())
+    ledger.update_quarantine(plan.faults, plan)
+    again = Ledger.read(target, PreprocessOptions())
+    assert {note["pair"] for note in again.quarantine.values()} == {fault.pair for fault in plan.faults}
+    again.update_quarantine([], Plan(sequences=plan.sequences))  # they have been renamed
+    assert Ledger.read(target, PreprocessOptions()).quarantine == {}
+
+
+def test_folders_that_are_not_utf_8_are_refused_in_one_line(tmp_path):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/Stra\xdfe")
+    for verb in (
+        lambda: preprocess(folder, str(tmp_path / "shards"), PreprocessOptions()),
+        lambda: preprocess(str(tmp_path), folder, PreprocessOptions()),
+    ):
+        with pytest.raises(
+            PreprocessError, match=r"Stra\\xdfe: expected a path in UTF-8, got other bytes; rename the f"
+        ):
+            verb()
+    (tmp_path / "raw").mkdir()
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/raw/\xdf.JPG")).write_bytes(b"x")
+    with pytest.raises(PreprocessError, match=r"got 1 files whose names are not UTF-8, e.g. \\xdf.JPG"):
+        make_plan(open_folder(str(tmp_path / "raw")), PreprocessOptions(), {})
 
 
 def test_discover_accepts_a_single_sequence_folder(tmp_path):
