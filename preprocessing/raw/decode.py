@@ -4,7 +4,7 @@ Training and users share this decoder and this rendering, so a user's RAW is pro
 Shapes: h, w are packed pixels (one 2x2 RGGB block each); the mosaic and the rendering are 2h x 2w.
 
 Where each value is read from the file:
-    black levels, white level       _black_levels, _white_level
+    black levels, white level       _black_levels (dng_levels.py), _white_level
     white balance, colour matrix    _white_balance, _colour_matrix
     colour pattern (RGGB phase)     rggb_origin (checks.py)
     the camera's crop               _camera_crop
@@ -16,7 +16,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import rawpy
@@ -33,6 +33,7 @@ from preprocessing.raw.checks import (
     rggb_origin,
     whole_blocks,
 )
+from preprocessing.raw.dng_levels import black_pattern, by_place
 from preprocessing.raw.exif import read_exif
 from preprocessing.raw.rendering import SensorData, xyz_to_camera_from_libraw
 
@@ -126,7 +127,9 @@ def load(source: str | Path | bytes, *, name: str | None = None, curve: Renderin
     (X-Trans, monochrome, Foveon, linear DNG).
     """
     with _opened(source, name) as (raw, label):
-        return _read_image(raw, label, _first_megabyte(source), curve)
+        with _stream(source) as file:
+            levels = black_pattern(file)
+        return _read_image(raw, label, _first_megabyte(source), curve, levels)
 
 
 def render(source: str | Path | bytes, *, name: str | None = None, curve: RenderingCurve = "srgb") -> NDArray[np.uint8]:
@@ -166,8 +169,10 @@ def _opened(source: str | Path | bytes, name: str | None) -> Iterator[tuple[Any,
             ) from error
 
 
-def _read_image(raw: Any, label: str, head: bytes, curve: RenderingCurve) -> RawImage:
-    """Everything that is read from the file. `head`: its first megabyte, for the tags."""
+def _read_image(
+    raw: Any, label: str, head: bytes, curve: RenderingCurve, levels: NDArray[np.float64] | None
+) -> RawImage:
+    """Everything that is read from the file. `head`: its first megabyte, for the tags; `levels`: its black levels."""
     require_bayer(raw, label)
     pattern = raw.raw_colors_visible[:2, :2]
     colour_names = bytes(raw.color_desc)
@@ -176,7 +181,7 @@ def _read_image(raw: Any, label: str, head: bytes, curve: RenderingCurve) -> Raw
     require_complete(whole_blocks(mosaic, origin, label), label)
     # LibRaw's channel numbers (0 R, 1 G, 2 B, 3 G2) in our order R, G1, G2, B.
     channels = [int(pattern[(origin[0] + row) % 2, (origin[1] + col) % 2]) for row, col in BLOCK]
-    black_levels = _black_levels(raw)[channels]
+    black_levels = _black_levels(raw, channels, origin, levels, label)
     tags = read_exif(head)
     return RawImage(
         sensor=SensorData(
@@ -198,9 +203,17 @@ def _read_image(raw: Any, label: str, head: bytes, curve: RenderingCurve) -> Raw
     )
 
 
-def _black_levels(raw: Any) -> NDArray[np.float32]:
-    """(4,) counts in LibRaw's order R, G, B, G2."""
-    return _per_channel(raw.black_level_per_channel)
+def _black_levels(
+    raw: Any, channels: list[int], origin: tuple[int, int], levels: NDArray[np.float64] | None, label: str
+) -> NDArray[np.float32]:
+    """(4,) counts, R G1 G2 B. LibRaw's, except for a DNG's pattern larger than 2x2, of which LibRaw gives the least."""
+    if levels is None or max(levels.shape) <= 2:
+        return _per_channel(raw.black_level_per_channel)[channels]
+    places = by_place(levels)
+    if places is None:
+        pattern = f"{levels.shape[0]}x{levels.shape[1]} levels from {levels.min():g} to {levels.max():g}"
+        raise RawError(f"{label}: expected one black level per colour, got {pattern}; exclude it")
+    return np.array([places[(origin[0] + row) % 2, (origin[1] + col) % 2] for row, col in BLOCK], np.float32)
 
 
 def _white_level(raw: Any, black_levels: NDArray[np.float32], label: str) -> float:
@@ -262,6 +275,12 @@ def _is_dng(head: bytes) -> bool:
     count = int.from_bytes(head[first : first + 2], order)
     entries = range(first + 2, first + 2 + 12 * count, 12)
     return any(int.from_bytes(head[at : at + 2], order) == _DNG_VERSION for at in entries)
+
+
+@contextlib.contextmanager
+def _stream(source: str | Path | bytes) -> Iterator[BinaryIO]:
+    with io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file:
+        yield file
 
 
 def _first_megabyte(source: str | Path | bytes) -> bytes:

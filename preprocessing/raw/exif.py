@@ -18,8 +18,9 @@ import exifread
 from PIL import Image
 
 _EXIF_IFD, _INTEROP_IFD = 0x8769, 0xA005
-_LOCK = threading.Lock()
-"""Held while warnings are caught: that changes the filters of the whole process, and several threads read frames."""
+PROCESS_LOCK = threading.Lock()
+"""Held while warnings are caught or Pillow's settings changed: both are the whole process's, and several threads read
+frames."""
 _EXIF_HEADER = b"Exif\x00\x00"
 _FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 """The JPEG markers SOF0 to SOF15, except three numbers in that range that do not start a frame."""
@@ -58,7 +59,7 @@ def read_exif(data: bytes) -> Exif:
     found = Exif()
     if header[:4] in (b"II*\x00", b"MM\x00*"):
         # Damaged tags make Pillow raise many kinds of errors, and tags beyond `data` make it warn.
-        with _LOCK, warnings.catch_warnings(), contextlib.suppress(Exception):
+        with PROCESS_LOCK, warnings.catch_warnings(), contextlib.suppress(Exception):
             warnings.simplefilter("ignore")
             found = _by_pillow(header)
     if found.focal_mm is None and header:

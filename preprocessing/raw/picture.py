@@ -7,7 +7,6 @@ profile's matrix and curves (icc.py).
 
 import contextlib
 import io
-import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from preprocessing.raw.exif import Exif, read_exif
+from preprocessing.raw.exif import PROCESS_LOCK, Exif, read_exif
 from preprocessing.raw.icc import ADOBE_RGB, MatrixProfile, read_matrix_profile
 
 Pixels = NDArray[np.uint8] | NDArray[np.uint16]
@@ -41,8 +40,6 @@ _UNCALIBRATED, _ADOBE_BY_SOME = 0xFFFF, 2
 _SAME_COLOUR = 2
 """Levels of 255 by which a profile may change colours and still count as sRGB: rounding, and older editions of it."""
 _STRIP_ROWS = 256
-_LOCK = threading.Lock()
-"""Held while settings of the whole process are changed: Pillow's size limit, and the filters of warnings."""
 
 
 class PictureError(ValueError):
@@ -129,7 +126,7 @@ def colour_space(head: bytes) -> str | None:
 @contextlib.contextmanager
 def _opened(data: bytes, kinds: tuple[str, ...]) -> Iterator[Image.Image]:
     """The picture before it is decoded. The size is checked by us, so that a limit has one message."""
-    with _LOCK, warnings.catch_warnings():
+    with PROCESS_LOCK, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         limit = Image.MAX_IMAGE_PIXELS
         Image.MAX_IMAGE_PIXELS = None

@@ -98,6 +98,38 @@ def test_white_level_comes_from_the_file(good):
     assert "expected a white level above the black level 512, got 1;" in refusal(retagged(good, 50717, 4, 1))
 
 
+CELL = (500, 501, 502, 503)  # by place in the 2x2 cell
+FOUR = [CELL[2 * (row % 2) + col % 2] for row in range(4) for col in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("repeat", "levels", "expected"),
+    [
+        ((2, 2), CELL, CELL),
+        ((4, 4), FOUR, CELL),
+        ((4, 2), [*CELL, *CELL], CELL),
+        ((2, 4), (500, 501, 500, 501, 502, 503, 502, 503), CELL),
+        ((3, 3), [512] * 9, (512,) * 4),
+        ((1, 2), (500, 600), (500, 600, 500, 600)),
+    ],
+)
+@pytest.mark.parametrize("cfa", ["RGGB", "GBRG"])
+def test_black_level_patterns_are_exact(tmp_path, mosaic, cfa, repeat, levels, expected):
+    """LibRaw gives the least of a pattern larger than 2x2 for all colours: a colour cast in the shadows."""
+    write_dng(tmp_path / "x.dng", mosaic, cfa=cfa, wb=WB)
+    data = retagged(retagged((tmp_path / "x.dng").read_bytes(), 50713, 3, *repeat), 50714, 4, *levels)
+    row, col = divmod(cfa.index("R"), 2)
+    wanted = [expected[2 * ((row + r) % 2) + (col + c) % 2] for r, c in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    assert decode.load(data).black_level.tolist() == wanted
+
+
+def test_an_irregular_black_level_pattern_is_refused(good):
+    data = retagged(retagged(good, 50713, 3, 4, 4), 50714, 4, *range(500, 516))
+    assert refusal(data) == ("x.dng: expected one black level per colour, got 4x4 levels from 500 to 515; exclude it")
+    nearly = [level + row % 2 for row in range(4) for level in (512, 512, 512, 512)]
+    assert decode.load(retagged(retagged(good, 50713, 3, 4, 4), 50714, 4, *nearly)).black_level.max() == 513
+
+
 def test_a_black_level_of_zero_is_kept(tmp_path, mosaic):
     write_dng(tmp_path / "x.dng", mosaic, wb=WB, black_level=(0, 0, 0, 0))
     assert decode.load(tmp_path / "x.dng").black_level.tolist() == [0, 0, 0, 0]
