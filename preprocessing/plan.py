@@ -25,6 +25,7 @@ from preprocessing.frames import (
     ratio,
 )
 from preprocessing.raw.exif import Exif, read_exif
+from preprocessing.raw.libraw_tags import libraw_exif
 from preprocessing.raw.picture import colour_space
 from preprocessing.schema import SCHEMA_VERSION
 from preprocessing.shard_folder.names import QUARANTINE
@@ -265,14 +266,22 @@ def _read_tags(raw: Folder, frame: Frame, digests: dict[str, str]) -> Shot:
         if found.focal_mm is None:
             first, last = raw.read_ends(file.path)
             digests[file.path] = _digest(first, last)
-            more = read_exif(first)
-            if more.focal_mm is None and file.size > len(first):
-                # Some RAW files have their tags behind the picture. Without a JPG, search the whole file.
-                more = read_exif(raw.read(file.path, _MORE_TAGS_BYTES if frame.jpgs else None))
             colours = colours or (colour_space(first) if file in frame.jpgs else None)
-            known = {name: value for name, value in asdict(found).items() if value is not None}
-            found = replace(more, **known)
+            found = _joined(found, read_exif(first))
+            if found.focal_mm is None and file.size > len(first):
+                found = _joined(found, read_exif(raw.read(file.path, _MORE_TAGS_BYTES)))
+    if found.focal_mm is None and len(frame.raws) == 1:
+        # Some RAW files have their tags behind the picture, or in a form that only LibRaw knows.
+        data = raw.read(frame.raws[0].path)
+        found = _joined(found, read_exif(data))
+        if found.focal_mm is None:
+            found = _joined(found, libraw_exif(data))
     return Shot(frame, found, colours)
+
+
+def _joined(found: Exif, more: Exif) -> Exif:
+    """`found`, with its missing tags from `more`."""
+    return replace(more, **{name: value for name, value in asdict(found).items() if value is not None})
 
 
 def _faults(shot: Shot, *, render_missing: bool) -> Iterator[str]:

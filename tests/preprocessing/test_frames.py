@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from known_scene import jpg_bytes, write_sequence
+from mutants import entries, with_field
 from PIL import Image
 
 from preprocessing.frames import (
@@ -22,7 +23,8 @@ from preprocessing.frames import (
     read_exclusions,
 )
 from preprocessing.ledger import Ledger
-from preprocessing.plan import Plan, PreprocessError, PreprocessOptions, make_plan
+from preprocessing.plan import Plan, PreprocessError, PreprocessOptions, _read_tags, make_plan
+from preprocessing.raw.dng import ShotTags, write_dng
 from preprocessing.raw.exif import Exif, camera_name, read_exif
 from preprocessing.shards import preprocess
 from preprocessing.storage import open_folder
@@ -155,6 +157,42 @@ def test_35_mm_equivalent_and_lens_are_read():
     Image.new("RGB", (8, 8)).save(out, "JPEG", exif=exif)
     found = read_exif(out.getvalue())
     assert (found.focal_mm, found.focal_35mm, found.lens) == (6, 52, "back camera 6mm f/2")
+
+
+def big_dng(folder):
+    """A DNG of 1.3 MB with a focal length of 50 mm, taken at ISO 400."""
+    mosaic = np.full((800, 800), 3000, np.uint16)
+    write_dng(folder / "x.dng", mosaic, shot=ShotTags(focal_mm=50, iso=400))
+    return (folder / "x.dng").read_bytes()
+
+
+def tags_behind_the_picture(data):
+    """The file with its EXIF directory moved to the end."""
+    [pointer] = [entry for entry in entries(data) if entry.tag == 34665]
+    length = 2 + 12 * int.from_bytes(data[pointer.value : pointer.value + 2], "little") + 4
+    directory = data[pointer.value : pointer.value + length]
+    moved = with_field(data, pointer.at + 8, "<I", len(data)) + directory
+    return moved[: pointer.value] + bytes(length) + moved[pointer.value + length :]
+
+
+@pytest.mark.parametrize("jpg", [False, True])
+@pytest.mark.parametrize("form", ["behind the picture", "only LibRaw", "damaged"])
+def test_focal_lengths_are_found_anywhere_in_a_raw(tmp_path, form, jpg):
+    """Beyond the first megabyte; and, as for CRW, CR3, RAF and MRW, where only LibRaw knows the format."""
+    data = big_dng(tmp_path)
+    data = {
+        "behind the picture": lambda: tags_behind_the_picture(data),
+        "only LibRaw": lambda: data[:2] + b"RO" + data[4:],  # Olympus's magic number: no TIFF reader takes it
+        "damaged": lambda: b"x" * len(data),
+    }[form]()
+    (tmp_path / "raw" / "1").mkdir(parents=True)
+    (tmp_path / "raw" / "1" / "a.dng").write_bytes(data)
+    if jpg:
+        (tmp_path / "raw" / "1" / "a.JPG").write_bytes(jpg_bytes(np.zeros((8, 8, 3), np.uint8)))
+    folder = open_folder(str(tmp_path / "raw"))
+    [sequence] = discover(folder)
+    found = _read_tags(folder, sequence.frames[0], {}).exif
+    assert (found.focal_mm, found.iso) == ((None, None) if form == "damaged" else (50, 400))
 
 
 def test_srraw_pairs_at_4x_and_8x():
