@@ -9,18 +9,24 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
+import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 if TYPE_CHECKING:
+    from alembic.script import ScriptDirectory
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
@@ -39,28 +45,45 @@ SHARDS_TAG = "sdan.trained_on"
 """Tag of the registered model: the shards of its newest version, so that a retraining knows what is new."""
 
 
+LOCK_WAIT_S = 60.0
+"""How long to wait for an sqlite database that another program has locked."""
+PROBES, PROBE_TIMEOUT_S, PROBE_PAUSE_S = 3, 4.0, 1.0
+"""Requests that an MLflow server may leave unanswered before it counts as dead: 14 s at most. MLflow itself retries for
+minutes without a message."""
+
+
 class RegistryError(ValueError):
     """A model, run or database that cannot be used; the message says what to do."""
 
 
 def default_tracking_uri(data: Path) -> str:
     """MLFLOW_TRACKING_URI if set (a cluster's server), else the sqlite database DATA/mlflow.db, absolute."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{data.expanduser().resolve() / 'mlflow.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or _sqlite_uri(data.expanduser().resolve() / "mlflow.db")
+
+
+def without_password(tracking_uri: str) -> str:
+    """The URI for a message: user name and password are left out."""
+    return re.sub(r"//[^/@]*@", "//", tracking_uri)
 
 
 def prepare_database(tracking_uri: str) -> None:
     """Create the sqlite database, or migrate it to this MLflow's schema, before anything writes to it.
 
-    Processes that start together wait for each other, because two concurrent migrations break the database. Does
-    nothing for an http(s) URI: a server manages its own database.
+    Processes that start together wait for each other, because two concurrent migrations break the database. A server
+    manages its own database; here it must only answer.
+
+    Raises:
+        RegistryError: the folder is not writable, the database is damaged, another program's or locked for longer than
+            LOCK_WAIT_S, or the server does not answer.
     """
     database = _database(tracking_uri)
     if database is None:
+        _check_server(tracking_uri)
         return
     try:
         database.parent.mkdir(parents=True, exist_ok=True)
         with _locked(database.with_name(f"{database.name}.lock")):
-            if database.is_file() and _is_current(tracking_uri, database):
+            if database.exists() and _is_current(database, write=True):
                 return
             _migrate(tracking_uri, database)
     except OSError as error:
@@ -71,7 +94,7 @@ def prepare_database(tracking_uri: str) -> None:
 
 def create_run(tracking_uri: str, experiment: str, name: str, tags: Mapping[str, str] | None = None) -> str:
     """Create a run and return its id."""
-    client = _client(tracking_uri)
+    client = connect(tracking_uri, write=True)
     run = client.create_run(open_experiment(tracking_uri, experiment), tags=dict(tags or {}), run_name=name)
     return str(run.info.run_id)
 
@@ -83,7 +106,7 @@ def open_experiment(tracking_uri: str, name: str) -> str:
     """
     from mlflow.exceptions import MlflowException
 
-    client = _client(tracking_uri)
+    client = connect(tracking_uri, write=True)
     database = _database(tracking_uri)
     artifacts = (database.parent / "mlartifacts").as_uri() if database else None
     found = client.get_experiment_by_name(name)
@@ -104,7 +127,7 @@ def log_config(tracking_uri: str, run_id: str, config: Mapping[str, Any]) -> Non
     """
     from mlflow.entities import Param
 
-    client = _client(tracking_uri)
+    client = connect(tracking_uri, write=True)
     known = _run(client, run_id, tracking_uri).data.params
     params = [Param(name, str(value)) for name, value in config.items() if name not in known]
     client.log_batch(run_id, params=params)
@@ -122,7 +145,7 @@ def register_model(tracking_uri: str, run_id: str, checkpoint: Path, name: str =
     from mlflow.exceptions import MlflowException
 
     _check_folder(checkpoint)
-    client = _client(tracking_uri)
+    client = connect(tracking_uri, write=True)
     run = _run(client, run_id, tracking_uri)
     path = f"checkpoint-{_digest(checkpoint)}"
     source = f"{run.info.artifact_uri}/{path}"
@@ -149,7 +172,7 @@ def get_champion(tracking_uri: str, name: str = MODEL) -> ModelVersion | None:
     from mlflow.exceptions import MlflowException
 
     try:
-        return _client(tracking_uri).get_model_version_by_alias(name, CHAMPION)
+        return connect(tracking_uri).get_model_version_by_alias(name, CHAMPION)
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
@@ -160,7 +183,7 @@ def set_champion(tracking_uri: str, version: str, name: str = MODEL) -> None:
     """Promote a version; its tag records the version that it replaces, for `rollback`."""
     from mlflow.exceptions import MlflowException
 
-    client = _client(tracking_uri)
+    client = connect(tracking_uri, write=True)
     try:
         client.get_model_version(name, version)
     except MlflowException as error:
@@ -177,12 +200,12 @@ def set_champion(tracking_uri: str, version: str, name: str = MODEL) -> None:
 
 def remember_shards(tracking_uri: str, digest: str, name: str = MODEL) -> None:
     """Record which shards the newest version was trained on (ShardIndex.digest), promoted or not."""
-    _client(tracking_uri).set_registered_model_tag(name, SHARDS_TAG, digest)
+    connect(tracking_uri, write=True).set_registered_model_tag(name, SHARDS_TAG, digest)
 
 
 def remembered_shards(tracking_uri: str, name: str = MODEL) -> str | None:
     """The digest that `remember_shards` recorded last; None before the first."""
-    tags = _client(tracking_uri).get_registered_model(name).tags
+    tags = connect(tracking_uri).get_registered_model(name).tags
     return str(tags[SHARDS_TAG]) if SHARDS_TAG in tags else None
 
 
@@ -203,7 +226,7 @@ def rollback(tracking_uri: str, name: str = MODEL) -> tuple[str, str]:
             f"models:/{name}@{CHAMPION}: expected an earlier champion, got none; version {champion.version} is the "
             "first"
         )
-    _client(tracking_uri).set_registered_model_alias(name, CHAMPION, previous)
+    connect(tracking_uri, write=True).set_registered_model_alias(name, CHAMPION, previous)
     return str(champion.version), previous
 
 
@@ -218,7 +241,7 @@ def resolve_model(tracking_uri: str, model: str | Path, cache: Path | None = Non
     text = str(model)
     if text.startswith("runs:/"):
         run_id, _, path = text.removeprefix("runs:/").partition("/")
-        client = _client(_existing(tracking_uri, text))
+        client = connect(_existing(tracking_uri, text))
         run = _run(client, run_id, tracking_uri)
         path = path or run.data.tags.get(CHECKPOINT_TAG, "")
         if not path:
@@ -240,7 +263,7 @@ def resolve_model(tracking_uri: str, model: str | Path, cache: Path | None = Non
 def _source(tracking_uri: str, uri: str) -> str:
     from mlflow.exceptions import MlflowException
 
-    client = _client(_existing(tracking_uri, uri))
+    client = connect(_existing(tracking_uri, uri))
     name, at, alias = uri.removeprefix("models:/").partition("@")
     try:
         if at:
@@ -298,9 +321,24 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()[:8]
 
 
-def _client(tracking_uri: str) -> MlflowClient:
+def connect(tracking_uri: str, *, write: bool = False) -> MlflowClient:
+    """A client of MLflow, after a check that the database can be used or the server answers.
+
+    Args:
+        write: also wait until the sqlite database can be written.
+
+    Raises:
+        RegistryError: as `prepare_database`.
+    """
     from mlflow import MlflowClient
 
+    database = _database(tracking_uri)
+    if database is None:
+        _check_server(tracking_uri)
+    elif database.exists() and not _is_current(database, write=write):
+        raise RegistryError(
+            f"{database}: expected the schema of this MLflow, got an older one; run `sdan doctor`, which migrates it"
+        )
     return MlflowClient(tracking_uri=tracking_uri)
 
 
@@ -310,7 +348,9 @@ def _run(client: MlflowClient, run_id: str, tracking_uri: str) -> Any:
     try:
         return client.get_run(run_id)
     except MlflowException as error:
-        raise RegistryError(f"runs:/{run_id}: expected a run in {tracking_uri}, got none; see the MLflow UI") from error
+        raise RegistryError(
+            f"runs:/{run_id}: expected a run in {without_password(tracking_uri)}, got none; see the MLflow UI"
+        ) from error
 
 
 def _existing(tracking_uri: str, asked: str) -> str:
@@ -323,8 +363,26 @@ def _existing(tracking_uri: str, asked: str) -> str:
     return tracking_uri
 
 
+def _sqlite_uri(database: Path) -> str:
+    """The URI of an sqlite database. SQLAlchemy unquotes the path in it, and ends it at a "?".
+
+    Where anything must be quoted, "/" is quoted, too: MLflow creates the parent folder of the path as it is written.
+    """
+    path = str(database)
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise RegistryError(
+            f"--data, {path!r}: expected a name in UTF-8, which MLflow needs, got other bytes; choose another folder"
+        ) from error
+    return "sqlite:///" + (quote(path, safe="") if re.search("[%?#]", path) else path)
+
+
 def _database(tracking_uri: str) -> Path | None:
-    return Path(tracking_uri.removeprefix("sqlite:///")) if tracking_uri.startswith("sqlite:///") else None
+    """The file of an sqlite URI; None for other URIs."""
+    if not tracking_uri.startswith("sqlite:///"):
+        return None
+    return Path(unquote(tracking_uri.removeprefix("sqlite:///").partition("?")[0]))
 
 
 @contextmanager
@@ -334,19 +392,86 @@ def _locked(path: Path) -> Iterator[None]:
         yield  # closing the file releases the lock, even after a kill
 
 
-def _is_current(tracking_uri: str, database: Path) -> bool:
-    import sqlalchemy
-    from mlflow.store.db import utils
+def _is_current(database: Path, *, write: bool) -> bool:
+    """Whether the database has the schema of this MLflow; False if it is older, or has no tables yet.
 
-    engine = sqlalchemy.create_engine(tracking_uri)
+    Raises:
+        RegistryError: as `prepare_database`, or a newer MLflow wrote it.
+    """
+    from alembic.util import CommandError
+
+    revision = _revision(database, write=write)
+    scripts = _migrations()
+    if revision is None or revision == scripts.get_current_head():
+        return revision is not None
     try:
-        return bool(utils._get_schema_version(engine) == utils._get_latest_schema_revision())
-    except sqlalchemy.exc.DatabaseError as error:
+        scripts.get_revision(revision)
+    except CommandError as error:
         raise RegistryError(
-            f"{database}: expected an MLflow database, got {_first_line(error)}; move it away"
+            f"{database}: expected a database of this MLflow or an older one, got revision {revision}; "
+            "update MLflow, or choose another --data folder"
         ) from error
+    return False
+
+
+def _revision(database: Path, *, write: bool) -> str | None:
+    """The revision of MLflow's schema in the database; None if it has no tables yet. Waits while it is locked.
+
+    Args:
+        write: also check that the database can be written, and that its pages are intact.
+    """
+    deadline, waiting = time.monotonic() + LOCK_WAIT_S, False
+    while True:
+        try:
+            return _read_revision(database, write)
+        except sqlite3.Error as error:
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if code not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                raise RegistryError(
+                    f"{database}: expected MLflow's database, got {_first_line(error)}; "
+                    "restore it from a backup, or choose another --data folder"
+                ) from error
+            if time.monotonic() > deadline:
+                raise RegistryError(
+                    f"{database}: expected access within {LOCK_WAIT_S:.0f} s, got a database that another program "
+                    "keeps locked; wait for that program or end it, and try again"
+                ) from error
+        if not waiting:
+            logging.getLogger(__name__).warning(
+                "%s: another program has locked the database; waiting up to %.0f s", database, LOCK_WAIT_S
+            )
+            waiting = True
+        time.sleep(0.2)
+
+
+def _read_revision(database: Path, write: bool) -> str | None:
+    if not database.is_file():
+        raise sqlite3.DatabaseError("a folder")
+    mode = "rw" if write else "ro"
+    connection = sqlite3.connect(f"file:{quote(str(database))}?mode={mode}", uri=True, timeout=0, isolation_level=None)
+    try:
+        if write:
+            connection.execute("BEGIN IMMEDIATE")
+            damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if damage != "ok":
+                raise sqlite3.DatabaseError(f"a damaged file ({' '.join(damage.split())})")
+        tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        if tables and not {"alembic_version", "experiments"} & set(tables):
+            raise sqlite3.DatabaseError(f"another program's (tables {', '.join(sorted(tables)[:3])})")
+        known = "SELECT version_num FROM alembic_version"
+        row = connection.execute(known).fetchone() if "alembic_version" in tables else None
+        return str(row[0]) if row else None
     finally:
-        engine.dispose()
+        connection.close()
+
+
+@lru_cache(maxsize=1)
+def _migrations() -> ScriptDirectory:
+    """MLflow's migrations of its database."""
+    from alembic.script import ScriptDirectory
+    from mlflow.store.db.utils import _get_alembic_config
+
+    return ScriptDirectory.from_config(_get_alembic_config(""))
 
 
 def _migrate(tracking_uri: str, database: Path) -> None:
@@ -354,8 +479,74 @@ def _migrate(tracking_uri: str, database: Path) -> None:
     command = [sys.executable, "-m", "mlflow", "db", "upgrade", tracking_uri]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or ["no message"]
-        raise RegistryError(f"{database}: expected to migrate MLflow's database, got {lines[-1]}; move it away")
+        named = [line for line in done.stderr.splitlines() if re.match(r"[\w.]*(Error|Exception|Exit)\b", line.strip())]
+        reason = (named or done.stderr.strip().splitlines() or ["no message"])[-1].strip()
+        raise RegistryError(
+            f"{database}: expected to migrate MLflow's database, got {reason[:200]}; "
+            "restore it from a backup, or choose another --data folder"
+        )
+
+
+def _check_server(tracking_uri: str) -> None:
+    """Check that the server of an http(s) URI, or a database server, answers."""
+    if re.match(r"https?://", tracking_uri):
+        reason = _unanswered(tracking_uri)
+    elif re.match(r"(postgresql|mysql|mssql)\b", tracking_uri):
+        reason = _unreachable(tracking_uri)
+    else:
+        return  # a folder, or a service with its own client
+    if reason is not None:
+        raise RegistryError(
+            f"MLFLOW_TRACKING_URI={without_password(tracking_uri)}: expected an answer from MLflow, got {reason}; "
+            "start the server, or unset MLFLOW_TRACKING_URI"
+        )
+
+
+def _unanswered(tracking_uri: str) -> str | None:
+    """Why an MLflow server does not answer; None if it does. Any answer counts but a gateway's that finds no server."""
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    reason = "none"
+    for attempt in range(PROBES):
+        if attempt:
+            time.sleep(PROBE_PAUSE_S)
+        try:
+            answer = http_request(
+                get_default_host_creds(tracking_uri),
+                *("/health", "GET"),
+                **{"max_retries": 0, "timeout": PROBE_TIMEOUT_S, "raise_on_status": False},
+            )
+        except Exception as error:  # MLflow wraps the errors of requests and urllib3 in several ways
+            reason = _root_cause(error)
+            continue
+        if answer.status_code not in (502, 503, 504):
+            return None
+        reason = f"HTTP status {answer.status_code}"
+    return reason
+
+
+def _unreachable(tracking_uri: str) -> str | None:
+    """Why a database server does not answer; None if it does."""
+    import sqlalchemy
+
+    os.environ.setdefault("PGCONNECT_TIMEOUT", "10")
+    try:
+        engine = sqlalchemy.create_engine(tracking_uri)
+        try:
+            engine.connect().close()
+        finally:
+            engine.dispose()
+    except Exception as error:  # a missing driver, or any of the drivers' own errors
+        return without_password(_first_line(error))
+    return None
+
+
+def _root_cause(error: BaseException) -> str:
+    """The last words of the first error of a chain, e.g. "Connection refused"."""
+    while error.__cause__ is not None or error.__context__ is not None:
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return str(getattr(error, "strerror", None) or _first_line(error) or type(error).__name__)[:200]
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,9 +1,15 @@
 """MLflow's database, runs and the registry: one champion, promotion, rollback, and how model URIs are resolved."""
 
+import http.server
 import json
+import os
 import shutil
+import socket
+import sqlite3
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -31,7 +37,7 @@ def template(tmp_path_factory):
 @pytest.fixture
 def data(template, tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    folder = tmp_path / "a data folder"  # a space: artifact URIs are percent-encoded
+    folder = tmp_path / "a data%20folder?x=1#y%"  # a URI would read each of these characters differently
     shutil.copytree(template, folder)
     return folder
 
@@ -66,11 +72,100 @@ def test_preparing_a_database_again_keeps_its_runs(uri):
     assert MlflowClient(tracking_uri=uri).get_run(run_id).info.run_name == "first"
 
 
-def test_a_damaged_database_gets_one_line(tmp_path):
-    (tmp_path / "mlflow.db").write_bytes(b"this is not a database that MLflow can read" * 100)
-    with pytest.raises(RegistryError, match=r"mlflow\.db: expected an MLflow database") as caught:
-        registry.prepare_database(f"sqlite:///{tmp_path}/mlflow.db")
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("name", ["plain", "a b", "a%20b", "a?b", "a#b", "100%"])
+def test_the_database_is_in_the_folder_that_was_named(template, tmp_path, monkeypatch, name):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder = shutil.copytree(template, tmp_path / name)
+    before = (folder / "mlflow.db").read_bytes()
+    uri = registry.default_tracking_uri(folder)
+    registry.prepare_database(uri)
+    registry.create_run(uri, "train", "run")
+    assert (folder / "mlflow.db").read_bytes() != before
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_folder_name_that_is_not_utf8_gets_one_line(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(RegistryError, match=r"--data.*expected a name in UTF-8"):
+        registry.default_tracking_uri(Path(os.fsdecode(b"/tmp/stra\xdfe")))
+
+
+def damaged(path: Path) -> None:
+    path.write_bytes(b"this is not a database that MLflow can read" * 100)
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def foreign(path: Path) -> None:
+    path.unlink()
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE photographs (name TEXT)")
+
+
+def newer(path: Path) -> None:
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'fedcba987654'")
+
+
+def folder_instead(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (damaged, "expected MLflow's database, got file is not a database; restore it from a backup"),
+        (cut_short, "expected MLflow's database, got .*; restore it from a backup"),
+        (foreign, r"expected MLflow's database, got another program's \(tables photographs\)"),
+        (newer, "expected a database of this MLflow or an older one, got revision fedcba987654; update MLflow"),
+        (folder_instead, "expected MLflow's database, got a folder"),
+    ],
+)
+def test_a_database_that_cannot_be_used_gets_one_line(data, uri, spoil, said):
+    spoil(data / "mlflow.db")
+    for verb in (registry.prepare_database, registry.connect):
+        with pytest.raises(RegistryError, match=rf"mlflow\.db: .*{said}") as caught:
+            verb(uri)
+        assert "\n" not in str(caught.value) and "move it" not in str(caught.value)
+
+
+def test_an_older_schema_is_migrated_only_by_a_verb_that_writes(data, uri, monkeypatch):
+    with sqlite3.connect(data / "mlflow.db") as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
+    with pytest.raises(RegistryError, match="got an older one; run `sdan doctor`"):
+        registry.get_champion(uri)
+    migrated = []
+    monkeypatch.setattr(registry, "_migrate", lambda *arguments: migrated.append(arguments))
+    registry.prepare_database(uri)
+    assert migrated == [(uri, data / "mlflow.db")]
+
+
+def lock(database: Path) -> sqlite3.Connection:
+    """Another program's connection, which holds the database's lock until it is closed."""
+    connection = sqlite3.connect(database, isolation_level=None, check_same_thread=False)
+    connection.execute("BEGIN EXCLUSIVE")
+    return connection
+
+
+def test_a_locked_database_is_waited_for(data, uri, caplog):
+    other = lock(data / "mlflow.db")
+    threading.Timer(1.0, other.close).start()
+    registry.prepare_database(uri)
+    said = [record.getMessage() for record in caplog.records if record.name == registry.__name__]
+    assert said == [f"{data}/mlflow.db: another program has locked the database; waiting up to 60 s"]
+    registry.create_run(uri, "train", "run")
+
+
+def test_a_database_that_stays_locked_gets_one_line(data, uri, monkeypatch):
+    monkeypatch.setattr(registry, "LOCK_WAIT_S", 0.3)
+    other = lock(data / "mlflow.db")
+    for verb in (registry.prepare_database, registry.get_champion):
+        with pytest.raises(RegistryError, match=r"expected access within .* another program keeps locked"):
+            verb(uri)
+    other.close()
 
 
 def test_an_unwritable_data_folder_gets_one_line(tmp_path):
@@ -83,8 +178,59 @@ def test_no_database_is_made_for_a_tracking_server(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     uri = registry.default_tracking_uri(tmp_path)
     assert uri == "http://127.0.0.1:1"
-    registry.prepare_database(uri)
+    with pytest.raises(RegistryError, match="expected an answer"):
+        registry.prepare_database(uri)
     assert list(tmp_path.iterdir()) == []
+
+
+def serve(status: int) -> http.server.HTTPServer:
+    """A server on 127.0.0.1 that answers every request with `status`."""
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None:
+            """Print nothing."""
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+def test_a_dead_server_gets_one_line_within_20_s(monkeypatch):
+    monkeypatch.setattr(registry, "PROBE_PAUSE_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent, socket.create_server(("127.0.0.1", 0)) as closed:
+        places = {f"127.0.0.1:{silent.getsockname()[1]}": "timed? ?out", "nosuch.invalid": "resol|known|resolution"}
+        places[f"127.0.0.1:{closed.getsockname()[1]}"] = "refused"
+        closed.close()
+        monkeypatch.setattr(registry, "PROBE_TIMEOUT_S", 0.5)
+        for place, reason in places.items():
+            started = time.monotonic()
+            with pytest.raises(RegistryError, match=f"(?i)expected an answer from MLflow, got .*({reason})") as caught:
+                registry.get_champion(f"http://user:secret@{place}")
+            assert time.monotonic() - started < 20
+            assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("status", "alive"), [(200, True), (404, True), (401, True), (503, False)])
+def test_a_server_is_known_by_any_answer_of_its_own(monkeypatch, status, alive):
+    monkeypatch.setattr(registry, "PROBE_PAUSE_S", 0.0)
+    server = serve(status)
+    uri = f"http://127.0.0.1:{server.server_port}"
+    if alive:
+        registry.prepare_database(uri)
+    else:
+        with pytest.raises(RegistryError, match="got HTTP status 503"):
+            registry.prepare_database(uri)
+    server.shutdown()
+
+
+def test_a_dead_database_server_gets_one_line():
+    with pytest.raises(RegistryError, match="MLFLOW_TRACKING_URI=postgresql://127") as caught:
+        registry.connect("postgresql://user:secret@127.0.0.1:1/mlflow")
+    assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
 
 
 def test_artifacts_are_beside_the_database(uri, data, tmp_path):
