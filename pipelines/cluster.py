@@ -9,14 +9,21 @@ from __future__ import annotations
 import logging
 import os
 import re
+import socket
+import time
 from dataclasses import dataclass
 from typing import Any
 
+import grpc
 import ray
+from ray._private import services
 
 READER_CPUS = 0.25
 """Logical CPUs reserved per train worker for its reader tasks. The tasks themselves request 0 CPUs, so that they can
 always start; WorkerPlan.readers limits how many run."""
+
+PROBE_S = 12.0
+"""How long RAY_ADDRESS may take to answer."""
 
 Workers = int | tuple[int, int]
 """Number of train workers, or (least, most)."""
@@ -56,14 +63,11 @@ def start_ray(*, resources: dict[str, float] | None = None) -> None:
         "runtime_env": {"env_vars": {"PYTHONWARNINGS": "ignore"}},
     }
     if os.environ.get("RAY_ADDRESS"):
+        _check_cluster(os.environ["RAY_ADDRESS"])
         try:
             ray.init(**common)
-        except (ConnectionError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ClusterError(
-                f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: expected a running Ray cluster, got {reason}; start it, "
-                "or unset RAY_ADDRESS"
-            ) from error
+        except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError and a bare Exception
+            raise _no_cluster(os.environ["RAY_ADDRESS"], error) from error
     else:
         try:
             ray.init(address="local", _node_ip_address="127.0.0.1", resources=resources, **common)
@@ -75,6 +79,53 @@ def start_ray(*, resources: dict[str, float] | None = None) -> None:
     if not verbose:
         for name in ("ray.data", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _check_cluster(address: str) -> None:
+    """Check, within PROBE_S, that a Ray cluster answers at RAY_ADDRESS. Ray itself tries for up to ten minutes.
+
+    Raises:
+        ClusterError: the address of something else, or nothing answers there.
+    """
+    scheme, _, rest = address.rpartition("://")
+    if scheme not in ("", "ray"):
+        raise ClusterError(
+            f"RAY_ADDRESS={address}: expected HOST:PORT, ray://HOST:PORT or auto, got an address of {scheme}://; "
+            "a job server's address belongs to `ray job submit --address`; unset RAY_ADDRESS, or correct it"
+        )
+    try:
+        # For "auto": the address that the last `ray start` on this machine stored, or that of a running raylet.
+        found = rest if scheme else services.canonicalize_bootstrap_address(address)
+        if found is not None:  # None: "local"
+            _probe(found)
+    except (OSError, ValueError) as error:
+        raise _no_cluster(address, error) from error
+
+
+def _probe(address: str) -> None:
+    """Connect to HOST:PORT and wait until it speaks gRPC, as Ray does."""
+    host, colon, port = address.rpartition(":")
+    if not (colon and host and port.isdigit() and int(port) < 2**16):
+        raise ValueError(f"{address!r}, which is not HOST:PORT")
+    deadline = time.monotonic() + PROBE_S
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_S / 2).close()
+    except OSError as error:
+        raise ValueError(f"{error.strerror or error} at {address}") from error
+    if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+        return
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=max(1.0, deadline - time.monotonic()))
+        except grpc.FutureTimeoutError as error:
+            raise ValueError(f"a program at {address} that is not Ray, or is overloaded") from error
+
+
+def _no_cluster(address: str, error: Exception) -> ClusterError:
+    reason = " ".join(str(error).split())[:200]
+    return ClusterError(
+        f"RAY_ADDRESS={address}: expected a running Ray cluster, got {reason}; start it, or unset RAY_ADDRESS"
+    )
 
 
 def workers_that_fit(most: int) -> int | None:

@@ -1,8 +1,15 @@
-"""Too many workers for the cluster are refused before anything starts."""
+"""What is refused before anything starts: too many workers for the cluster, a RAY_ADDRESS where no Ray answers."""
+
+import contextlib
+import socket
+import threading
+import time
 
 import pytest
+from ray._private import services
 
-from pipelines.cluster import ClusterError, parse_workers, plan_workers
+from pipelines import cluster
+from pipelines.cluster import ClusterError, parse_workers, plan_workers, start_ray
 
 
 def test_two_workers_on_two_cpus_leave_room_for_readers():
@@ -48,3 +55,54 @@ def test_workers_are_a_number_or_a_range():
     for text in ("0", "4-1", "two", "-1", "1-"):
         with pytest.raises(ClusterError, match="--workers"):
             parse_workers(text)
+
+
+@pytest.fixture
+def dead_port():
+    """A port of 127.0.0.1 where nothing listens."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        return closed.getsockname()[1]
+
+
+@pytest.fixture
+def other_port():
+    """A port where a program answers that is not Ray; Ray replaces 127.0.0.1 by the machine's own address."""
+    server = socket.create_server(("", 0))
+
+    def answer() -> None:
+        with contextlib.suppress(OSError):  # the server was closed
+            while True:
+                connection, _ = server.accept()
+                with connection, contextlib.suppress(OSError):  # the client has gone
+                    connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    threading.Thread(target=answer, daemon=True).start()
+    yield server.getsockname()[1]
+    server.close()
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("127.0.0.1:{dead_port}", "got .*refused at .*; start it, or unset RAY_ADDRESS"),
+        ("ray://127.0.0.1:{dead_port}", "got .*refused at .*; start it, or unset RAY_ADDRESS"),
+        ("auto", "got .*refused at .*; start it, or unset RAY_ADDRESS"),
+        ("127.0.0.1:{other_port}", "got a program at .* that is not Ray"),
+        ("nosuch.invalid:6379", "expected a running Ray cluster, got"),
+        ("http://127.0.0.1:8265", "expected HOST:PORT, .* got an address of http://; .*ray job submit"),
+        ("127.0.0.1", "expected a running Ray cluster, got"),
+        ("127.0.0.1:port", "expected a running Ray cluster, got"),
+        ("127.0.0.1:99999", "expected a running Ray cluster, got"),
+    ],
+)
+def test_an_address_without_ray_gets_one_line_within_20_s(address, said, dead_port, other_port, monkeypatch):
+    monkeypatch.setattr(cluster, "PROBE_S", 2.0)
+    # What a cluster that was killed leaves behind: the file with its address, and no process.
+    monkeypatch.setattr(services, "find_gcs_addresses", frozenset)
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda temp_dir: f"127.0.0.1:{dead_port}")
+    monkeypatch.setenv("RAY_ADDRESS", address.format(dead_port=dead_port, other_port=other_port))
+    started = time.monotonic()
+    with pytest.raises(ClusterError, match=f"RAY_ADDRESS=.*{said}") as caught:
+        start_ray()
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - started < 20
