@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sdan import checkpoint, inference, raw_input
 from sdan.baselines import Network
+from sdan.metrics import check_pixels
 from sdan.network import SDAN, SDANConfig
 from sdan.ops import squared_deform_conv2d
 
@@ -80,7 +81,8 @@ def zoom(
         float32 [3, scale 2h, scale 2w] in [0, 1], on the CPU, in the orientation of `raw`.
 
     Raises:
-        ValueError: shapes that do not match each other or the model, or a model without a tile size.
+        ValueError: shapes that do not match each other or the model, values that are not in [0, 1], or a model without
+            a tile size.
     """
     x, tile_px = _network_input(model, raw)
     return inference.zoom(model, x, rendering, tile_px=tile_px, precision=precision, progress=progress)
@@ -114,6 +116,8 @@ def _network_input(model: Network, raw: Tensor) -> tuple[Tensor, int]:
     """(raw as the model's input x, the model's tile size); raises ValueError."""
     if model.tile_px is None:
         raise ValueError("model: expected a model from sdan.load, got one without tile_px; set model.tile_px")
+    for name, picture in (("raw", raw), ("rendering", rendering)):
+        check_pixels(f"zoom, {name}", picture, finite=True)
     channels = 3 if model.config.input == "rgb" else 4
     if raw.dim() != 3 or raw.shape[0] != channels:
         raise ValueError(f"raw: expected [{channels},h,w] for input={model.config.input!r}, got {tuple(raw.shape)}")

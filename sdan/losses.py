@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sdan.contextual import contextual_loss, map_points, patch_points
+from sdan.metrics import check_floating, check_pixels
 from sdan.network import SDANOutput
 from sdan.ops import offset_mask
 from sdan.perceptual import MIN_PX, VGG19Features
@@ -142,8 +143,11 @@ def sdan_loss(
         vgg: required if config.needs_vgg.
 
     Raises:
-        ValueError: sizes that do not match, a border that leaves nothing, or a missing `vgg`.
+        ValueError: sizes that do not match, a border that leaves nothing, a missing `vgg`, or pictures that are not
+            in [0, 1] (on a GPU only their type is checked: reading their range would stall it).
     """
+    check_floating("sdan_loss, reference", reference)
+    check_floating("sdan_loss, target", target)
     factor = _size_ratio(target, output.aligned)
     mask = output.mask.detach()
     align = _masked_mean(output.aligned, reference, mask, -(-config.border_px // factor), config)
@@ -161,7 +165,11 @@ def self_reference_loss(output: SDANOutput, low: Tensor, config: LossConfig) -> 
         output: of SDAN.forward(x, self reference, ...).
         low: [N,3,mosaic H,mosaic W], the camera JPG of the input's frame.
         config: weights, kind, border (in pixels of the zoomed output).
+
+    Raises:
+        ValueError: as sdan_loss.
     """
+    check_floating("self_reference_loss, low", low)
     scale, shrink = _size_ratio(output.zoomed, low), _size_ratio(low, output.aligned)
     mask, border = output.mask.detach(), -(-config.border_px // scale)
     align = _masked_mean(output.aligned, low_pass(low.float(), shrink), mask, -(-border // shrink), config)
@@ -189,7 +197,12 @@ def transfer_loss(
 
     Returns:
         scalar, as eq. 6's second term.
+
+    Raises:
+        ValueError: as sdan_loss.
     """
+    check_floating("transfer_loss, target", target)
+    check_floating("transfer_loss, offset", offset)
     field = enlarge_offset(offset.detach().float(), _size_ratio(target, offset))
     # Bicubic: bilinear sampling between pixels would blur the output and so teach it to over-sharpen.
     moved = sample(zoomed, field, mode="bicubic")
@@ -270,7 +283,7 @@ def _masked_mean(image: Tensor, target: Tensor, mask: Tensor, border: int, confi
 
 
 def _inside(image: Tensor, target: Tensor, border: int, config: LossConfig) -> tuple[Any, ...]:
-    """The index that crops the border; checks that both images have the same size."""
+    """The index that crops the border; checks that both images have the same size, and what is left of the target."""
     if image.shape != target.shape:
         raise ValueError(f"loss: expected images of one size, got {tuple(image.shape)} and {tuple(target.shape)}")
     height, width = image.shape[-2:]
@@ -279,7 +292,10 @@ def _inside(image: Tensor, target: Tensor, border: int, config: LossConfig) -> t
             f"border_px={config.border_px}: expected to leave some of {height}x{width} pixels, "
             f"got {border} cropped from each side; set a smaller loss.border_px or a larger crop"
         )
-    return (..., slice(border, height - border), slice(border, width - border))
+    inside = (..., slice(border, height - border), slice(border, width - border))
+    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_pixels("loss, target", target[inside])
+    return inside
 
 
 def _enlarge_mask(mask: Tensor, factor: int) -> Tensor:

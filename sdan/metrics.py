@@ -1,7 +1,8 @@
 """Metrics of pictures (PSNR, SSIM, LPIPS) and of offsets (end-point error, statistics), one value per image.
 
 Pictures are [N,3,H,W] in [0, 1]; masks [N,1,H,W] (or [N,3,H,W]), 1 where a pixel counts. Scores are means over the
-pixels that count; an image without any scores NaN.
+pixels that count; an image without any scores NaN. Arrays that are not floating point tensors, and pictures of another
+range such as [0, 255], are refused (ValueError).
 
 To add a metric: write a function here that returns [N], and call it in pipelines/scoring/scores.py.
 """
@@ -24,6 +25,49 @@ BACKBONE = "alexnet-owt-7be5be79.pth"
 file's SHA-256."""
 
 
+OVERSHOOT = 0.5
+"""How far a picture's values may lie outside [0, 1]: networks and bicubic interpolation overshoot at edges, but by less
+than a picture of range [-1, 1] or [0, 255] does."""
+
+
+def check_floating(what: str, values: object) -> None:
+    """Refuse everything but a floating point tensor.
+
+    Raises:
+        ValueError: names `what` and how to convert it.
+    """
+    if not isinstance(values, Tensor):
+        kind = f"{type(values).__module__}.{type(values).__name__}".removeprefix("builtins.")
+        raise ValueError(f"{what}: expected a torch.Tensor, got {kind}; convert it with torch.as_tensor")
+    if not values.is_floating_point():
+        raise ValueError(
+            f"{what}: expected floating point values, got {values.dtype}; convert counts with .float() and divide "
+            "pictures of 8 bits by 255"
+        )
+
+
+def check_pixels(what: str, image: object, *, mask: Tensor | None = None, finite: bool = False) -> None:
+    """Refuse everything but a floating point picture in [0, 1], give or take OVERSHOOT.
+
+    Args:
+        mask: where not 0, pixels count; None: all.
+        finite: also refuse NaN. Infinite values are always refused.
+
+    Raises:
+        ValueError: names `what` and how to convert it.
+    """
+    check_floating(what, image)
+    assert isinstance(image, Tensor)
+    counted = image if mask is None else image[mask.expand_as(image) > 0]
+    if counted.numel() == 0:
+        return
+    if not finite:
+        counted = counted.nan_to_num(nan=0.0, posinf=float("inf"), neginf=float("-inf"))
+    lowest, highest = (float(value) for value in counted.detach().aminmax())
+    if not (lowest >= -OVERSHOOT and highest <= 1 + OVERSHOOT):
+        raise ValueError(f"{what}: expected values in [0, 1], got {lowest:.4g} to {highest:.4g}; rescale it")
+
+
 def psnr(image: Tensor, target: Tensor, *, mask: Tensor | None = None, border_px: int = 0) -> Tensor:
     """Peak signal-to-noise ratio, 10 log10(1 / MSE), over all channels.
 
@@ -36,9 +80,9 @@ def psnr(image: Tensor, target: Tensor, *, mask: Tensor | None = None, border_px
         [N] float64, dB; infinite for equal pictures.
 
     Raises:
-        ValueError: sizes that differ, or a border that leaves nothing.
+        ValueError: sizes that differ, a border that leaves nothing, or values that are not in [0, 1].
     """
-    image, target, mask = _crop(image, target, mask, border_px)
+    image, target, mask = _pictures("psnr", image, target, mask, border_px)
     error = _mean((image - target).square(), mask)
     return -10 * torch.log10(error)
 
@@ -53,7 +97,7 @@ def ssim(image: Tensor, target: Tensor, *, mask: Tensor | None = None, border_px
     Returns:
         [N] float64, at most 1.
     """
-    image, target, mask = _crop(image, target, mask, border_px)
+    image, target, mask = _pictures("ssim", image, target, mask, border_px)
     if min(image.shape[-2:]) < 11:
         raise ValueError(f"ssim: expected at least 11x11 pixels inside the border, got {tuple(image.shape[-2:])}")
     mean_a, mean_b = _blurred(image), _blurred(target)
@@ -78,7 +122,7 @@ def end_point_error(offset: Tensor, true_flow: Tensor, *, mask: Tensor | None = 
     Returns:
         [N] float64.
     """
-    offset, true_flow, mask = _crop(offset, true_flow, mask, border_px)
+    offset, true_flow, mask = _crop("end_point_error", offset, true_flow, mask, border_px)
     return _mean((offset - true_flow).square().sum(1, keepdim=True).sqrt(), mask)
 
 
@@ -92,6 +136,8 @@ def resized_end_point_error(offset: Tensor, true_flow: Tensor) -> Tensor:
     Returns:
         [N] float64, pixels of `true_flow`'s grid.
     """
+    for what, values in (("offset", offset), ("true_flow", true_flow)):
+        check_floating(f"resized_end_point_error, {what}", values)
     per_pixel = true_flow.shape[-1] / offset.shape[-1]
     flow = F.interpolate(true_flow.float(), size=offset.shape[-2:], mode="bilinear", align_corners=False)
     return end_point_error(offset.float() * per_pixel, flow)
@@ -110,6 +156,7 @@ def offset_statistics(offset: Tensor, mask: Tensor, px_per_offset: float) -> dic
         offset_outside: share of offsets that point outside the image.
         offset_roughness: mean length of the difference between neighbouring offsets, pixels per pixel.
     """
+    check_floating("offset_statistics, offset", offset)
     offset = offset.float()
     length = px_per_offset * offset.norm(dim=1).flatten(1)
     rough = [offset.diff(dim=axis).norm(dim=1).flatten(1).mean(1) for axis in (2, 3)]
@@ -129,6 +176,7 @@ def lpips_distance(image: Tensor, target: Tensor) -> Tensor | None:
     Returns:
         [N] float32, 0 for equal pictures; None if the backbone's weights are missing (see `lpips_unavailable`).
     """
+    image, target, _ = _pictures("lpips_distance", image, target, None, 0)
     if lpips_unavailable() is not None:
         return None
     model = _lpips(_backbone_path()).to(image.device)
@@ -177,8 +225,24 @@ def _lpips(path: Path) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def _crop(image: Tensor, target: Tensor, mask: Tensor | None, border: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The three without the border, as float64; checks their sizes."""
+def _pictures(
+    metric: str, image: Tensor, target: Tensor, mask: Tensor | None, border: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `_crop`; also checks the range of the pixels that count."""
+    image, target, mask = _crop(metric, image, target, mask, border)
+    for what, picture in (("image", image), ("target", target)):
+        check_pixels(f"{metric}, {what}", picture, mask=mask)
+    return image, target, mask
+
+
+def _crop(
+    metric: str, image: Tensor, target: Tensor, mask: Tensor | None, border: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The three without the border, as float64; checks their types and sizes."""
+    for what, values in (("image", image), ("target", target)):
+        check_floating(f"{metric}, {what}", values)
+    if mask is not None and not isinstance(mask, Tensor):
+        check_floating(f"{metric}, mask", mask)
     if image.dim() != 4 or image.shape != target.shape:
         raise ValueError(
             f"metric: expected two images [N,C,H,W] of one size, got {tuple(image.shape)} and {tuple(target.shape)}"

@@ -50,8 +50,8 @@ def test_the_border_is_cropped_on_both_grids():
     reference[..., :2], target[..., :7] = 9, 9
     config = LossConfig(border_px=7)  # two whole pixels of X'
     assert float(sdan_loss(output(zoomed, aligned), reference, target, config).total) == 0
-    target[..., 7] = 9
-    assert float(sdan_loss(output(zoomed, aligned), reference, target, config).zoom) == pytest.approx(9 / 18)
+    target[..., 7] = 1
+    assert float(sdan_loss(output(zoomed, aligned), reference, target, config).zoom) == pytest.approx(1 / 18)
 
 
 def test_the_mask_is_detached_and_gradients_reach_both_outputs():
@@ -151,3 +151,27 @@ def test_too_large_borders_and_wrong_sizes_are_refused():
         sdan_loss(output(zoomed, aligned), aligned, torch.zeros(1, 3, 18, 18), L1)
     with pytest.raises(ValueError, match="loss: expected images of one size"):
         sdan_loss(output(zoomed, aligned), aligned[..., :2], zoomed, L1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda picture: picture.numpy(), r"expected a torch\.Tensor, got numpy\.ndarray"),
+        (lambda picture: (255 * picture).byte(), r"expected floating point values, got torch\.uint8"),
+        (lambda picture: 255 * picture, None),
+    ],
+)
+def test_targets_of_another_type_or_range_are_refused(wrong, said):
+    generator = torch.Generator().manual_seed(0)
+    low, high = torch.rand(1, 3, 16, 16, generator=generator), torch.rand(1, 3, 32, 32, generator=generator)
+    result, offset = output(high, low), torch.zeros(1, 2, 16, 16)
+    calls = {
+        "sdan_loss, reference": lambda: sdan_loss(result, wrong(low), high, L1),
+        "sdan_loss, target": lambda: sdan_loss(result, low, wrong(high), L1),
+        "self_reference_loss, low": lambda: self_reference_loss(result, wrong(low), L1),
+        "transfer_loss, target": lambda: transfer_loss(high, offset, wrong(high), L1),
+    }
+    for name, call in calls.items():
+        expected = f"{name}: {said}" if said else r"loss, target: expected values in \[0, 1\], got .* to 25\d"
+        with pytest.raises(ValueError, match=expected):
+            call()

@@ -179,3 +179,44 @@ def test_lpips_refuses_other_weights(tmp_path, monkeypatch):
     monkeypatch.setenv("SDAN_LPIPS_BACKBONE", str(path))
     assert "other.pth: expected torchvision's AlexNet, SHA-256 7be5be79..., got another" in metrics.lpips_unavailable()
     assert metrics.lpips_distance(*pair(64, 64)) is None
+
+
+PICTURES = {
+    "numpy": (lambda picture: picture.numpy(), r"expected a torch\.Tensor, got numpy\.ndarray"),
+    "a list": (lambda picture: picture.tolist(), r"expected a torch\.Tensor, got list"),
+    "8 bits": (lambda picture: (255 * picture).byte(), r"expected floating point values, got torch\.uint8"),
+    "[0, 255]": (lambda picture: 255 * picture, r"expected values in \[0, 1\], got .* to 25\d"),
+    "[-1, 1]": (lambda picture: 2 * picture - 1, r"expected values in \[0, 1\], got -(1|0\.9)"),
+    "infinite": (lambda picture: picture / 0, r"expected values in \[0, 1\], got .* to inf"),
+}
+"""What users pass instead of a tensor in [0, 1] -> how it is made, and what they are told."""
+
+
+@pytest.mark.parametrize("wrong", PICTURES)
+@pytest.mark.parametrize("metric", [psnr, ssim, metrics.lpips_distance])
+def test_pictures_of_another_type_or_range_are_refused(metric, wrong):
+    image, target = pair()
+    make, said = PICTURES[wrong]
+    for pictures, name in (((make(image), target), "image"), ((image, make(target)), "target")):
+        with pytest.raises(ValueError, match=rf"{metric.__name__}, {name}: {said}") as caught:
+            metric(*pictures)
+        assert "\n" not in str(caught.value)
+
+
+def test_an_overshoot_is_a_picture_and_nan_is_a_score():
+    image, target = pair()
+    assert psnr(image * 1.2 - 0.1, target).isfinite().all()
+    assert psnr(torch.full_like(image, math.nan), target).isnan().all()  # a network that diverged
+
+
+@pytest.mark.parametrize("wrong", ["numpy", "8 bits"])
+def test_offsets_of_another_type_are_refused(wrong):
+    make, said = PICTURES[wrong]
+    offset, true = make(torch.rand(1, 2, 8, 8)), torch.rand(1, 2, 8, 8)
+    for refused in (
+        lambda: end_point_error(offset, true),
+        lambda: resized_end_point_error(offset, true),
+        lambda: offset_statistics(offset, torch.ones(1, 1, 8, 8), 2.0),
+    ):
+        with pytest.raises(ValueError, match=said):
+            refused()

@@ -125,6 +125,25 @@ def test_zoom_without_a_tile_size_is_refused():
         sdan.zoom_rows(sdan.SDAN(SMALL), torch.rand(4, 8, 8), torch.rand(3, 16, 16))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda picture: picture.numpy(), r"expected a torch\.Tensor, got numpy\.ndarray"),
+        (lambda picture: (255 * picture).byte(), r"expected floating point values, got torch\.uint8"),
+        (lambda picture: 255 * picture, r"expected values in \[0, 1\], got .* to 25\d"),
+        (lambda picture: picture.where(picture > 0.1, torch.nan), r"expected values in \[0, 1\], got nan"),
+    ],
+)
+def test_zoom_refuses_another_type_or_range(wrong, said):
+    model = sdan.SDAN(SMALL)
+    model.tile_px = 16
+    generator = torch.Generator().manual_seed(0)
+    raw, rendering = torch.rand(4, 16, 16, generator=generator), torch.rand(3, 32, 32, generator=generator)
+    for pictures, name in (((wrong(raw), rendering), "raw"), ((raw, wrong(rendering)), "rendering")):
+        with pytest.raises(ValueError, match=f"zoom, {name}: {said}"):
+            sdan.zoom(model, *pictures)
+
+
 @pytest.mark.parametrize(("kind", "channels"), [("mosaic", 4), ("packed", 4), ("rgb", 3)])
 def test_zoom_refuses_raw_in_another_layout(kind, channels):
     model = sdan.SDAN(replace(SMALL, input=kind))
