@@ -89,14 +89,12 @@ def _ray() -> Finding:
 
 
 def _mlflow(data: Path) -> Finding:
-    from mlflow.tracking import MlflowClient
-
     from pipelines import registry
 
     uri = registry.default_tracking_uri(data)
     registry.prepare_database(uri)
-    runs = len(MlflowClient(tracking_uri=uri).search_experiments())
-    return Finding("MLflow", "ok", f"{uri}, {runs} experiments")
+    runs = len(registry.connect(uri).search_experiments())
+    return Finding("MLflow", "ok", f"{registry.without_password(uri)}, {runs} experiments")
 
 
 def _disk(data: Path) -> Finding:

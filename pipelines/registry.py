@@ -321,6 +321,12 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()[:8]
 
 
+def limit_requests() -> None:
+    """Let MLflow's client give up after about a minute; by default it repeats a request for up to 15 minutes."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")  # seconds
+
+
 def connect(tracking_uri: str, *, write: bool = False) -> MlflowClient:
     """A client of MLflow, after a check that the database can be used or the server answers.
 
@@ -332,6 +338,7 @@ def connect(tracking_uri: str, *, write: bool = False) -> MlflowClient:
     """
     from mlflow import MlflowClient
 
+    limit_requests()
     database = _database(tracking_uri)
     if database is None:
         _check_server(tracking_uri)

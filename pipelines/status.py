@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mlflow.tracking import MlflowClient
 from tqdm import tqdm
 
 from pipelines import registry
@@ -94,7 +93,7 @@ def _champion(uri: str) -> str:
     champion = registry.get_champion(uri)
     if champion is None:
         return "none yet"
-    run = MlflowClient(tracking_uri=uri).get_run(str(champion.run_id))
+    run = registry.connect(uri).get_run(str(champion.run_id))
     score = run.data.metrics.get(progress.SELECT_BY)
     shown = "" if score is None else f", last PSNR {score:.2f} dB (self)"
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(champion.creation_timestamp / 1000))

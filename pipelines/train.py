@@ -12,13 +12,13 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ray.train
 import torch
-from mlflow.tracking import MlflowClient
+from mlflow.exceptions import MlflowException
 from ray.train import UserCallback
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -29,12 +29,14 @@ from pipelines import cluster, registry
 from pipelines import config as configs
 from pipelines.config import ConfigError, ExperimentConfig
 from pipelines.loader import check_fit, index_split, require_unchanged, with_curve_of
+from pipelines.registry import RegistryError
 from pipelines.training import run_folder
 from pipelines.training.failures import StopOnPermanentError
 from pipelines.training.graph import check_graph
 from pipelines.training.progress import SELECT_BY, ProgressFile, ProgressLine
+from pipelines.training.rendezvous import LocalTorchConfig
 from pipelines.training.run_folder import RunShards, StoredRun
-from pipelines.training.run_log import log_data
+from pipelines.training.run_log import deliver, log_data
 from pipelines.training.worker import TrainJob, train_worker
 from sdan import checkpoint
 from sdan.network import SDAN
@@ -345,6 +347,7 @@ def _trainer(
     return TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
+        torch_config=LocalTorchConfig(),
         scaling_config=ScalingConfig(
             num_workers=plan.workers,
             elastic_resize_monitor_interval_s=RESIZE_CHECK_S,
@@ -366,8 +369,7 @@ def _trainer(
 @contextmanager
 def _mlflow_status(tracking_uri: str, run_id: str, *, terminate: bool) -> Iterator[None]:
     """The MLflow run is RUNNING inside; with `terminate` it then becomes FINISHED, FAILED (TrainError) or KILLED."""
-    client = MlflowClient(tracking_uri=tracking_uri)
-    client.update_run(run_id, status="RUNNING")
+    registry.connect(tracking_uri, write=True).update_run(run_id, status="RUNNING")
     status = "KILLED"
     try:
         yield
@@ -376,8 +378,10 @@ def _mlflow_status(tracking_uri: str, run_id: str, *, terminate: bool) -> Iterat
         status = "FAILED"
         raise
     finally:
-        if terminate:
-            client.set_terminated(run_id, status)
+        # If MLflow is dead, the error that ended the run says more than MLflow's own.
+        with suppress(*(() if status == "FINISHED" else (RegistryError, MlflowException))):
+            if terminate:
+                registry.connect(tracking_uri, write=True).set_terminated(run_id, status)
 
 
 def _fit(trainer: TorchTrainer, folder: Path, config: ExperimentConfig, *, progress: bool) -> ray.train.Result:
@@ -403,12 +407,20 @@ def _finish(
         shutil.copytree(source, aside, ignore=shutil.ignore_patterns(checkpoint.TRAINER, ".*"))
     scores = {name: float(value) for name, value in metrics.items() if name.startswith("val_")}
     version, champion = None, False
-    if register:
-        version = registry.register_model(tracking_uri, run.run_id, aside, register)
-        registry.remember_shards(tracking_uri, pairs.train.digest, register)
-        if registry.get_champion(tracking_uri, register) is None:
-            registry.set_champion(tracking_uri, version, register)
-            champion = True
+    try:
+        if register:
+            version = registry.register_model(tracking_uri, run.run_id, aside, register)
+            registry.remember_shards(tracking_uri, pairs.train.digest, register)
+            if registry.get_champion(tracking_uri, register) is None:
+                registry.set_champion(tracking_uri, version, register)
+                champion = True
+        deliver(tracking_uri, run.run_id, folder)
+    except (RegistryError, MlflowException) as error:
+        reason = str(error).splitlines()[0].partition("; ")[0]
+        raise TrainError(
+            f"run {folder.name}, {aside}: trained, but not registered: {reason}; "
+            f"when MLflow works again, run `sdan train {run.shards} --resume --name {folder.name}`, which registers it"
+        ) from error
     model = folder / run_folder.MODEL
     shutil.rmtree(model, ignore_errors=True)
     aside.rename(model)  # last: a run that is killed before this is resumed, and registers the same version

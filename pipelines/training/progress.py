@@ -16,7 +16,7 @@ from typing import Any
 from ray.train import UserCallback
 from tqdm import tqdm
 
-from pipelines.training.run_folder import PROGRESS, last_report, live
+from pipelines.training.run_folder import PROGRESS, UNSENT, last_report, live
 
 SELECT_BY = "val_psnr"
 """The metric that selects the best checkpoint: PSNR by the self protocol (what a user gets) against the aligned target
@@ -68,6 +68,7 @@ class ProgressLine:
         self.folder, self.epochs, self.enabled = folder, epochs, enabled
         self.began = time.time()
         self.said = ""
+        self.mlflow_answers = True
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -91,7 +92,21 @@ class ProgressLine:
                 if last:
                     return
 
+    def _note_mlflow(self) -> None:
+        """Say once that MLflow does not take the run's points (RunLog keeps them in a file), and once that it does."""
+        answers = not (self.folder / UNSENT).exists()
+        if answers != self.mlflow_answers:
+            self.mlflow_answers = answers
+            line = (
+                "MLflow answers again; it has all points"
+                if answers
+                else "MLflow does not answer: training goes on, its points are kept in "
+                f"{self.folder / UNSENT} and written when it is back"
+            )
+            tqdm.write(f"sdan: {line}", file=sys.stderr)
+
     def _show(self, bar: Any) -> None:
+        self._note_mlflow()
         report, now = last_report(self.folder), live(self.folder)
         if now.get("time", 0.0) < self.began:
             now = {}  # written before this --resume

@@ -3,6 +3,7 @@
 run.json          StoredRun: what a resumed run must know
 shards.json       StoredShards: the pairs that the run trains and validates on, listed once
 progress.jsonl    one line per validation, appended by Ray Train's controller once the checkpoint is safe
+unsent.jsonl      points and tags that MLflow has not taken yet; absent if there are none
 live.json         rank 0's position and how it computes, every few seconds, if its machine shares the folder
 checkpoint_*/     Ray Train's own checkpoints and state
 model/            the best checkpoint; its presence means that the run is finished
@@ -21,6 +22,7 @@ from preprocessing.storage import write_atomically
 
 RUNS = "runs"
 RUN, SHARDS, PROGRESS, LIVE, MODEL = "run.json", "shards.json", "progress.jsonl", "live.json", "model"
+UNSENT = "unsent.jsonl"
 
 
 class RunFolderError(ValueError):

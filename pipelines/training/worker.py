@@ -76,7 +76,7 @@ class TrainWorker:
             torch.use_deterministic_algorithms(True)
         wrap = self._distributed if self.world > 1 else (lambda model: model)
         self.training = step.start(self.config, job.init_from, self.device, wrap, job.vgg)
-        self.log = RunLog(job.tracking_uri, job.run_id) if self.rank == 0 else None
+        self.log = RunLog(job.tracking_uri, job.run_id, Path(job.folder)) if self.rank == 0 else None
         self.started = self.log.environment(self.world, self.training.plan) if self.log else ""
 
     def _as_all_ranks(self, config: ExperimentConfig) -> ExperimentConfig:
@@ -223,3 +223,5 @@ def train_worker(config: dict[str, TrainJob]) -> None:
         if context.get_local_rank() == 0:
             stack.enter_context(machine_metrics(job.tracking_uri, job.run_id, context.get_node_rank()))
         worker.run()
+        if worker.log:
+            worker.log.close()

@@ -13,7 +13,7 @@ NAMES = ["torch", "GPU", "operators", "Ray", "MLflow", "disk", "S3"]
 PARTS = {
     "operators": "sdan.ops.selftest",
     "Ray": "pipelines.cluster.start_ray",
-    "MLflow": "mlflow.tracking.MlflowClient",
+    "MLflow": "pipelines.registry.connect",
     "disk": "shutil.disk_usage",
     "S3": "boto3.Session",
 }
@@ -36,6 +36,7 @@ def healthy(monkeypatch):
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    monkeypatch.setattr("pipelines.registry.prepare_database", lambda tracking_uri: None)
     return usage
 
 
