@@ -14,6 +14,7 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from pipelines.training import progress, run_log
 from pipelines.training.run_folder import UNSENT
 from pipelines.training.run_log import RunLog, deliver
+from sdan.ops.precision import ComputePlan
 
 
 class Server:
@@ -66,7 +67,7 @@ def test_points_are_written_before_training_goes_on(server, tmp_path):
     assert log.metrics(1, {"train_loss": 0.5, "val_psnr": float("nan")})
     assert server.points == [("train_loss", 1, 0.5)]
     assert not log.metrics(1, {"train_loss": 0.4})
-    log.environment(2, torch.device("cpu"), "fp32")
+    log.environment(2, ComputePlan(torch.device("cpu"), "fp32", "channels_last", tf32=False))
     assert (server.tags["env.workers"], server.tags["env.precision"]) == ("2", "fp32")
     assert log.close() == 0 and not (tmp_path / UNSENT).exists()
 

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def log(monkeypatch):
     """A RunLog of an MLflow run that only has tags."""
-    tags = {}
+    stored = {}
 
     class Client:
         def __init__(self, tracking_uri):
@@ -29,13 +29,13 @@ def log(monkeypatch):
             return []
 
         def get_run(self, run_id):
-            return SimpleNamespace(data=SimpleNamespace(tags=tags))
+            return SimpleNamespace(data=SimpleNamespace(tags=dict(stored)))
 
-        def set_tag(self, run_id, name, value):
-            tags[name] = value
+        def log_batch(self, run_id, metrics, tags):
+            stored.update({tag.key: tag.value for tag in tags})
 
     monkeypatch.setattr(run_log, "MlflowClient", Client)
-    return RunLog("uri", "run"), tags
+    return RunLog("uri", "run"), stored
 
 
 def test_a_new_run_says_how_it_computes(log):
