@@ -98,6 +98,7 @@ def pair_rows(
     lr_jpg = _picture(source, job.lr_jpg, job.lr_raw, options)
     hr_jpg = _picture(source, job.hr_jpg, job.hr_raw, options)
     if notes is not None:
+        notes += [f"RAW: {remark}" for remark in raw.remarks]
         notes += sorted({f"camera JPG: {note}" for note in (*lr_jpg.notes, *hr_jpg.notes)})
     tiles = cut_tiles(
         raw,

@@ -53,6 +53,15 @@ COLUMNS: Mapping[str, tuple[pa.DataType, str]] = {
     "hr_source": (pa.string(), "camera or rendering, the same for hr_rgb"),
     "black_level": (_LEVELS, "counts, R G1 G2 B, from the file"),
     "wb": (_LEVELS, "white balance gains, R G1 G2 B, green = 1, from the file"),
+    "wb_source": (
+        pa.string(),
+        "camera (wb is in the file), preview (estimated from the embedded preview) or daylight (LibRaw's for the"
+        " camera)",
+    ),
+    "matrix_source": (
+        pa.string(),
+        "colour matrix of lr_render: file (in the DNG), libraw (LibRaw's for the camera) or none (camera unknown)",
+    ),
     "white_level": (pa.float32(), "counts at which the sensor clips, from the file"),
     "focal_lr_mm": (pa.float32(), "EXIF focal length of the LR frame"),
     "focal_hr_mm": (pa.float32(), "EXIF focal length of the HR frame"),

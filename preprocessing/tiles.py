@@ -255,6 +255,8 @@ def _of_frames(raw: RawImage, lr: Jpg, hr: Jpg) -> dict[str, Any]:
         "hr_source": hr.source,
         "black_level": raw.black_level,
         "wb": raw.wb,
+        "wb_source": raw.wb_source,
+        "matrix_source": raw.matrix_source,
         "white_level": raw.white_level,
         "camera": raw.camera,
         "origin_row": raw.origin[0],

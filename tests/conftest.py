@@ -54,6 +54,8 @@ def tile_row(sequence: str, number: int, tile_px: int = TILE_PX) -> dict:
         "true_flow": np.zeros((2, tile_px, tile_px), np.float16),
         "black_level": [512.0] * 4,
         "wb": [1.0] * 4,
+        "wb_source": "camera",
+        "matrix_source": "file",
         "white_level": 16383.0,
         "lr_source": "camera",
         "hr_source": "camera",

@@ -5,7 +5,7 @@ Shapes: h, w are packed pixels (one 2x2 RGGB block each); the mosaic and the ren
 
 Where each value is read from the file:
     black levels, white level       _black_levels (dng_levels.py), _white_level
-    white balance, colour matrix    _white_balance, _colour_matrix
+    white balance, colour matrix    _white_balance (white_balance.py), _colour_matrix
     colour pattern (RGGB phase)     rggb_origin (checks.py)
     the camera's crop               _camera_crop
     camera, ISO, exposure, focal    _read_image, from LibRaw or else from EXIF (exif.py)
@@ -22,7 +22,7 @@ import numpy as np
 import rawpy
 from numpy.typing import NDArray
 
-from preprocessing.colour import RenderingCurve
+from preprocessing.colour import RenderingCurve, srgb_to_camera
 from preprocessing.raw.checks import (
     BLOCK,
     COPY_OR_EXCLUDE,
@@ -36,9 +36,15 @@ from preprocessing.raw.checks import (
 from preprocessing.raw.dng_levels import black_pattern, by_place
 from preprocessing.raw.exif import read_exif
 from preprocessing.raw.rendering import SensorData, xyz_to_camera_from_libraw
+from preprocessing.raw.white_balance import gains_from_preview
 
 __all__ = ["RawError", "RawImage", "load", "render", "upright"]
 
+WbSource = Literal["camera", "preview", "daylight"]
+MatrixSource = Literal["file", "libraw", "none"]
+
+_LIGHT_PX = 1000
+"""Least number of mosaic rows that are enough to compare with a preview."""
 _MIN_CROP = 0.8
 """A crop that the file declares must keep at least this share of each side. A smaller one (a crop mode, or a misread
 tag) is ignored."""
@@ -67,6 +73,22 @@ class RawImage:
     iso: float | None
     exposure_s: float | None
     focal_mm: float | None
+    wb_source: WbSource = "camera"
+    """camera: gains in the file; preview: estimated from the embedded preview; daylight: LibRaw's for this camera, or
+    none at all if it is unknown."""
+    matrix_source: MatrixSource = "file"
+    """file: in the DNG; libraw: LibRaw's for this camera; none: colours stay as the sensor measured them."""
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a user should know about the colours, one line each; () if the file states them."""
+        found = []
+        if self.wb_source != "camera":
+            used = {"preview": "estimated from the embedded preview", "daylight": "that of daylight is used"}
+            found.append(f"no white balance in the file; {used[self.wb_source]}")
+        if self.matrix_source == "none":
+            found.append("no colour matrix for this camera; colours stay as the sensor measured them, too grey")
+        return tuple(found)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -178,19 +200,23 @@ def _read_image(
     colour_names = bytes(raw.color_desc)
     origin = rggb_origin(pattern, colour_names, label)
     mosaic = raw.raw_image_visible
-    require_complete(whole_blocks(mosaic, origin, label), label)
+    blocks = whole_blocks(mosaic, origin, label)
+    require_complete(blocks, label)
     # LibRaw's channel numbers (0 R, 1 G, 2 B, 3 G2) in our order R, G1, G2, B.
     channels = [int(pattern[(origin[0] + row) % 2, (origin[1] + col) % 2]) for row, col in BLOCK]
     black_levels = _black_levels(raw, channels, origin, levels, label)
+    white_level = _white_level(raw, black_levels, label)
     tags = read_exif(head)
+    matrix, matrix_source = _colour_matrix(raw, head, label)
+    wb, wb_source = _white_balance(raw, channels, _Light(blocks, black_levels, white_level), matrix, label)
     return RawImage(
         sensor=SensorData(
             mosaic_HW=mosaic.copy(),
             cfa="".join(chr(colour_names[channel]) for channel in pattern.ravel()),
             black_level=black_levels,
-            white_level=_white_level(raw, black_levels, label),
-            wb=_white_balance(raw, label)[channels],
-            xyz_to_camera=_colour_matrix(raw, head, label),
+            white_level=white_level,
+            wb=wb,
+            xyz_to_camera=matrix,
             curve=curve,
         ),
         origin=origin,
@@ -200,6 +226,8 @@ def _read_image(
         iso=float(raw.other.iso_speed) or tags.iso,
         exposure_s=float(raw.other.shutter_speed) or tags.exposure_s,
         focal_mm=float(raw.other.focal_length) or tags.focal_mm,
+        wb_source=wb_source,
+        matrix_source=matrix_source,
     )
 
 
@@ -227,13 +255,53 @@ def _white_level(raw: Any, black_levels: NDArray[np.float32], label: str) -> flo
     return white_level
 
 
-def _white_balance(raw: Any, label: str) -> NDArray[np.float32]:
-    """(4,) gains in LibRaw's order R, G, B, G2 with green = 1: the camera's, or if missing LibRaw's for daylight."""
-    for source in (raw.camera_whitebalance, raw.daylight_whitebalance):
-        gains = _per_channel(source)
-        if np.isfinite(gains).all() and (gains > 0).all():
-            return (gains / gains[1]).astype(np.float32)
-    raise RawError(f"{label}: expected white-balance gains for red, green and blue, got none; exclude it")
+@dataclass(frozen=True)
+class _Light:
+    """The sensor's counts, whole RGGB blocks, with their levels."""
+
+    mosaic_HW: NDArray[np.uint16]
+    black_level: NDArray[np.float32]
+    white_level: float
+
+    def share(self) -> NDArray[np.float32]:
+        """[4, h, w] R G1 G2 B from black 0 to white 1, of every block or, in a large picture, of some."""
+        step = 2 * max(1, min(self.mosaic_HW.shape) // _LIGHT_PX)
+        counts_4HW = np.stack([self.mosaic_HW[row::step, col::step] for row, col in BLOCK])
+        span = (self.white_level - self.black_level).astype(np.float32)
+        light = (counts_4HW - self.black_level[:, None, None]) / span[:, None, None]
+        return np.asarray(np.clip(light, 0, 1), np.float32)
+
+
+def _white_balance(
+    raw: Any, channels: list[int], light: _Light, matrix: NDArray[np.float64] | None, label: str
+) -> tuple[NDArray[np.float32], WbSource]:
+    """((4,) gains R G1 G2 B with green = 1, where they are from): the camera's, else by the preview, else daylight."""
+    gains = _gains(raw.camera_whitebalance)
+    if gains is not None:
+        return gains[channels], "camera"
+    preview = _preview(raw)
+    found = gains_from_preview(preview, light.share(), srgb_to_camera(matrix)) if preview else None
+    if found is not None:
+        return found, "preview"
+    gains = _gains(raw.daylight_whitebalance)
+    if gains is None:
+        raise RawError(f"{label}: expected white-balance gains for red, green and blue, got none; exclude it")
+    return gains[channels], "daylight"
+
+
+def _gains(values: Any) -> NDArray[np.float32] | None:
+    """(4,) in LibRaw's order with green 1; None if one is missing."""
+    gains = _per_channel(values)
+    known = np.isfinite(gains).all() and (gains > 0).all()
+    return (gains / gains[1]).astype(np.float32) if known else None
+
+
+def _preview(raw: Any) -> bytes | None:
+    """The embedded JPG; None if there is none."""
+    with contextlib.suppress(rawpy.LibRawError, OSError, ValueError):
+        thumbnail = raw.extract_thumb()
+        return bytes(thumbnail.data) if thumbnail.format == rawpy.ThumbFormat.JPEG else None
+    return None
 
 
 def _per_channel(values: Any) -> NDArray[np.float32]:
@@ -245,16 +313,16 @@ def _per_channel(values: Any) -> NDArray[np.float32]:
     return levels
 
 
-def _colour_matrix(raw: Any, head: bytes, label: str) -> NDArray[np.float64] | None:
-    """XYZ -> camera [3, 3] as LibRaw uses it: the one in a DNG, else LibRaw's for this camera; None if unknown."""
+def _colour_matrix(raw: Any, head: bytes, label: str) -> tuple[NDArray[np.float64] | None, MatrixSource]:
+    """(XYZ -> camera [3, 3] as LibRaw uses it, its source): the one in a DNG, else LibRaw's for this camera."""
     in_file, in_libraw = np.asarray(raw.color_matrix, np.float64)[:, :3], np.asarray(raw.rgb_xyz_matrix, np.float64)[:3]
     use_file = in_file.any() and _is_dng(head)
     if not use_file and not in_libraw.any():
-        return None
+        return None, "none"
     with contextlib.suppress(np.linalg.LinAlgError):
         matrix = xyz_to_camera_from_libraw(in_file) if use_file else in_libraw
         if np.isfinite(np.linalg.inv(matrix)).all():
-            return matrix
+            return matrix, "file" if use_file else "libraw"
     raise RawError(f"{label}: expected an invertible colour matrix, got a singular one; {COPY_OR_EXCLUDE}")
 
 

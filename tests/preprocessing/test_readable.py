@@ -8,7 +8,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines.loader import index_split, read_tile
 from preprocessing import schema
+from preprocessing.report.inventory import read_inventory
 from preprocessing.shard_folder import names
 from preprocessing.storage import open_folder
 
@@ -57,6 +59,25 @@ def test_pandas_and_pyarrow_open_the_folder_as_it_is(tiny_shards, tmp_path):
         folder.put(name, b"{}")
     assert len(pandas.read_parquet(folder.root, columns=["sequence", "split"])) == 10
     assert pq.read_table(folder.root, columns=["sequence"]).num_rows == 10
+
+
+@pytest.mark.parametrize("old", ["split=train", "split=val"])
+def test_files_of_version_0_2_may_lie_beside_newer_ones(tiny_shards, tmp_path, old):
+    import duckdb
+    import pandas
+    import polars
+
+    shutil.copytree(tiny_shards, tmp_path / "shards")
+    for path in (tmp_path / "shards" / old).iterdir():
+        table = pq.read_table(path, partitioning=None)
+        pq.write_table(table.drop_columns(["wb_source", "matrix_source"]), path, row_group_size=1)
+    pattern = f"{tmp_path}/shards/split=*/*.parquet"
+    assert len(pandas.read_parquet(tmp_path / "shards")) == 10
+    assert len(polars.scan_parquet(pattern, missing_columns="insert", extra_columns="ignore").collect()) == 10
+    assert len(duckdb.read_parquet(pattern, union_by_name=True).fetchall()) == 10
+    index = index_split(str(tmp_path / "shards"), "val")
+    assert read_tile(index, 0, 0)["lr_raw"].shape == (4, 24, 24)
+    assert len(read_inventory(str(tmp_path / "shards")).pairs) == 5
 
 
 @pytest.mark.parametrize("library", ["polars", "duckdb"])

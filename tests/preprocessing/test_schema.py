@@ -21,6 +21,8 @@ def row(seed, **changes):
         "pair": "00005-00001",
         "black_level": np.array([512, 513, 514, 515], np.float32),
         "wb": np.array([2, 1, 1, 1.5], np.float32),
+        "wb_source": "camera",
+        "matrix_source": "file",
         "white_level": 16383.0,
         "focal_lr_mm": 50.0,
         "focal_hr_mm": 240.0,

@@ -108,6 +108,9 @@ class OpenedRaw(SimpleNamespace):
     def __exit__(self, *_):
         pass
 
+    def extract_thumb(self):
+        raise rawpy.LibRawNoThumbnailError(b"no thumbnail")
+
 
 def load_opened(monkeypatch, **changes):
     with monkeypatch.context() as patch:
@@ -125,13 +128,17 @@ def test_a_missing_black_level_of_g2_is_that_of_g1(monkeypatch, stated, expected
 def test_a_missing_white_balance_is_daylight(monkeypatch, camera):
     assert load_opened(monkeypatch).wb.tolist() == [2, 1, 1, 1.5]
     image = load_opened(monkeypatch, camera_whitebalance=camera)
-    assert image.wb.tolist() == pytest.approx([2.2, 1, 1, 1.3])
+    assert image.wb.tolist() == pytest.approx([2.2, 1, 1, 1.3]) and image.wb_source == "daylight"
+    assert image.remarks[0] == "no white balance in the file; that of daylight is used"
     with pytest.raises(decode.RawError, match=r"x\.raf: expected white-balance gains .*, got none"):
         load_opened(monkeypatch, camera_whitebalance=camera, daylight_whitebalance=camera)
 
 
 def test_an_unknown_camera_has_no_colour_matrix(monkeypatch):
-    assert load_opened(monkeypatch).sensor.xyz_to_camera is None
+    image = load_opened(monkeypatch)
+    assert image.sensor.xyz_to_camera is None and image.matrix_source == "none"
+    assert image.remarks == ("no colour matrix for this camera; colours stay as the sensor measured them, too grey",)
+    assert load_opened(monkeypatch, rgb_xyz_matrix=np.eye(4, 3)).remarks == ()
     singular = np.ones((4, 3))
     with pytest.raises(decode.RawError, match="expected an invertible colour matrix"):
         load_opened(monkeypatch, rgb_xyz_matrix=singular)
