@@ -181,8 +181,13 @@ def cut_tiles(
     hr_place = affine.compose(place, affine.scaling(1 / scale))
     hr_HWC = _resample_hr(maps, hr, hr_place, (scale * size[0], scale * size[1]))
     low_HWC = np.asarray(cv2.resize(hr_HWC, size[::-1], interpolation=cv2.INTER_AREA), np.uint8)
-    aligned_by = _checked_alignment(raw, hr, maps, lr_HWC, low_HWC, zoom, keep_unaligned=keep_unaligned)
     counts_4HW, render_HWC = raw.counts(*area), raw.render(*area)
+    wrong = _wrong_scene(raw, lr, hr, maps, zoom, (render_HWC, lr_HWC, low_HWC))
+    if wrong and not keep_unaligned:
+        raise UnalignedError(
+            f"{wrong}; check the files and their focal lengths, exclude the frame, or use --keep-unaligned"
+        )
+    aligned_by = "unaligned" if wrong else maps.aligned_by
     quality = _Quality(lr_HWC, low_HWC, scale, tile_px)
     shared_columns = _of_frames(raw, lr, hr) | {"scale": scale, "aligned_by": aligned_by}
     shared_columns |= _corrections(raw, render_HWC, lr, hr, maps, area, lr_HWC, low_HWC)
@@ -212,33 +217,29 @@ def cut_tiles(
     return tiles
 
 
-def _checked_alignment(
+def _wrong_scene(
     raw: RawImage,
+    lr: Jpg,
     hr: Jpg,
     maps: PairMaps,
-    lr_HWC: NDArray[np.uint8],
-    low_HWC: NDArray[np.uint8],
     zoom: float,
-    *,
-    keep_unaligned: bool,
-) -> str:
-    """The pair's aligned_by. Pictures that neither correlate nor register are "unaligned" or, unless
-    `keep_unaligned`, raise UnalignedError. Flat pictures pass: nothing can be said about them."""
-    if maps.aligned_by == "ecc":
-        return "ecc"
-    score = scene_score(luminance(lr_HWC), luminance(low_HWC))
-    if not score < MIN_SCORE:
-        return maps.aligned_by
+    pictures: tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]],
+) -> str | None:
+    """Why the pair's pictures do not show the same thing; None if they do, or if they are flat and nothing can be said.
+
+    pictures: LR's rendering, LR's JPG and the low-passed HR, on the area's mosaic grid.
+    """
+    render, lr_shown, hr_shown = (luminance(picture) for picture in pictures)
+    least = f"(at least {MIN_SCORE:g})"
+    if lr.source == "camera" and (own := scene_score(render, lr_shown)) < MIN_SCORE:
+        return f"expected a JPG of its RAW in the short frame, got a correlation of {own:.2f} {least}"
+    if maps.aligned_by == "ecc" or not (score := scene_score(lr_shown, hr_shown)) < MIN_SCORE:
+        return None
     if maps.aligned_by == "scale":  # with scale_fallback, registration has failed already
         with contextlib.suppress(RegistrationError):
             register_raw(raw, hr.pixels_HWC, _nominal(raw, hr, zoom))
-            return "scale"
-    if keep_unaligned:
-        return "unaligned"
-    raise UnalignedError(
-        f"expected two pictures of one scene, got a correlation of {score:.2f} (at least {MIN_SCORE:g}) and no "
-        "registration; check the files and their focal lengths, exclude the frame, or use --keep-unaligned"
-    )
+            return None
+    return f"expected two pictures of one scene, got a correlation of {score:.2f} {least} and no registration"
 
 
 def _resample_hr(maps: PairMaps, hr: Jpg, to_mosaic: Map, size: Size) -> NDArray[np.uint8]:

@@ -179,6 +179,8 @@ def _read_8_bit(
         alpha = picture.getchannel("A")
     elif picture.mode not in ("1", "L", "P", "RGB", "YCbCr"):
         raise PictureError(f"{name}: expected an RGB or grey picture, got {picture.mode}; export it as sRGB")
+    if space and space.profile_mode == "L" and picture.mode != "L":
+        space = None  # a grey profile in a colour picture is a writer's mistake
     if space:
         notes.append(space.note)
         grey = picture.mode == "L" and space.profile_mode == "L"

@@ -1,5 +1,7 @@
 """Tiles of a scene with known content: all picture columns show the same place."""
 
+from itertools import cycle
+
 import numpy as np
 import pytest
 from known_scene import WB, Scene, frame_to_scene, jpg_bytes, to_8_bit, to_mosaic
@@ -150,9 +152,19 @@ def test_pictures_of_different_things_are_rejected(frames, wrong, ecc):
     assert {row["aligned_by"] for row in rows} == {"unaligned"}
 
 
+@pytest.mark.parametrize("ecc", [False, True])
+def test_a_jpg_that_is_not_of_its_raw_is_rejected(frames, ecc):
+    """HR registers to the RAW, but LR's JPG is turned or of another scene."""
+    raws, lr, hr = frames
+    for pixels in (lr.pixels_HWC[::-1, ::-1], to_8_bit(Scene(99).view(frame_to_scene(ZOOM, SIZE), SIZE))):
+        with pytest.raises(tiles.UnalignedError, match="expected a JPG of its RAW in the short frame"):
+            cut(raws["RGGB"], tiles.Jpg(np.ascontiguousarray(pixels), None), hr, ecc=ecc)
+
+
 def test_a_low_score_alone_rejects_nothing(frames, monkeypatch):
     raws, lr, hr = frames
-    monkeypatch.setattr(tiles, "scene_score", lambda first, second: 0.1)
+    scores = cycle((0.9, 0.1))  # LR's JPG against its RAW, HR against LR
+    monkeypatch.setattr(tiles, "scene_score", lambda first, second: next(scores))
     assert {row["aligned_by"] for row in cut(raws["RGGB"], lr, hr)} == {"scale"}  # it registers
     monkeypatch.setattr(tiles, "register_raw", fail)
     with pytest.raises(tiles.UnalignedError):

@@ -184,6 +184,14 @@ def test_every_kind_of_curve_agrees_with_littlecms(curve, light):
     assert np.abs(eight.astype(int) - found.to_srgb(COLOURS)).max() <= 1
 
 
+def test_grey_profiles_apply_to_grey_pictures_only():
+    made = profile(icc.ADOBE_RGB_TO_XYZ_D50, 1.0).replace(b"RGB XYZ ", b"GRAYXYZ ", 1).replace(b"rTRC", b"kTRC", 1)
+    grey = np.arange(0, 240, 10, np.uint8).reshape(4, 6)
+    read = read_picture(encoded(grey, icc_profile=made), "x")
+    assert read.pixels_HWC[..., 0].astype(int).min() == 0 and read.pixels_HWC[1, 1, 0] > grey[1, 1] + 40
+    assert np.array_equal(read_picture(encoded(COLOURS, icc_profile=made), "x").pixels_HWC, COLOURS)
+
+
 def test_grey_palette_and_transparency():
     grey = np.arange(0, 240, 10, np.uint8).reshape(4, 6)
     assert np.array_equal(read_picture(encoded(grey), "x").pixels_HWC, np.repeat(grey[..., None], 3, 2))
