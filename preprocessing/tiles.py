@@ -183,11 +183,7 @@ def cut_tiles(
     low_HWC = np.asarray(cv2.resize(hr_HWC, size[::-1], interpolation=cv2.INTER_AREA), np.uint8)
     counts_4HW, render_HWC = raw.counts(*area), raw.render(*area)
     wrong = _wrong_scene(raw, lr, hr, maps, zoom, (render_HWC, lr_HWC, low_HWC))
-    if wrong and not keep_unaligned:
-        raise UnalignedError(
-            f"{wrong}; check the files and their focal lengths, exclude the frame, or use --keep-unaligned"
-        )
-    aligned_by = "unaligned" if wrong else maps.aligned_by
+    aligned_by = _flagged(maps.aligned_by, wrong, keep_unaligned=keep_unaligned)
     quality = _Quality(lr_HWC, low_HWC, scale, tile_px)
     shared_columns = _of_frames(raw, lr, hr) | {"scale": scale, "aligned_by": aligned_by}
     shared_columns |= _corrections(raw, render_HWC, lr, hr, maps, area, lr_HWC, low_HWC)
@@ -215,6 +211,18 @@ def cut_tiles(
                 }
             )
     return tiles
+
+
+def _flagged(aligned_by: str, wrong: str | None, *, keep_unaligned: bool) -> str:
+    """The column aligned_by of a pair. `wrong`: why its pictures do not show the same thing; raises UnalignedError
+    unless such pairs are kept."""
+    if wrong is None:
+        return aligned_by
+    if keep_unaligned:
+        return "unaligned"
+    raise UnalignedError(
+        f"{wrong}; check the files and their focal lengths, exclude the frame, or use --keep-unaligned"
+    )
 
 
 def _wrong_scene(
