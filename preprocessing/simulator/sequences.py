@@ -145,8 +145,8 @@ def _is_done(folder: Path, job: _Job) -> bool:
     if not folder.exists():
         return False
     try:
-        stored = json.loads((folder / TRUTH_FOLDER / GEOMETRY_FILE).read_text())["job"]
-    except (OSError, ValueError, KeyError):
+        stored = dict(json.loads((folder / TRUTH_FOLDER / GEOMETRY_FILE).read_bytes())["job"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise SimulateError(
             f"{folder}: expected a simulated sequence, got other files; choose another output folder"
         ) from None

@@ -158,7 +158,7 @@ def load_truth(sequence_dir: Path | str, *, read: Callable[[str], bytes] | None 
         exposures = {stem: Exposure.from_json(values["exposure"]) for stem, values in stored["frames"].items()}
         ideals = {(str(stem), int(scale)): tuple(window) for stem, scale, window in stored["ideals"]}
         return Truth(frames, exposures, ideals, f"{folder}|{hash(content)}", reader)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{folder}/{TRUTH_FOLDER}/{GEOMETRY_FILE}: expected a simulator's geometry, got a damaged file ({error}); "
             "simulate the sequence again"

@@ -119,6 +119,18 @@ def test_a_folder_of_real_data_is_not_touched(tmp_path: Path) -> None:
     assert (tmp_path / "00001" / "00001.ARW").read_bytes() == b"mine"
 
 
+@pytest.mark.parametrize("damage", [b"\xff\xfe{", b"[]", b"7", b'{"job": 5}', b'{"job": "x"}', b"[" * 10**6])
+def test_a_damaged_record_of_a_sequence_is_an_error(tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / "00001" / "truth").mkdir(parents=True)
+    (tmp_path / "00001" / "truth" / "geometry.json").write_bytes(damage)
+    with pytest.raises(SimulateError, match="00001: expected a simulated sequence, got other files"):
+        simulate(tmp_path, sequences=1, width_px=WIDTH)
+    with pytest.raises(
+        ValueError, match=r"geometry\.json: expected .*, got a damaged file \(.*\); simulate the sequence"
+    ):
+        load_truth(tmp_path / "00001")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
