@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import re
 import shutil
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -44,6 +46,30 @@ CHECKPOINT_TAG = "sdan.checkpoint"
 SHARDS_TAG = "sdan.trained_on"
 """Tag of the registered model: the shards of its newest version, so that a retraining knows what is new."""
 
+
+EXPERIMENT = "sdan"
+"""MLflow's experiment of the trainings."""
+VIEW = "sdan"
+VIEW_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",
+    f"mlflow.sharedViewState.{VIEW}": json.dumps(
+        {
+            "orderByKey": "metrics.`val_psnr`",
+            "orderByAsc": False,
+            "selectedColumns": [
+                *("attributes.`Description`", "metrics.`val_psnr`", "metrics.`val_self_true_psnr`"),
+                *("metrics.`train_loss`", "params.`name`", "params.`train.epochs`", "params.`train.crops_per_epoch`"),
+                "params.`shards`",
+            ],
+        }
+    ),
+}
+"""Tags of an experiment. MLflow's page then shows charts of models, not of conversations; the second is a shared view,
+which an address selects with viewStateShareKey: the columns of the table of runs, best score first."""
+NOTE = "mlflow.note.content"
+"""Tag of a run that MLflow's pages show as its description."""
+SHOWN_SCORES = {"self_aligned_psnr": "aligned", "self_raw_psnr": "raw", "self_true_psnr": "true"}
+"""Validation score without its prefix val_ -> the target's name, for descriptions."""
 
 LOCK_WAIT_S = 60.0
 """How long to wait for an sqlite database that another program has locked."""
@@ -112,12 +138,46 @@ def open_experiment(tracking_uri: str, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return str(client.create_experiment(name, artifact_location=artifacts))
+            return str(client.create_experiment(name, artifact_location=artifacts, tags=VIEW_TAGS))
         except MlflowException:
             found = client.get_experiment_by_name(name)  # another process created it meanwhile
             if found is None:
                 raise
+    for tag, value in VIEW_TAGS.items():
+        if found.tags.get(tag) != value:
+            client.set_experiment_tag(found.experiment_id, tag, value)
     return str(found.experiment_id)
+
+
+def check_port(port: int) -> None:
+    """Check that `sdan ui` can listen on 127.0.0.1:port.
+
+    Raises:
+        RegistryError: not a port, or taken by another program; the message names a free one.
+    """
+    if not 1 <= port < 2**16:
+        raise RegistryError(f"--port: expected 1 to 65535, got {port}")
+    with socket.socket() as probe, socket.socket() as other:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", 0))
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise RegistryError(
+                f"--port {port}: expected a free port on 127.0.0.1, got {(error.strerror or str(error)).lower()}; "
+                f"use --port {other.getsockname()[1]}"
+            ) from error
+
+
+def ui_link(tracking_uri: str, server: str) -> str:
+    """The address of the table of trainings on MLflow's page, with this project's columns.
+
+    Args:
+        server: where the page is served, e.g. http://127.0.0.1:5000.
+    """
+    experiment = open_experiment(tracking_uri, EXPERIMENT)
+    query = f"workflowType=machine_learning&viewStateShareKey={VIEW}"
+    return f"{server.rstrip('/')}/#/experiments/{experiment}/runs?{query}"
 
 
 def log_config(tracking_uri: str, run_id: str, config: Mapping[str, Any]) -> None:
@@ -161,7 +221,10 @@ def register_model(tracking_uri: str, run_id: str, checkpoint: Path, name: str =
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    return str(client.create_model_version(name, source, run_id=run_id).version)
+    description, scores = _described(checkpoint, run.data.params.get("shards"))
+    client.set_tag(run_id, NOTE, description)
+    tags = {score: f"{value:.4f}" for score, value in scores.items()}
+    return str(client.create_model_version(name, source, run_id=run_id, description=description, tags=tags).version)
 
 
 def get_champion(tracking_uri: str, name: str = MODEL) -> ModelVersion | None:
@@ -311,6 +374,24 @@ def _check_folder(folder: Path, asked: str | None = None) -> None:
         raise RegistryError(
             f"{label}: expected a checkpoint folder, got one without {' and '.join(missing)}; check the path"
         )
+
+
+def _described(folder: Path, shards: str | None) -> tuple[str, dict[str, float]]:
+    """(one sentence about a checkpoint for MLflow's pages, its scores by target), from its config.json."""
+    stored = json.loads((folder / DESCRIPTION).read_text())
+    config, scores = stored.get("config") or {}, stored.get("scores") or {}
+    known = {name: float(scores[f"val_{name}"]) for name in SHOWN_SCORES if scores.get(f"val_{name}") is not None}
+    train = config.get("train") or {}
+    text = str(config.get("name", "a model"))
+    if "epochs" in train:
+        crops = f"{train['crops_per_epoch']} crops" if train.get("crops_per_epoch") else "one crop a pair"
+        text += f", trained for {train['epochs']} epochs of {crops}"
+    if shards:
+        text += f" on {shards}"
+    if known:
+        shown = ", ".join(f"{value:.2f} dB ({SHOWN_SCORES[name]})" for name, value in known.items())
+        text += f"; PSNR of the held-out crops, self protocol: {shown}"
+    return text, known
 
 
 def _digest(folder: Path) -> str:

@@ -44,7 +44,7 @@ from sdan.ops.precision import slow_choice
 from sdan.perceptual import load_vgg19
 from tuning.trial import reason_of
 
-EXPERIMENT = "sdan"
+EXPERIMENT = registry.EXPERIMENT
 CHANGEABLE = (
     "train.epochs",
     "train.learning_rate",

@@ -276,6 +276,38 @@ def test_champion_promotion_and_rollback(uri, tmp_path):
     assert str(registry.get_champion(uri).version) == one
 
 
+def test_models_and_runs_are_described(uri, tmp_path):
+    run_id = registry.create_run(uri, "sdan", "run")
+    registry.log_config(uri, run_id, {"shards": "/my/shards"})
+    folder = write_checkpoint(tmp_path / "one")
+    stored = {
+        "config": {"name": "demo", "train": {"epochs": 8, "crops_per_epoch": 160}},
+        "scores": {"val_self_aligned_psnr": 30.254, "val_self_raw_psnr": 30.3, "val_self_true_psnr": None},
+    }
+    (folder / "config.json").write_text(json.dumps(stored))
+    client = MlflowClient(tracking_uri=uri)
+    found = client.get_model_version("sdan", registry.register_model(uri, run_id, folder))
+    assert found.description == (
+        "demo, trained for 8 epochs of 160 crops on /my/shards; "
+        "PSNR of the held-out crops, self protocol: 30.25 dB (aligned), 30.30 dB (raw)"
+    )
+    assert found.tags == {"self_aligned_psnr": "30.2540", "self_raw_psnr": "30.3000"}
+    assert client.get_run(run_id).data.tags["mlflow.note.content"] == found.description
+
+
+def test_the_ui_opens_the_table_of_trainings(uri):
+    client = MlflowClient(tracking_uri=uri)
+    old = client.create_experiment("sdan")  # as an older version made it, without tags
+    link = registry.ui_link(uri, "http://127.0.0.1:5000/")
+    query = "workflowType=machine_learning&viewStateShareKey=sdan"
+    assert link == f"http://127.0.0.1:5000/#/experiments/{old}/runs?{query}"
+    for name in ("sdan", "new"):
+        tags = client.get_experiment(registry.open_experiment(uri, name)).tags
+        assert tags["mlflow.experimentKind"] == "custom_model_development"
+        view = json.loads(tags["mlflow.sharedViewState.sdan"])
+        assert view["orderByKey"] == "metrics.`val_psnr`" and "params.`name`" in view["selectedColumns"]
+
+
 def test_folder_resolves_to_itself(uri, tmp_path):
     folder = write_checkpoint(tmp_path / "one")
     assert registry.resolve_model(uri, folder) == folder
