@@ -4,8 +4,10 @@ Heavy imports wait until a verb needs them, so that `sdan --help` is instant. A 
 where: expected A, got B; do C) and exit code 2, never in a traceback.
 """
 
+import csv as csv_format
 import functools
 import inspect as introspection
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -71,11 +73,22 @@ ModelURI = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; change nothing.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        _say(f"sdan {version('sdan')}")
+        raise typer.Exit
+
+
 @app.callback()
 def settings(
     data: Annotated[
         Path, typer.Option(envvar="SDAN_DATA", help="Folder of runs, checkpoints and MLflow's database.")
     ] = Path("data"),
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
     """SDAN: from a folder of RAW zoom sequences to a model that zooms photographs."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -150,11 +163,15 @@ def _takes_preprocess_options(verb: Callable[..., None]) -> Callable[..., None]:
 
 
 @app.command()
-def demo() -> None:
+def demo(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Shorter: 4 sequences and 2 epochs; the scores are lower.")
+    ] = False,
+) -> None:
     """Run every stage at a small size on this machine, from simulated RAW to a picture."""
     from pipelines import demo as verb
 
-    result = verb.run(_data(), say=_say)
+    result = verb.run(_data(), say=_say, size=verb.QUICK if quick else verb.FULL)
     _say(verb.summary(result, _data()))
 
 
@@ -218,6 +235,7 @@ def train(
     config: ConfigName = None,
     assignments: Assignments = None,
     workers: ElasticWorkers = None,
+    epochs: Annotated[int | None, typer.Option(metavar="N", help="Short for --set train.epochs=N.")] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Short for --set train.seed=N.")] = None,
     storage: Annotated[
         str | None,
@@ -231,14 +249,20 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run --name, or the newest unfinished run.")
     ] = False,
+    show_config: Annotated[
+        bool, typer.Option("--show-config", help="Print every value that these options give, and train nothing.")
+    ] = False,
 ) -> None:
     """Train on shards with Ray Train; every run appears in the MLflow UI."""
     from pipelines import cluster
+    from pipelines import config as configs
     from pipelines import train as verb
 
-    choice = verb.choose(
-        _data(), config=config, assignments=assignments or (), seed=seed, init=init, name=name, resume=resume
-    )
+    changes = [*(assignments or ()), *([] if epochs is None else [f"train.epochs={epochs}"])]
+    choice = verb.choose(_data(), config=config, assignments=changes, seed=seed, init=init, name=name, resume=resume)
+    if show_config:
+        _say("\n".join(f"{key}={value}" for key, value in configs.flatten(choice.config).items()))
+        return
     result = verb.train(
         shards,
         choice.config,
@@ -262,6 +286,9 @@ def evaluate(
     split: Annotated[str, typer.Option(help="train, val or test.")] = "val",
     crops: Annotated[int, typer.Option(metavar="N", help="Score at most N crops, spread over the split.")] = 512,
     out: Annotated[Path | None, typer.Option("-o", metavar="DIR", help="Write table and examples here.")] = None,
+    csv: Annotated[
+        Path | None, typer.Option(metavar="FILE.csv", help="Write the rows of both protocols as CSV.")
+    ] = None,
 ) -> None:
     """Print the table of bicubic and the model, by protocol and target."""
     from pipelines import evaluate as verb
@@ -269,9 +296,15 @@ def evaluate(
 
     targets = [target] if target else None
     verb.check_request(split, targets, crops, [protocol])
+    if csv:
+        csv.parent.mkdir(parents=True, exist_ok=True)
+        csv.open("a").close()  # fail before the work, not after it
     folder = registry.resolve_model(registry.default_tracking_uri(_data()), model)
     result = verb.evaluate(shards, folder, split=split, targets=targets, limit=crops, out=out)
     _say(f"{model} on {shards}\n\n{result.table([protocol])}")
+    if csv:
+        csv.write_text(_as_csv(result.rows), encoding="utf-8")
+        _say(f"\nwritten: {csv}")
     if out:
         _say(f"\nwritten: {out / 'table.md'}, {out / 'evaluation.json'}, {out / 'examples.png'}")
 
@@ -387,10 +420,11 @@ def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000) -> 
 
     uri = registry.default_tracking_uri(_data())
     if uri.startswith("http"):
-        _say(f"MLflow runs on a server: open {uri}")
+        _say(f"MLflow runs on a server: open {registry.without_password(registry.ui_link(uri, uri))}")
         return
+    registry.check_port(port)
     registry.prepare_database(uri)
-    _say(f"MLflow UI: http://127.0.0.1:{port}/   (Ctrl-C ends it)")
+    _say(f"MLflow UI: {registry.ui_link(uri, f'http://127.0.0.1:{port}')}   (Ctrl-C ends it)")
     python = str(Path(sys.executable))
     os.execv(
         python,
@@ -404,6 +438,16 @@ def doctor() -> None:
     from pipelines import doctor as verb
 
     raise typer.Exit(verb.report(_data(), say=_say))
+
+
+def _as_csv(rows: dict[str, dict[str, float]]) -> str:
+    """A table of rows by name as CSV; a value that a row lacks is empty."""
+    columns = list(dict.fromkeys(column for values in rows.values() for column in values))
+    text = io.StringIO()
+    table = csv_format.DictWriter(text, ["row", *columns], lineterminator="\n")
+    table.writeheader()
+    table.writerows({"row": name, **values} for name, values in rows.items())
+    return text.getvalue()
 
 
 @contextmanager
@@ -445,8 +489,11 @@ def main() -> None:
         _stop(f"{error.filename}: expected a readable and writable path, got {error.strerror}; choose another")
     except Exception as error:
         package = type(error).__module__.split(".")[0]
-        if package == "mlflow":
-            _stop(f"MLflow, {os.environ.get('MLFLOW_TRACKING_URI', 'the --data folder')}: {str(error)[:300]}")
+        if package in ("mlflow", "sqlalchemy"):
+            from pipelines.registry import without_password
+
+            where = without_password(os.environ.get("MLFLOW_TRACKING_URI", "the --data folder"))
+            _stop(f"MLflow, {where}: expected an answer, got {without_password(str(error))[:300]}; see `sdan doctor`")
         if package not in PACKAGES or not isinstance(error, ValueError):
             raise
         _stop(str(error))

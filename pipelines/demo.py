@@ -23,15 +23,10 @@ from preprocessing.simulator.sequences import simulate
 from sdan import checkpoint, starter_folder
 from sdan.resample import bicubic
 
-SEQUENCES = 10
-HELD_OUT = ("00009", "00010")
 PRESET = "tripod"
-EVALUATED_CROPS = 64
 REGISTERED = "sdan-demo"
 """Registered model of the demo; its own name keeps it apart from models trained on real photographs."""
 FINE_TUNING = {
-    "train.epochs": 8,
-    "train.restart_epochs": 8,
     "train.learning_rate": 5e-5,
     "train.crop_px": 32,
     "loss.align_weight": 0.2,
@@ -39,7 +34,25 @@ FINE_TUNING = {
 }
 """Changes to config demo, which trains from scratch. Self-reference samples compare the output with the input's camera
 JPG, which makes the starter model worse (benchmarks/RESULTS.md); registered pairs do not need them."""
-OPTIONS = PreprocessOptions(scale=4, align="ecc", tile_px=40, stride_px=32, val=HELD_OUT)
+OPTIONS = PreprocessOptions(scale=4, align="ecc", tile_px=40, stride_px=32)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much the demo does."""
+
+    folder: str
+    """Below DATA."""
+    sequences: int
+    held_out: tuple[str, ...]
+    """The sequences to evaluate on."""
+    epochs: int
+    crops: int
+    """Evaluated crops."""
+
+
+FULL = Size("demo", 10, ("00009", "00010"), 8, 64)
+QUICK = Size("demo-quick", 4, ("00004",), 2, 16)
 
 
 @dataclass(frozen=True)
@@ -55,8 +68,8 @@ class DemoResult:
     seconds: float
 
 
-def run(data: Path, *, say: Callable[[str], None]) -> DemoResult:
-    """Simulate -> preprocess -> fine-tune the starter model -> evaluate -> zoom, under `data`/demo.
+def run(data: Path, *, say: Callable[[str], None], size: Size = FULL) -> DemoResult:
+    """Simulate -> preprocess -> fine-tune the starter model -> evaluate -> zoom, below `data`.
 
     Sequences and shards of an earlier demo are kept.
 
@@ -64,28 +77,28 @@ def run(data: Path, *, say: Callable[[str], None]) -> DemoResult:
         say: takes one line per stage.
     """
     started = time.perf_counter()
-    folder = data / "demo"
+    folder = data / size.folder
     raw, shards, out = folder / "raw", folder / "shards", folder / "pictures"
-    say(f"1/5 simulate: {SEQUENCES} zoom sequences, preset {PRESET} (simulated RAW + camera JPG) -> {raw}")
+    say(f"1/5 simulate: {size.sequences} zoom sequences, preset {PRESET} (simulated RAW + camera JPG) -> {raw}")
     cluster.start_ray()
     workers = cluster.workers_that_fit(2)
-    with tqdm(total=SEQUENCES, desc="simulate", unit="sequence") as bar:
-        simulate(raw, sequences=SEQUENCES, preset=PRESET, progress=partial(move_bar, bar))
+    with tqdm(total=size.sequences, desc="simulate", unit="sequence") as bar:
+        simulate(raw, sequences=size.sequences, preset=PRESET, progress=partial(move_bar, bar))
     say(f"2/5 preprocess -> {shards}")
     starter = checkpoint.load(starter_folder())
-    options = replace(OPTIONS, curve=starter.model.config.rendering_curve)
+    options = replace(OPTIONS, curve=starter.model.config.rendering_curve, val=size.held_out)
     report = preprocess(str(raw), str(shards), options, start_ray=cluster.start_ray)
     say(f"    {report.written} pairs written, {report.skipped} finished earlier, {len(report.quarantined)} set aside")
-    look = configs.from_dict(starter.config).train.look
-    fine_tuning = configs.override(configs.demo(), FINE_TUNING | {"train.look": look})
-    config = with_network_of(starter_folder(), fine_tuning, ())
+    changes = FINE_TUNING | {"train.epochs": size.epochs, "train.restart_epochs": size.epochs}
+    changes["train.look"] = configs.from_dict(starter.config).train.look
+    config = with_network_of(starter_folder(), configs.override(configs.demo(), changes), ())
     say(f"3/5 train: fine-tune the starter model, {config.train.epochs} epochs of {config.train.crops_per_epoch} crops")
     trained = train(str(shards), config, data=data, workers=workers, register=REGISTERED, init_from=starter_folder())
     say("4/5 evaluate on held-out sequences")
-    before = evaluate(str(shards), starter_folder(), split="val", limit=EVALUATED_CROPS)
-    result = evaluate(str(shards), trained.model, split="val", limit=EVALUATED_CROPS, out=out)
+    before = evaluate(str(shards), starter_folder(), split="val", limit=size.crops)
+    result = evaluate(str(shards), trained.model, split="val", limit=size.crops, out=out)
     say("5/5 zoom a held-out photograph 4x")
-    zoomed = _zoom(raw / HELD_OUT[0], trained.model, out)
+    zoomed = _zoom(raw / size.held_out[0], trained.model, out)
     return DemoResult(before, result, trained, [out / "examples.png", *zoomed], time.perf_counter() - started)
 
 
@@ -100,7 +113,7 @@ def summary(result: DemoResult, data: Path) -> str:
         *(f"picture: {path}" for path in result.pictures),
         f"model:   {model}",
         f"zoom:    sdan zoom PHOTO -o zoomed.png --model {model}",
-        f"MLflow:  sdan --data {data} ui   (or: make ui), then open http://127.0.0.1:5000/",
+        f"MLflow:  sdan --data {data} ui   (or: make ui), then open the address that it prints",
         f"done in {result.seconds / 60:.1f} minutes",
     ]
     return "\n".join(lines)

@@ -1,17 +1,22 @@
 """The command line: wrong input gets one line and exit code 2, never a traceback; the help covers every verb."""
 
+import re
+import socket
 import subprocess
 import sys
 import urllib.error
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import sqlalchemy
 import typer
 from PIL import Image
 from typer.testing import CliRunner
 
 from pipelines import cli
+from pipelines import config as configs
 from preprocessing.estimate import Estimate
 from preprocessing.report.job_summary import estimate_line
 from sdan import starter_folder
@@ -89,6 +94,67 @@ def test_the_installed_command_prints_the_same_line():
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("sdan: --config: expected one of paper_4x")
     assert done.stderr.count("\n") == 1
+
+
+def test_the_version_is_printed():
+    from importlib.metadata import version
+
+    shown = CliRunner().invoke(cli.app, ["--version"])
+    assert (shown.exit_code, shown.stdout) == (0, f"sdan {version('sdan')}\n")
+
+
+def test_show_config_trains_nothing(tmp_path, monkeypatch, capsys):
+    arguments = ["train", "nosuch", "--config", "smoke", "--epochs", "7", "--set", "train.seed=3", "--show-config"]
+    assert run_here(monkeypatch, *arguments, data=tmp_path / "data") in (0, None)
+    shown = dict(line.split("=", 1) for line in capsys.readouterr().out.splitlines())
+    expected = configs.flatten(configs.override(configs.smoke(), {"train.epochs": 7, "train.seed": 3}))
+    assert shown == {key: str(value) for key, value in expected.items()}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluate_writes_its_rows_as_csv(tmp_path, monkeypatch, capsys):
+    rows = {"bicubic, camera": {"raw_psnr": 20.5}, "SDAN (self)": {"raw_psnr": 21.25, "true_psnr": 22.0}}
+    result = SimpleNamespace(rows=rows, table=lambda protocols: "the table")
+    monkeypatch.setattr("pipelines.evaluate.evaluate", lambda *arguments, **options: result)
+    file = tmp_path / "new" / "scores.csv"
+    arguments = ["evaluate", "SHARDS", "--model", "starter", "--csv", file]
+    assert run_here(monkeypatch, *arguments, data=tmp_path / "data") in (0, None)
+    assert "the table" in capsys.readouterr().out
+    lines = file.read_text().splitlines()
+    assert lines == ["row,raw_psnr,true_psnr", '"bicubic, camera",20.5,', "SDAN (self),21.25,22.0"]
+    arguments[-1] = tmp_path / "new"
+    assert run_here(monkeypatch, *arguments, data=tmp_path / "data") == 2
+    assert "expected a readable and writable path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("options", "sequences"), [([], 10), (["--quick"], 4)])
+def test_the_quick_demo_is_smaller(monkeypatch, tmp_path, options, sequences):
+    sizes = []
+    monkeypatch.setattr("pipelines.demo.run", lambda data, say, size: sizes.append(size))
+    monkeypatch.setattr("pipelines.demo.summary", lambda result, data: "done")
+    assert run_here(monkeypatch, "demo", *options, data=tmp_path) in (0, None)
+    assert [size.sequences for size in sizes] == [sequences]
+
+
+@pytest.mark.parametrize("port", ["taken", "0", "70000"])
+def test_ui_refuses_a_port_before_it_says_an_address(port, tmp_path, monkeypatch, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        wanted = other.getsockname()[1] if port == "taken" else port
+        assert run_here(monkeypatch, "ui", "--port", wanted, data=tmp_path / "data") == 2
+    written = capsys.readouterr()
+    assert written.out == "" and written.err.count("\n") == 1
+    said = r"--port \d+: expected a free port on 127\.0\.0\.1, got address already in use; use --port \d+"
+    assert re.search(said if port == "taken" else "--port: expected 1 to 65535, got", written.err), written.err
+
+
+def test_an_error_of_the_database_is_one_line(tmp_path, monkeypatch, capsys):
+    def locked(*arguments: object) -> None:
+        raise sqlalchemy.exc.OperationalError("SELECT 1", {}, Exception("database is locked"))
+
+    monkeypatch.setattr("pipelines.status.status", locked)
+    assert run_here(monkeypatch, "status", data=tmp_path / "data") == 2
+    written = capsys.readouterr().err
+    assert written.startswith("sdan: MLflow, ") and "database is locked" in written and written.count("\n") == 1
 
 
 def test_zoom_falls_back_to_the_starter_model(tmp_path, monkeypatch, capsys):

@@ -15,8 +15,8 @@ from sdan.resample import bicubic
 
 pytestmark = pytest.mark.slow
 
+SIZE = demo.Size("demo", sequences=3, held_out=("00003",), epochs=1, crops=2)
 SMALLEST = {
-    "train.epochs": 1,
     "train.crops_per_epoch": 4,
     "train.crop_px": 16,
     "train.batch_per_worker": 2,
@@ -29,10 +29,7 @@ SMALLEST = {
 def small():
     """The demo with three sequences of 640 pixels, one epoch of four crops and one worker."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "SEQUENCES", 3)
-        patch.setattr(demo, "HELD_OUT", ("00003",))
-        patch.setattr(demo, "EVALUATED_CROPS", 2)
-        patch.setattr(demo, "OPTIONS", PreprocessOptions(scale=4, tile_px=32, stride_px=16, val=("00003",)))
+        patch.setattr(demo, "OPTIONS", PreprocessOptions(scale=4, tile_px=32, stride_px=16))
         patch.setattr(demo, "FINE_TUNING", SMALLEST)
         patch.setattr(demo, "simulate", partial(demo.simulate, width_px=640))
         patch.setattr("pipelines.cluster.workers_that_fit", lambda most: 1)
@@ -43,7 +40,7 @@ def small():
 def first(small, tmp_path_factory):
     """(data folder, console lines, result) of one demo."""
     data, said = tmp_path_factory.mktemp("demo"), []
-    return data, said, demo.run(data, say=said.append)
+    return data, said, demo.run(data, say=said.append, size=SIZE)
 
 
 def sequences(data):
@@ -98,7 +95,7 @@ def test_the_summary_names_pictures_model_and_scores(first):
 def test_a_second_demo_keeps_sequences_and_shards(first):
     data, _, result = first
     before, said = sequences(data), []
-    again = demo.run(data, say=said.append)
+    again = demo.run(data, say=said.append, size=SIZE)
     assert sequences(data) == before and len(before) > 0
     assert any("0 pairs written, 9 finished earlier" in line for line in said)
     assert again.training.name != result.training.name
