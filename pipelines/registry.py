@@ -57,8 +57,8 @@ VIEW_TAGS = {
             "orderByKey": "metrics.`val_psnr`",
             "orderByAsc": False,
             "selectedColumns": [
-                *("attributes.`Description`", "metrics.`val_psnr`", "metrics.`val_self_true_psnr`"),
-                *("metrics.`train_loss`", "params.`name`", "params.`train.epochs`", "params.`train.crops_per_epoch`"),
+                *("metrics.`val_psnr`", "metrics.`val_self_true_psnr`", "params.`name`"),
+                *("params.`train.epochs`", "params.`train.crops_per_epoch`"),
                 "params.`shards`",
             ],
         }
