@@ -89,8 +89,8 @@ def run(data: Path, *, say: Callable[[str], None], size: Size = FULL) -> DemoRes
     options = replace(OPTIONS, curve=starter.model.config.rendering_curve, val=size.held_out)
     report = preprocess(str(raw), str(shards), options, start_ray=cluster.start_ray)
     say(f"    {report.written} pairs written, {report.skipped} finished earlier, {len(report.quarantined)} set aside")
-    changes = FINE_TUNING | {"train.epochs": size.epochs, "train.restart_epochs": size.epochs}
-    changes["train.look"] = configs.from_dict(starter.config).train.look
+    look = configs.from_dict(starter.config).train.look
+    changes = FINE_TUNING | {"train.epochs": size.epochs, "train.restart_epochs": size.epochs, "train.look": look}
     config = with_network_of(starter_folder(), configs.override(configs.demo(), changes), ())
     say(f"3/5 train: fine-tune the starter model, {config.train.epochs} epochs of {config.train.crops_per_epoch} crops")
     trained = train(str(shards), config, data=data, workers=workers, register=REGISTERED, init_from=starter_folder())

@@ -187,8 +187,7 @@ def cut_tiles(
     quality = _Quality(lr_HWC, low_HWC, scale, tile_px)
     shared_columns = _of_frames(raw, lr, hr) | {"scale": scale, "aligned_by": aligned_by}
     shared_columns |= _corrections(raw, render_HWC, lr, hr, maps, area, lr_HWC, low_HWC)
-    look = measure_look(lr_HWC, render_HWC, raw.sensor.curve) if lr.source == "camera" else None
-    shared_columns |= look.columns() if look else dict.fromkeys(LOOK_COLUMNS)
+    shared_columns |= _look_columns(raw, lr, lr_HWC, render_HWC)
     tiles = []
     for row in rows:
         for col in cols:
@@ -324,6 +323,12 @@ def _corrections(
             curve=raw.sensor.curve,
         )
     )
+
+
+def _look_columns(raw: RawImage, lr: Jpg, lr_HWC: NDArray[np.uint8], render_HWC: NDArray[np.uint8]) -> dict[str, Any]:
+    """The columns of photometry/look.py; null where LR has no camera JPG or its look cannot be measured."""
+    look = measure_look(lr_HWC, render_HWC, raw.sensor.curve) if lr.source == "camera" else None
+    return look.columns() if look else dict.fromkeys(LOOK_COLUMNS)
 
 
 def _nominal(raw: RawImage, jpg: Jpg, zoom: float) -> Map:
