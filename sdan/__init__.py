@@ -84,7 +84,7 @@ def zoom(
         ValueError: shapes that do not match each other or the model, values that are not in [0, 1], or a model without
             a tile size.
     """
-    x, tile_px = _network_input(model, raw)
+    x, tile_px = _network_input(model, raw, rendering)
     return inference.zoom(model, x, rendering, tile_px=tile_px, precision=precision, progress=progress)
 
 
@@ -108,12 +108,12 @@ def zoom_rows(
     Raises:
         ValueError: as `zoom`, at once.
     """
-    x, tile_px = _network_input(model, raw)
+    x, tile_px = _network_input(model, raw, rendering)
     return inference.zoom_rows(model, x, rendering, tile_px=tile_px, precision=precision, bits=bits, progress=progress)
 
 
-def _network_input(model: Network, raw: Tensor) -> tuple[Tensor, int]:
-    """(raw as the model's input x, the model's tile size); raises ValueError."""
+def _network_input(model: Network, raw: Tensor, rendering: Tensor) -> tuple[Tensor, int]:
+    """(raw as the model's input x, the model's tile size); raises ValueError, also for a wrong rendering."""
     if model.tile_px is None:
         raise ValueError("model: expected a model from sdan.load, got one without tile_px; set model.tile_px")
     for name, picture in (("raw", raw), ("rendering", rendering)):
