@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PACKAGES = ("preprocessing", "sdan", "tuning", "pipelines")
 CHAMPION = "models:/sdan@champion"
 TRAIN_PACKAGES = (
-    *("ray", "mlflow", "optuna", "matplotlib", "pyarrow", "boto3", "botocore", "jinja2", "psutil", "lpips", "pydantic"),
+    *("ray", "mlflow", "optuna", "matplotlib", "pyarrow", "boto3", "botocore", "jinja2", "psutil", "lpips"),
     "torchvision",
 )
 """Third-party packages that only the extra `train` installs."""

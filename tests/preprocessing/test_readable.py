@@ -23,7 +23,8 @@ EXAMPLES = {
 
 def type_name(kind) -> str:
     text = str(kind).replace("float", "float32").replace("double", "float64")
-    return re.sub(r"fixed_size_list<item: (\w+)>\[(\d+)\]", r"\2 x \1", text)
+    text = re.sub(r"fixed_size_list<item: (\w+)>\[(\d+)\]", r"\2 x \1", text)
+    return re.sub(r"list<item: (\w+)>", r"list of \1", text)
 
 
 def test_documented_table_matches_the_schema():
