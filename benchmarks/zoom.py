@@ -110,7 +110,7 @@ def zoom_once(photo: Path, out: Path, began_s: float) -> dict[str, float]:
     zoomer.model.find_offset = clock(zoomer.model.find_offset)  # type: ignore[method-assign]
     zoomer.model.zoom_at = clock(zoomer.model.zoom_at)  # type: ignore[method-assign]
     mark = time.perf_counter()
-    decoded = verb.read_photo(photo, zoomer.model.config.input)
+    decoded = verb.read_photo(photo, zoomer.model.config)
     times["decode"] = time.perf_counter() - mark
 
     def timed(parts: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
@@ -166,7 +166,7 @@ def time_rows(frame: Path, folder: Path, device: str, repeats: int) -> Iterator[
 
 def border_rows(photo: Path) -> Iterator[str]:
     zoomer = verb.Zoomer.load(starter_folder())
-    decoded = verb.read_photo(photo, zoomer.model.config.input)
+    decoded = verb.read_photo(photo, zoomer.model.config)
     size, upscale, tile_px = (decoded.raw.shape[1], decoded.raw.shape[2]), zoomer.model.config.upscale, TILE_PX
 
     def run(overlap_px: int, second_px: int) -> Tensor:
