@@ -220,7 +220,7 @@ def test_a_gpu_without_memory_is_one_line(zoomer, tmp_path, monkeypatch):
 @pytest.mark.parametrize("orientation", [1, 3, 6])
 def test_levels_are_the_rounded_picture(orientation, zoomer, tmp_path):
     path = write_photo(tmp_path / "photo.dng", 70, 90, shot=ShotTags(orientation=orientation))
-    photo = read_photo(path, zoomer.model.config.input)
+    photo = read_photo(path, zoomer.model.config)
     expected = (zoomer.zoom(photo) * 255).round().astype(np.uint8)
     levels = np.concatenate(list(zoomer.levels(photo, 8)))
     assert np.array_equal(levels, expected)
