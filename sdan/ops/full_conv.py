@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sdan.ops.precision import AMPERE, cuda_layout
 from sdan.ops.rows import channels_last
 
 _BAND_VALUES = 2**20
@@ -42,7 +43,7 @@ def lowered(input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         dtype = torch.get_autocast_dtype(device.type)
     if not input.is_cuda or torch.compiler.is_compiling():
         return input.to(dtype), weight.to(dtype)
-    layout = cuda_layout(dtype, device.index)
+    layout = layout_now(dtype, device.index)
     return _converted(input, dtype, layout), _converted(weight, dtype, layout)
 
 
@@ -53,21 +54,15 @@ def _converted(tensor: Tensor, dtype: torch.dtype, layout: torch.memory_format) 
     return tensor.contiguous(memory_format=layout)
 
 
-def cuda_layout(dtype: torch.dtype, device_index: int) -> torch.memory_format:
-    """The memory layout in which cuDNN convolves this type faster on this GPU, by PyTorch's TF32 switch as it is now.
-
-    Channels-last where tensor cores compute: half types, and float32 as TF32 (sm_80 and newer). Without TF32,
-    channels-last takes cuDNN over ten times as long as contiguous (H200, torch 2.11).
-    """
-    if dtype in (torch.bfloat16, torch.float16):
-        return torch.channels_last
-    tf32 = dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    return torch.channels_last if tf32 and _has_tf32(device_index) else torch.contiguous_format
+def layout_now(dtype: torch.dtype, device_index: int) -> torch.memory_format:
+    """precision.cuda_layout for this GPU and PyTorch's TF32 switch as it is now."""
+    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32" and _has_tf32(device_index)  # type: ignore[attr-defined]
+    return torch.channels_last if cuda_layout(dtype, tf32=tf32) == "channels_last" else torch.contiguous_format
 
 
 @lru_cache
 def _has_tf32(device_index: int) -> bool:
-    return torch.cuda.get_device_capability(device_index) >= (8, 0)
+    return torch.cuda.get_device_capability(device_index) >= AMPERE
 
 
 def convolve(input: Tensor, weight: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def test_weight_gradient_of_half_types_sums_in_float32(products, monkeypatch):
 def test_layout_on_cuda_follows_the_tensor_cores(dtype, allowed, has_tf32, expected, monkeypatch):
     monkeypatch.setattr(full_conv, "_has_tf32", lambda device_index: has_tf32)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed), FakeTensorMode(allow_non_fake_inputs=True):
-        assert full_conv.cuda_layout(dtype, 0) == expected
+        assert full_conv.layout_now(dtype, 0) == expected
         image = torch.empty(2, 3, 8, 9, dtype=dtype, device="cuda:0")
         weight = torch.empty(4, 3, 3, 3, dtype=dtype, device="cuda:0")
         for input in (image, image.contiguous(memory_format=torch.channels_last), image[..., ::2]):
