@@ -7,6 +7,7 @@ its linearised pixels, and a console message says so; an RGB model takes it dire
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -171,10 +172,11 @@ def write_levels(parts: Iterable[np.ndarray], path: Path, size: tuple[int, int],
     Raises:
         ZoomError: the path cannot be written.
     """
-    data = b"".join(png.encode(parts, *size, bits))
+    file = io.BytesIO()
+    file.writelines(png.encode(parts, *size, bits))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, data)
+        write_atomically(path, file.getvalue())
     except OSError as error:
         raise ZoomError(
             f"-o {path}: expected a writable place, got {error.strerror or error}; choose another"
