@@ -56,8 +56,13 @@ def _converted(tensor: Tensor, dtype: torch.dtype, layout: torch.memory_format) 
 
 def layout_now(dtype: torch.dtype, device_index: int) -> torch.memory_format:
     """precision.cuda_layout for this GPU and PyTorch's TF32 switch as it is now."""
-    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32" and _has_tf32(device_index)  # type: ignore[attr-defined]
+    tf32 = dtype == torch.float32 and _tf32_switch() == "tf32" and _has_tf32(device_index)
     return torch.channels_last if cuda_layout(dtype, tf32=tf32) == "channels_last" else torch.contiguous_format
+
+
+def _tf32_switch() -> str:
+    switch: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return switch
 
 
 @lru_cache
