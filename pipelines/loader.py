@@ -223,13 +223,14 @@ class CropStream:
 
 
 def in_rendering_look(
-    index: ShardIndex, pair: int, row: Mapping[str, Any], pictures: Mapping[str, np.ndarray]
+    index: ShardIndex, pair: int, row: Mapping[str, Any], pictures: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
     """The camera's pictures among `pictures` with the tones and colours of the rendering (train.look=rendering).
 
     Args:
         row: the tile's row with the columns LOOK.
-        pictures: lr_rgb, hr_rgb and true_rgb of the tile or of a crop of it, uint8 [3, H, W]; others are left out.
+        pictures: the row itself, or a crop of it: lr_rgb, hr_rgb and true_rgb, uint8 [3, H, W] or None; others are
+            left out.
 
     Raises:
         ShardsError: the shard was made before its JPG's look was measured.
@@ -243,8 +244,9 @@ def in_rendering_look(
     if look is None:
         return {}
     sources = {"lr_rgb": row["lr_source"], "hr_rgb": row["hr_source"], "true_rgb": "camera"}
-    found = {name: pictures[name] for name, source in sources.items() if name in pictures and source == "camera"}
-    return {name: look.remove(picture, index.info.rendering_curve) for name, picture in found.items()}
+    shot = {name: pictures.get(name) for name, source in sources.items() if source == "camera"}
+    curve = index.info.rendering_curve
+    return {name: look.remove(picture, curve) for name, picture in shot.items() if picture is not None}
 
 
 def cut_crop(row: dict[str, Any], plan: augment.CropPlan, crop_px: int, scale: int) -> dict[str, np.ndarray]:

@@ -44,7 +44,6 @@ from sdan.ops.precision import slow_choice
 from sdan.perceptual import load_vgg19
 from tuning.trial import reason_of
 
-EXPERIMENT = registry.EXPERIMENT
 CHANGEABLE = (
     "train.epochs",
     "train.learning_rate",
@@ -302,7 +301,7 @@ def _record(
     if stored is not None:
         run = replace(stored, config=configs.to_dict(config), workers=plan.workers)
     else:
-        run_id = run_id or registry.create_run(tracking_uri, EXPERIMENT, folder.name)
+        run_id = run_id or registry.create_run(tracking_uri, registry.EXPERIMENT, folder.name)
         start_from = str(init_from.resolve()) if init_from else None
         run = StoredRun(configs.to_dict(config), shards, run_id, start_from, plan.workers, storage)
     registry.log_config(tracking_uri, run.run_id, configs.flatten(config) | {"shards": shards})

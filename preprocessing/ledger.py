@@ -11,12 +11,9 @@ import json
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import (
-    Any,
-    NotRequired,  # typing's TypedDict is too old for pydantic on Python 3.11
-)
+from typing import Any, NotRequired
 
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict  # pydantic refuses typing.TypedDict on Python 3.11
 
 from preprocessing.colour import RenderingCurve
 from preprocessing.pairs import PairResult

@@ -46,6 +46,12 @@ def check_floating(what: str, values: object) -> None:
         )
 
 
+def _range(values: Tensor) -> tuple[float, float]:
+    """(least, largest) value; NaN if there is one among them."""
+    lowest, highest = values.aminmax()
+    return float(lowest), float(highest)
+
+
 def check_pixels(what: str, image: object, *, mask: Tensor | None = None, finite: bool = False) -> None:
     """Refuse everything but a floating point picture in [0, 1], give or take OVERSHOOT.
 
@@ -61,9 +67,9 @@ def check_pixels(what: str, image: object, *, mask: Tensor | None = None, finite
     counted = image if mask is None else image[mask.expand_as(image) > 0]
     if counted.numel() == 0:
         return
-    if not finite:
-        counted = counted.nan_to_num(nan=0.0, posinf=float("inf"), neginf=float("-inf"))
-    lowest, highest = (float(value) for value in counted.detach().aminmax())
+    lowest, highest = _range(counted.detach())
+    if not finite and math.isnan(lowest):  # only then a copy, because losses check every target
+        lowest, highest = _range(counted.detach().nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf))
     if not (lowest >= -OVERSHOOT and highest <= 1 + OVERSHOOT):
         raise ValueError(f"{what}: expected values in [0, 1], got {lowest:.4g} to {highest:.4g}; rescale it")
 

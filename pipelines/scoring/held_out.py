@@ -60,7 +60,7 @@ def held_out(index: ShardIndex, config: ExperimentConfig, *, limit: int | None, 
     for pair, tile in tiles:
         row = read_tile(index, pair, tile)
         if config.train.look == "rendering":
-            row |= in_rendering_look(index, pair, row, {name: row[name] for name in row if row[name] is not None})
+            row |= in_rendering_look(index, pair, row, row)
         names.append(f"{row['sequence']}/{row['pair']}@{row['row']},{row['col']}")
         samples.append(cut_crop(row, plan, config.train.crop_px, index.info.scale))
         if align:  # register the whole tile, which has more detail than the crop

@@ -106,6 +106,8 @@ class RunLog:
 
     def _stored_tag(self, name: str) -> str | None:
         """A tag of the MLflow run; None if it has none, or if MLflow does not answer."""
+        if self.failing:
+            return None  # asking again would delay the training
         try:
             tag: str | None = MlflowClient(tracking_uri=self.tracking_uri).get_run(self.run_id).data.tags.get(name)
         except Exception:  # errors of MLflow and of its stores have no common base class

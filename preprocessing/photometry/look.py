@@ -98,12 +98,13 @@ def _flat_cells(
 
     def means(picture: NDArray[Any]) -> NDArray[np.float64]:
         part = picture[: rows * _CELL_PX, : cols * _CELL_PX]
-        return np.asarray(cv2.resize(part, (cols, rows), interpolation=cv2.INTER_AREA), np.float64).reshape(-1, 3)
+        mean = cv2.resize(part, (cols, rows), interpolation=cv2.INTER_AREA)
+        return np.asarray(mean, np.float64).reshape(rows * cols, -1)
 
     values = means(jpg_HWC.astype(np.float32))
     variance = means(np.square(jpg_HWC.astype(np.float32))) - np.square(values)
     inside = [cv2.inRange(picture, (_DARK,) * 3, (_BRIGHT,) * 3) for picture in (jpg_HWC, rendering_HWC)]
-    clipped = means(np.repeat((255 - np.minimum(*inside))[..., None], 3, axis=2)).max(axis=1) > 0
+    clipped = means(255 - np.minimum(*inside))[:, 0] > 0
     spread = np.where(clipped, np.inf, variance[:, 1])
     limit = max(_FLAT**2, float(np.sort(spread)[min(4 * _MIN_CELLS, len(spread) - 1)]))
     good = np.flatnonzero((spread <= limit) & np.isfinite(spread))

@@ -2,9 +2,9 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import NotRequired  # typing's TypedDict is too old for pydantic on Python 3.11
+from typing import NotRequired
 
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict  # pydantic refuses typing.TypedDict on Python 3.11
 
 from preprocessing.shard_folder.names import QUARANTINE, note_files
 from preprocessing.shard_folder.small_json import SmallJsonError, parse_json

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdan.ops import rows
+from sdan.ops import portable, rows
 
 _log = logging.getLogger(__name__)
 _OLDEST = (8, 0)  # Triton no longer tests older GPUs; the paper's 2080 Ti is (7, 5)
@@ -126,14 +126,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-def no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    """The backward pass of a backward pass: an error that says what to do."""
-    raise RuntimeError(
-        "sdan::bilinear_warp: expected a single backward pass, got a double backward (create_graph=True); "
-        "use `with sdan.ops.portable_form():`, which has every derivative"
-    )
-
-
+no_second_derivative = portable.no_second_derivative(
+    "sdan::bilinear_warp", "`with sdan.ops.portable_form():`, which has every derivative"
+)
 warp_op.register_autograd(_backward, setup_context=_setup_context)
 _backward_op.register_autograd(no_second_derivative)
 

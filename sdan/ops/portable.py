@@ -2,8 +2,9 @@
 derivatives.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -26,6 +27,17 @@ def portable_form() -> Iterator[None]:
         yield
     finally:
         _portable = before
+
+
+def no_second_derivative(operator: str, instead: str) -> Callable[..., NoReturn]:
+    """The backward pass of an operator's backward pass: an error that says to use `instead`."""
+
+    def refuse(ctx: Any, *grads: Tensor) -> NoReturn:
+        raise RuntimeError(
+            f"{operator}: expected a single backward pass, got a double backward (create_graph=True); use {instead}"
+        )
+
+    return refuse
 
 
 def enabled() -> bool:

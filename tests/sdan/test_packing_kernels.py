@@ -3,19 +3,14 @@
 As in `test_triton_kernels.py`, the tests marked `interpreted` run in a separate process, with TRITON_INTERPRET=1.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from interpreter import INTERPRETING, interpreted, run_under_the_interpreter
 
 from sdan.ops import portable_form
 from sdan.ops.attention import cross_packing, packed, packing
 from sdan.ops.attention.packing import Packing
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETING, reason="run by test_under_the_interpreter in a separate process")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA GPU")
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 # N, C, H, W, K: all kernels of the configs, odd numbers of windows, several tiles in both directions, single values
@@ -95,14 +90,7 @@ def test_plain_packing_is_the_permutation(shape, channels_last):
 
 
 def test_under_the_interpreter():
-    if INTERPRETING:
-        pytest.skip("this process runs under the interpreter already")
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "interpreter", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
-    assert f"{len(CASES) + 5} passed" in run.stdout
+    run_under_the_interpreter(__file__, len(CASES) + 5)
 
 
 @interpreted

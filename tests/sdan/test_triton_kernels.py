@@ -5,22 +5,18 @@ separate process with TRITON_INTERPRET=1. Only the tests marked `interpreted` ru
 on a GPU.
 """
 
-import os
-import subprocess
-import sys
 from collections import defaultdict
 
 import operator_cases
 import pytest
 import torch
+from interpreter import INTERPRETING, interpreted, run_under_the_interpreter
 from operator_cases import value_and_gradients
 
 from sdan import ops
 from sdan.ops import rows
 from sdan.ops.reference import squared_deform_repeated
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETING, reason="run by test_under_the_interpreter in a separate process")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA GPU")
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 # batch, channels, height, width, margin
@@ -72,13 +68,7 @@ def compare(launcher, shape, dtype, device="cpu", offset_dtype=None):
 
 
 def test_under_the_interpreter():
-    if INTERPRETING:
-        pytest.skip("this process runs under the interpreter already")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "interpreter", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
-    assert f"{len(SHAPES) * len(LIMITS) + 13} passed" in run.stdout
+    run_under_the_interpreter(__file__, len(SHAPES) * len(LIMITS) + 13)
 
 
 @interpreted

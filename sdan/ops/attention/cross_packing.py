@@ -160,12 +160,5 @@ def _backward_of_op(ctx: Any, grad: Tensor | None, *_others: Tensor | None) -> t
     return *_backward_op(grad, *ctx.saved_tensors, *ctx.how), None, None, None
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "sdan::cross_packing: expected a single backward pass, got a double backward (create_graph=True); "
-        "use `with sdan.ops.portable_form(), torch.nn.attention.sdpa_kernel(SDPBackend.MATH):`"
-    )
-
-
 _cross_packing_op.register_autograd(_backward_of_op, setup_context=_setup_context)
-_backward_op.register_autograd(_no_second_derivative)
+_backward_op.register_autograd(portable.no_second_derivative("sdan::cross_packing", packed.WITH_DERIVATIVES))

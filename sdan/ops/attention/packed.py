@@ -19,6 +19,8 @@ from torch.nn import functional
 from sdan.ops import portable
 from sdan.ops.attention import blocks
 
+WITH_DERIVATIVES = "`with sdan.ops.portable_form(), torch.nn.attention.sdpa_kernel(SDPBackend.MATH):`"
+"""The form of the attention that can be differentiated twice."""
 _FUSED_WIDTH = 256
 """The widest token that flash attention supports."""
 _FLASH_TRAINS_ALL = ((8, 0), (9, 0), (10, 0), (10, 3))
@@ -213,12 +215,5 @@ def _backward(ctx: Any, grad_NLC: Tensor | None, _grad_log_sum: None) -> Tensor 
     return None if grad_NLC is None else _attention_backward_op(grad_NLC, *ctx.saved_tensors)
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "sdan::packed_attention: expected a single backward pass, got a double backward (create_graph=True); "
-        "use `with sdan.ops.portable_form(), torch.nn.attention.sdpa_kernel(SDPBackend.MATH):`"
-    )
-
-
 _attention_op.register_autograd(_backward, setup_context=_setup_context)
-_attention_backward_op.register_autograd(_no_second_derivative)
+_attention_backward_op.register_autograd(portable.no_second_derivative("sdan::packed_attention", WITH_DERIVATIVES))
