@@ -34,7 +34,8 @@ def test_the_starter_beats_bicubic_by_3_db_on_unseen_scenes(tmp_path):
     Measured 3.23 and 5.69 dB; the card has 2.88 and 5.73 dB for this kind of scene, 3.70 and 7.29 dB for all kinds.
     """
     simulate(tmp_path / "raw", sequences=2, width_px=1536, preset="default", seed=77)
-    options = PreprocessOptions(align="ecc", tile_px=48, stride_px=40, val=("00001", "00002"))
+    curve = checkpoint.load(starter_folder()).model.config.rendering_curve
+    options = PreprocessOptions(align="ecc", tile_px=48, stride_px=40, val=("00001", "00002"), curve=curve)
     preprocess(str(tmp_path / "raw"), str(tmp_path / "shards"), options, progress=False)
     found = evaluate(str(tmp_path / "shards"), starter_folder(), limit=48)
     assert found.gain_db("true", "bicubic of the camera JPG") > 3
