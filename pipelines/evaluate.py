@@ -191,7 +191,10 @@ def evaluate_model(
 
 
 def examples(model: Network, held: HeldOut, count: int = EXAMPLES) -> np.ndarray:
-    """One row per crop, bicubic | SDAN | target, from the most detailed crop to the median one; uint8 [H, W, 3]."""
+    """One row per crop, from the most detailed crop to the median one; uint8 [H, W, 3].
+
+    Each row shows bicubic of the JPG | bicubic of the rendering | SDAN | target.
+    """
     plan = compute_plan(next(model.parameters()).device)
     target_name = "true_rgb" if "true_rgb" in held.batch else "hr_rgb"
     rows = []

@@ -1,9 +1,9 @@
 """Joins the two contracts: reads shard rows (preprocessing.schema) and returns tensors for SDAN.forward.
 
-Training crops are numbered from 0 to epochs * crops_per_epoch. The content of crop number i (its pair, tile, window and
-flips) depends only on i and the fields of CropStream (the run's shards, seed and crop size), never on the number of
-workers or on restarts. A resumed run therefore sees the same crops as an uninterrupted one. Ray tasks read, decode and
-cut crops ahead of the training step.
+Training crops are numbered from 0; a run uses the first epochs * crops_per_epoch, rounded up to full steps. The
+content of crop number i (its pair, tile, window and flips) depends only on i and the fields of CropStream (the run's
+shards, seed and crop size), never on the number of workers or on restarts. A resumed run therefore sees the same
+crops as an uninterrupted one. Ray tasks read, decode and cut crops ahead of the training step.
 
 Axes: B batch, C channels, H W rows and columns. Sizes in packed RAW pixels end in `_px`, as in TrainConfig.
 """

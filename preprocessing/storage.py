@@ -1,7 +1,7 @@
 """One interface to local folders and `s3://` URIs: list, read, write atomically, move, delete.
 
-Everything uses pyarrow.fs, except changes to S3 (s3.py) and `write_atomically`. pyarrow and boto3 are imported only
-when used, because `sdan zoom` calls `write_atomically` and may be installed without them.
+Everything uses pyarrow.fs, except writing and deleting on S3 (s3.py) and `write_atomically`. pyarrow and boto3 are
+imported only when used, because `sdan zoom` calls `write_atomically` and may be installed without them.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class Folder:
                 raise
 
     def sweep(self, relative: str) -> None:
-        """Remove temporary files that killed runs left in local folder `relative`.
+        """Remove temporary files that killed runs left in the local folder `relative`.
 
         A file is removed if its writer ran on this machine and is dead, or ran elsewhere and the file is a day old.
         """

@@ -4,7 +4,8 @@ Pictures are [N,3,H,W] in [0, 1]; masks [N,1,H,W] (or [N,3,H,W]), 1 where a pixe
 pixels that count; an image without any scores NaN. Arrays that are not floating point tensors, and pictures of another
 range such as [0, 255], are refused (ValueError).
 
-To add a metric: write a function here that returns [N], and call it in pipelines/scoring/scores.py.
+To add a metric: write a function here that returns [N], call it in pipelines/scoring/scores.py, and name it in METRICS
+of pipelines/evaluate.py, which prints it.
 """
 
 from __future__ import annotations

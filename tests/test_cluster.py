@@ -1,5 +1,5 @@
-"""Checks cluster.yaml without AWS: by Ray's validation, which ignores what is in `provider` and `node_config`, and by
-botocore's model of EC2's RunInstances, which covers them."""
+"""Checks cluster.yaml without AWS: by Ray's validation, which ignores what is in `provider` and `node_config`; by
+botocore's model of EC2's RunInstances (`node_config`); and by the tables below (`provider`)."""
 
 import copy
 import functools

@@ -1,7 +1,7 @@
 """The folder of a run, DATA/runs/NAME, and every file name in it.
 
 run.json          StoredRun: what a resumed run must know
-shards.json       StoredShards: the pairs that the run trains and validates on, listed once
+shards.json       RunShards: the pairs that the run trains and validates on, listed once
 progress.jsonl    one line per validation, appended by Ray Train's controller once the checkpoint is safe
 unsent.jsonl      points and tags that MLflow has not taken yet; absent if there are none
 live.json         rank 0's position and how it computes, every few seconds, if its machine shares the folder

@@ -80,7 +80,7 @@ class TrainWorker:
         self.started = self.log.environment(self.world, self.training.plan) if self.log else ""
 
     def _as_all_ranks(self, config: ExperimentConfig) -> ExperimentConfig:
-        """The config with the precision, layout and TF32 of all ranks; checkpoints keep the job's own values."""
+        """The config with precision, layout and TF32 that all ranks can use; checkpoints keep the job's own values."""
         own = step.plan_of(config.train, self.device)
         plans = [own] * self.world
         if self.world > 1:

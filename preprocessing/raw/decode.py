@@ -143,7 +143,8 @@ def load(source: str | Path | bytes, *, name: str | None = None, curve: Renderin
 
     Args:
         name: for messages.
-        curve: encodes the rendering. A model takes renderings with the curve of its training (SDANConfig.rendering).
+        curve: encodes the rendering. A model takes renderings with the curve of its training
+            (SDANConfig.rendering_curve).
 
     Raises RawError, one line, for a missing, unknown, truncated or corrupt file and for data that is not a Bayer mosaic
     (X-Trans, monochrome, Foveon, linear DNG).
