@@ -1,7 +1,7 @@
-"""Changes to S3, each a single boto3 request: an object is written completely or not at all.
+"""Uploads to S3 and deletions, each a single boto3 request: an object is written completely or not at all.
 
-pyarrow.fs reads and lists. It does not write, because it has no conditional requests and uploads in parts: a killed
-writer would leave parts behind, which are billed.
+pyarrow.fs reads, lists and copies. It does not upload, because it has no conditional requests and uploads in parts: a
+killed writer would leave parts behind, which are billed.
 """
 
 from functools import lru_cache

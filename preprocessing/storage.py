@@ -1,6 +1,6 @@
 """One interface to local folders and `s3://` URIs: list, read, write atomically, move, delete.
 
-Everything uses pyarrow.fs, except writing and deleting on S3 (s3.py) and `write_atomically`. pyarrow and boto3 are
+Everything uses pyarrow.fs, except uploads and deletions on S3 (s3.py) and `write_atomically`. pyarrow and boto3 are
 imported only when used, because `sdan zoom` calls `write_atomically` and may be installed without them.
 """
 

@@ -5,7 +5,7 @@ pixels that count; an image without any scores NaN. Arrays that are not floating
 range such as [0, 255], are refused (ValueError).
 
 To add a metric: write a function here that returns [N], call it in pipelines/scoring/scores.py, and name it in METRICS
-of pipelines/evaluate.py, which prints it.
+of pipelines/evaluate.py, which prints what it names.
 """
 
 from __future__ import annotations

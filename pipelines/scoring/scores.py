@@ -1,8 +1,8 @@
 """Scores of held-out crops by protocol (self, oracle) and target (raw, aligned, true), one value per crop.
 
 A model's keys are `<protocol>_<target>_<metric>`, e.g. self_true_psnr. Baselines use no reference, so their keys are
-`<target>_<metric>`. A new metric is a function in sdan/metrics.py that `score_images` calls;
-METRICS in pipelines/evaluate.py prints it.
+`<target>_<metric>`. A new metric is a function in sdan/metrics.py that `score_images` calls and that
+METRICS in pipelines/evaluate.py names, so that it is printed.
 """
 
 from __future__ import annotations
