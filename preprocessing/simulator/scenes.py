@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from preprocessing.colour import SRGB_BYTE_TO_LINEAR, linear_to_srgb_bytes
 from preprocessing.registration.affine import LANCZOS_LOBES
+from preprocessing.simulator import thin_subjects
 from preprocessing.simulator.scenery import light, near, photographs, subjects
-from preprocessing.simulator.scenery import thin as thin_subjects
 from preprocessing.simulator.scenery.canvas import FINEST_DENSITY, NUM_LEVELS, Box, Canvas
 from preprocessing.simulator.scenery.drawing import Drawing
 
@@ -62,9 +62,9 @@ def build_scene(
 
     boxes        area that each of the NUM_LEVELS canvases must cover, scene units, finest first
     frame_width  width of a 240 mm frame in scene units; sizes of objects are proportional to it
-    subject      one of `subjects.SUBJECTS` (or, with `thin`, of `thin.SUBJECTS`); None: a random one
+    subject      one of `subjects.SUBJECTS` (or, with `thin`, of `thin_subjects.SUBJECTS`); None: a random one
     photos       photographs to show instead of a procedural subject, starting with number `first_photo`
-    thin         a random subject may also be one of `thin.SUBJECTS`
+    thin         a random subject may also be one of `thin_subjects.SUBJECTS`
     """
     unit = frame_width / 1536
     nested = _nested_boxes(boxes)

@@ -41,7 +41,7 @@ def _strip(points: Points, widths: npt.ArrayLike) -> Points:
 def _stroke(drawing: Drawing, points: Points, widths: npt.ArrayLike, colour: Colour) -> None:
     outline = _strip(points, widths)
     box = (*outline.min(axis=0).tolist(), *outline.max(axis=0).tolist())
-    drawing.add(box, Painter.polygon, outline, colour, smallest=float(np.mean(widths)))
+    drawing.add(box, Painter.polygon, outline, colour, smallest=float(np.asarray(widths, np.float64).mean()))
 
 
 def _segment(drawing: Drawing, start: Points, end: Points, width: float, colour: Colour) -> None:
@@ -247,4 +247,4 @@ SUBJECTS: dict[str, Callable[[Drawing, np.random.Generator, Box, float], None]] 
     "print": draw_print,
     "facades": draw_facades,
 }
-"""As `subjects.SUBJECTS`."""
+"""As `scenery.subjects.SUBJECTS`."""
