@@ -45,7 +45,8 @@ ConfigName = Annotated[
     typer.Option(
         "--config",
         metavar="NAME",
-        help="paper_4x, paper_4x_rgb, srraw_4x (default), srraw_8x, smoke, demo, or starter (simulated shards only).",
+        help="paper_4x, paper_4x_rgb, srraw_4x (default), srraw_8x, smoke, demo; simulated shards only: starter, "
+        "starter-rgb.",
     ),
 ]
 Assignments = Annotated[
@@ -181,7 +182,7 @@ def simulate(
     scenes: Annotated[Path | None, typer.Option(metavar="DIR", help="Photographs to use as scenes.")] = None,
     sequences: Annotated[int, typer.Option(metavar="N", help="Number of sequences.")] = 4,
     width: Annotated[int, typer.Option(metavar="PX", help="Width of a frame (up to 4240).")] = 1536,
-    preset: Annotated[str, typer.Option(help="Misalignment: perfect, tripod, default or handheld.")] = "default",
+    preset: Annotated[str, typer.Option(help="perfect, tripod, default, handheld or wide (many cameras).")] = "default",
     raw_format: Annotated[str, typer.Option(help="dng or arw.")] = "dng",
     seed: Annotated[int, typer.Option(help="The same seed gives the same files.")] = 0,
 ) -> None:
