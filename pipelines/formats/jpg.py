@@ -24,7 +24,13 @@ _START_OF_FRAME, _START_OF_SCAN = b"\xff\xc0", b"\xff\xda"
 
 
 def encode(
-    parts: Iterable[NDArray[np.uint8]], width: int, height: int, *, quality: int = 95, icc: bytes = b"", exif: bytes = b""
+    parts: Iterable[NDArray[np.uint8]],
+    width: int,
+    height: int,
+    *,
+    quality: int = 95,
+    icc: bytes = b"",
+    exif: bytes = b"",
 ) -> Iterator[bytes]:
     """The pieces of a JPG file, in order, while `parts` arrive.
 
