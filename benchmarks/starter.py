@@ -1,8 +1,12 @@
-"""Make the starter model: `python benchmarks/starter.py data|train|card --photographs DIR`.
+"""Make the starter models: `python benchmarks/starter.py all --photographs DIR`; run it again to resume.
 
-    data    simulate zoom sequences of every preset, procedural and from photographs; make shards (15 minutes, 2 cores)
-    train   train config `starter` on them (under an hour on 2 idle cores); run again to resume
-    card    score the model on the test sequences; write it and its card to pipelines/models/starter
+    data    simulate zoom sequences of every preset, procedural and from photographs; make shards
+    train   train configs `starter` (RAW) and `starter-rgb` (JPG, PNG, TIFF) on them; run again to resume
+    card    score the models on the test sequences; write each and its card to pipelines/models/NAME
+    all     the three in this order
+
+`--model` chooses one of the two. Half of the training sequences are of preset wide, for cameras and lenses of many
+kinds; the other half are of the four older presets, whose test sequences are those of earlier starters.
 
 DIR holds the folders train, val and test, which share no photograph, and LICENCES.md, which names the photographs'
 authors and goes into the card. All other files are written below `--out`. All data is simulated, and so are the card's
@@ -37,9 +41,12 @@ from preprocessing.shards import PreprocessOptions, preprocess  # noqa: E402
 from preprocessing.simulator.sequences import simulate  # noqa: E402
 from sdan import checkpoint, starter_folder  # noqa: E402
 
+MODELS = ("starter", "starter-rgb")
 PRESETS = ("perfect", "tripod", "default", "handheld")
-SEQUENCES = {"train": (20, 10), "val": (1, 1), "test": (3, 3)}
-"""Per preset: (number of procedural sequences, number of sequences from photographs)."""
+SEQUENCES = {"train": (9, 6), "val": (1, 1), "test": (3, 3)}
+"""Per preset of PRESETS: (number of procedural sequences, number of sequences from photographs)."""
+WIDE_SEQUENCES = {"train": (36, 24), "val": (4, 4), "test": (8, 8)}
+"""The same for preset wide: as many in train as of the others together."""
 WIDTH_PX = 1536
 OPTIONS = PreprocessOptions(scale=4, align="ecc", tile_px=48, stride_px=40)
 TEST_CROPS = 480
@@ -67,6 +74,10 @@ def groups() -> list[Group]:
         for preset in PRESETS:
             for photographs, count in zip((False, True), counts, strict=True):
                 found.append(Group(split, preset, photographs, count, seed=1000 + len(found)))
+    # Seeds of their own, so that those of the older groups stay.
+    for split, counts in WIDE_SEQUENCES.items():
+        for photographs, count in zip((False, True), counts, strict=True):
+            found.append(Group(split, "wide", photographs, count, seed=1100 + 2 * len(found)))
     return found
 
 
@@ -79,6 +90,7 @@ def simulate_group(group: Group, photographs: Path, out: Path) -> None:
         sequences=group.sequences,
         width_px=WIDTH_PX,
         preset=group.preset,
+        # An ARW has one pattern, one pair of levels and one matrix; preset wide (even seeds) varies them.
         raw_format="arw" if group.seed % 2 else "dng",
         seed=group.seed,
     )
@@ -102,25 +114,33 @@ def make_data(photographs: Path, out: Path) -> None:
     print(f"{report.pairs} pairs, {report.written} written ({report.rows} tiles), {len(report.quarantined)} set aside")
 
 
-def train_starter(out: Path) -> None:
-    """Train, or resume an unfinished run."""
-    resume = run_folder.is_run(run_folder.run_folder(out / "data", "starter"))
+def train_starter(name: str, out: Path, epochs: int | None = None) -> None:
+    """Train, or resume an unfinished run; a finished one is kept. `epochs`: instead of the config's."""
+    folder = run_folder.run_folder(out / "data", name)
+    if run_folder.is_finished(folder):
+        print(f"{name}: {folder} is trained")
+        return
+    resume = run_folder.is_run(folder)
+    config = configs.named(name)
+    if epochs:
+        # One period of the learning rate for the whole run.
+        config = configs.override(config, {"train.epochs": epochs, "train.restart_epochs": epochs})
     result = train(
         str(out / "shards"),
-        configs.starter(),
+        config,
         data=out / "data",
         workers=1,
-        name="starter",
+        name=name,
         resume=resume,
         register=None,
     )
     print(result.model, result.scores)
 
 
-def make_card(photographs: Path, out: Path, package: Path | None = None) -> None:
+def make_card(name: str, photographs: Path, out: Path, package: Path | None = None) -> None:
     """Score the model on the test sequences and copy model and card into `package` (None: the installed package)."""
-    package = package or starter_folder()
-    model = run_folder.run_folder(out / "data", "starter") / run_folder.MODEL
+    package = package or starter_folder().with_name(name)
+    model = run_folder.run_folder(out / "data", name) / run_folder.MODEL
     stored = checkpoint.load(model)
     config = configs.from_dict(stored.config)
     held = held_out(index_split(str(out / "shards"), "test"), config, limit=TEST_CROPS, align=True)
@@ -134,7 +154,11 @@ def make_card(photographs: Path, out: Path, package: Path | None = None) -> None
     shutil.copy(model / "config.json", package)
     weights = (package / "model.safetensors").stat().st_size
     index = index_split(str(out / "shards"), "train")
+    words = RGB_WORDS if config.model.input == "rgb" else RAW_WORDS
     text = CARD.format(
+        **words,
+        model=name,
+        wide=sum(group.sequences for group in groups() if (group.split, group.preset) == ("train", "wide")),
         # The table's note on LPIPS contains a local path.
         table=re.sub("^LPIPS n/a: .*$", "LPIPS: n/a, its AlexNet weights were not at hand.", whole.table(), flags=re.M),
         groups="\n".join(group_rows(held, score)),
@@ -143,13 +167,14 @@ def make_card(photographs: Path, out: Path, package: Path | None = None) -> None
         pairs=len(index.paths),
         tiles=index.num_tiles,
         crops=config.train.epochs * (config.train.crops_per_epoch or len(index.paths)),
+        crop=f"{config.train.crop_px} packed pixels",
         network=f"{config.model.features} features, {config.model.blocks} blocks, packing kernel "
         f"{config.model.packing_kernel}, {weights / 1e6:.2f} MB",
         commit=(stored.commit or "unknown")[:7],
         origin=provenance(f"python benchmarks/starter.py card --photographs {photographs.name}", ("../pipelines",)),
     )
     (package / "CARD.md").write_text(text)
-    Image.fromarray(examples(stored.model, held, 6)).save(out / "examples.png")
+    Image.fromarray(examples(stored.model, held, 6)).save(out / f"examples-{name}.png")
     print(text)
 
 
@@ -170,19 +195,36 @@ def group_rows(held: HeldOut, score: Callable[[HeldOut], Evaluation]) -> list[st
     return rows
 
 
-CARD = """# The starter model
+RAW_WORDS = {
+    "title": "The starter model",
+    "use": "zooms RAW photographs 4x without any training: `sdan zoom PHOTO.ARW -o zoomed.png` uses it while the\n"
+    "registry has no champion; `--model starter` and `--init starter` select it. **It was trained only on simulated\n"
+    "RAW**",
+    "input": "packed RAW, square-root encoding, skip through the rendering, direct upsampling",
+    "tones": "with the tones of the input's rendering (`train.look=rendering`)",
+    "limit": "Its tones are those of the rendering of the RAW, not of the camera's JPG.",
+}
+RGB_WORDS = {
+    "title": "The starter model for JPG, PNG and TIFF",
+    "use": "zooms pictures 4x without any training. **It was trained only on simulated camera JPGs**",
+    "input": "RGB, skip through the picture, direct upsampling",
+    "tones": "with the tones of the input picture (`train.look=camera`)",
+    "limit": "It keeps the tones of its input, and what a camera's denoising has removed stays removed.",
+}
+"""What the cards of the two models say differently."""
 
-A small SDAN that zooms RAW photographs 4x without any training: `sdan zoom PHOTO.ARW -o zoomed.png` uses it while the
-registry has no champion; `--model starter` and `--init starter` select it. **It was trained only on simulated RAW**,
+CARD = """# {title}
+
+A small SDAN that {use},
 by `benchmarks/starter.py`. All scores here are simulated, too.
 
-- Network: {network}; config `starter` (packed RAW, square-root encoding, skip through the
-  rendering, direct upsampling).
-- Data: {sequences} simulated zoom sequences ({pairs} pairs, {tiles} tiles); presets perfect, tripod, default and
-  handheld; two thirds procedural, one third from photographs.
-- Target: the simulator's ideal picture in the input's own view and tone (`loss.self_target=truth`), with the same
-  reference as in use, {{X, X}}.
-- Budget: {crops} crops of 32 packed pixels on two CPU cores. Trained at commit {commit}.
+- Network: {network}; config `{model}` ({input}).
+- Data: {sequences} simulated zoom sequences ({pairs} pairs, {tiles} tiles): {wide} of preset wide (many cameras, lenses
+  and JPG looks), the others of presets perfect, tripod, default and handheld; three fifths procedural, the others from
+  photographs.
+- Target: the simulator's ideal picture in the input's own view (`loss.self_target=truth`), {tones},
+  and the same reference as in use, {{X, X}}.
+- Budget: {crops} crops of {crop}. Trained at commit {commit}.
 
 ## Scores on sequences it has never seen
 
@@ -196,7 +238,7 @@ PSNR in dB against the true picture, by kind of sequence:
 
 ## What limits it
 
-Its tones are those of the simulated camera; a real camera's JPG differs. The oracle row is only for comparison: the
+{limit} The oracle row is only for comparison: the
 model never saw a target as reference. It does not invent detail that the lens did not resolve.
 
 ## The photographs
@@ -208,16 +250,19 @@ model never saw a target as reference. It does not invent detail that the lens d
 def main() -> None:
     """Run one step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["data", "train", "card"])
+    parser.add_argument("step", choices=["data", "train", "card", "all"])
+    parser.add_argument("--model", choices=MODELS, help="default: both")
+    parser.add_argument("--epochs", type=int, help="of each training; default: the config's")
     parser.add_argument("--photographs", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "starter")
     chosen = parser.parse_args()
-    if chosen.step == "data":
+    models = [chosen.model] if chosen.model else MODELS
+    if chosen.step in ("data", "all"):
         make_data(chosen.photographs, chosen.out)
-    elif chosen.step == "train":
-        train_starter(chosen.out)
-    else:
-        make_card(chosen.photographs, chosen.out)
+    for name in models if chosen.step in ("train", "all") else ():
+        train_starter(name, chosen.out, chosen.epochs)
+    for name in models if chosen.step in ("card", "all") else ():
+        make_card(name, chosen.photographs, chosen.out)
 
 
 if __name__ == "__main__":

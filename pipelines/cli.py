@@ -45,7 +45,8 @@ ConfigName = Annotated[
     typer.Option(
         "--config",
         metavar="NAME",
-        help="paper_4x, paper_4x_rgb, srraw_4x (default), srraw_8x, smoke, demo, or starter (simulated shards only).",
+        help="paper_4x, paper_4x_rgb, srraw_4x (default), srraw_8x, smoke, demo; simulated shards only: starter, "
+        "starter-rgb.",
     ),
 ]
 Assignments = Annotated[
@@ -181,7 +182,7 @@ def simulate(
     scenes: Annotated[Path | None, typer.Option(metavar="DIR", help="Photographs to use as scenes.")] = None,
     sequences: Annotated[int, typer.Option(metavar="N", help="Number of sequences.")] = 4,
     width: Annotated[int, typer.Option(metavar="PX", help="Width of a frame (up to 4240).")] = 1536,
-    preset: Annotated[str, typer.Option(help="Misalignment: perfect, tripod, default or handheld.")] = "default",
+    preset: Annotated[str, typer.Option(help="perfect, tripod, default, handheld or wide (many cameras).")] = "default",
     raw_format: Annotated[str, typer.Option(help="dng or arw.")] = "dng",
     seed: Annotated[int, typer.Option(help="The same seed gives the same files.")] = 0,
 ) -> None:
@@ -370,21 +371,44 @@ def retrain(
 
 @app.command()
 def zoom(
-    photos: Annotated[list[Path], typer.Argument(metavar="PHOTO...", help="RAW (ARW, DNG, NEF, ...), JPG or PNG.")],
-    out: Annotated[Path, typer.Option("-o", metavar="OUT", help="A .png, or a folder for several photographs.")],
+    photos: Annotated[
+        list[Path], typer.Argument(metavar="PHOTO...", help="RAW (ARW, DNG, NEF, ...), JPG, PNG, TIFF, or a folder.")
+    ],
+    out: Annotated[
+        Path, typer.Option("-o", metavar="OUT", help="A .png, .tif or .jpg, or a folder for several photographs.")
+    ],
     model: Annotated[
         str | None,
         typer.Option(metavar="URI", help="As for evaluate; default: the champion, or else the starter model."),
     ] = None,
-    bits: Annotated[int, typer.Option(help="8 or 16 bits per channel.")] = 8,
+    picture_format: Annotated[
+        str | None, typer.Option("--format", metavar="FORMAT", help="png, tiff or jpg; default: by OUT, or png.")
+    ] = None,
+    bits: Annotated[int | None, typer.Option(help="8 or 16 bits per channel; default: 16 for tiff, else 8.")] = None,
+    quality: Annotated[int, typer.Option(help="Of jpg, 1 to 100.")] = 95,
+    scale: Annotated[int | None, typer.Option(help="2, 3, 4 or 8; default: the model's.")] = None,
+    crop: Annotated[
+        str | None, typer.Option(metavar="X,Y,W,H", help="Zoom only this part; pixels of the upright photograph.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs.")] = False,
+    no_gps: Annotated[bool, typer.Option("--no-gps", help="Leave the place out of the tags.")] = False,
 ) -> None:
-    """Zoom photographs; writes upright PNGs."""
+    """Zoom photographs; writes them upright, in sRGB, with their EXIF tags."""
+    from pipelines.zooming import request
+
+    area = request.parse_crop(crop) if crop is not None else None
+    output = request.Output(picture_format, bits, quality, scale, area, overwrite, not no_gps)
+    request.check_request(photos, out, output)
     from pipelines import zoom as verb
 
     folder, is_fallback = verb.choose_model(_data(), model)
     if is_fallback:
         _say("no champion in the registry yet: using the starter model, which was trained only on simulated RAW")
-    verb.zoom_photos(photos, out, verb.Zoomer.load(folder), bits=bits, say=_say, warn=_warn)
+    try:
+        verb.zoom_photos(photos, out, verb.Zoomer.load(folder), output=output, say=_say, warn=_warn)
+    except KeyboardInterrupt:
+        _warn("zoom: interrupted; the files named above are complete, nothing else was left")
+        raise typer.Exit(130) from None
 
 
 @app.command()

@@ -258,8 +258,24 @@ def starter() -> ExperimentConfig:
     )
 
 
+def starter_rgb() -> ExperimentConfig:
+    """The starter model for JPG, PNG and TIFF.
+
+    Input and target both have the tones of the camera's JPG (look=camera), so that the network keeps the tones of any
+    picture. Crops are smaller than starter's, because RGB input has four times the positions of a packed mosaic.
+    """
+    base = starter()
+    return replace(
+        base,
+        name="starter-rgb",
+        model=replace(base.model, input="rgb", encoding="linear", packing_kernel=8),
+        train=replace(base.train, crop_px=24, look="camera"),
+    )
+
+
 CONFIGS: dict[str, Callable[[], ExperimentConfig]] = {
-    function.__name__: function for function in (paper_4x, paper_4x_rgb, srraw_4x, srraw_8x, smoke, demo, starter)
+    function.__name__.replace("starter_", "starter-"): function
+    for function in (paper_4x, paper_4x_rgb, srraw_4x, srraw_8x, smoke, demo, starter, starter_rgb)
 }
 
 

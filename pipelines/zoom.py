@@ -1,84 +1,47 @@
 """`sdan zoom`: enlarge photographs with a model.
 
-RAW is decoded and rendered as in training. For a RAW model, JPG or PNG input is converted to a synthetic mosaic from
-its linearised pixels, and a console message says so; an RGB model takes it directly.
+The parts are in zooming/: request.py (what is asked for, and its checks), photo.py (reading) and rows.py (what happens
+to the network's output rows). Files are written by formats/.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
-import cv2
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import sdan
 from pipelines import registry
-from pipelines.formats import png
+from pipelines.formats import jpg, png, tags, tiff
+from pipelines.zooming import rows
+from pipelines.zooming.photo import Photo, read_photo
+from pipelines.zooming.request import (
+    DEFAULTS,
+    Output,
+    ZoomError,
+    check_options,
+    check_outputs,
+    output_paths,
+    photographs,
+    shown,
+    without_twins,
+)
 from preprocessing.raw import decode
-from preprocessing.storage import write_atomically
-from sdan import STARTER, SDANConfig, raw_input
+from preprocessing.storage import new_file, one_line
+from sdan import STARTER
 from sdan.baselines import Network
 
-PICTURES = (".jpg", ".jpeg", ".png")
+__all__ = ["Output", "Photo", "ZoomError", "Zoomed", "Zoomer", "read_photo", "write_png", "zoom_photos"]
+
 _ROWS = 256
 """Pixel rows that `write_png` converts at a time."""
-
-
-class ZoomError(ValueError):
-    """A photograph that cannot be read, or an output that cannot be written; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class Photo:
-    """A photograph as the network's input, in sensor orientation."""
-
-    raw: Tensor
-    """[4, h, w] packed RAW in [0, 1]; for a model with RGB input the rendering itself."""
-    rendering: Tensor
-    """[3, 2h, 2w] in [0, 1], with the model's rendering curve; sRGB if input is rgb."""
-    flip: int
-    """LibRaw's code of the rotation that makes it upright."""
-    from_raw: bool
-
-
-def read_photo(path: Path, network: SDANConfig) -> Photo:
-    """Read RAW, JPG or PNG for a model of this config.
-
-    Raises:
-        ZoomError, RawError: no such file, not a picture, not a Bayer RAW.
-    """
-    if not path.is_file():
-        raise ZoomError(f"{path}: expected a photograph (RAW, JPG or PNG), got no such file; check the path")
-    if path.suffix.lower() in PICTURES:
-        return _from_picture(path, network)
-    if network.input == "rgb":
-        raise ZoomError(f"{path}: expected a JPG or PNG for a model with RGB input, got RAW; pass the camera's JPG")
-    image = decode.load(path, curve=network.rendering_curve)
-    raw, rendering = raw_input.from_photo(image)
-    return Photo(raw, rendering, image.flip, from_raw=True)
-
-
-def _from_picture(path: Path, network: SDANConfig) -> Photo:
-    # OpenCV applies the EXIF orientation.
-    bgr = cv2.imread(str(path), cv2.IMREAD_COLOR)
-    if bgr is None:
-        raise ZoomError(f"{path}: expected a readable JPG or PNG, got a damaged or empty file; export it again")
-    rgb = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
-    rendering = torch.from_numpy(rgb).permute(2, 0, 1).float() / 255
-    if network.input == "rgb":
-        return Photo(rendering, rendering, 0, from_raw=False)
-    even = rendering[..., : rgb.shape[0] // 2 * 2, : rgb.shape[1] // 2 * 2]
-    encoded = raw_input.rendering_from_srgb(even, network.rendering_curve)
-    return Photo(raw_input.mosaic_from_srgb(even[None])[0], encoded, 0, from_raw=False)
 
 
 @dataclass(frozen=True)
@@ -98,31 +61,51 @@ class Zoomer:
         """The enlarged photograph, upright: float32 [s H, s W, 3] in [0, 1]; precision as in sdan.ops.precision."""
         with _zoom_errors():
             zoomed = sdan.zoom(self.model, photo.raw, photo.rendering, precision=precision, progress=progress)
-        return decode.upright(zoomed.permute(1, 2, 0).numpy(), photo.flip)
+        top, left, height, width = self._window(photo)
+        part = zoomed.permute(1, 2, 0)[top : top + height, left : left + width]
+        return decode.upright(part.numpy(), photo.flip)
 
     def levels(
-        self, photo: Photo, bits: int, progress: Callable[[int, int], None] | None = None
+        self,
+        photo: Photo,
+        bits: int,
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        scale: int | None = None,
     ) -> Iterator[np.ndarray]:
         """The same as levels, uint8 or uint16 [rows, s W, 3], in parts from top to bottom.
 
         Upright photographs need memory for one part; the others are turned as a whole.
+
+        Args:
+            scale: resample to this scale; None: the model's.
         """
         # 16 bits need more than the 8 bits of mantissa that bf16 has.
         precision = "fp32" if bits == 16 else "auto"
+        own = self.model.config.scale
         with _zoom_errors():
-            rows = sdan.zoom_rows(
+            found = sdan.zoom_rows(
                 self.model, photo.raw, photo.rendering, bits=bits, precision=precision, progress=progress
             )
-            parts = (part.permute(1, 2, 0).numpy() for part in rows)
+            top, left, height, width = self._window(photo)
+            parts = rows.cropped((part.permute(1, 2, 0).numpy() for part in found), top, left, height, width)
+            if photo.grey:
+                parts = rows.grey(parts)
+            if scale is not None and scale != own:
+                parts = rows.resampled(parts, width, own, scale)
+                height, width = height // own * scale, width // own * scale
             if photo.flip:
-                yield decode.upright(np.concatenate(list(parts)), photo.flip)
+                yield rows.upright(parts, height, width, photo.flip)
             else:
                 yield from parts
 
-    def size(self, photo: Photo) -> tuple[int, int]:
+    def size(self, photo: Photo, scale: int | None = None) -> tuple[int, int]:
         """(width, height) of the enlarged photograph, upright."""
-        height, width = (self.model.config.scale * side for side in photo.rendering.shape[1:])
+        height, width = ((scale or self.model.config.scale) * side for side in photo.window[2:])
         return (height, width) if photo.flip & 4 else (width, height)
+
+    def _window(self, photo: Photo) -> tuple[int, ...]:
+        return tuple(self.model.config.scale * value for value in photo.window)
 
 
 @contextlib.contextmanager
@@ -138,17 +121,6 @@ def _zoom_errors() -> Iterator[None]:
         ) from error
 
 
-def check_output(path: Path, bits: int) -> None:
-    """Check, before the work starts, that its result can be written."""
-    if bits not in (8, 16):
-        raise ZoomError(f"--bits: expected 8 or 16, got {bits}")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ZoomError(f"-o {path}: expected a writable folder, got {folder}; choose another -o")
-    if path.is_dir():
-        raise ZoomError(f"-o {path}: expected a file name, got a folder of that name; choose another -o")
-
-
 def write_png(image_HW3: np.ndarray, path: Path, *, bits: int = 8) -> None:
     """Write float RGB [H, W, 3] in [0, 1] as a PNG with `bits` per channel.
 
@@ -162,45 +134,58 @@ def write_png(image_HW3: np.ndarray, path: Path, *, bits: int = 8) -> None:
     write_levels(parts, path, (width, height), bits)
 
 
-def write_levels(parts: Iterable[np.ndarray], path: Path, size: tuple[int, int], bits: int) -> None:
-    """Write RGB levels as a PNG; the file appears complete or not at all.
+def write_levels(
+    parts: Iterable[np.ndarray],
+    path: Path,
+    size: tuple[int, int],
+    bits: int,
+    *,
+    output: Output = DEFAULTS,
+    exif: bytes = b"",
+) -> None:
+    """Write RGB levels in sRGB while they arrive; the file appears complete or not at all.
 
     Args:
         parts: uint8 or uint16 [rows, width, 3] by `bits`, from top to bottom.
         size: (width, height).
+        output: its format and quality.
+        exif: a block as `formats.tags.written` gives it.
 
     Raises:
-        ZoomError: the path cannot be written.
+        ZoomError: the path cannot be written, or the picture is too large for a JPG.
     """
-    file = io.BytesIO()
-    file.writelines(png.encode(parts, *size, bits))
+    kind = output.chosen_format(path)
+    if kind == "jpg" and max(size) > jpg.MAX_SIDE:
+        raise ZoomError(
+            f"-o {shown(path)}: expected at most {jpg.MAX_SIDE} pixels a side for a JPG, got {size[0]}x{size[1]}; "
+            "use --format tiff or png"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, file.getvalue())
+        with new_file(path) as file:
+            _write(file, kind, parts, size, bits, output.quality, exif)
     except OSError as error:
         raise ZoomError(
-            f"-o {path}: expected a writable place, got {error.strerror or error}; choose another"
+            f"-o {shown(path)}: expected a writable place, got {error.strerror or error}; choose another"
         ) from error
 
 
-def output_paths(photos: Sequence[Path], out: Path, scale: int) -> list[Path]:
-    """The output path of each photograph: `out` itself if it names a .png, else NAME_4x.png in the folder `out`.
-
-    Raises:
-        ZoomError: several photographs for one file, two photographs of one name, or a suffix other than .png.
-    """
-    if out.suffix.lower() == ".png":
-        if len(photos) > 1:
-            raise ZoomError(f"-o {out}: expected a folder for several photographs, got one .png file; name a folder")
-        return [out]
-    if out.suffix.lower() in (".jpg", ".jpeg", ".tif", ".tiff", ".webp"):
-        raise ZoomError(f"-o {out}: expected a .png or a folder, got a {out.suffix} file; use .png")
-    targets = [out / f"{photo.stem}_{scale}x.png" for photo in photos]
-    for number, target in enumerate(targets):
-        if target in targets[:number]:
-            first = photos[targets.index(target)]
-            raise ZoomError(f"{photos[number]}: expected a unique file name, got that of {first}; use two folders")
-    return targets
+def _write(
+    file: BinaryIO,
+    kind: str,
+    parts: Iterable[np.ndarray],
+    size: tuple[int, int],
+    bits: int,
+    quality: int,
+    exif: bytes,
+) -> None:
+    icc = tags.srgb_profile()
+    if kind == "tiff":
+        tiff.write(file, parts, *size, bits, icc=icc, exif=exif)
+    elif kind == "jpg":
+        file.writelines(jpg.encode(parts, *size, quality=quality, icc=icc, exif=exif))
+    else:
+        file.writelines(png.encode(parts, *size, bits, icc=icc, exif=exif))
 
 
 @dataclass(frozen=True)
@@ -225,49 +210,72 @@ def choose_model(data: Path, uri: str | None) -> tuple[Path, bool]:
 
 
 def zoom_photos(
-    photos: Sequence[Path],
+    inputs: Sequence[Path],
     out: Path,
     zoomer: Zoomer,
     *,
-    bits: int = 8,
+    output: Output = DEFAULTS,
     say: Callable[[str], None],
     warn: Callable[[str], None],
 ) -> list[Zoomed]:
     """Zoom photographs one after another; one that fails is reported through `warn`, and the rest continue.
 
     Args:
-        out: a .png for one photograph, else a folder.
+        inputs: files, or folders, which mean the photographs in them.
+        out: a .png, .tif or .jpg for one photograph, else a folder.
         say: takes one line of progress per photograph.
         warn: takes one line per photograph that is set aside.
 
     Raises:
         ZoomError: outputs that cannot be written (before any work), or photographs set aside (after the rest).
     """
-    targets = output_paths(photos, out, zoomer.model.config.scale)
-    for target in targets:
-        check_output(target, bits)
+    check_options(out, output)
+    network = zoomer.model.config
+    photos = without_twins(inputs, photographs(inputs, out), network.input != "rgb", say)
+    targets = output_paths(photos, out, output.scale or network.scale, output)
+    check_outputs(targets, photos, output.overwrite)
+    if output.scale not in (None, network.scale):
+        say(f"the model enlarges {network.scale}x; its result is resampled to {output.scale}x")
     done = []
     for photo, target in zip(photos, targets, strict=True):
         try:
-            done.append(_zoom_one(photo, target, zoomer, bits, say))
-        except ValueError as error:
+            done.append(_zoom_one(photo, target, zoomer, output, say))
+        except Exception as error:
+            line = str(error) if isinstance(error, ValueError) else _unexpected(photo, error)
             if len(photos) == 1:
-                raise
-            warn(f"set aside: {error}")
+                raise ZoomError(line) from error
+            warn(f"set aside: {line}")
     if len(done) < len(photos):
         failed = len(photos) - len(done)
         raise ZoomError(f"expected {len(photos)} photographs, got {len(done)}; {failed} set aside, see above")
     return done
 
 
-def _zoom_one(photo: Path, target: Path, zoomer: Zoomer, bits: int, say: Callable[[str], None]) -> Zoomed:
-    decoded = read_photo(photo, zoomer.model.config)
+def _unexpected(photo: Path, error: Exception) -> str:
+    if isinstance(error, MemoryError) or "not enough memory" in str(error):
+        return f"{shown(photo)}: expected memory for this photograph, got too little; use --crop or close programs"
+    return (
+        f"{shown(photo)}: expected a photograph that can be zoomed, got an error "
+        f"({type(error).__name__}: {one_line(error)[:200]}); copy or export it again"
+    )
+
+
+def _zoom_one(photo: Path, target: Path, zoomer: Zoomer, output: Output, say: Callable[[str], None]) -> Zoomed:
+    decoded = read_photo(photo, zoomer.model.config, output)
+    for note in decoded.notes:
+        say(f"{shown(photo)}: {note}")
     if not decoded.from_raw and zoomer.model.config.input != "rgb":
-        say(f"{photo}: no RAW, so its pixels are converted to a synthetic mosaic; expect less detail than from RAW")
-    width, height = zoomer.size(decoded)
-    with tqdm(desc=photo.name, unit="tile") as bar:
-        write_levels(zoomer.levels(decoded, bits, partial(move_bar, bar)), target, (width, height), bits)
-    say(f"{target} ({width}x{height})")
+        say(
+            f"{shown(photo)}: no RAW, so its pixels are converted to a synthetic mosaic; "
+            "expect less detail than from RAW"
+        )
+    width, height = zoomer.size(decoded, output.scale)
+    bits = output.chosen_bits(target)
+    exif = tags.written(decoded.exif, width, height, gps=output.gps)
+    with tqdm(desc=shown(Path(photo.name)), unit="tile") as bar:
+        parts = zoomer.levels(decoded, bits, partial(move_bar, bar), scale=output.scale)
+        write_levels(parts, target, (width, height), bits, output=output, exif=exif)
+    say(f"{shown(target)} ({width}x{height})")
     return Zoomed(target, width, height)
 
 

@@ -9,15 +9,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from preprocessing.raw.checks import RAW_SUFFIXES
 from preprocessing.raw.exif import Exif
 from preprocessing.schema import SPLITS
 from preprocessing.storage import Folder
 
-_RAW_NAMES = (
-    "3fr ari arw bay cr2 cr3 crw dcr dng erf fff gpr iiq k25 kdc mef mos mrw nef nrw orf pef raf raw rw2 rwl sr2 srf"
-    " srw x3f"
-)
-RAW_SUFFIXES = frozenset(_RAW_NAMES.split())
 JPG_SUFFIXES = frozenset({"jpg", "jpeg"})
 TRUTH_FOLDER = "truth"
 

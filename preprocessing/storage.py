@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -212,9 +212,23 @@ def write_atomically(path: Path, data: bytes | str | pa.Buffer) -> None:
     The data goes to a temporary file in the same folder, which is then renamed. The folder must exist. Text is encoded
     as UTF-8. When several processes write the same path, the last one wins. Raises OSError.
     """
+    with _renamed(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """As `write_atomically`, for data that comes in parts; an error while it is written removes what there is."""
+    with _renamed(path) as temporary, temporary.open("wb") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def _renamed(path: Path) -> Iterator[Path]:
+    """A temporary name, which becomes `path` in the end, or is removed after an error."""
     temporary = path.with_name(f".{path.name[:_TEMPORARY_NAME_CHARS]}~{writer_id()}")
     try:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        yield temporary
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

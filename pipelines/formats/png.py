@@ -29,13 +29,21 @@ _ZLIB_HEADER, _LAST_BLOCK = b"\x78\x01", b"\x03\x00"
 _ADLER = 65521
 
 
-def encode(parts: Iterable[Pixels], width: int, height: int, bits: int) -> Iterator[bytes]:
+def encode(
+    parts: Iterable[Pixels], width: int, height: int, bits: int, *, icc: bytes = b"", exif: bytes = b""
+) -> Iterator[bytes]:
     """The pieces of a PNG file, in order, while `parts` arrive.
 
     Args:
         parts: RGB levels [rows, width, 3] from top to bottom, uint8 or uint16 by `bits`; `height` rows in all.
+        icc: a colour profile.
+        exif: a block as `tags.written` gives it.
     """
     yield _SIGNATURE + _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, _RGB, 0, 0, 0))
+    if icc:
+        yield _chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(icc))
+    if exif:
+        yield _chunk(b"eXIf", exif)
     yield _chunk(b"IDAT", _ZLIB_HEADER)
     pixel_bytes = 3 * bits // 8
     checksum, above = 1, np.zeros((1, width * pixel_bytes), np.uint8)

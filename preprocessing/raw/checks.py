@@ -7,6 +7,11 @@ import numpy as np
 import rawpy
 from numpy.typing import NDArray
 
+_RAW_NAMES = (
+    "3fr ari arw bay cr2 cr3 crw dcr dng erf fff gpr iiq k25 kdc mef mos mrw nef nrw orf pef raf raw rw2 rwl sr2 srf"
+    " srw x3f"
+)
+RAW_SUFFIXES = frozenset(_RAW_NAMES.split())
 BLOCK = ((0, 0), (0, 1), (1, 0), (1, 1))
 """(row, col) of R, G1, G2, B in an RGGB block."""
 COPY_OR_EXCLUDE = "copy it again or exclude it"

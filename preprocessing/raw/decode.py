@@ -38,7 +38,7 @@ from preprocessing.raw.exif import read_exif
 from preprocessing.raw.rendering import SensorData, xyz_to_camera_from_libraw
 from preprocessing.raw.white_balance import gains_from_preview
 
-__all__ = ["RawError", "RawImage", "load", "render", "upright"]
+__all__ = ["RawError", "RawImage", "declared_size", "load", "render", "upright"]
 
 WbSource = Literal["camera", "preview", "daylight"]
 MatrixSource = Literal["file", "libraw", "none"]
@@ -153,6 +153,12 @@ def load(source: str | Path | bytes, *, name: str | None = None, curve: Renderin
         with _stream(source) as file:
             levels = black_pattern(file)
         return _read_image(raw, label, _first_megabyte(source), curve, levels)
+
+
+def declared_size(source: str | Path | bytes, *, name: str | None = None) -> tuple[int, int]:
+    """(height, width) of LibRaw's visible area, from the file's head: nothing is decoded. Raises RawError."""
+    with _opened(source, name) as (raw, _):
+        return int(raw.sizes.height), int(raw.sizes.width)
 
 
 def render(source: str | Path | bytes, *, name: str | None = None, curve: RenderingCurve = "srgb") -> NDArray[np.uint8]:

@@ -112,6 +112,7 @@ def write_dng(
     make: str = "SDAN",
     model: str = "Simulated",
     shot: ShotTags = ShotTags(),
+    xyz_to_camera_33: npt.NDArray[np.float64] = ILCE_7SM2_XYZ_TO_CAMERA,
 ) -> None:
     """Write a Bayer mosaic as a DNG whose decoded `raw_image` equals `mosaic_HW` exactly.
 
@@ -133,7 +134,7 @@ def write_dng(
     root.set(Tag.DNG_VERSION, BYTE, 1, 4, 0, 0)
     root.set(Tag.DNG_BACKWARD_VERSION, BYTE, 1, 1, 0, 0)
     root.text(Tag.UNIQUE_CAMERA_MODEL, f"{make} {model}")
-    root.rational(Tag.COLOR_MATRIX_1, *ILCE_7SM2_XYZ_TO_CAMERA.ravel().tolist(), signed=True)
+    root.rational(Tag.COLOR_MATRIX_1, *xyz_to_camera_33.ravel().tolist(), signed=True)
     root.rational(Tag.AS_SHOT_NEUTRAL, *(1.0 / gain for gain in wb))
     root.set(Tag.CALIBRATION_ILLUMINANT_1, SHORT, _D65)
     root.children[Tag.SUB_IFDS] = raw

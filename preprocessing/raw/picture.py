@@ -1,4 +1,4 @@
-"""Reads a JPG, PNG or TIFF picture and converts its colours to sRGB: the one place that decodes pictures.
+"""Reads a JPG, PNG, TIFF, WebP or AVIF picture and converts its colours to sRGB: the one place that decodes pictures.
 
 Cameras and phones store Adobe RGB or Display P3, stated by an embedded ICC profile or by EXIF's ColorSpace. 8-bit
 pictures go through littlecms (Pillow's ImageCms), which has no 16-bit mode in Pillow; 16-bit ones go through the
@@ -23,13 +23,20 @@ from preprocessing.raw.icc import ADOBE_RGB, MatrixProfile, read_matrix_profile
 
 Pixels = NDArray[np.uint8] | NDArray[np.uint16]
 
-KINDS = {"JPG": "JPEG", "PNG": "PNG", "TIFF": "TIFF"}
+KINDS = {"JPG": "JPEG", "PNG": "PNG", "TIFF": "TIFF", "WebP": "WEBP", "AVIF": "AVIF"}
 """Our names of the formats that can be read: Pillow's names."""
 MAX_PIXELS = 400_000_000
 _MAX_PIXELS_PER_BYTE = 256
 """A JPG stores at least two bits per block of 64 pixels, so a file that declares more pixels is damaged."""
 _MAGIC = (
-    *((4, b"ftyphei", "HEIC"), (4, b"ftypmif1", "HEIC"), (4, b"ftypavif", "AVIF"), (4, b"ftypcrx", "RAW (CR3)")),
+    *(
+        (4, b"ftyphei", "HEIC"),
+        (4, b"ftypmif1", "HEIC"),
+        (4, b"ftypheix", "HEIC"),
+        (4, b"ftyphevc", "HEIC"),
+        (4, b"ftypavif", "AVIF"),
+        (4, b"ftypcrx", "RAW (CR3)"),
+    ),
     *((8, b"WEBP", "WebP"), (0, b"GIF8", "GIF"), (0, b"BM", "BMP"), (0, b"8BPS", "PSD"), (0, b"%PDF", "PDF")),
     *((0, b"\x89PNG", "PNG"), (0, b"\xff\xd8", "JPG"), (0, b"II*\x00", "TIFF or RAW"), (0, b"MM\x00*", "TIFF or RAW")),
 )
@@ -40,6 +47,7 @@ _UNCALIBRATED, _ADOBE_BY_SOME = 0xFFFF, 2
 _SAME_COLOUR = 2
 """Levels of 255 by which a profile may change colours and still count as sRGB: rounding, and older editions of it."""
 _STRIP_ROWS = 256
+_GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "F")
 
 
 class PictureError(ValueError):
@@ -57,6 +65,8 @@ class Picture:
     """EXIF Orientation, 1 to 8; None if not stated."""
     notes: tuple[str, ...] = ()
     """What was done to it besides decoding, e.g. "Display P3 converted to sRGB"."""
+    grey: bool = False
+    """Whether the file holds grey values; they are expanded to RGB here."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -100,19 +110,40 @@ def read_picture(
             picture.load()
             tags = _tags(picture, data)
             convert = _read_deep if _bits(picture, data) > 8 else _read_8_bit
+            grey = picture.mode in _GREY_MODES
             pixels, notes = convert(picture, data, name, _space(picture, tags))
     except PictureError:
         raise
-    except Image.UnidentifiedImageError as error:
-        raise PictureError(
-            f"{name}: expected a readable {_listed(kinds)}, got {_kind(data)}; export it again"
-        ) from error
     except (OSError, ValueError, SyntaxError, TypeError, KeyError, OverflowError, cv2.error) as error:
-        reason = " ".join(str(error).split()) or "damaged data"
-        raise PictureError(
-            f"{name}: expected a readable {_listed(kinds)}, got an error ({reason}); copy or export it again"
-        ) from error
-    return Picture(pixels, tags.orientation, notes)
+        raise _unreadable(error, data, name, kinds) from error
+    return Picture(pixels, tags.orientation, notes, grey)
+
+
+def declared_size(data: bytes, name: str, kinds: tuple[str, ...] = tuple(KINDS)) -> tuple[int, int]:
+    """(height, width) as shown, from the file's head: nothing is decoded. Raises PictureError as `read_picture`."""
+    try:
+        with _opened(data, kinds) as picture:
+            _require_size(picture, name, len(data), MAX_PIXELS)
+            width, height = picture.size
+            return (width, height) if (_tags(picture, data).orientation or 1) >= 5 else (height, width)
+    except PictureError:
+        raise
+    except Exception as error:
+        raise _unreadable(error, data, name, kinds) from error
+
+
+def kind_of(data: bytes) -> str | None:
+    """The kind of file by its first bytes, e.g. "HEIC"; "TIFF or RAW" for both; None if unknown."""
+    return next((kind for start, magic, kind in _MAGIC if data[start:].startswith(magic)), None)
+
+
+def _unreadable(error: Exception, data: bytes, name: str, kinds: tuple[str, ...]) -> PictureError:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return PictureError(f"{name}: expected a readable {_listed(kinds)}, got {_kind(data)}; export it again")
+    reason = " ".join(str(error).split()) or "damaged data"
+    return PictureError(
+        f"{name}: expected a readable {_listed(kinds)}, got an error ({reason}); copy or export it again"
+    )
 
 
 def colour_space(head: bytes) -> str | None:
@@ -162,7 +193,7 @@ def _bits(picture: Image.Image, data: bytes) -> int:
 
 def _tags(picture: Image.Image, data: bytes) -> Exif:
     """The EXIF tags. A TIFF counts as not turned, because both decoders turn it."""
-    if picture.format == "PNG":
+    if picture.format in ("PNG", "WEBP", "AVIF"):
         return read_exif(picture.info.get("exif", b"").removeprefix(_EXIF_HEADER))
     tags = read_exif(data)
     return replace(tags, orientation=None) if picture.format == "TIFF" else tags
@@ -296,5 +327,5 @@ def _kind(data: bytes) -> str:
     """What the file is instead, by its first bytes."""
     if not data:
         return "an empty file"
-    found = next((kind for start, magic, kind in _MAGIC if data[start:].startswith(magic)), None)
+    found = kind_of(data)
     return f"{found} data" if found else "another kind of file"

@@ -42,6 +42,8 @@ PRESETS = {
     "tripod": Preset(0.00013, 0.0002, 0.3, 0.45, 0.9, 0.001, 1.0, 0.02),
     "default": Preset(0.0016, 0.0018, 2.0, 0.6, 1.5, 0.002, 1.0, 0.04),
     "handheld": Preset(0.0032, 0.0036, 5.0, 0.8, 2.0, 0.003, 1.0, 0.06),
+    # The misalignment of default; each sequence has another camera (wide.py).
+    "wide": Preset(0.0016, 0.0018, 2.0, 0.6, 1.5, 0.002, 1.0, 0.04),
 }
 
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from preprocessing.colour import SRGB_BYTE_TO_LINEAR, linear_to_srgb_bytes
 from preprocessing.registration.affine import LANCZOS_LOBES
+from preprocessing.simulator import thin_subjects
 from preprocessing.simulator.scenery import light, near, photographs, subjects
 from preprocessing.simulator.scenery.canvas import FINEST_DENSITY, NUM_LEVELS, Box, Canvas
 from preprocessing.simulator.scenery.drawing import Drawing
@@ -55,24 +56,27 @@ def build_scene(
     subject: str | None = None,
     photos: Sequence[Path] = (),
     first_photo: int = 0,
+    thin: bool = False,
 ) -> Scene:
     """Draw a scene.
 
     boxes        area that each of the NUM_LEVELS canvases must cover, scene units, finest first
     frame_width  width of a 240 mm frame in scene units; sizes of objects are proportional to it
-    subject      one of `subjects.SUBJECTS`; None: a random one
+    subject      one of `subjects.SUBJECTS` (or, with `thin`, of `thin_subjects.SUBJECTS`); None: a random one
     photos       photographs to show instead of a procedural subject, starting with number `first_photo`
+    thin         a random subject may also be one of `thin_subjects.SUBJECTS`
     """
     unit = frame_width / 1536
     nested = _nested_boxes(boxes)
-    names = list(subjects.SUBJECTS)
+    drawers = {**subjects.SUBJECTS, **(thin_subjects.SUBJECTS if thin else {})}
+    names = list(drawers)
     chosen = names[int(rng.integers(len(names)))] if subject is None else subject
     drawing = Drawing()
     if photos:
         chosen = "photographs"
         photographs.draw_gallery(drawing, nested, photos, first_photo, unit)
     else:
-        subjects.SUBJECTS[chosen](drawing, rng, nested[-1], unit)
+        drawers[chosen](drawing, rng, nested[-1], unit)
     light.draw_light(drawing, rng, nested[-1])
     colour_drawing, mask_drawing = near.draw_near(rng, nested[-1], unit)
     return Scene(_far_canvases(drawing, nested), _near_canvases(colour_drawing, mask_drawing, nested), chosen)

@@ -119,7 +119,7 @@ def _unbiased(grid: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return np.asarray(whole + part, np.float32)
 
 
-def _light(
+def exposed(
     band: Picture, first: int, geometry: FrameGeometry, exposure: Exposure, scale: int = 1, left: int = 0
 ) -> Picture:
     """Apply exposure and vignetting in place.
@@ -143,7 +143,7 @@ def expose(scene: Scene, geometry: FrameGeometry, exposure: Exposure, rng: np.ra
     electrons_per_count = FULL_WELL_E * 100 / exposure.iso / counts_per_unit
     rgb_to_sites = RGB_TO_CAMERA / np.array(exposure.wb, np.float32)[:, None]
     for first, band in render_linear(scene, geometry, psf_px=exposure.psf_px):
-        camera = cv2.transform(_light(band, first, geometry, exposure), rgb_to_sites)
+        camera = cv2.transform(exposed(band, first, geometry, exposure), rgb_to_sites)
         light = camera[..., 1].copy()
         light[0::2, 0::2] = camera[0::2, 0::2, 0]
         light[1::2, 1::2] = camera[1::2, 1::2, 2]
@@ -195,16 +195,23 @@ def ideal_picture(
     top, left, height, width = window
     picture = np.empty((height * scale, width * scale, 3), np.uint8)
     for first, band in render_linear(scene, geometry, psf_px=IDEAL_PSF_PX, scale=scale, window=window):
-        light = _light(band, first + top * scale, geometry, exposure, scale, left)
+        light = exposed(band, first + top * scale, geometry, exposure, scale, left)
         index = np.minimum(light * np.float32(65535) + np.float32(0.5), 65535).astype(np.uint16)
         picture[first : first + band.shape[0]] = np.rint(_TONE_TABLE[index])
     return picture
 
 
 def encode_jpg(
-    picture_HW3: npt.NDArray[np.uint8], geometry: FrameGeometry, exposure: Exposure, make: str, model: str
+    picture_HW3: npt.NDArray[np.uint8],
+    geometry: FrameGeometry,
+    exposure: Exposure,
+    make: str,
+    model: str,
+    *,
+    quality: int = 92,
+    subsampling: str = "4:2:2",
 ) -> bytes:
-    """JPEG quality 92, 4:2:2, with the camera's EXIF."""
+    """JPEG with the camera's EXIF."""
     exif = Image.Exif()
     exif[271], exif[272], exif[274], exif[305] = make, model, 1, "SDAN simulator"
     details = exif.get_ifd(0x8769)
@@ -213,7 +220,7 @@ def encode_jpg(
     details[34855] = exposure.iso
     details[37386] = TiffImagePlugin.IFDRational(*_fraction(geometry.focal_mm))
     buffer = io.BytesIO()
-    Image.fromarray(picture_HW3).save(buffer, "JPEG", quality=92, subsampling="4:2:2", exif=exif)
+    Image.fromarray(picture_HW3).save(buffer, "JPEG", quality=quality, subsampling=subsampling, exif=exif)
     return buffer.getvalue()
 
 

@@ -16,14 +16,16 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 
 from preprocessing.frames import TRUTH_FOLDER
 from preprocessing.raw import dng
-from preprocessing.simulator import sensor, truth_files
+from preprocessing.simulator import camera_jpg, sensor, truth_files, wide
 from preprocessing.simulator.optics import FOCALS_MM, PRESETS, draw_exposures, draw_geometries
 from preprocessing.simulator.scenery.canvas import Box
 from preprocessing.simulator.scenery.photographs import find_photographs, fingerprint
 from preprocessing.simulator.scenes import NUM_LEVELS, Scene, build_scene, level_of
+from preprocessing.simulator.wide_sensor import WideCamera
 from preprocessing.truth.frame import FAR, NEAR, Exposure, FrameGeometry, Window
 from preprocessing.truth.reader import GEOMETRY_FILE
 
@@ -33,6 +35,7 @@ VERSION = 2
 MIN_WIDTH_PX = 384
 MAX_WIDTH_PX = 8192
 RAW_FORMATS = {"dng": ".dng", "arw": ".ARW"}
+WIDE = "wide"
 CAMERAS = {"dng": ("SDAN", "Simulated"), "arw": ("SONY", "ILCE-7SM2")}
 
 
@@ -71,7 +74,8 @@ def simulate(
     width_px    width of the camera JPG, even; the height is two thirds of it (2832 at 4240, like the ILCE-7SM2). The
                 RAW has the same size; with raw_format "arw" it is larger by 16 px at 4240, like that camera's
     preset      "tripod", "default", "handheld", or "perfect": no motion, no distortion, exact focal lengths, constant
-                exposure, with noise, Bayer sampling and JPEG as in the others
+                exposure, with noise, Bayer sampling and JPEG as in the others; "wide": another camera, lens and look
+                of the JPG for each sequence (wide.py, camera_jpg.py), and scenes of thin lines among the others
     raw_format  "dng" or "arw"
     progress    called with (number of finished sequences, number of all)
     Raises SimulateError for a wrong value, a scenes folder without readable photographs, and an `out` that cannot be
@@ -171,15 +175,33 @@ def _write_sequence(folder: Path, job: _Job, photos: Sequence[Path]) -> None:
         3 + len(FOCALS_MM)
     )
     jpg_size, raw_size = frame_size(job.width_px, job.raw_format)
-    frames = draw_geometries(motion_rng, PRESETS[job.preset], jpg_size=jpg_size, raw_size=raw_size)
-    exposures = draw_exposures(camera_rng, PRESETS[job.preset])
+    preset = PRESETS[job.preset]
+    frames = draw_geometries(motion_rng, preset, jpg_size=jpg_size, raw_size=raw_size)
+    camera = _draw_camera(camera_rng, job) if job.preset == WIDE else None
+    exposures = wide.draw_exposures(camera_rng, preset, camera.model) if camera else draw_exposures(camera_rng, preset)
     ideals = truth_files.plan_ideals(frames)
     scene = build_scene(
-        scene_rng, _views(frames, ideals), frame_width=job.width_px, photos=photos, first_photo=job.index - 1
+        scene_rng,
+        _views(frames, ideals),
+        frame_width=job.width_px,
+        photos=photos,
+        first_photo=job.index - 1,
+        thin=camera is not None,
     )
     for number, (frame, exposure) in enumerate(zip(frames, exposures, strict=True)):
-        _write_frame(partial, f"{number + 1:05d}", job, scene, frame, exposure, noise_rngs[number])
-    truth_files.write(partial / TRUTH_FOLDER, asdict(job), scene, frames, exposures, ideals)
+        stem, rng = f"{number + 1:05d}", noise_rngs[number]
+        if camera:
+            used = next((ideal.window for ideal in ideals if ideal.frame == number), None)
+            _write_wide_frame(partial, stem, job, scene, frame, exposure, rng, camera, used)
+        else:
+            _write_frame(partial, stem, job, scene, frame, exposure, rng)
+    truth = partial / TRUTH_FOLDER
+    if camera:
+        drawn = {"camera": asdict(camera.model), "look": asdict(camera.look)}
+        show = camera.ideal_picture
+        truth_files.write(truth, asdict(job), scene, frames, exposures, ideals, ideal_picture=show, more=drawn)
+    else:
+        truth_files.write(truth, asdict(job), scene, frames, exposures, ideals)
     partial.rename(folder)
 
 
@@ -196,19 +218,68 @@ def _write_frame(
     picture = sensor.camera_picture(mosaic, frame, exposure)
     make, model = CAMERAS[job.raw_format]
     (folder / f"{stem}.JPG").write_bytes(sensor.encode_jpg(picture, frame, exposure, make, model))
+    shot = _shot(picture, frame, exposure, make, model)
+    path = folder / f"{stem}{RAW_FORMATS[job.raw_format]}"
+    if job.raw_format == "arw":
+        dng.write_arw(path, mosaic, wb=exposure.wb, make=make, model=model, shot=shot)
+    else:
+        dng.write_dng(path, mosaic, white_level=sensor.WHITE_LEVEL, wb=exposure.wb, make=make, model=model, shot=shot)
+
+
+def _shot(
+    picture: npt.NDArray[np.uint8], frame: FrameGeometry, exposure: Exposure, make: str, model: str
+) -> dng.ShotTags:
     small = cv2.resize(picture, (480, round(480 * picture.shape[0] / picture.shape[1])), interpolation=cv2.INTER_AREA)
-    shot = dng.ShotTags(
+    return dng.ShotTags(
         focal_mm=frame.focal_mm,
         iso=exposure.iso,
         exposure_s=exposure.exposure_s,
         f_number=exposure.f_number,
         thumbnail_jpg=sensor.encode_jpg(np.asarray(small, np.uint8), frame, exposure, make, model),
     )
+
+
+def _draw_camera(rng: np.random.Generator, job: _Job) -> WideCamera:
+    model = wide.draw_camera(rng)
+    return WideCamera(wide.as_arw(model) if job.raw_format == "arw" else model, camera_jpg.draw_look(rng))
+
+
+def _write_wide_frame(
+    folder: Path,
+    stem: str,
+    job: _Job,
+    scene: Scene,
+    frame: FrameGeometry,
+    exposure: Exposure,
+    rng: np.random.Generator,
+    camera: WideCamera,
+    used: Window | None,
+) -> None:
+    """`used`: the part of the frame that 4x pairs use, None if it is the short frame of none."""
+    mosaic = camera.expose(scene, frame, exposure, rng)
+    picture = camera.picture(mosaic, scene, frame, exposure, rng, used)
+    make, name = CAMERAS[job.raw_format]
+    quality, subsampling = camera.look.quality, camera.look.subsampling
+    jpg = sensor.encode_jpg(picture, frame, exposure, make, name, quality=quality, subsampling=subsampling)
+    (folder / f"{stem}.JPG").write_bytes(jpg)
+    shot = _shot(picture, frame, exposure, make, name)
     path = folder / f"{stem}{RAW_FORMATS[job.raw_format]}"
+    model = camera.model
     if job.raw_format == "arw":
-        dng.write_arw(path, mosaic, wb=exposure.wb, make=make, model=model, shot=shot)
+        dng.write_arw(path, mosaic, wb=exposure.wb, make=make, model=name, shot=shot)
     else:
-        dng.write_dng(path, mosaic, white_level=sensor.WHITE_LEVEL, wb=exposure.wb, make=make, model=model, shot=shot)
+        dng.write_dng(
+            path,
+            mosaic,
+            cfa=model.cfa,
+            black_level=(float(model.black_level),) * 4,
+            white_level=model.white_level,
+            wb=exposure.wb,
+            make=make,
+            model=name,
+            shot=shot,
+            xyz_to_camera_33=model.xyz_to_camera,
+        )
 
 
 def _views(frames: Sequence[FrameGeometry], ideals: Sequence[truth_files.Ideal]) -> list[Box]:

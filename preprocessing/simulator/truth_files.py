@@ -1,13 +1,14 @@
 """Writes the truth of a simulated sequence; `preprocessing.truth.reader` documents the files and reads them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from preprocessing.frames import MAX_ZOOM_EXCESS
@@ -18,6 +19,9 @@ from preprocessing.truth.frame import FAR, NEAR, Exposure, FrameGeometry, Window
 from preprocessing.truth.reader import GEOMETRY_FILE, NEAR_SHRINK, ideal_file, near_file
 
 STORED_SCALES = (4, 8)
+
+IdealPicture = Callable[[Scene, FrameGeometry, Exposure, int, Window], npt.NDArray[np.uint8]]
+"""Renders the ideal picture of a window of a frame at a scale, as `sensor.ideal_picture` does."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,15 @@ def write(
     frames: Sequence[FrameGeometry],
     exposures: Sequence[Exposure],
     ideals: Sequence[Ideal],
+    *,
+    ideal_picture: IdealPicture = sensor.ideal_picture,
+    more: dict[str, Any] | None = None,
 ) -> None:
-    """Write a sequence's truth into `folder` (SEQUENCE/truth); `job` holds the simulator's parameters."""
+    """Write a sequence's truth into `folder` (SEQUENCE/truth); `job` holds the simulator's parameters, `more` what else
+    to record."""
     stems = [f"{number + 1:05d}" for number in range(len(frames))]
     for ideal in ideals:
-        picture = sensor.ideal_picture(scene, frames[ideal.frame], exposures[ideal.frame], ideal.scale, ideal.window)
+        picture = ideal_picture(scene, frames[ideal.frame], exposures[ideal.frame], ideal.scale, ideal.window)
         bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
         _, png = cv2.imencode(".png", bgr, [cv2.IMWRITE_PNG_COMPRESSION, 1])
         (folder / ideal_file(stems[ideal.frame], ideal.scale)).write_bytes(png.tobytes())
@@ -85,5 +93,6 @@ def write(
             for stem, frame, exposure in zip(stems, frames, exposures, strict=True)
         },
         "ideals": [[stems[ideal.frame], ideal.scale, ideal.window] for ideal in ideals],
+        **(more or {}),
     }
     (folder / GEOMETRY_FILE).write_text(json.dumps(stored, indent=1))

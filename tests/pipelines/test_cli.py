@@ -47,7 +47,7 @@ def run_here(monkeypatch, *arguments, data):
         (["evaluate", "SHARDS", "--protocol", "psychic"], "--protocol: expected self or oracle"),
         (
             ["zoom", "nosuch.dng", "-o", "out.png", "--model", "nosuch"],
-            "expected a checkpoint folder, got no such folder",
+            "nosuch.dng: expected a photograph (RAW, JPG or PNG), got no such file",
         ),
         (["rollback"], "expected a champion"),
         (["preprocess", "nosuch", "out"], "nosuch"),
@@ -189,7 +189,9 @@ def test_zoom_sets_a_damaged_photograph_aside(tmp_path, monkeypatch, capsys):
     arguments = ["zoom", *photos, "-o", tmp_path / "out", "--model", "starter"]
     assert run_here(monkeypatch, *arguments, data=tmp_path / "data") == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sdan: ")]
-    assert len(lines) == 2 and lines[0].startswith(f"sdan: set aside: {photos[1]}: expected a readable JPG or PNG")
+    assert len(lines) == 2 and lines[0].startswith(
+        f"sdan: set aside: {photos[1]}: expected a photograph (RAW, JPG or PNG), got text: not a"
+    )
     assert lines[1] == "sdan: expected 3 photographs, got 2; 1 set aside, see above"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["one_4x.png", "three_4x.png"]
 

@@ -1,5 +1,6 @@
 """`sdan zoom`: the pixels that a model should give, several photographs in one call, and the output files."""
 
+import os
 from pathlib import Path
 
 import cv2
@@ -10,7 +11,9 @@ from PIL import Image
 
 from pipelines import config as configs
 from pipelines import zoom
-from pipelines.zoom import Zoomer, ZoomError, check_output, output_paths, read_photo, write_png, zoom_photos
+from pipelines.zoom import Output, Zoomer, ZoomError, read_photo, zoom_photos
+from pipelines.zooming import photo as photo_module
+from pipelines.zooming.request import check_options, check_output, output_paths
 from preprocessing.raw import decode
 from preprocessing.raw.dng import ShotTags, write_dng
 from sdan import checkpoint, raw_input, starter_folder
@@ -86,7 +89,9 @@ def test_the_starter_models_output_is_written(tmp_path):
 def test_an_untrained_model_writes_bicubic_enlargement(name, bits, zoomer, tmp_path):
     path = write_photo(tmp_path / name, 70, 90)  # several tiles
     said = []
-    (done,) = zoom_photos([path], tmp_path / "zoomed.png", zoomer, bits=bits, say=said.append, warn=print)
+    (done,) = zoom_photos(
+        [path], tmp_path / "zoomed.png", zoomer, output=Output(bits=bits), say=said.append, warn=print
+    )
     assert (done.path, done.width, done.height) == (tmp_path / "zoomed.png", 360, 280)
     shown = decode.load(path).rendering if path.suffix == ".dng" else picture(70, 90)
     expected = enlarged(torch.from_numpy(shown).permute(2, 0, 1) / 255)
@@ -114,9 +119,14 @@ def test_a_turned_jpg_is_written_upright(zoomer, tmp_path):
     assert np.abs(written(tmp_path / "zoomed.png") - expected).max() < 8 / 255  # JPG's own loss included
 
 
-def test_an_odd_picture_loses_its_last_row_and_column(tmp_path):
-    photo = read_photo(write_photo(tmp_path / "photo.png", 41, 53), SDANConfig(input="packed"))
-    assert photo.rendering.shape == (3, 40, 52) and photo.raw.shape == (4, 20, 26)
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (41, 53), (3, 64)])
+def test_odd_pictures_are_zoomed_whole(height, width, zoomer, tmp_path):
+    path = write_photo(tmp_path / "photo.png", height, width)
+    (done,) = zoom_photos([path], tmp_path / "zoomed.png", zoomer, say=print, warn=print)
+    assert (done.width, done.height) == (4 * width, 4 * height)
+    padded = np.pad(picture(height, width), ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    expected = enlarged(torch.from_numpy(padded).permute(2, 0, 1) / 255)[: 4 * height, : 4 * width]
+    assert np.abs(written(done.path) - expected).max() < TOLERANCE
 
 
 def test_an_rgb_model_reads_pictures_and_refuses_raw(tmp_path):
@@ -144,7 +154,7 @@ def test_a_damaged_photograph_is_set_aside(zoomer, tmp_path):
 def test_the_only_photograph_raises_its_own_error(zoomer, tmp_path):
     (tmp_path / "photo.png").write_bytes(b"not a picture")
     warned = []
-    with pytest.raises(ZoomError, match="expected a readable JPG or PNG"):
+    with pytest.raises(ZoomError, match="got text: not a photograph"):
         zoom_photos([tmp_path / "photo.png"], tmp_path / "out", zoomer, say=print, warn=warned.append)
     assert warned == [] and not (tmp_path / "out").exists()
 
@@ -153,16 +163,20 @@ def test_the_only_photograph_raises_its_own_error(zoomer, tmp_path):
     ("names", "out", "message"),
     [
         (("one.png", "two.png"), "all.png", "expected a folder for several photographs, got one .png file"),
-        (("one.png", "other/one.dng"), "out", "other/one.dng: expected a unique file name"),
-        (("one.png",), "zoomed.jpg", "expected a .png or a folder, got a .jpg file"),
+        (("one.png", "other/one.jpg"), "out", "other/one.jpg: expected a unique file name"),
+        (("one.png",), "zoomed.webp", "or a folder, got .webp, which sdan does not write"),
     ],
 )
 def test_outputs_that_collide_are_refused_before_any_work(names, out, message, zoomer, tmp_path):
-    photos = [tmp_path / name for name in names]  # none exists: they are not read
+    photos = [tmp_path / name for name in names]
+    (tmp_path / "other").mkdir()
+    for photo in photos:
+        photo.write_bytes(b"is not read")
+    before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ZoomError) as caught:
         zoom_photos(photos, tmp_path / out, zoomer, say=print, warn=print)
     assert message in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_each_photograph_of_a_folder_has_its_file():
@@ -174,23 +188,41 @@ def test_each_photograph_of_a_folder_has_its_file():
 def test_outputs_that_cannot_be_written_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.png").mkdir()
-    for path, bits, message in (
-        (tmp_path / "a.png", 10, "--bits: expected 8 or 16, got 10"),
-        (tmp_path / "file" / "a.png", 8, "expected a writable folder"),
-        (tmp_path / "folder.png", 8, "expected a file name, got a folder"),
+    for path, message in (
+        (tmp_path / "file" / "a.png", "expected a writable folder"),
+        (tmp_path / "folder.png", "expected a file name, got a folder"),
+        (tmp_path / f"{'n' * 252}.png", "expected a name that can be written, got File name too long"),
     ):
         with pytest.raises(ZoomError, match=message):
-            check_output(path, bits)
+            check_output(path)
 
 
-def test_a_png_appears_complete_or_not_at_all(tmp_path, monkeypatch):
-    def full(path, data):
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("a.png", {"bits": 10}, "--bits: expected 8 or 16, got 10"),
+        ("a.jpg", {"bits": 16}, "--bits: expected 8 for a JPG, got 16"),
+        ("a.png", {"scale": 5}, "--scale: expected 2, 3, 4 or 8, got 5"),
+        ("a.png", {"format": "bmp"}, "--format: expected png, tiff or jpg, got bmp"),
+        ("a.png", {"format": "tiff"}, "expected .tif or .tiff, or a folder, got a .png file"),
+        ("a.jpg", {"quality": 0}, "--quality: expected 1 to 100, got 0"),
+        ("a.heic", {}, "got .heic, which sdan does not write"),
+    ],
+)
+def test_options_that_never_work_are_refused(name, options, message):
+    with pytest.raises(ZoomError, match=message):
+        check_options(Path(name), Output(**options))
+
+
+def test_a_full_disk_leaves_no_file(tmp_path):
+    def parts():
+        yield np.zeros((2, 4, 3), np.uint8)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(zoom, "write_atomically", full)
-    with pytest.raises(ZoomError, match="expected a writable place, got No space left on device"):
-        write_png(np.zeros((4, 4, 3), np.float32), tmp_path / "a.png")
-    assert list(tmp_path.iterdir()) == []
+    for name in ("a.png", "a.tif", "a.jpg"):
+        with pytest.raises(ZoomError, match="expected a writable place, got No space left on device"):
+            zoom.write_levels(parts(), tmp_path / name, (4, 4), 8)
+        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["photo.png", "turned.dng"])
@@ -233,3 +265,186 @@ def test_the_starter_model_is_chosen_without_a_champion(untrained, tmp_path, mon
     assert zoom.choose_model(tmp_path, str(untrained)) == (untrained, False)
     assert zoom.choose_model(tmp_path, "starter") == (starter_folder(), False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_never_replaces_a_photograph(zoomer, tmp_path):
+    path = write_photo(tmp_path / "photo.png")
+    before = path.read_bytes()
+    (tmp_path / "link.png").symlink_to(path)
+    for out in (path, tmp_path / "link.png"):
+        with pytest.raises(ZoomError, match="expected another file than the photograph itself"):
+            zoom_photos([path], out, zoomer, output=Output(overwrite=True), say=print, warn=print)
+    with pytest.raises(ZoomError, match="expected another folder than that of the photographs"):
+        zoom_photos([tmp_path], tmp_path, zoomer, say=print, warn=print)
+    assert path.read_bytes() == before
+
+
+def test_an_existing_output_needs_overwrite(zoomer, tmp_path):
+    path = write_photo(tmp_path / "photo.png")
+    out = tmp_path / "out" / "photo_4x.png"
+    out.parent.mkdir()
+    out.write_bytes(b"old")
+    with pytest.raises(ZoomError, match=r"photo_4x.png: expected no such file yet.*add --overwrite"):
+        zoom_photos([path], tmp_path / "out", zoomer, say=print, warn=print)
+    assert out.read_bytes() == b"old"
+    zoom_photos([path], tmp_path / "out", zoomer, output=Output(overwrite=True), say=print, warn=print)
+    assert written(out).shape == (192, 256, 3)
+
+
+def test_a_cut_off_jpg_is_refused(zoomer, tmp_path):
+    write_photo(tmp_path / "whole.jpg", 200, 200)
+    data = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "photo.jpg").write_bytes(data[: len(data) * 3 // 4])
+    with pytest.raises(ZoomError, match=r"photo.jpg: expected a readable JPG"):
+        zoom_photos([tmp_path / "photo.jpg"], tmp_path / "out", zoomer, say=print, warn=print)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_profile_is_converted_and_srgb_is_written(zoomer, tmp_path):
+    exif = Image.Exif()
+    exif[0x0131] = "an editor"
+    exif.get_ifd(0x8769)[0xA001] = 0xFFFF  # Adobe RGB
+    Image.new("RGB", (32, 32), (180, 62, 55)).save(tmp_path / "photo.png", exif=exif)
+    said = []
+    zoom_photos([tmp_path / "photo.png"], tmp_path / "z.png", zoomer, say=said.append, warn=print)
+    assert np.abs(255 * written(tmp_path / "z.png") - (208, 60, 52)).max() < 3
+    assert any("converted from Adobe RGB to sRGB" in line for line in said)
+    assert Image.open(tmp_path / "z.png").info["icc_profile"]
+
+
+def test_16_bits_stay_16_bits(zoomer, tmp_path):
+    ramp = np.linspace(20_000, 21_000, 64 * 48).reshape(48, 64).astype(np.uint16)
+    cv2.imwrite(str(tmp_path / "photo.png"), np.repeat(ramp[..., None], 3, axis=2))
+    zoom_photos([tmp_path / "photo.png"], tmp_path / "z.tif", zoomer, say=print, warn=print)
+    stored = cv2.imread(str(tmp_path / "z.tif"), cv2.IMREAD_UNCHANGED)
+    assert stored.dtype == np.uint16 and len(np.unique(stored)) > 900
+
+
+def test_alpha_and_grey_are_said_and_kept(zoomer, tmp_path):
+    image = Image.new("RGBA", (32, 32), (90, 80, 70, 0))
+    image.save(tmp_path / "clear.png")
+    Image.fromarray(picture(32, 40)[..., 0]).save(tmp_path / "grey.png")
+    said = []
+    zoom_photos([tmp_path / "clear.png", tmp_path / "grey.png"], tmp_path / "o", zoomer, say=said.append, warn=print)
+    assert written(tmp_path / "o" / "clear_4x.png").min() > 0.99
+    assert any("composited on white" in line for line in said)
+    assert np.ptp(written(tmp_path / "o" / "grey_4x.png"), axis=2).max() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("notes.txt", b"plain words\n" * 40, "got text: not a photograph"),
+        ("photo.arw", b"plain words\n" * 40, "got text: not a photograph"),
+        ("photo.heic", bytes(4) + b"ftypheic" + bytes(90), "got HEIC; export it as JPG"),
+        ("photo.gpr", b"II*\0" + bytes(90), "got GoPro's GPR"),
+        ("photo.jpg", b"", "got an empty file"),
+    ],
+)
+def test_other_files_are_named_for_what_they_are(name, data, message, zoomer, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ZoomError, match=message):
+        zoom_photos([tmp_path / name], tmp_path / "out", zoomer, say=print, warn=print)
+
+
+def test_cmyk_is_refused(zoomer, tmp_path):
+    Image.new("CMYK", (32, 32)).save(tmp_path / "photo.jpg")
+    with pytest.raises(ZoomError, match="expected an RGB or grey picture, got CMYK"):
+        zoom_photos([tmp_path / "photo.jpg"], tmp_path / "out", zoomer, say=print, warn=print)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "kind"), [(".jfif", "JPEG"), (".webp", "WEBP"), (".tif", "TIFF"), (".avif", "AVIF")]
+)
+def test_other_picture_formats_are_read(suffix, kind, zoomer, tmp_path):
+    path = tmp_path / f"photo{suffix}"
+    Image.fromarray(picture(48, 64)).save(path, kind, quality=95)
+    zoom_photos([path], tmp_path / "z.png", zoomer, say=print, warn=print)
+    expected = enlarged(torch.from_numpy(picture(48, 64)).permute(2, 0, 1) / 255)
+    assert np.abs(written(tmp_path / "z.png") - expected).mean() < 4 / 255
+
+
+def test_a_folder_means_its_photographs(zoomer, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a.png", "b.dng", "b.jpg"):
+        write_photo(folder / name)
+    (folder / "notes.txt").write_text("words")
+    said = []
+    zoom_photos([folder], tmp_path / "out", zoomer, say=said.append, warn=print)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a_4x.png", "b_4x.png"]
+    assert said[0] == "1 photographs are there as RAW and as JPG: only the RAW is zoomed"
+    zoom_photos([folder / "b.dng", folder / "b.jpg"], tmp_path / "two", zoomer, say=print, warn=print)
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["b_4x.png", "b_raw_4x.png"]
+
+
+def test_too_large_a_photograph_is_refused_first(zoomer, tmp_path, monkeypatch):
+    large, small = (write_photo(tmp_path / name, side, side) for name, side in (("l.png", 400), ("s.png", 32)))
+    need = photo_module._BASE_BYTES + 32 * 32 * 100
+    monkeypatch.setattr(photo_module, "available_memory", lambda: need)
+    warned = []
+    with pytest.raises(ZoomError, match="expected 2 photographs, got 1"):
+        zoom_photos([large, small], tmp_path / "out", zoomer, say=print, warn=warned.append)
+    assert len(warned) == 1 and "l.png: expected 0.7 GB of free memory for 400x400 pixels" in warned[0]
+    assert (tmp_path / "out" / "s_4x.png").exists()
+
+
+def test_any_error_is_that_photographs(zoomer, tmp_path, monkeypatch):
+    photos = [write_photo(tmp_path / name) for name in ("a.png", "b.png")]
+    real, warned = photo_module.read_picture, []
+
+    def broken(data, name):
+        if "a.png" in name:
+            raise RuntimeError("odd\nfault")
+        return real(data, name)
+
+    monkeypatch.setattr(photo_module, "read_picture", broken)
+    with pytest.raises(ZoomError, match="expected 2 photographs, got 1"):
+        zoom_photos(photos, tmp_path / "out", zoomer, say=print, warn=warned.append)
+    assert "a.png" in warned[0] and "RuntimeError: odd fault" in warned[0] and "\n" not in warned[0]
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("name", ["photo.dng", "photo.png"])
+def test_a_crop_is_that_part_of_the_whole(name, orientation, zoomer, tmp_path):
+    more = {"shot": ShotTags(orientation=orientation)} if name.endswith("dng") else {}
+    path = write_photo(tmp_path / name, 100, 120, **more)
+    for out, crop in (("whole.png", None), ("part.png", (31, 40, 21, 30))):
+        zoom_photos([path], tmp_path / out, zoomer, output=Output(crop=crop), say=print, warn=print)
+    part = written(tmp_path / "whole.png")[160:280, 124:208]
+    assert np.abs(written(tmp_path / "part.png") - part).max() < TOLERANCE
+    with pytest.raises(ZoomError, match="expected a crop within"):
+        zoom_photos([path], tmp_path / "c.png", zoomer, output=Output(crop=(90, 90, 40, 40)), say=print, warn=print)
+
+
+@pytest.mark.parametrize("scale", [2, 3, 8])
+def test_other_scales_are_resampled_and_said(scale, zoomer, tmp_path):
+    path = write_photo(tmp_path / "photo.png", 300, 80)
+    said = []
+    (done,) = zoom_photos([path], tmp_path / "z.png", zoomer, output=Output(scale=scale), say=said.append, warn=print)
+    assert (done.width, done.height) == (80 * scale, 300 * scale)
+    whole = enlarged(torch.from_numpy(picture(300, 80)).permute(2, 0, 1) / 255)
+    mode = cv2.INTER_AREA if scale < 4 else cv2.INTER_CUBIC
+    expected = cv2.resize(whole, (80 * scale, 300 * scale), interpolation=mode).clip(0, 1)
+    assert np.abs(written(done.path) - expected).max() < TOLERANCE
+    assert said[0] == f"the model enlarges 4x; its result is resampled to {scale}x"
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
+def test_a_raws_tags_are_kept_and_turned_once(suffix, zoomer, tmp_path):
+    path = write_photo(tmp_path / "photo.dng", shot=ShotTags(orientation=6, focal_mm=50.0, iso=200))
+    zoom_photos([path], tmp_path / f"z{suffix}", zoomer, say=print, warn=print)
+    with Image.open(tmp_path / f"z{suffix}") as image:
+        exif = image.getexif()
+        assert image.size == (192, 256) and exif[0x0112] == 1 and "Simulated" in exif[0x0110]
+        assert exif.get_ifd(0x8769)[0x920A] == 50 and exif.get_ifd(0x8769)[0x8827] == 200
+
+
+def test_a_name_that_is_not_utf_8_is_zoomed(zoomer, tmp_path):
+    for suffix in (".png", ".dng"):
+        path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/stra\xdfe" + suffix.encode()))
+        write_photo(tmp_path / f"named{suffix}").rename(path)
+        said = []
+        zoom_photos([path], tmp_path / f"out{suffix[1:]}", zoomer, say=said.append, warn=print)
+        assert len(list((tmp_path / f"out{suffix[1:]}").iterdir())) == 1
+        said[-1].encode()

@@ -215,9 +215,9 @@ def test_unusable_pictures_are_refused_in_one_line():
     cmyk = io.BytesIO()
     Image.fromarray(COLOURS).convert("CMYK").save(cmyk, "JPEG")
     for data, said in (
-        (b"", "expected a readable JPG, PNG or TIFF, got an empty file; export it again"),
+        (b"", "expected a readable JPG, PNG, TIFF, WebP or AVIF, got an empty file; export it again"),
         (b"some text", "got another kind of file"),
-        (encoded(COLOURS, "WEBP"), "got WebP data"),
+        (bytes(4) + b"ftypheic" + bytes(20), "got HEIC data"),
         (b"\0\0\0\x18ftypheic" + bytes(90), "got HEIC data"),
         (cmyk.getvalue(), "expected an RGB or grey picture, got CMYK; export it as sRGB"),
         (good[: len(good) // 2], "copy or export it again"),

@@ -134,7 +134,7 @@ def test_a_damaged_record_of_a_sequence_is_an_error(tmp_path: Path, damage: byte
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"preset": "drunk"}, "preset: expected one of perfect, tripod, default, handheld, got 'drunk'"),
+        ({"preset": "drunk"}, "preset: expected one of perfect, tripod, default, handheld, wide, got 'drunk'"),
         ({"raw_format": "cr2"}, "RAW format: expected one of dng, arw, got 'cr2'"),
         ({"width_px": 385}, "width: expected an even number from 384 to 8192, got 385 px"),
         ({"width_px": 100}, "got 100 px"),

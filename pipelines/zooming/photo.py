@@ -1,0 +1,200 @@
+"""Reads a photograph as a model's input.
+
+RAW is decoded and rendered as in training. For a RAW model, a picture (JPG, PNG, ...) is converted to a synthetic
+mosaic from its linearised pixels; an RGB model takes it directly.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from pipelines.formats import tags
+from pipelines.zooming.request import DEFAULTS, Output, ZoomError, available_memory, kind_of_photo, shown
+from preprocessing.raw import decode
+from preprocessing.raw.picture import declared_size, read_picture
+from sdan import SDANConfig, raw_input
+
+Window = tuple[int, int, int, int]
+"""(top, left, height, width), pixels."""
+
+_MARGIN_PX = 32
+"""Pixels around a crop that the network sees, too."""
+_BASE_BYTES, _BYTES_PER_PIXEL, _DECODED_BYTES = 700_000_000, 60, 16
+"""Peak memory: torch with a model; per pixel that the network gets; per pixel that is only decoded."""
+_HEAD_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photograph as the network's input, in sensor orientation."""
+
+    raw: Tensor
+    """[4, h, w] packed RAW in [0, 1]; for a model with RGB input the rendering itself."""
+    rendering: Tensor
+    """[3, 2h, 2w] in [0, 1], with the model's rendering curve; sRGB if input is rgb."""
+    flip: int
+    """LibRaw's code of the rotation that makes it upright."""
+    from_raw: bool
+    window: Window
+    """The part of `rendering` to enlarge; the rest is padding, or what lies around a crop."""
+    notes: tuple[str, ...] = ()
+    """What was done to it besides decoding."""
+    grey: bool = False
+    exif: Image.Exif = field(default_factory=Image.Exif)
+
+
+def read_photo(path: Path, network: SDANConfig, output: Output = DEFAULTS) -> Photo:
+    """Read RAW, JPG, PNG, TIFF, WebP or AVIF for a model of this config.
+
+    Raises:
+        ZoomError, RawError, PictureError: no such file, not a picture, not a Bayer RAW, a crop outside the photograph,
+            or more pixels than there is memory for (checked before it is taken).
+    """
+    if kind_of_photo(path) == "picture":
+        return _from_picture(path, network, output)
+    if network.input == "rgb":
+        raise ZoomError(
+            f"{shown(path)}: expected a JPG or PNG for a model with RGB input, got RAW; pass the camera's JPG"
+        )
+    return _from_raw(path, network, output)
+
+
+def _from_raw(path: Path, network: SDANConfig, output: Output) -> Photo:
+    # LibRaw cannot open a name that is not UTF-8.
+    source = path if _is_utf_8(path) else path.read_bytes()
+    size = decode.declared_size(source, name=shown(path))
+    _require_memory(path, size, output, turned=True)
+    image = decode.load(source, name=shown(path), curve=network.rendering_curve)
+    (h, w), (crop_top, crop_left, height, width) = image.size, image.camera_crop
+    top, left = max(crop_top - image.origin[0], 0), max(crop_left - image.origin[1], 0)
+    height = min(crop_top - image.origin[0] + height, 2 * h) - top
+    width = min(crop_left - image.origin[1] + width, 2 * w) - left
+    inner = _crop_as_stored(path, output, (height, width), image.flip)
+    wanted = (top + inner[0], left + inner[1], *inner[2:])
+    around, window = _around(wanted, (2 * h, 2 * w))
+    part = _Part(image, tuple(side // 2 for side in around))
+    raw, rendering = raw_input.from_photo(part)
+    with path.open("rb") as file:
+        exif = tags.read(file.read(_HEAD_BYTES))
+    return Photo(raw, rendering, image.flip, True, window, image.remarks, exif=_completed(exif, image))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A window of a RAW as `raw_input.from_photo` takes it."""
+
+    image: decode.RawImage
+    window: tuple[int, ...]
+    """(top, left, height, width), packed pixels."""
+
+    @property
+    def packed(self) -> NDArray[np.uint16]:
+        return self.image.counts(*self.window)
+
+    @property
+    def rendering(self) -> NDArray[np.uint8]:
+        return self.image.render(*self.window)
+
+    @property
+    def black_level(self) -> NDArray[np.float32]:
+        return self.image.black_level
+
+    @property
+    def white_level(self) -> float:
+        return self.image.white_level
+
+    @property
+    def wb(self) -> NDArray[np.float32]:
+        return self.image.wb
+
+
+def _completed(exif: Image.Exif, image: decode.RawImage) -> Image.Exif:
+    """The tags, with those that LibRaw found where the file has none that we can read."""
+    shot = exif.get_ifd(0x8769)
+    for tag, value in ((0x829A, image.exposure_s), (0x8827, image.iso and round(image.iso)), (0x920A, image.focal_mm)):
+        if value and tag not in shot and tag not in exif:
+            shot[tag] = value
+    if 0x0110 not in exif and image.camera != "unknown":
+        exif[0x0110] = image.camera
+    return exif
+
+
+def _from_picture(path: Path, network: SDANConfig, output: Output) -> Photo:
+    data = path.read_bytes()
+    size = declared_size(data, shown(path))
+    _require_memory(path, size, output, turned=False)
+    picture = read_picture(data, shown(path))
+    pixels = picture.upright_HWC
+    around, window = _around(_crop_as_stored(path, output, pixels.shape[:2], 0), pixels.shape[:2])
+    top, left, height, width = around
+    part: NDArray[Any] = pixels[top : top + height, left : left + width]
+    if network.input != "rgb":  # whole RGGB cells
+        part = np.pad(part, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    levels = np.float32(np.iinfo(part.dtype).max)
+    rendering = torch.from_numpy(np.divide(part, levels, dtype=np.float32)).permute(2, 0, 1).contiguous()
+    photo = Photo(rendering, rendering, 0, False, window, picture.notes, picture.grey, tags.read(data))
+    if network.input == "rgb":
+        return photo
+    mosaic = raw_input.mosaic_from_srgb(rendering[None])[0]
+    return replace(photo, raw=mosaic, rendering=raw_input.rendering_from_srgb(rendering, network.rendering_curve))
+
+
+def _crop_as_stored(path: Path, output: Output, size: tuple[int, ...], flip: int) -> Window:
+    """The asked crop in the stored orientation; all of it if none is asked. `size`: (height, width) as stored."""
+    height, width = size
+    if output.crop is None:
+        return 0, 0, height, width
+    left, top, wide, high = output.crop
+    shown_height, shown_width = (width, height) if flip & 4 else (height, width)
+    if left + wide > shown_width or top + high > shown_height:
+        asked = ",".join(map(str, output.crop))
+        raise ZoomError(
+            f"{shown(path)}: expected a crop within {shown_width}x{shown_height} pixels, got --crop {asked}; change it"
+        )
+    if flip & 4:
+        top, left, high, wide = left, top, wide, high
+    left = width - left - wide if flip & 1 else left
+    top = height - top - high if flip & 2 else top
+    return top, left, high, wide
+
+
+def _around(wanted: tuple[int, ...], size: tuple[int, ...]) -> tuple[Window, Window]:
+    """(window with a margin, from even to even pixels where `size` allows; the wanted one's place in it)."""
+    ranges = []
+    for start, length, side in zip(wanted[:2], wanted[2:], size, strict=True):
+        first = max(start - _MARGIN_PX, 0) // 2 * 2
+        last = min((start + length + _MARGIN_PX + 1) // 2 * 2, side)
+        ranges.append((first, last - first))
+    (top, height), (left, width) = ranges
+    return (top, left, height, width), (wanted[0] - top, wanted[1] - left, wanted[2], wanted[3])
+
+
+def _require_memory(path: Path, size: tuple[int, int], output: Output, *, turned: bool) -> None:
+    height, width = size
+    pixels = height * width if output.crop is None else output.crop[2] * output.crop[3]
+    need = _BASE_BYTES + _DECODED_BYTES * height * width + _BYTES_PER_PIXEL * pixels
+    if turned:  # a few times the size of the RAW for its rendering
+        need += _DECODED_BYTES * pixels
+    have = available_memory()
+    if have is not None and need > have:
+        raise ZoomError(
+            f"{shown(path)}: expected {need / 1e9:.1f} GB of free memory for {width}x{height} pixels, "
+            f"got {have / 1e9:.1f} GB; use --crop or reduce it"
+        )
+
+
+def _is_utf_8(path: Path) -> bool:
+    try:
+        os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -1,0 +1,93 @@
+"""JPG and TIFF from rows, and the tags in every format: other libraries read back what was written."""
+
+import io
+import struct
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from pipelines.formats import jpg, png, tags, tiff
+
+SIZES = [(1, 1), (7, 5), (300, 170), (513, 257), (129, 300)]
+
+
+def picture(height, width, bits=8):
+    """Noise on a ramp."""
+    random = np.random.default_rng(0)
+    values = np.linspace(0, 2**bits - 1, height * width * 3) + random.normal(0, 2**bits / 50, height * width * 3)
+    return values.clip(0, 2**bits - 1).astype(np.uint8 if bits == 8 else np.uint16).reshape(height, width, 3)
+
+
+def parts(image, rows=100):
+    return (image[top : top + rows] for top in range(0, len(image), rows))
+
+
+def source_exif():
+    exif = Image.Exif()
+    exif.update({0x010F: "Maker", 0x0110: "Camera 1", 0x0132: "2026:05:01 10:11:12", 0x0112: 6})
+    exif.get_ifd(0x8769).update({0x829A: 0.004, 0x829D: 2.8, 0x8827: 400, 0xA434: "50mm F2", 0x920A: 50.0})
+    exif.get_ifd(0x8769).update({0x9003: "2026:05:01 10:11:12", 0x927C: b"addresses"})
+    exif.get_ifd(0x8825).update({1: "N", 2: (48.0, 12.0, 30.5)})
+    return exif
+
+
+def tiff_bytes(image, bits, **more):
+    out = io.BytesIO()
+    tiff.write(out, parts(image), image.shape[1], image.shape[0], bits, **more)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("limit", [tiff.BIG_BYTES, 0], ids=["classic", "big"])
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_other_libraries_read_every_tiff_value(height, width, limit, bits, monkeypatch):
+    monkeypatch.setattr(tiff, "BIG_BYTES", limit)
+    image = picture(height, width, bits)
+    data = tiff_bytes(image, bits, icc=tags.srgb_profile(), exif=tags.written(source_exif(), width, height))
+    assert struct.unpack_from("<H", data, 2) == ((43,) if limit == 0 else (42,))
+    decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)[..., ::-1]
+    assert decoded.dtype == image.dtype and np.array_equal(decoded, image)
+    if bits == 8:
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), image)
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_a_jpg_in_strips_is_the_jpg_of_the_whole(height, width):
+    image = picture(height, width)
+    data = b"".join(jpg.encode(parts(image), width, height, quality=90))
+    whole = io.BytesIO()
+    Image.fromarray(image).save(whole, "JPEG", quality=90, subsampling=0)
+    read = Image.open(io.BytesIO(data))
+    assert np.array_equal(np.asarray(read), np.asarray(Image.open(whole)))
+    assert np.array_equal(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1], np.asarray(read))
+
+
+@pytest.mark.parametrize("gps", [True, False])
+@pytest.mark.parametrize("kind", ["png", "jpg", "tiff", "bigtiff"])
+def test_tags_and_profile_are_kept(kind, gps, monkeypatch):
+    if kind == "bigtiff":
+        monkeypatch.setattr(tiff, "BIG_BYTES", 0)
+    image = picture(40, 60)
+    more = {"icc": tags.srgb_profile(), "exif": tags.written(source_exif(), 60, 40, gps=gps)}
+    if kind == "png":
+        data = b"".join(png.encode(parts(image), 60, 40, 8, **more))
+    elif kind == "jpg":
+        data = b"".join(jpg.encode(parts(image), 60, 40, **more))
+    else:
+        data = tiff_bytes(image, 8, **more)
+    with Image.open(io.BytesIO(data)) as read:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(read.info["icc_profile"]))
+        found = read.getexif()
+        assert "sRGB" in profile.profile.profile_description
+        assert (found[0x010F], found[0x0110], found.get(0x0112)) == ("Maker", "Camera 1", 1)
+        shot, place = found.get_ifd(0x8769), found.get_ifd(0x8825)
+    assert (shot[0x829A], shot[0x829D], shot[0x8827], shot[0xA434]) == (0.004, 2.8, 400, "50mm F2")
+    assert (shot[0xA002], shot[0xA003], 0x927C in shot) == (60, 40, False)
+    assert (place.get(2) == (48.0, 12.0, 30.5)) == gps and bool(place) == gps
+
+
+def test_damaged_tags_count_as_none():
+    for head in (b"", b"II*\0\xff\xff\xff\xff", b"II*\0\x08\0\0\0\xff\xff" + bytes(50), b"\xff\xd8\xff\xe1"):
+        assert tags.written(tags.read(head), 3, 2)[:2] in (b"II", b"MM")
