@@ -154,7 +154,7 @@ def make_card(name: str, photographs: Path, out: Path, package: Path | None = No
     shutil.copy(model / "config.json", package)
     weights = (package / "model.safetensors").stat().st_size
     index = index_split(str(out / "shards"), "train")
-    words = RGB_WORDS if config.model.input == "rgb" else RAW_WORDS
+    words = RGB_WORDS if config.model.is_rgb else RAW_WORDS
     text = CARD.format(
         **words,
         model=name,
@@ -207,7 +207,7 @@ RAW_WORDS = {
 RGB_WORDS = {
     "title": "The starter model for JPG, PNG and TIFF",
     "use": "zooms pictures 4x without any training. **It was trained only on simulated camera JPGs**",
-    "input": "RGB, skip through the picture, direct upsampling",
+    "input": "RGB in cells of 2x2 pixels, skip through the picture, direct upsampling",
     "tones": "with the tones of the input picture (`train.look=camera`)",
     "limit": "It keeps the tones of its input, and what a camera's denoising has removed stays removed.",
 }

@@ -342,9 +342,10 @@ class Inputs(NamedTuple):
     """One batch for SDAN.forward and the losses, float32 in [0, 1]; s is the scale, (H, W) the mosaic's size."""
 
     x: Tensor
-    """RAW [B,1,H,W] (mosaic), [B,4,H/2,W/2] (packed), or the camera JPG [B,3,H,W] (rgb)."""
+    """RAW [B,1,H,W] (mosaic), [B,4,H/2,W/2] (packed), or the camera JPG [B,3,H,W] (rgb),
+    [B,12,H/2,W/2] (packed_rgb)."""
     rendering: Tensor
-    """[B,3,H,W]: LibRaw's rendering; the camera JPG if input is rgb."""
+    """[B,3,H,W]: LibRaw's rendering; the camera JPG for RGB input."""
     self_reference: Tensor
     """The rendering at x's size: the reference of the self protocol."""
     oracle_reference: Tensor
@@ -367,12 +368,13 @@ def model_inputs(batch: dict[str, Tensor], config: SDANConfig, device: torch.dev
     names = [*IMAGES, *(["true_rgb"] if "true_rgb" in batch else [])]
     images = {name: batch[name].to(device, non_blocking=True).float() / 255 for name in names}
     raw = batch["lr_raw"].to(device, non_blocking=True)
-    if config.input == "rgb":
-        x = rendering = images["lr_rgb"]
+    if config.is_rgb:
+        rendering = images["lr_rgb"]
+        x = raw_input.rgb_to_packed(rendering) if config.is_packed else rendering
     else:
         x = raw if config.input == "packed" else raw_input.packed_to_mosaic(raw)
         rendering = images["lr_render"]
-    shrink = 2 if config.input == "packed" else 1
+    shrink = config.mosaic_factor
     return Inputs(
         x=x,
         rendering=rendering,
@@ -407,7 +409,7 @@ def check_fit(index: ShardIndex, config: ExperimentConfig) -> None:
             "a larger --tile"
         )
     curve, theirs = config.model.rendering_curve, index.info.rendering_curve
-    if curve != theirs and config.model.input != "rgb":
+    if curve != theirs and not config.model.is_rgb:
         raise ShardsError(
             f"model.rendering_curve, {index.shards}: expected renderings with the model's curve {curve}, got {theirs}; "
             f"preprocess into another folder with --curve {curve}, or train a new model"

@@ -231,7 +231,7 @@ def zoom_photos(
     """
     check_options(out, output)
     network = zoomer.model.config
-    photos = without_twins(inputs, photographs(inputs, out), network.input != "rgb", say)
+    photos = without_twins(inputs, photographs(inputs, out), not network.is_rgb, say)
     targets = output_paths(photos, out, output.scale or network.scale, output)
     check_outputs(targets, photos, output.overwrite)
     if output.scale not in (None, network.scale):
@@ -264,7 +264,7 @@ def _zoom_one(photo: Path, target: Path, zoomer: Zoomer, output: Output, say: Ca
     decoded = read_photo(photo, zoomer.model.config, output)
     for note in decoded.notes:
         say(f"{shown(photo)}: {note}")
-    if not decoded.from_raw and zoomer.model.config.input != "rgb":
+    if not decoded.from_raw and not zoomer.model.config.is_rgb:
         say(
             f"{shown(photo)}: no RAW, so its pixels are converted to a synthetic mosaic; "
             "expect less detail than from RAW"

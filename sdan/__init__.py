@@ -71,7 +71,7 @@ def zoom(
 
     Args:
         model: from `load`.
-        raw: [4,h,w] packed RAW in [0, 1], as `raw_input.from_photo` returns it; for a model with input="rgb" the
+        raw: [4,h,w] packed RAW in [0, 1], as `raw_input.from_photo` returns it; for a model of RGB input the
             rendering itself.
         rendering: [3,2h,2w] in [0, 1], rendered from the same RAW with the curve `model.config.rendering_curve`.
         precision: auto, fp32, bf16 or fp16.
@@ -118,10 +118,18 @@ def _network_input(model: Network, raw: Tensor, rendering: Tensor) -> tuple[Tens
         raise ValueError("model: expected a model from sdan.load, got one without tile_px; set model.tile_px")
     for name, picture in (("raw", raw), ("rendering", rendering)):
         check_pixels(f"zoom, {name}", picture, finite=True)
-    channels = 3 if model.config.input == "rgb" else 4
+    channels = 3 if model.config.is_rgb else 4
     if raw.dim() != 3 or raw.shape[0] != channels:
         raise ValueError(f"raw: expected [{channels},h,w] for input={model.config.input!r}, got {tuple(raw.shape)}")
-    x = raw_input.packed_to_mosaic(raw[None])[0] if model.config.input == "mosaic" else raw
+    x = raw
+    if model.config.input == "mosaic":
+        x = raw_input.packed_to_mosaic(raw[None])[0]
+    elif model.config.input == "packed_rgb":
+        if raw.shape[1] % 2 or raw.shape[2] % 2:
+            raise ValueError(
+                f"raw: expected even height and width, for cells of 2x2 pixels, got {tuple(raw.shape[1:])}"
+            )
+        x = raw_input.rgb_to_packed(raw[None])[0]
     return x, model.tile_px
 
 

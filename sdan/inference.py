@@ -22,7 +22,7 @@ from torch import Tensor
 from sdan.baselines import Network
 from sdan.network import CHANNELS, SDANConfig
 from sdan.ops.precision import ComputePlan, compute_plan
-from sdan.raw_input import mosaic_to_packed, packed_to_mosaic
+from sdan.raw_input import mosaic_to_packed, packed_to_mosaic, rgb_to_packed
 from sdan.resample import low_pass
 from sdan.tiles import Outputs, Tiling, cover, fitted
 
@@ -89,7 +89,7 @@ def zoom_rows(
     Args:
         model: it is put into eval mode and into the layout of `compute_plan`, and runs on its own device.
         x: one photo as the network's input, [C,H,W] in [0, 1] (raw_input.normalise), any size.
-        rendering: [3,H,W] ([3,2H,2W] for packed) sRGB in [0, 1], of the same RAW; for input="rgb" x itself.
+        rendering: [3,H,W] ([3,2H,2W] for packed input) sRGB in [0, 1], of the same RAW; for RGB input x itself.
         tile_px: side of the first pass's tiles, pixels of x; use the training crop's.
         overlap_px: their overlap, pixels of x; default 3/16 of the tile, at least 8 mosaic pixels.
         batch: most tiles per forward pass; default what suits the device. Halved where a GPU's memory is too small.
@@ -331,6 +331,8 @@ def _padded(config: SDANConfig, x: Tensor, rendering: Tensor, tile: int) -> tupl
     if config.input == "packed":  # reflect photosites, not cells, so that RAW and reference stay registered
         mosaic = _reflected(packed_to_mosaic(x[None])[0], tall, wide)
         x = mosaic_to_packed(mosaic[None])[0]
+    elif config.input == "packed_rgb":
+        x = rgb_to_packed(_reflected(rendering, tall, wide)[None])[0]
     else:
         x = _reflected(x, tall, wide)
     return x, _reflected(rendering, tall, wide)

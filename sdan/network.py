@@ -1,7 +1,7 @@
 """SDAN, the Squared Deformable Alignment Network: the paper's figures 1 and 2.
 
 Axes: N batch, C features, (H, W) the size of the input x. The mosaic has size (H, W) for mosaic and RGB input and
-(2H, 2W) for packed RAW. The zoomed output is `scale` times as large as the mosaic.
+(2H, 2W) for packed input. The zoomed output is `scale` times as large as the mosaic.
 
     x ---------> head ---> F^X ----------------------------+
                             |                              |
@@ -26,14 +26,14 @@ from sdan.attention import ChannelAttention, CrossPackingAttention, check_packin
 from sdan.ops import offset_mask, per_point_deform_conv2d, squared_deform_conv2d
 from sdan.resample import bicubic, enlarge_offset, sample
 
-Input = Literal["mosaic", "packed", "rgb"]
+Input = Literal["mosaic", "packed", "rgb", "packed_rgb"]
 Offset = Literal["squared", "per_point"]
 Attention = Literal["none", "channel", "cross_packing"]
 Skip = Literal["none", "rendering"]
 Upsampling = Literal["stages", "direct"]
 Encoding = Literal["linear", "sqrt"]
 RenderingCurve = Literal["srgb", "bt709"]
-CHANNELS = {"mosaic": 1, "packed": 4, "rgb": 3}
+CHANNELS = {"mosaic": 1, "packed": 4, "rgb": 3, "packed_rgb": 12}
 """Channels of the input x."""
 
 _CHOICES = {
@@ -56,7 +56,7 @@ class SDANConfig:
 
     input: Input = "mosaic"
     """mosaic: [N,1,H,W], as released. packed: RGGB [N,4,H,W] at half the mosaic's size (the trunk is 4x cheaper).
-    rgb: [N,3,H,W]."""
+    rgb: [N,3,H,W]. packed_rgb: RGB in cells of 2x2 pixels [N,12,H,W] at half the picture's size (ours)."""
     encoding: Encoding = "linear"
     """Encoding of RAW values for the head. linear: the paper's. sqrt: their square root, which makes photon noise equal
     in shadows and highlights and is closer to the output's sRGB (ours)."""
@@ -87,7 +87,7 @@ class SDANConfig:
         for name, kind in _CHOICES.items():
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
-        if self.encoding != "linear" and self.input == "rgb":
+        if self.encoding != "linear" and self.is_rgb:
             raise ValueError(f"encoding: expected linear for rgb input, which is already sRGB, got {self.encoding!r}")
         for name in ("features", "blocks", "packing_kernel"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
@@ -109,18 +109,28 @@ class SDANConfig:
         return cls(**{"rendering_curve": "bt709", **values})
 
     @property
+    def is_rgb(self) -> bool:
+        """Whether x is an sRGB picture instead of RAW."""
+        return self.input in ("rgb", "packed_rgb")
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether x holds cells of 2x2 pixels."""
+        return self.input in ("packed", "packed_rgb")
+
+    @property
     def upscale(self) -> int:
-        """Side of the zoomed output over side of the input x: twice the scale for packed RAW."""
+        """Side of the zoomed output over side of the input x: twice the scale for packed input."""
         return self.scale * self.mosaic_factor
 
     @property
     def mosaic_factor(self) -> int:
         """Side of the mosaic (and of the rendering) over side of the input x."""
-        return 2 if self.input == "packed" else 1
+        return 2 if self.is_packed else 1
 
     def input_px(self, packed_px: int) -> int:
-        """Convert a side in packed pixels (2x2 RGGB cells) to pixels of the input x."""
-        return packed_px if self.input == "packed" else 2 * packed_px
+        """Convert a side in packed pixels (2x2 cells) to pixels of the input x."""
+        return packed_px if self.is_packed else 2 * packed_px
 
     def check_crop(self, crop_px: int) -> None:
         """Raise ValueError unless the network accepts crops of crop_px x crop_px input pixels."""
@@ -264,9 +274,11 @@ class SDAN(nn.Module):
         """Zoom x into the view of the reference.
 
         Args:
-            x: RAW or RGB in [0, 1], white-balanced: [N,1,H,W] (mosaic), [N,4,H,W] (packed) or [N,3,H,W] (rgb).
+            x: RAW in [0, 1], white-balanced: [N,1,H,W] (mosaic) or [N,4,H,W] (packed); or sRGB in [0, 1]: [N,3,H,W]
+                (rgb) or [N,12,H,W] (packed_rgb).
             reference: [N,3,H,W] sRGB in [0, 1]. Y' in training; the rendering at x's size ({X, X}) when deployed.
-            rendering: [N,3,H,W] ([N,3,2H,2W] for packed) sRGB in [0, 1]; required for skip="rendering", else unused.
+            rendering: [N,3,H,W] ([N,3,2H,2W] for packed input) sRGB in [0, 1]; required for skip="rendering",
+                else unused.
 
         Returns:
             SDANOutput(zoomed, aligned, mask, offset).

@@ -1,7 +1,8 @@
-"""Convert sensor counts to the network's input, and between the two layouts of RAW.
+"""Convert sensor counts to the network's input, and between the layouts of RAW and of RGB.
 
 mosaic: [N, 1, 2h, 2w], one value per photosite, as in the released code.
 packed: [N, 4, h, w], channels R, G1, G2, B of one RGGB cell (R G1 / G2 B).
+packed RGB: [N, 12, h, w], the four pixels of a 2x2 cell in reading order, all of red, then of green, then of blue.
 """
 
 from __future__ import annotations
@@ -97,6 +98,11 @@ def mosaic_to_packed(mosaic_N1HW: Tensor) -> Tensor:
     if mosaic_N1HW.dtype == torch.uint16:
         return F.pixel_unshuffle(mosaic_N1HW.view(torch.int16), 2).view(torch.uint16)
     return F.pixel_unshuffle(mosaic_N1HW, 2)
+
+
+def rgb_to_packed(image_N3HW: Tensor) -> Tensor:
+    """[N, 3, 2h, 2w] -> [N, 12, h, w], the input of a network with input="packed_rgb"."""
+    return F.pixel_unshuffle(image_N3HW, 2)
 
 
 def rendering_from_srgb(image_3HW: Tensor, curve: str) -> Tensor:

@@ -38,7 +38,7 @@ class Photo:
     """A photograph as the network's input, in sensor orientation."""
 
     raw: Tensor
-    """[4, h, w] packed RAW in [0, 1]; for a model with RGB input the rendering itself."""
+    """[4, h, w] packed RAW in [0, 1]; for a model of RGB input the rendering itself."""
     rendering: Tensor
     """[3, 2h, 2w] in [0, 1], with the model's rendering curve; sRGB if input is rgb."""
     flip: int
@@ -61,7 +61,7 @@ def read_photo(path: Path, network: SDANConfig, output: Output = DEFAULTS) -> Ph
     """
     if kind_of_photo(path) == "picture":
         return _from_picture(path, network, output)
-    if network.input == "rgb":
+    if network.is_rgb:
         raise ZoomError(
             f"{shown(path)}: expected a JPG or PNG for a model with RGB input, got RAW; pass the camera's JPG"
         )
@@ -137,12 +137,12 @@ def _from_picture(path: Path, network: SDANConfig, output: Output) -> Photo:
     around, window = _around(_crop_as_stored(path, output, pixels.shape[:2], 0), pixels.shape[:2])
     top, left, height, width = around
     part: NDArray[Any] = pixels[top : top + height, left : left + width]
-    if network.input != "rgb":  # whole RGGB cells
+    if network.input != "rgb":  # whole cells of 2x2 pixels
         part = np.pad(part, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     levels = np.float32(np.iinfo(part.dtype).max)
     rendering = torch.from_numpy(np.divide(part, levels, dtype=np.float32)).permute(2, 0, 1).contiguous()
     photo = Photo(rendering, rendering, 0, False, window, picture.notes, picture.grey, tags.read(data))
-    if network.input == "rgb":
+    if network.is_rgb:
         return photo
     mosaic = raw_input.mosaic_from_srgb(rendering[None])[0]
     return replace(photo, raw=mosaic, rendering=raw_input.rendering_from_srgb(rendering, network.rendering_curve))

@@ -50,16 +50,18 @@ def test_each_round_visits_every_pair_once(stream):
     assert len({tuple(order) for order in rounds}) > 1
 
 
-@pytest.mark.parametrize("layout", ["mosaic", "packed", "rgb"])
+@pytest.mark.parametrize("layout", ["mosaic", "packed", "rgb", "packed_rgb"])
 def test_inputs_are_registered_to_each_other(stream, layout):
     batch = {name: torch.from_numpy(value)[None] for name, value in stream.crop(1).items()}
     model = configs.SDANConfig(input=layout, packing_kernel=4)
     inputs = model_inputs(batch, model, torch.device("cpu"))
-    side = 16 if layout == "packed" else 32
+    side = 16 if layout.startswith("packed") else 32
     assert inputs.x.shape[-1] == inputs.self_reference.shape[-1] == inputs.oracle_reference.shape[-1] == side
     # The scene is perfectly aligned: the low-passed target is the rendering, for any crop and flips.
     assert (low_pass(inputs.target, 4) - inputs.rendering).abs().mean() < 0.01
     assert (inputs.oracle_reference - inputs.self_reference).abs().mean() < 0.01
+    if layout == "packed_rgb":
+        assert torch.equal(inputs.x[0, 5], inputs.rendering[0, 1, ::2, 1::2])  # green of the cell's second pixel
     green = inputs.x[:, 1:2] if layout == "packed" else None
     if green is not None:  # linear RAW follows the rendering's green at the same place
         rendered = inputs.rendering[:, 1:2, ::2, 1::2]

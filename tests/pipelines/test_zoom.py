@@ -134,6 +134,8 @@ def test_an_rgb_model_reads_pictures_and_refuses_raw(tmp_path):
     assert torch.equal(photo.raw, photo.rendering) and photo.raw.shape == (3, 41, 53)
     with pytest.raises(ZoomError, match="expected a JPG or PNG for a model with RGB input, got RAW"):
         read_photo(write_photo(tmp_path / "photo.dng"), SDANConfig(input="rgb"))
+    padded = read_photo(tmp_path / "photo.png", SDANConfig(input="packed_rgb"))
+    assert padded.raw.shape == (3, 42, 54) and padded.window[2:] == (41, 53)
 
 
 def test_a_damaged_photograph_is_set_aside(zoomer, tmp_path):

@@ -12,7 +12,7 @@ from sdan.inference import zoom, zoom_rows
 from sdan.metrics import psnr
 from sdan.network import SDAN, SDANConfig
 from sdan.ops import precision as ops_precision
-from sdan.raw_input import packed_to_mosaic
+from sdan.raw_input import packed_to_mosaic, rgb_to_packed
 from sdan.resample import bicubic, low_pass
 from sdan.tiles import cover
 
@@ -28,6 +28,8 @@ def photo(config, height, width, seed=0):
     rendering = F.interpolate(coarse, size=size, mode="bicubic", align_corners=False).clamp(0, 1)[0]
     if config.input == "rgb":
         return rendering, rendering
+    if config.input == "packed_rgb":
+        return rgb_to_packed(rendering[None])[0], rendering
     if config.input == "packed":
         channels = (rendering[0, ::2, ::2], rendering[1, ::2, 1::2], rendering[1, 1::2, ::2], rendering[2, 1::2, 1::2])
         return torch.stack(channels), rendering
@@ -48,7 +50,16 @@ def trained(config):
 @pytest.mark.parametrize("model", [SDAN, SRResNet])
 @pytest.mark.parametrize(
     ("kind", "height", "width"),
-    [("mosaic", 46, 70), ("packed", 35, 41), ("rgb", 33, 64), ("mosaic", 10, 70), ("packed", 3, 7), ("rgb", 1, 1)],
+    [
+        ("mosaic", 46, 70),
+        ("packed", 35, 41),
+        ("rgb", 33, 64),
+        ("packed_rgb", 35, 41),
+        ("mosaic", 10, 70),
+        ("packed", 3, 7),
+        ("rgb", 1, 1),
+        ("packed_rgb", 1, 3),
+    ],
 )
 def test_untrained_zoom_is_bicubic_of_the_whole_rendering(model, kind, height, width):
     config = replace(CONFIG, input=kind)
@@ -101,7 +112,7 @@ def test_tile_borders_are_hardly_visible(small_tiles):
     assert (whole[common] - later[inner]).abs().max() < 0.5 * changed
 
 
-@pytest.mark.parametrize("kind", ["mosaic", "packed", "rgb"])
+@pytest.mark.parametrize("kind", ["mosaic", "packed", "rgb", "packed_rgb"])
 def test_wide_overlaps_give_the_output_of_one_forward(kind, monkeypatch):
     """Without attention and flips a pixel depends on 6 pixels around it in the first pass, and 8 in the second."""
     config = replace(CONFIG, input=kind, attention="none", flips=False)

@@ -18,7 +18,7 @@ from sdan.ops import per_point_deform_conv2d
 from sdan.resample import bicubic, low_pass
 
 SMALL = SDANConfig(features=8, blocks=2, packing_kernel=4)
-INPUTS = ("mosaic", "packed", "rgb")
+INPUTS = ("mosaic", "packed", "rgb", "packed_rgb")
 
 
 def batch(config, n=2, height=16, width=24, seed=0):
@@ -231,7 +231,7 @@ def test_autocast_keeps_offsets_and_output_in_float32(offset):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"input": "bayer"}, "input: expected one of mosaic, packed, rgb"),
+        ({"input": "bayer"}, "input: expected one of mosaic, packed, rgb, packed_rgb"),
         ({"offset": "round"}, "offset: expected one of squared, per_point"),
         ({"attention": "self"}, "attention: expected one of none, channel, cross_packing"),
         ({"skip": True}, "skip: expected one of none, rendering"),

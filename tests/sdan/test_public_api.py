@@ -93,7 +93,7 @@ def test_a_missing_starter_is_one_line_with_the_remedy(monkeypatch, tmp_path, fo
 
 
 @pytest.mark.parametrize("architecture", [sdan.SDAN, SRResNet])
-@pytest.mark.parametrize(("kind", "tile_px"), [("mosaic", 32), ("packed", 16), ("rgb", 32)])
+@pytest.mark.parametrize(("kind", "tile_px"), [("mosaic", 32), ("packed", 16), ("rgb", 32), ("packed_rgb", 16)])
 def test_a_loaded_folder_keeps_config_and_tile_size(tmp_path, architecture, kind, tile_px):
     config = replace(SMALL, input=kind)
     checkpoint.save(tmp_path / "model", architecture(config), config=RUN, scores={})
@@ -116,6 +116,20 @@ def test_zoom_arranges_packed_raw_for_the_model(kind):
     assert zoomed.shape == (3, 36, 44) and calls[-1][0] == calls[-1][1]
     parts = list(sdan.zoom_rows(model, raw, rendering, bits=16, precision="fp32"))
     assert torch.equal(torch.cat(parts, dim=1), (zoomed * 65535).round().to(torch.uint16))
+
+
+def test_zoom_packs_an_rgb_picture_for_the_model():
+    torch.manual_seed(0)
+    model = sdan.SDAN(replace(SMALL, input="packed_rgb"))
+    torch.nn.init.normal_(model.super_resolution.last.weight, std=0.1)
+    model.tile_px = 16
+    picture = torch.rand(3, 18, 22)
+    zoomed = sdan.zoom(model, picture, picture, precision="fp32")
+    assert zoomed.shape == (3, 36, 44)
+    cells = picture.reshape(3, 9, 2, 11, 2).permute(0, 2, 4, 1, 3).reshape(12, 9, 11)
+    assert torch.equal(zoomed, inference.zoom(model, cells, picture, tile_px=16, precision="fp32"))
+    with pytest.raises(ValueError, match="raw: expected even height and width"):
+        sdan.zoom(model, picture[:, :17], picture[:, :17])
 
 
 def test_zoom_without_a_tile_size_is_refused():
@@ -144,7 +158,7 @@ def test_zoom_refuses_another_type_or_range(wrong, said):
             sdan.zoom(model, *pictures)
 
 
-@pytest.mark.parametrize(("kind", "channels"), [("mosaic", 4), ("packed", 4), ("rgb", 3)])
+@pytest.mark.parametrize(("kind", "channels"), [("mosaic", 4), ("packed", 4), ("rgb", 3), ("packed_rgb", 3)])
 def test_zoom_refuses_raw_in_another_layout(kind, channels):
     model = sdan.SDAN(replace(SMALL, input=kind))
     model.tile_px = 16
