@@ -6,11 +6,11 @@ the JPG's look (`camera_jpg.py`) anew for each sequence.
 
 Sources of the ranges
     noise     the model of Wei et al., A Physics-Based Noise Formation Model, CVPR 2020 (ELD): photons, read noise, row
-              noise, rounding. Sizes as in the tables of photonstophotos.net: 8,000 electrons (a phone's pixel) to
-              90,000 (full frame) at ISO 100; 1 to 4 electrons of read noise before the amplifier, up to 3 counts of
-              14 bit after it
+              noise, rounding. The sizes are round numbers that should enclose cameras in use, from a phone's pixel
+              (8,000 electrons at ISO 100) to full frame (90,000): 1 to 4 electrons of read noise before the amplifier,
+              up to 3 counts of 14 bit after it. No camera was measured
     colours   published ColorMatrix values for D65 (Adobe, as in the tables of dcraw and LibRaw)
-    levels    black and white levels that LibRaw reports for files of these makers
+    levels    black and white levels of the kinds that files have (10 to 16 bit), not of the models in MATRICES
     lens      0.3 px is a good lens at its best aperture without low-pass filter: with the pixel's area (0.29 px) it
               passes 0.43 of the contrast at the mosaic's limit. 1.2 px is a zoom at its end, or diffraction at f/16 on
               small pixels. Lateral colour of 1.5 px at the corners is a cheap zoom's, uncorrected
@@ -47,7 +47,7 @@ MATRICES: dict[str, tuple[int, ...]] = {
 """XYZ -> camera, times 10,000, row by row."""
 LEVELS = ((512, 16383), (2048, 15488), (600, 16383), (64, 16383), (128, 3692), (256, 4065), (143, 4095), (64, 1023),
           (512, 65535))  # fmt: skip
-"""(black, white) counts: Sony; Canon 14 bit; Nikon; Pentax; Canon, Olympus, Panasonic 12 bit; phone; cinema camera."""
+"""(black, white), counts: four of 14 bit, three of 12 bit, a phone's 10 bit, a cinema camera's 16 bit."""
 
 PSF_PX = (0.3, 1.2)
 """Lens blur at the axis, standard deviation. Drawn evenly in its logarithm: half of the cameras alias clearly."""

