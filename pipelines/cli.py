@@ -390,6 +390,9 @@ def zoom(
     crop: Annotated[
         str | None, typer.Option(metavar="X,Y,W,H", help="Zoom only this part; pixels of the upright photograph.")
     ] = None,
+    strength: Annotated[
+        float, typer.Option(help="1: the model's detail; 0: bicubic; between them a mixture.", min=0, max=1)
+    ] = 1.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs.")] = False,
     no_gps: Annotated[bool, typer.Option("--no-gps", help="Leave the place out of the tags.")] = False,
 ) -> None:
@@ -405,7 +408,7 @@ def zoom(
     if is_fallback:
         _say("no champion in the registry yet: using the starter model, which was trained only on simulated RAW")
     try:
-        verb.zoom_photos(photos, out, verb.Zoomer.load(folder), output=output, say=_say, warn=_warn)
+        verb.zoom_photos(photos, out, verb.Zoomer.load(folder, strength), output=output, say=_say, warn=_warn)
     except KeyboardInterrupt:
         _warn("zoom: interrupted; the files named above are complete, nothing else was left")
         raise typer.Exit(130) from None

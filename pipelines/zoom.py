@@ -49,18 +49,27 @@ class Zoomer:
     """A loaded model, to zoom any number of photographs."""
 
     model: Network
+    strength: float = 1.0
+    """1 for the network's output, 0 for the rendering enlarged bicubically, between them a linear mixture."""
 
     @classmethod
-    def load(cls, folder: Path) -> Zoomer:
+    def load(cls, folder: Path, strength: float = 1.0) -> Zoomer:
         """Load a checkpoint folder onto the GPU, or the CPU if there is none."""
-        return cls(sdan.load(folder))
+        return cls(sdan.load(folder), strength)
 
     def zoom(
         self, photo: Photo, progress: Callable[[int, int], None] | None = None, *, precision: str = "auto"
     ) -> np.ndarray:
         """The enlarged photograph, upright: float32 [s H, s W, 3] in [0, 1]; precision as in sdan.ops.precision."""
         with _zoom_errors():
-            zoomed = sdan.zoom(self.model, photo.raw, photo.rendering, precision=precision, progress=progress)
+            zoomed = sdan.zoom(
+                self.model,
+                photo.raw,
+                photo.rendering,
+                precision=precision,
+                strength=self.strength,
+                progress=progress,
+            )
         top, left, height, width = self._window(photo)
         part = zoomed.permute(1, 2, 0)[top : top + height, left : left + width]
         return decode.upright(part.numpy(), photo.flip)
@@ -85,7 +94,13 @@ class Zoomer:
         own = self.model.config.scale
         with _zoom_errors():
             found = sdan.zoom_rows(
-                self.model, photo.raw, photo.rendering, bits=bits, precision=precision, progress=progress
+                self.model,
+                photo.raw,
+                photo.rendering,
+                bits=bits,
+                precision=precision,
+                strength=self.strength,
+                progress=progress,
             )
             top, left, height, width = self._window(photo)
             parts = rows.cropped((part.permute(1, 2, 0).numpy() for part in found), top, left, height, width)

@@ -65,6 +65,7 @@ def zoom(
     rendering: Tensor,
     *,
     precision: str = "auto",
+    strength: float = 1.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Zoom one photo by `model.config.scale`. Its own rendering is the reference; no target is needed.
@@ -75,6 +76,7 @@ def zoom(
             rendering itself.
         rendering: [3,2h,2w] in [0, 1], rendered from the same RAW with the curve `model.config.rendering_curve`.
         precision: auto, fp32, bf16 or fp16.
+        strength: 1 for the network's output, 0 for the rendering enlarged bicubically, between them a linear mixture.
         progress: called with (tiles done, total tiles).
 
     Returns:
@@ -85,7 +87,9 @@ def zoom(
             a tile size.
     """
     x, tile_px = _network_input(model, raw, rendering)
-    return inference.zoom(model, x, rendering, tile_px=tile_px, precision=precision, progress=progress)
+    return inference.zoom(
+        model, x, rendering, tile_px=tile_px, precision=precision, strength=strength, progress=progress
+    )
 
 
 def zoom_rows(
@@ -95,6 +99,7 @@ def zoom_rows(
     *,
     bits: int | None = None,
     precision: str = "auto",
+    strength: float = 1.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Tensor]:
     """As `zoom`, but yields the result in parts, from top to bottom, so that it need not fit into memory.
@@ -109,7 +114,9 @@ def zoom_rows(
         ValueError: as `zoom`, at once.
     """
     x, tile_px = _network_input(model, raw, rendering)
-    return inference.zoom_rows(model, x, rendering, tile_px=tile_px, precision=precision, bits=bits, progress=progress)
+    return inference.zoom_rows(
+        model, x, rendering, tile_px=tile_px, precision=precision, bits=bits, strength=strength, progress=progress
+    )
 
 
 def _network_input(model: Network, raw: Tensor, rendering: Tensor) -> tuple[Tensor, int]:

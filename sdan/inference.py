@@ -23,7 +23,7 @@ from sdan.baselines import Network
 from sdan.network import CHANNELS, SDANConfig
 from sdan.ops.precision import ComputePlan, compute_plan
 from sdan.raw_input import mosaic_to_packed, packed_to_mosaic, rgb_to_packed
-from sdan.resample import low_pass
+from sdan.resample import bicubic, low_pass
 from sdan.tiles import Outputs, Tiling, cover, fitted
 
 T = TypeVar("T")
@@ -52,6 +52,7 @@ def zoom(
     overlap_px: int | None = None,
     batch: int | None = None,
     precision: str = "auto",
+    strength: float = 1.0,
     progress: Progress | None = None,
 ) -> Tensor:
     """Zoom one photo with its rendering as reference ({X, X}); no target is needed.
@@ -60,7 +61,15 @@ def zoom(
         float32 [3, upscale H, upscale W] in [0, 1], on the CPU. Arguments and errors: as `zoom_rows`.
     """
     parts = zoom_rows(
-        model, x, rendering, tile_px=tile_px, overlap_px=overlap_px, batch=batch, precision=precision, progress=progress
+        model,
+        x,
+        rendering,
+        tile_px=tile_px,
+        overlap_px=overlap_px,
+        batch=batch,
+        precision=precision,
+        strength=strength,
+        progress=progress,
     )
     output = torch.empty(3, *(model.config.upscale * side for side in x.shape[-2:]))
     done = 0
@@ -80,6 +89,7 @@ def zoom_rows(
     batch: int | None = None,
     precision: str = "auto",
     bits: int | None = None,
+    strength: float = 1.0,
     progress: Progress | None = None,
 ) -> Iterator[Tensor]:
     """As `zoom`, but yields the result from top to bottom, at most `TILE_PX * upscale` pixel rows at a time.
@@ -95,6 +105,7 @@ def zoom_rows(
         batch: most tiles per forward pass; default what suits the device. Halved where a GPU's memory is too small.
         precision: auto, fp32, bf16 or fp16 (ops.precision.resolve).
         bits: None for float32 in [0, 1]; 8 for levels as uint8, 16 as uint16.
+        strength: 1 for the network's output, 0 for the rendering enlarged bicubically, between them a linear mixture.
         progress: called with (tiles done, total tiles); both passes count.
 
     Yields:
@@ -106,10 +117,12 @@ def zoom_rows(
     """
     if bits not in (None, 8, 16):
         raise ValueError(f"bits: expected None, 8 or 16, got {bits}")
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength: expected a value in [0, 1], got {strength}")
     overlap_px = _check(model.config, x, rendering, tile_px, overlap_px)
     plan = compute_plan(next(model.parameters()).device, precision)
     model.eval().to(memory_format=plan.memory_format)
-    rows = _zoomed(model, x, rendering, (tile_px, overlap_px), batch, plan, progress)
+    rows = _zoomed(model, x, rendering, (tile_px, overlap_px), batch, plan, strength, progress)
     return _to_host(rows, bits, plan.device)
 
 
@@ -121,6 +134,7 @@ def _zoomed(
     first_tile: tuple[int, int],
     batch: int | None,
     plan: ComputePlan,
+    strength: float,
     progress: Progress | None,
 ) -> Iterator[Tensor]:
     """Pixel rows of the zoomed photo on the model's device, not clipped, valid until the next are asked for.
@@ -141,7 +155,9 @@ def _zoomed(
         first = _Pass(small, (1, factor), _offset_finder(model), plan, batch or _suitable(config, small, device), count)
         rows = first.rows(_slabs(padded, (1, factor), small, device), model.offset_channels)
         offsets = _windows(rows, large)
-    second = _Pass(large, (1, factor, 1), _zoomer(model), plan, batch or _suitable(config, large, device), count)
+    second = _Pass(
+        large, (1, factor, 1), _zoomer(model, strength), plan, batch or _suitable(config, large, device), count
+    )
     yield from second.rows(((*slab, offset) for slab, offset in zip(slabs, offsets, strict=False)), 3)
 
 
@@ -149,8 +165,12 @@ def _offset_finder(model: Network) -> Callable[..., Tensor]:
     return lambda x, rendering: model.find_offset(x, low_pass(rendering, model.config.mosaic_factor))
 
 
-def _zoomer(model: Network) -> Callable[..., Tensor]:
-    return lambda x, rendering, offset: model.zoom_at(x, offset, rendering)
+def _zoomer(model: Network, strength: float) -> Callable[..., Tensor]:
+    def run(x: Tensor, rendering: Tensor, offset: Tensor) -> Tensor:
+        zoomed = model.zoom_at(x, offset, rendering)
+        return zoomed if strength == 1 else bicubic(rendering, model.config.scale).lerp(zoomed, strength)
+
+    return run
 
 
 @dataclass

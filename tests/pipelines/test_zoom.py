@@ -84,6 +84,15 @@ def test_the_starter_models_output_is_written(tmp_path):
     assert np.abs(expected - enlarged(rendering[0])).max() > 10 * TOLERANCE  # not bicubic alone
 
 
+def test_strength_0_is_bicubic(tmp_path):
+    path = write_photo(tmp_path / "photo.dng", 64, 64)
+    model = Zoomer.load(starter_folder(), strength=0)
+    zoom_photos([path], tmp_path / "zoomed.png", model, say=print, warn=print)
+    rendering = decode.load(path, curve=model.model.config.rendering_curve).rendering
+    expected = enlarged(torch.from_numpy(rendering).permute(2, 0, 1) / 255)
+    assert np.abs(written(tmp_path / "zoomed.png") - expected).max() < TOLERANCE
+
+
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("name", ["photo.dng", "photo.png"])
 def test_an_untrained_model_writes_bicubic_enlargement(name, bits, zoomer, tmp_path):

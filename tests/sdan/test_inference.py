@@ -112,6 +112,22 @@ def test_tile_borders_are_hardly_visible(small_tiles):
     assert (whole[common] - later[inner]).abs().max() < 0.5 * changed
 
 
+@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
+def test_strength_mixes_network_and_bicubic(strength, small_tiles):
+    model = trained(CONFIG)
+    x, rendering = photo(model.config, 46, 70)
+    plain = bicubic(rendering[None], model.config.scale)[0]
+    # Without clipping the mixture is linear.
+    x, rendering, plain = 0.5 * x, 0.3 + 0.4 * rendering, 0.3 + 0.4 * plain
+    network = zoom(model, x, rendering, tile_px=32, precision="fp32")
+    mixed = zoom(model, x, rendering, tile_px=32, precision="fp32", strength=strength)
+    inside = (network > 0) & (network < 1)
+    assert inside.float().mean() > 0.5 and not torch.allclose(network, plain, atol=0.05)
+    assert torch.allclose(mixed[inside], (strength * network + (1 - strength) * plain)[inside], atol=1e-5)
+    with pytest.raises(ValueError, match=r"strength: expected a value in \[0, 1\], got 1.5"):
+        zoom(model, x, rendering, tile_px=32, strength=1.5)
+
+
 @pytest.mark.parametrize("kind", ["mosaic", "packed", "rgb", "packed_rgb"])
 def test_wide_overlaps_give_the_output_of_one_forward(kind, monkeypatch):
     """Without attention and flips a pixel depends on 6 pixels around it in the first pass, and 8 in the second."""
