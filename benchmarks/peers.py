@@ -70,7 +70,7 @@ def by_model(folder: Path) -> Method:
     return zoom
 
 
-def by_real_esrgan(models: Path, tile_px: int = 192, margin_px: int = 12) -> Method:
+def by_real_esrgan(models: Path, part_px: int = 192, margin_px: int = 12) -> Method:
     """Real-ESRGAN x4plus through ncnn on the CPU, in tiles.
 
     Args:
@@ -95,9 +95,9 @@ def by_real_esrgan(models: Path, tile_px: int = 192, margin_px: int = 12) -> Met
         padded = np.pad(subject.rendering.numpy(), ((0, 0), (margin_px,) * 2, (margin_px,) * 2), mode="reflect")
         out = np.empty((3, height * SCALE, width * SCALE), np.float32)
         edge = margin_px * SCALE
-        for top in range(0, height, tile_px):
-            for left in range(0, width, tile_px):
-                high, wide = min(tile_px, height - top), min(tile_px, width - left)
+        for top in range(0, height, part_px):
+            for left in range(0, width, part_px):
+                high, wide = min(part_px, height - top), min(part_px, width - left)
                 found = tile(padded[:, top : top + high + 2 * margin_px, left : left + wide + 2 * margin_px])
                 inner = found[:, edge : edge + high * SCALE, edge : edge + wide * SCALE]
                 out[:, top * SCALE : (top + high) * SCALE, left * SCALE : (left + wide) * SCALE] = inner

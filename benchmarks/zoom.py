@@ -167,18 +167,23 @@ def time_rows(frame: Path, folder: Path, device: str, repeats: int) -> Iterator[
 def border_rows(photo: Path) -> Iterator[str]:
     zoomer = verb.Zoomer.load(starter_folder())
     decoded = verb.read_photo(photo, zoomer.model.config)
-    size, upscale, tile_px = (decoded.raw.shape[1], decoded.raw.shape[2]), zoomer.model.config.upscale, TILE_PX
+    size, upscale, input_tile_px = (decoded.raw.shape[1], decoded.raw.shape[2]), zoomer.model.config.upscale, TILE_PX
 
     def run(overlap_px: int, second_px: int) -> Tensor:
         inference.OVERLAP_PX = second_px
         return inference.zoom(
-            zoomer.model, decoded.raw, decoded.rendering, tile_px=tile_px, overlap_px=overlap_px, precision="fp32"
+            zoomer.model,
+            decoded.raw,
+            decoded.rendering,
+            input_tile_px=input_tile_px,
+            overlap_px=overlap_px,
+            precision="fp32",
         )
 
     yield "| overlaps of the passes | their pixels / the photo's | mean | 99 % | 99.9 % | most |"
     yield "|---" * 6 + "|"
     for overlap_px, second_px in OVERLAPS:
-        first = tiles.cover(size, (tile_px, tile_px), overlap_px)
+        first = tiles.cover(size, (input_tile_px, input_tile_px), overlap_px)
         height, width = (tiles.fitted(side, inference.TILE_PX, second_px) for side in size)
         second = tiles.cover(size, (height, width), second_px)
         along = overlapping(first, upscale) | overlapping(second, upscale)

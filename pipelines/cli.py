@@ -352,7 +352,10 @@ def retrain(
     vgg_weights: VggWeights = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Preprocess what is new, fine-tune the champion, and promote the result if it is better."""
+    """Preprocess what is new, fine-tune the champion, and promote the result if it is better.
+
+    --config and --set are for a first model; the champion is fine-tuned with its own config.
+    """
     from pipelines import config as configs
     from pipelines import retrain as verb
 
@@ -361,7 +364,7 @@ def retrain(
         shards,
         data=_data(),
         options=options,
-        config=configs.chosen(config, assignments or ()),
+        config=configs.chosen(config, assignments or ()) if config or assignments else None,
         workers=workers,
         vgg_weights=vgg_weights,
         dry_run=dry_run,

@@ -137,7 +137,7 @@ def require_unchanged(index: ShardIndex) -> None:
         raise _unreadable(index.shards, error) from error
     for path in index.paths:
         if path not in listed:
-            raise _changed(path, "no such file")
+            raise _changed(path, "none")
     with ThreadPoolExecutor(16) as pool:
         counts = pool.map(lambda path: _count_tiles(index.shards, path), index.paths)
         for path, expected, count in zip(index.paths, index.tiles, counts, strict=True):
@@ -166,7 +166,7 @@ def read_tile(index: ShardIndex, pair: int, tile: int, columns: tuple[str, ...] 
         # Reader tasks share cores with the training step, so they use no threads.
         table = file.read_row_group(tile, columns=list(columns) if columns else None, use_threads=False)
     except FileNotFoundError as error:
-        raise _changed(path, "no such file") from error
+        raise _changed(path, "none") from error
     except pa.ArrowException as error:
         raise _changed(path, one_line(error)) from error
     return schema.decode({name: _first(table.column(name)) for name in table.column_names}, index.info)

@@ -360,14 +360,14 @@ def _local(source: str, asked: str, tracking_uri: str, cache: Path | None) -> Pa
         if cache is None:
             shutil.rmtree(target, ignore_errors=True)
         reason = f"{type(error).__name__}: {_first_line(error)}"
-        raise RegistryError(f"{asked}: expected to download {source}, got {reason}; check the address") from error
+        raise RegistryError(f"{asked}: expected a checkpoint at {source}, got {reason}; check the address") from error
 
 
 def _check_folder(folder: Path, asked: str | None = None) -> None:
     label = asked or str(folder)
     if not folder.is_dir():
         raise RegistryError(
-            f"{label}: expected a checkpoint folder, got no such folder; use runs:/RUN_ID, {CHAMPION_URI} or {STARTER}"
+            f"{label}: expected a checkpoint folder, got none; use runs:/RUN_ID, {CHAMPION_URI} or {STARTER}"
         )
     missing = [name for name in (WEIGHTS, DESCRIPTION) if not (folder / name).is_file()]
     if missing:
@@ -570,7 +570,7 @@ def _migrate(tracking_uri: str, database: Path) -> None:
         named = [line for line in done.stderr.splitlines() if re.match(r"[\w.]*(Error|Exception|Exit)\b", line.strip())]
         reason = (named or done.stderr.strip().splitlines() or ["no message"])[-1].strip()
         raise RegistryError(
-            f"{database}: expected to migrate MLflow's database, got {reason[:200]}; "
+            f"{database}: expected a database that MLflow can upgrade, got {reason[:200]}; "
             "restore it from a backup, or choose another --data folder"
         )
 

@@ -60,7 +60,7 @@ def retrain(
     """Preprocess what is new, fine-tune, compare, promote; `sdan status` shows the outcome.
 
     Args:
-        config: for the first model; later ones take the champion's config.
+        config: for the first model; later ones take the champion's config, and a note says so.
         workers, vgg_weights: as for `train`.
         dry_run: say what would be preprocessed and trained; change nothing.
 
@@ -70,6 +70,8 @@ def retrain(
     uri = registry.default_tracking_uri(data)
     report = preprocess(raw, shards, options, dry_run=dry_run, progress=progress, start_ray=cluster.start_ray)
     champion = registry.get_champion(uri)
+    if champion is not None and config is not None:
+        report.notes.append("--config and --set are for a first model; the champion is fine-tuned with its own config")
     if dry_run:
         return RetrainResult(report, None, None, None, False, _intention(report, champion is not None, uri, shards))
     registry.prepare_database(uri)

@@ -194,7 +194,9 @@ def train(
         max_failures: maximum number of restarts from the last checkpoint after a worker or machine is lost.
 
     Raises:
-        TrainError, ConfigError, ShardsError, RunFolderError, PerceptualError, ClusterError: before anything starts.
+        TrainError, ConfigError, ShardsError, RunFolderError, PerceptualError: before Ray is started.
+        ClusterError: before training starts, too few resources.
+        TrainError: the training failed, or its model cannot be registered; what there is stays in the run.
     """
     folder, stored, pairs, config = _checked(shards, config, data, name, resume, init_from)
     vgg = load_vgg19(vgg_weights) if config.loss.needs_vgg else None
@@ -389,7 +391,8 @@ def _fit(trainer: TorchTrainer, folder: Path, config: ExperimentConfig, *, progr
             return trainer.fit()
     except TrainingFailedError as error:
         raise TrainError(
-            f"run {folder.name} failed: {reason_of(error)}; fix that and continue with --resume --name {folder.name}"
+            f"run {folder.name}: expected to finish, got {reason_of(error)}; "
+            f"fix that and continue with --resume --name {folder.name}"
         ) from error
 
 
@@ -417,7 +420,7 @@ def _finish(
     except (RegistryError, MlflowException) as error:
         reason = str(error).splitlines()[0].partition("; ")[0]
         raise TrainError(
-            f"run {folder.name}, {aside}: trained, but not registered: {reason}; "
+            f"run {folder.name}, {aside}: expected to register the trained model, got {reason}; "
             f"when MLflow works again, run `sdan train {run.shards} --resume --name {folder.name}`, which registers it"
         ) from error
     model = folder / run_folder.MODEL

@@ -270,8 +270,8 @@ def _unexpected(photo: Path, error: Exception) -> str:
     if isinstance(error, MemoryError) or "not enough memory" in str(error):
         return f"{shown(photo)}: expected memory for this photograph, got too little; use --crop or close programs"
     return (
-        f"{shown(photo)}: expected a photograph that can be zoomed, got an error "
-        f"({type(error).__name__}: {one_line(error)[:200]}); copy or export it again"
+        f"{shown(photo)}: expected a photograph that can be zoomed, got "
+        f"{type(error).__name__}: {one_line(error)[:200]}; copy or export it again"
     )
 
 

@@ -96,7 +96,7 @@ def require_room_for_a_tile(jobs: Sequence[PairJob], options: PreprocessOptions)
         return
     height, width = max(sides, key=min)
     raise PreprocessError(
-        f"tile_px: expected at most the area that a pair's frames share, {width}x{height} packed pixels in the "
+        f"--tile: expected at most the area that a pair's frames share, {width}x{height} packed pixels in the "
         f"largest pair, got {options.tile_px}; use --tile {max(8, min(height, width) // 8 * 8)}"
     )
 

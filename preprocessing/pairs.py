@@ -133,7 +133,7 @@ def _read(source: Folder, path: str) -> bytes:
     try:
         return source.read(path)
     except OSError as error:
-        raise _Unreadable(f"{path}: cannot be read ({one_line(error)}); run again") from error
+        raise _Unreadable(f"{path}: expected a readable file, got {one_line(error)}; run again") from error
 
 
 def _picture(source: Folder, jpg: str | None, raw: str | None, options: PreprocessOptions) -> Jpg:
@@ -184,7 +184,9 @@ def _true_columns(
         flow = truth.true_flow(job.lr, job.hr, rect, LensMap.from_numbers(tile["lr_to_hr_lens"]))
     except (ValueError, OSError) as error:
         where = f"{job.folder}/{TRUTH_FOLDER}".lstrip("/")
-        raise TileError(f"{where}: damaged ({one_line(error)}); simulate the sequence again or delete it") from error
+        raise TileError(
+            f"{where}: expected a simulated sequence's truth, got {one_line(error)}; simulate it again, or delete it"
+        ) from error
     return {"true_rgb": None if picture is None else picture.transpose(2, 0, 1), "true_flow": flow}
 
 

@@ -66,16 +66,17 @@ class PreprocessOptions:
     """Keep pairs that neither correlate nor register, flagged "unaligned". They are otherwise quarantined."""
 
     def __post_init__(self) -> None:
-        for name, low, high in (("scale", 2, 16), ("tile_px", 8, 2048), ("stride_px", 1, self.tile_px)):
-            value = getattr(self, name)
+        limits = (("--scale", self.scale, 2, 16), ("--tile", self.tile_px, 8, 2048),
+                  ("--stride", self.stride_px, 1, self.tile_px))  # fmt: skip
+        for name, value, low, high in limits:
             if type(value) is not int or not low <= value <= high:
                 raise PreprocessError(f"{name}: expected a whole number from {low} to {high}, got {value!r}")
         if self.align not in ("scale", "ecc"):
-            raise PreprocessError(f"align: expected scale or ecc, got {self.align!r}")
+            raise PreprocessError(f"--align: expected scale or ecc, got {self.align!r}")
         if self.missing_jpg not in ("quarantine", "render"):
-            raise PreprocessError(f"missing_jpg: expected quarantine or render, got {self.missing_jpg!r}")
+            raise PreprocessError(f"--missing-jpg: expected quarantine or render, got {self.missing_jpg!r}")
         if self.curve not in (None, *get_args(RenderingCurve)):
-            raise PreprocessError(f"curve: expected {' or '.join(get_args(RenderingCurve))}, got {self.curve!r}")
+            raise PreprocessError(f"--curve: expected {' or '.join(get_args(RenderingCurve))}, got {self.curve!r}")
 
     @property
     def rendering_curve(self) -> RenderingCurve:
@@ -177,7 +178,7 @@ def make_plan(raw: Folder, options: PreprocessOptions, splits: Mapping[str, str]
     not_utf_8: list[str] = []
     sequences = discover(raw, not_utf_8)
     if not sequences:
-        got = "no zoom sequence" if raw.exists() else "no such folder"
+        got = "no zoom sequence" if raw.exists() else "none"
         if not_utf_8:
             got = f"{len(not_utf_8)} files whose names are not UTF-8, e.g. {not_utf_8[0]}"
         raise PreprocessError(f"{raw.label}: expected folders like 00001/00001.ARW + 00001.JPG, got {got}")

@@ -109,7 +109,7 @@ def preprocess(
         dry_run: count and estimate; write nothing.
         progress: show a progress bar.
         start_ray: starts or joins Ray, and leaves it running. It is called after all checks, if there is work and Ray
-            is not running. None: Ray is started with its defaults, and stopped at the end.
+            is not running. None: Ray must be running.
 
     Raises:
         PreprocessError: the whole run failed; one line.
@@ -136,7 +136,9 @@ def preprocess(
         with _storage_errors(target, "read"):
             report.estimate = estimate(todo, options, Rate.read(target), cpus)
     else:
-        with _ray(start_ray, needed=bool(todo)), _storage_errors(target, "written"):
+        if todo:
+            _require_ray(start_ray)
+        with _storage_errors(target, "written"):
             ledger.prepare(plan, options)
             for job in done:
                 ledger.keep_one_shard(job)
@@ -190,8 +192,8 @@ def _run_jobs(
             read_failures = read_failures + 1 if result.status == "unreadable" and not source.is_local else 0
             if read_failures == _MAX_READ_FAILURES:
                 raise PreprocessError(
-                    f"{source.label}: {read_failures} consecutive pairs could not be read (the last: {result.reason}); "
-                    f"{_RUN_AGAIN}"
+                    f"{source.label}: expected readable pairs, got {read_failures} consecutive pairs that cannot be "
+                    f"read (the last: {result.reason}); {_RUN_AGAIN}"
                 )
             record(waiting.pop(result.key), result)
         for job in waiting.values():
@@ -240,26 +242,12 @@ def _task(row: dict[str, Any], source: Folder, target: Folder, options: Preproce
     return asdict(_PROCESS.run(job, source, target, options))
 
 
-@contextlib.contextmanager
-def _ray(start_ray: Callable[[], object] | None, *, needed: bool) -> Iterator[None]:
-    """Ray for the job: the running one, or else as `preprocess` describes `start_ray`."""
-    if ray.is_initialized() or not needed:
-        yield
-    elif start_ray is not None:
-        start_ray()
-        yield
-    else:
-        try:
-            ray.init()
-        except Exception as error:  # Ray raises a bare Exception if the machine is too busy or its disk is full
-            reason = one_line(error)[:200]
-            raise PreprocessError(
-                f"Ray: expected to start, got {reason}; check this machine's load and disk"
-            ) from error
-        try:
-            yield
-        finally:
-            ray.shutdown()
+def _require_ray(start_ray: Callable[[], object] | None) -> None:
+    if ray.is_initialized():
+        return
+    if start_ray is None:
+        raise PreprocessError("Ray: expected a running one, got none; call ray.init() first, or pass start_ray")
+    start_ray()
 
 
 def _cpus(start_ray: Callable[[], object] | None) -> float:
@@ -317,14 +305,16 @@ def _require_only_deaths(failures: _Failures) -> None:
             named = re.findall(r"^(?!ray\.)[\w.]*(?:Error|Exception)\b.*", str(error), re.MULTILINE) or [
                 type(error).__name__
             ]
-            raise PreprocessError(f"Ray workers cannot run the tasks ({named[-1]}); install this sdan on every node")
+            raise PreprocessError(
+                f"Ray workers: expected tasks to run, got {named[-1]}; install this sdan on every node"
+            )
 
 
 def _open(uri: str) -> Folder:
     try:
         return open_folder(uri)
     except (OSError, pa.ArrowException) as error:
-        raise PreprocessError(f"{uri}: expected a folder or an s3:// URI ({one_line(error)})") from error
+        raise PreprocessError(f"{uri}: expected a folder or an s3:// URI, got {one_line(error)}; check it") from error
 
 
 @contextlib.contextmanager
@@ -334,7 +324,9 @@ def _storage_errors(folder: Folder, action: str) -> Iterator[None]:
         yield
     except (OSError, pa.ArrowException) as error:
         remedy = _RUN_AGAIN if action == "written" else "fix this and run again"
-        raise PreprocessError(f"{folder.label}: cannot be {action} ({one_line(error)}); {remedy}") from error
+        raise PreprocessError(
+            f"{folder.label}: expected a folder that can be {action}, got {one_line(error)}; {remedy}"
+        ) from error
 
 
 def _val_advice(report: PreprocessReport, plan: Plan, asked_val: Iterable[str], *, dry_run: bool) -> list[str]:

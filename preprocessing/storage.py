@@ -194,7 +194,7 @@ def open_folder(uri: str) -> Folder:
 
     if "://" in uri:
         if not uri.startswith(("s3://", "file://")):
-            raise pa.ArrowInvalid(f"{uri.partition(':')[0]}:// is not supported")
+            raise pa.ArrowInvalid(f"{uri}: expected a folder or s3://, got {uri.partition(':')[0]}://")
         filesystem, root = fs.FileSystem.from_uri(uri)
     else:
         filesystem, root = fs.LocalFileSystem(), str(Path(uri).absolute())

@@ -49,8 +49,8 @@ def load(model: str | Path) -> Network:
         model: "starter" (the model that comes with the package), or a checkpoint folder.
 
     Returns:
-        the network in eval mode, on the GPU if there is one. `model.config` is its SDANConfig and `model.tile_px` the
-        tile size that `zoom` uses.
+        the network in eval mode, on the GPU if there is one. `model.config` is its SDANConfig;
+        `model.input_tile_px` is the tile size that `zoom` uses, in pixels of the network's input.
 
     Raises:
         CheckpointError: the folder is missing or holds no usable checkpoint; one line that says what to do.
@@ -86,9 +86,9 @@ def zoom(
         ValueError: shapes that do not match each other or the model, values that are not in [0, 1], or a model without
             a tile size.
     """
-    x, tile_px = _network_input(model, raw, rendering)
+    x, input_tile_px = _network_input(model, raw, rendering)
     return inference.zoom(
-        model, x, rendering, tile_px=tile_px, precision=precision, strength=strength, progress=progress
+        model, x, rendering, input_tile_px=input_tile_px, precision=precision, strength=strength, progress=progress
     )
 
 
@@ -113,16 +113,25 @@ def zoom_rows(
     Raises:
         ValueError: as `zoom`, at once.
     """
-    x, tile_px = _network_input(model, raw, rendering)
+    x, input_tile_px = _network_input(model, raw, rendering)
     return inference.zoom_rows(
-        model, x, rendering, tile_px=tile_px, precision=precision, bits=bits, strength=strength, progress=progress
+        model,
+        x,
+        rendering,
+        input_tile_px=input_tile_px,
+        precision=precision,
+        bits=bits,
+        strength=strength,
+        progress=progress,
     )
 
 
 def _network_input(model: Network, raw: Tensor, rendering: Tensor) -> tuple[Tensor, int]:
     """(raw as the model's input x, the model's tile size); raises ValueError, also for a wrong rendering."""
-    if model.tile_px is None:
-        raise ValueError("model: expected a model from sdan.load, got one without tile_px; set model.tile_px")
+    if model.input_tile_px is None:
+        raise ValueError(
+            "model: expected a model from sdan.load, got one without input_tile_px; set model.input_tile_px"
+        )
     for name, picture in (("raw", raw), ("rendering", rendering)):
         check_pixels(f"zoom, {name}", picture, finite=True)
     channels = 3 if model.config.is_rgb else 4
@@ -137,7 +146,7 @@ def _network_input(model: Network, raw: Tensor, rendering: Tensor) -> tuple[Tens
                 f"raw: expected even height and width, for cells of 2x2 pixels, got {tuple(raw.shape[1:])}"
             )
         x = raw_input.rgb_to_packed(raw[None])[0]
-    return x, model.tile_px
+    return x, model.input_tile_px
 
 
 def starter_folder() -> Path:

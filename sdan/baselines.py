@@ -1,8 +1,8 @@
 """SRResNet, Table 1's baseline network: SDAN's head and trunk without alignment.
 
 The other baseline, bicubic enlargement, is `sdan.resample.bicubic`. To add a network: give it SDAN's `forward`,
-`find_offset`, `zoom_at`, `offset_channels`, `config` and `tile_px`, add it to `Network` here and to `ARCHITECTURES` in
-sdan/checkpoint.py.
+`find_offset`, `zoom_at`, `offset_channels`, `config` and `input_tile_px`, add it to `Network` here and to
+`ARCHITECTURES` in sdan/checkpoint.py.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class SRResNet(nn.Module):
     The config's packing_kernel, offset, attention and flips have no effect.
     """
 
-    tile_px: int | None = None
-    """As SDAN.tile_px."""
+    input_tile_px: int | None = None
+    """As SDAN.input_tile_px."""
 
     def __init__(self, config: SDANConfig) -> None:
         super().__init__()

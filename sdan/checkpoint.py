@@ -5,9 +5,9 @@
     trainer.pt          optional, for resuming: tensors and plain values only
 
 config.json holds `format` (FORMAT_VERSION), `architecture` (a key of ARCHITECTURES), `network` (the fields of
-SDANConfig), `config` (the configs of the run; `train.crop_px` gives the model's `tile_px`), `scores`, `commit` and
-`versions`. To add a network class, add it to ARCHITECTURES. A field added to SDANConfig needs a default or an entry in
-SDANConfig.from_stored, so that older checkpoints still load.
+SDANConfig), `config` (the configs of the run; `train.crop_px` gives the model's `input_tile_px`), `scores`, `commit`
+and `versions`. To add a network class, add it to ARCHITECTURES. A field added to SDANConfig needs a default or an entry
+in SDANConfig.from_stored, so that older checkpoints still load.
 
 Nothing is ever unpickled into code.
 """
@@ -137,7 +137,7 @@ def _write_files(
 
 
 def load(folder: str | Path) -> Checkpoint:
-    """Read a checkpoint; the model is built from its description and gets `tile_px` from the run's config.
+    """Read a checkpoint; the model is built from its description, and the run's config gives its `input_tile_px`.
 
     Raises:
         CheckpointError: no such folder, a missing or damaged file, weights of another network, or a newer format.
@@ -150,7 +150,7 @@ def load(folder: str | Path) -> Checkpoint:
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / DESCRIPTION}: expected a network's description, got {error!r}") from error
     _load_weights(model, folder / WEIGHTS)
-    model.tile_px = _tile_px(model.config, config)
+    model.input_tile_px = _input_tile_px(model.config, config)
     return Checkpoint(model.eval(), config, scores, described.get("commit"), dict(described.get("versions", {})))
 
 
@@ -162,7 +162,7 @@ def load_trainer_state(folder: str | Path) -> dict[str, Any]:
     """
     path = _find(Path(folder)) / TRAINER
     if not path.is_file():
-        raise CheckpointError(f"{path}: expected a trainer state, got no such file; start a new run from this model")
+        raise CheckpointError(f"{path}: expected a trainer state, got none; start a new run from this model")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
@@ -173,7 +173,7 @@ def load_trainer_state(folder: str | Path) -> dict[str, Any]:
     return state
 
 
-def _tile_px(network: SDANConfig, run: Mapping[str, Any]) -> int | None:
+def _input_tile_px(network: SDANConfig, run: Mapping[str, Any]) -> int | None:
     """Side of the run's training crops, pixels of the network's input; None if the run's config lacks it."""
     train = run.get("train")
     crop_px = train.get("crop_px") if isinstance(train, Mapping) else None
@@ -202,7 +202,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
 
 def _load_weights(model: nn.Module, path: Path) -> None:
     if not path.is_file():
-        raise CheckpointError(f"{path}: expected a checkpoint's file, got no such file; copy the whole folder again")
+        raise CheckpointError(f"{path}: expected a checkpoint's file, got none; copy the whole folder again")
     try:
         weights = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
@@ -225,7 +225,7 @@ def _find(folder: Path) -> Path:
         return folder
     if _backup(folder).is_dir():
         return _backup(folder)
-    got = "a file" if folder.exists() else "no such folder"
+    got = "a file" if folder.exists() else "none"
     raise CheckpointError(f"{folder}: expected a checkpoint folder, got {got}; check the path, or train a model first")
 
 

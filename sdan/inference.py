@@ -48,7 +48,7 @@ def zoom(
     x: Tensor,
     rendering: Tensor,
     *,
-    tile_px: int,
+    input_tile_px: int,
     overlap_px: int | None = None,
     batch: int | None = None,
     precision: str = "auto",
@@ -64,7 +64,7 @@ def zoom(
         model,
         x,
         rendering,
-        tile_px=tile_px,
+        input_tile_px=input_tile_px,
         overlap_px=overlap_px,
         batch=batch,
         precision=precision,
@@ -84,7 +84,7 @@ def zoom_rows(
     x: Tensor,
     rendering: Tensor,
     *,
-    tile_px: int,
+    input_tile_px: int,
     overlap_px: int | None = None,
     batch: int | None = None,
     precision: str = "auto",
@@ -100,7 +100,7 @@ def zoom_rows(
         model: it is put into eval mode and into the layout of `compute_plan`, and runs on its own device.
         x: one photo as the network's input, [C,H,W] in [0, 1] (raw_input.normalise), any size.
         rendering: [3,H,W] ([3,2H,2W] for packed input) sRGB in [0, 1], of the same RAW; for RGB input x itself.
-        tile_px: side of the first pass's tiles, pixels of x; use the training crop's.
+        input_tile_px: side of the first pass's tiles, pixels of x; use the training crop's.
         overlap_px: their overlap, pixels of x; default 3/16 of the tile, at least 8 mosaic pixels.
         batch: most tiles per forward pass; default what suits the device. Halved where a GPU's memory is too small.
         precision: auto, fp32, bf16 or fp16 (ops.precision.resolve).
@@ -119,10 +119,10 @@ def zoom_rows(
         raise ValueError(f"bits: expected None, 8 or 16, got {bits}")
     if not 0 <= strength <= 1:
         raise ValueError(f"strength: expected a value in [0, 1], got {strength}")
-    overlap_px = _check(model.config, x, rendering, tile_px, overlap_px)
+    overlap_px = _check(model.config, x, rendering, input_tile_px, overlap_px)
     plan = compute_plan(next(model.parameters()).device, precision)
     model.eval().to(memory_format=plan.memory_format)
-    rows = _zoomed(model, x, rendering, (tile_px, overlap_px), batch, plan, strength, progress)
+    rows = _zoomed(model, x, rendering, (input_tile_px, overlap_px), batch, plan, strength, progress)
     return _to_host(rows, bits, plan.device)
 
 
@@ -370,7 +370,7 @@ def _reflection(new: int, old: int) -> Tensor:
     return torch.minimum(index, period - index) if old > 1 else torch.zeros_like(index)
 
 
-def _check(config: SDANConfig, x: Tensor, rendering: Tensor, tile_px: int, overlap_px: int | None) -> int:
+def _check(config: SDANConfig, x: Tensor, rendering: Tensor, input_tile_px: int, overlap_px: int | None) -> int:
     """The overlap to use, pixels of x; raises ValueError for sizes that do not match."""
     channels, factor = CHANNELS[config.input], config.mosaic_factor
     if x.dim() != 3 or x.shape[0] != channels or 0 in x.shape:
@@ -380,10 +380,13 @@ def _check(config: SDANConfig, x: Tensor, rendering: Tensor, tile_px: int, overl
         raise ValueError(f"rendering: expected {expected}, got {tuple(rendering.shape)}")
     if config.input == "mosaic" and (x.shape[1] % 2 or x.shape[2] % 2):
         raise ValueError(f"x: expected even height and width, for whole RGGB cells, got {tuple(x.shape[1:])}")
-    config.check_crop(tile_px)
+    config.check_crop(input_tile_px)
     # With less, the zero padding outside a tile shows in the offsets along its borders.
     minimum = 8 // factor
-    overlap = max(3 * tile_px // 16, minimum) if overlap_px is None else overlap_px
-    if not minimum <= overlap <= tile_px // 2:
-        raise ValueError(f"overlap_px: expected {minimum} to {tile_px // 2}, half of tile_px={tile_px}, got {overlap}")
+    overlap = max(3 * input_tile_px // 16, minimum) if overlap_px is None else overlap_px
+    if not minimum <= overlap <= input_tile_px // 2:
+        raise ValueError(
+            f"overlap_px: expected {minimum} to {input_tile_px // 2}, half of input_tile_px={input_tile_px}, "
+            f"got {overlap}"
+        )
     return overlap

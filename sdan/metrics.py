@@ -196,7 +196,7 @@ def lpips_unavailable() -> str | None:
     path = _backbone_path()
     remedy = f"download https://download.pytorch.org/models/{BACKBONE} there, or set SDAN_LPIPS_BACKBONE to its path"
     if not path.is_file():
-        return f"LPIPS n/a: {path}: expected AlexNet weights, got no such file; {remedy}"
+        return f"LPIPS n/a: {path}: expected AlexNet weights, got none; {remedy}"
     if not _sha256(path, path.stat().st_mtime_ns).startswith(_expected_hash()):
         return (
             f"LPIPS n/a: {path}: expected torchvision's AlexNet, SHA-256 {_expected_hash()}..., got another; {remedy}"

@@ -260,7 +260,7 @@ class SuperResolution(nn.Module):
 class SDAN(nn.Module):
     """The whole network, figure 1."""
 
-    tile_px: int | None = None
+    input_tile_px: int | None = None
     """Side of the training crops, pixels of x: the tile size for zooming. Set by checkpoint.load."""
 
     def __init__(self, config: SDANConfig) -> None:

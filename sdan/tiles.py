@@ -78,9 +78,9 @@ def cover(size: tuple[int, int], tile: tuple[int, int], overlap_px: int, *, step
     return Tiling(tops, lefts, *tile, rows, cols, upscale)
 
 
-def fitted(side: int, tile_px: int, overlap_px: int, step: int = 1) -> int:
-    """The least tile side, at most tile_px, that covers `side` with as few tiles as tile_px does."""
-    count = max(1, -(-(side - overlap_px) // (tile_px - overlap_px)))
+def fitted(side: int, most_px: int, overlap_px: int, step: int = 1) -> int:
+    """The least tile side, at most most_px, that covers `side` with as few tiles as most_px does."""
+    count = max(1, -(-(side - overlap_px) // (most_px - overlap_px)))
     return -(-(side + (count - 1) * overlap_px) // (count * step)) * step
 
 

@@ -47,7 +47,9 @@ def stages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stages")
     simulate(folder / "raw", sequences=3, width_px=640, preset="tripod", seed=5)
     cluster.start_ray()
-    report = preprocess(str(folder / "raw"), str(folder / "shards"), OPTIONS, progress=False)
+    report = preprocess(
+        str(folder / "raw"), str(folder / "shards"), OPTIONS, progress=False, start_ray=cluster.start_ray
+    )
     result = train(str(folder / "shards"), CONFIG, data=folder / "data", workers=1, name="first", progress=False)
     return folder, report, result
 
@@ -57,7 +59,9 @@ def test_every_pair_becomes_one_shard(stages):
     assert (report.pairs, report.written, len(report.quarantined)) == (9, 9, 0)
     splits = [index_split(str(folder / "shards"), split) for split in ("train", "val")]
     assert sum(split.num_tiles for split in splits) == report.rows  # one row group per tile
-    again = preprocess(str(folder / "raw"), str(folder / "shards"), OPTIONS, progress=False)
+    again = preprocess(
+        str(folder / "raw"), str(folder / "shards"), OPTIONS, progress=False, start_ray=cluster.start_ray
+    )
     assert (again.written, again.skipped) == (0, 9)
 
 
@@ -160,7 +164,9 @@ def test_retraining_runs_once_for_new_pairs(tmp_path):
     assert not (tmp_path / "data").exists()
     first = retrain(raw, shards, config=CONFIG, **place)
     assert first.promoted
-    assert "nothing new" in retrain(raw, shards, **place).reason
+    idle = retrain(raw, shards, config=CONFIG, **place)
+    assert "nothing new" in idle.reason and any("are for a first model" in note for note in idle.preprocessed.notes)
+    assert not any("first model" in note for note in first.preprocessed.notes)
     simulate(tmp_path / "raw", sequences=4, width_px=640, preset="tripod", seed=5)
     second = retrain(raw, shards, **place)
     assert (second.preprocessed.written, second.preprocessed.skipped) == (3, 9)

@@ -108,9 +108,7 @@ def load_space(path: str | Path) -> dict[str, Distribution]:
     """
     path = Path(path)
     if not path.is_file():
-        raise SweepError(
-            f"{path}: expected a Python file that defines SPACE = {{name: distribution}}, got no such file"
-        )
+        raise SweepError(f"{path}: expected a Python file that defines SPACE = {{name: distribution}}, got none")
     try:
         # A fixed module name, never __main__, so that the file's `if __name__ == "__main__"` block does not run.
         names = runpy.run_path(str(path), run_name="sdan_sweep_space")

@@ -7,6 +7,12 @@ unsent.jsonl      points and tags that MLflow has not taken yet; absent if there
 live.json         rank 0's position and how it computes, every few seconds, if its machine shares the folder
 checkpoint_*/     Ray Train's own checkpoints and state
 model/            the best checkpoint; its presence means that the run is finished
+
+Checkpoints. TrainWorker saves one with every validation: before the first step, then every `train.validate_every`
+epochs, and after the last (worker.py). It holds the averaged weights, which are validated and used, and trainer.pt for
+resuming: raw weights, optimizer, position (step.py). Ray Train keeps the latest, from which a run resumes, and the two
+with the highest SELECT_BY (progress.py). At the end the best of them is copied to model/, without trainer.pt, and is
+registered (train.py).
 """
 
 from __future__ import annotations

@@ -101,9 +101,7 @@ def photographs(inputs: Sequence[Path], out: Path) -> list[Path]:
     for path in inputs:
         if not path.is_dir():
             if not path.exists():
-                raise ZoomError(
-                    f"{shown(path)}: expected a photograph (RAW, JPG or PNG), got no such file; check the path"
-                )
+                raise ZoomError(f"{shown(path)}: expected a photograph (RAW, JPG or PNG), got none; check the path")
             found.append(path)
             continue
         if out.is_dir() and out.samefile(path):
@@ -200,7 +198,7 @@ def check_outputs(targets: Iterable[Path], photos: Iterable[Path], overwrite: bo
     if existing and not overwrite:
         others = f" and {len(existing) - 1} others" if len(existing) > 1 else ""
         raise ZoomError(
-            f"-o {shown(existing[0])}: expected no such file yet, got an existing one{others}; "
+            f"-o {shown(existing[0])}: expected a new file, got an existing one{others}; "
             "choose another -o or add --overwrite"
         )
 

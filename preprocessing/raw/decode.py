@@ -183,19 +183,17 @@ def _opened(source: str | Path | bytes, name: str | None) -> Iterator[tuple[Any,
     """Yield (the open rawpy.RawPy, the file's name for messages); LibRaw's errors become RawError."""
     label = name or ("RAW data" if isinstance(source, bytes) else str(source))
     if not isinstance(source, bytes) and not Path(source).is_file():
-        raise RawError(f"{label}: expected a RAW file, got no such file; check the path")
+        raise RawError(f"{label}: expected a RAW file, got none; check the path")
     try:
         opened = rawpy.imread(io.BytesIO(source) if isinstance(source, bytes) else str(source))
     except (rawpy.LibRawError, OSError) as error:
-        raise RawError(f"{label}: expected a RAW file, got an error ({_reason(error)}); {COPY_OR_EXCLUDE}") from error
+        raise RawError(f"{label}: expected a RAW file, got {_reason(error)}; {COPY_OR_EXCLUDE}") from error
     with opened as raw:
         try:
             require_plausible_size(raw, label, source)
             yield raw, label
         except rawpy.LibRawError as error:
-            raise RawError(
-                f"{label}: expected intact RAW data, got an error ({_reason(error)}); {COPY_OR_EXCLUDE}"
-            ) from error
+            raise RawError(f"{label}: expected intact RAW data, got {_reason(error)}; {COPY_OR_EXCLUDE}") from error
 
 
 def _read_image(

@@ -141,9 +141,7 @@ def _unreadable(error: Exception, data: bytes, name: str, kinds: tuple[str, ...]
     if isinstance(error, Image.UnidentifiedImageError):
         return PictureError(f"{name}: expected a readable {_listed(kinds)}, got {_kind(data)}; export it again")
     reason = " ".join(str(error).split()) or "damaged data"
-    return PictureError(
-        f"{name}: expected a readable {_listed(kinds)}, got an error ({reason}); copy or export it again"
-    )
+    return PictureError(f"{name}: expected a readable {_listed(kinds)}, got {reason}; copy or export it again")
 
 
 def colour_space(head: bytes) -> str | None:

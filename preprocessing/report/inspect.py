@@ -68,7 +68,7 @@ def inspect(shards: str, *, progress: Callable[[int, int], None] | None = None) 
         worst, rest = _sheet(open_folder(shards), inventory)
     except (OSError, pa.ArrowException) as error:
         raise InspectError(
-            f"{shards}: expected readable shards, got an error ({one_line(error)}); run again when nothing writes there"
+            f"{shards}: expected readable shards, got {one_line(error)}; run again when nothing writes there"
         ) from error
     return _render(inventory, worst, rest)
 
@@ -80,7 +80,7 @@ def check_output(path: Path) -> None:
         InspectError: `path` is a folder, or is not inside one that exists.
     """
     if path.is_dir() or not path.parent.is_dir():
-        got = "a folder" if path.is_dir() else f"no such folder {path.parent}"
+        got = "a folder" if path.is_dir() else f"no folder {path.parent}"
         raise InspectError(f"-o {path}: expected a file in an existing folder, got {got}; e.g. -o report.html")
 
 

@@ -74,7 +74,7 @@ def read_inventory(shards: str, progress: Callable[[int, int], None] | None = No
         return _read(folder, list_shards(shards), progress)
     except (OSError, pa.ArrowException) as error:
         raise InspectError(
-            f"{shards}: expected a SHARDS folder of sdan preprocess, got an error ({one_line(error)}); check the path"
+            f"{shards}: expected a SHARDS folder of sdan preprocess, got {one_line(error)}; check the path"
         ) from error
 
 
@@ -129,7 +129,7 @@ def _read_pair(folder: Folder, path: str) -> Pair | str:
     except SchemaError as error:
         return str(error)
     except (OSError, ValueError, IndexError, pa.ArrowException) as error:
-        return f"{path}: expected a complete shard, got an error ({one_line(error)}); delete it and preprocess again"
+        return f"{path}: expected a complete shard, got {one_line(error)}; delete it and preprocess again"
 
 
 def _note(folder: Folder, path: str) -> dict[str, str]:

@@ -31,7 +31,7 @@ def parse_json(data: bytes, where: str, schema: type[T], *, max_bytes: int = MAX
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))
         got = " ".join((f"{place}: {first['msg']}" if place else first["msg"]).split())
-        raise SmallJsonError(f"{where}: expected JSON as SDAN writes it, got an error ({got})") from None
+        raise SmallJsonError(f"{where}: expected JSON as SDAN writes it, got {got}") from None
     return content
 
 

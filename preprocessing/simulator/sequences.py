@@ -135,7 +135,7 @@ def _photographs(scenes: Path | str | None) -> list[Path]:
         return []
     folder = Path(scenes)
     if not folder.is_dir():
-        raise SimulateError(f"{folder}: expected a folder of photographs (JPG or PNG), got no such folder")
+        raise SimulateError(f"{folder}: expected a folder of photographs (JPG or PNG), got none; check --scenes")
     readable, unreadable = find_photographs(folder)
     if not readable:
         found = f"{unreadable} unreadable ones" if unreadable else "none"

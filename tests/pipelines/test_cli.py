@@ -43,11 +43,11 @@ def run_here(monkeypatch, *arguments, data):
         (["train", "SHARDS", "--config", "smoke", "--resume"], "start one without --resume"),
         (["train", "SHARDS", "--workers", "4-1"], "the larger number last"),
         (["evaluate", "SHARDS"], "or use --model starter"),
-        (["evaluate", "SHARDS", "--model", "nosuch"], "expected a checkpoint folder, got no such folder"),
+        (["evaluate", "SHARDS", "--model", "nosuch"], "expected a checkpoint folder, got none"),
         (["evaluate", "SHARDS", "--protocol", "psychic"], "--protocol: expected self or oracle"),
         (
             ["zoom", "nosuch.dng", "-o", "out.png", "--model", "nosuch"],
-            "nosuch.dng: expected a photograph (RAW, JPG or PNG), got no such file",
+            "nosuch.dng: expected a photograph (RAW, JPG or PNG), got none",
         ),
         (["rollback"], "expected a champion"),
         (["preprocess", "nosuch", "out"], "nosuch"),

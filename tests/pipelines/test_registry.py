@@ -333,7 +333,7 @@ def test_remote_artifacts_are_downloaded(uri, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("nowhere", "expected a checkpoint folder, got no such folder"),
+        ("nowhere", "expected a checkpoint folder, got none"),
         ("models:/sdan@champion", "expected a champion, got none yet"),
         ("models:/other@champion", "expected a registered model"),
         ("models:/sdan/7", "expected a registered model"),

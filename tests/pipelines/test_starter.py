@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
+from pipelines import cluster, registry
 from pipelines import config as configs
-from pipelines import registry
 from pipelines.evaluate import evaluate
 from preprocessing.shards import PreprocessOptions, preprocess
 from preprocessing.simulator.sequences import simulate
@@ -36,7 +36,7 @@ def test_the_starter_beats_bicubic_by_3_db_on_unseen_scenes(tmp_path):
     simulate(tmp_path / "raw", sequences=2, width_px=1536, preset="default", seed=77)
     curve = checkpoint.load(starter_folder()).model.config.rendering_curve
     options = PreprocessOptions(align="ecc", tile_px=48, stride_px=40, val=("00001", "00002"), curve=curve)
-    preprocess(str(tmp_path / "raw"), str(tmp_path / "shards"), options, progress=False)
+    preprocess(str(tmp_path / "raw"), str(tmp_path / "shards"), options, progress=False, start_ray=cluster.start_ray)
     found = evaluate(str(tmp_path / "shards"), starter_folder(), limit=48)
     assert found.gain_db("true", "bicubic of the camera JPG") > 3
     assert found.gain_db("true", "bicubic of the rendering") > 5

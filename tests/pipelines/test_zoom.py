@@ -72,7 +72,7 @@ def test_the_starter_models_output_is_written(tmp_path):
     """The PNG of a one-tile photo has the network's own output for an independently decoded RAW."""
     path = write_photo(tmp_path / "photo.dng", 64, 64)
     zoomer = Zoomer.load(starter_folder())
-    assert zoomer.model.tile_px == 32  # packed pixels
+    assert zoomer.model.input_tile_px == 32  # packed pixels
     zoom_photos([path], tmp_path / "zoomed.png", zoomer, say=print, warn=print)
     model = checkpoint.load(starter_folder()).model.eval()
     photo = decode.load(path, curve=model.config.rendering_curve)
@@ -295,7 +295,7 @@ def test_an_existing_output_needs_overwrite(zoomer, tmp_path):
     out = tmp_path / "out" / "photo_4x.png"
     out.parent.mkdir()
     out.write_bytes(b"old")
-    with pytest.raises(ZoomError, match=r"photo_4x.png: expected no such file yet.*add --overwrite"):
+    with pytest.raises(ZoomError, match=r"photo_4x.png: expected a new file.*add --overwrite"):
         zoom_photos([path], tmp_path / "out", zoomer, say=print, warn=print)
     assert out.read_bytes() == b"old"
     zoom_photos([path], tmp_path / "out", zoomer, output=Output(overwrite=True), say=print, warn=print)

@@ -277,7 +277,10 @@ def test_a_full_disk_ends_the_run_and_keeps_finished_pairs(raw, undisturbed, tmp
         _, said = full.communicate()
         assert full.returncode == 2
         last = said.strip().splitlines()[-1]
-        assert last.startswith(f"sdan: {disk / 'shards'}: cannot be written (") and "No space left" in last, said
+        assert (
+            last.startswith(f"sdan: {disk / 'shards'}: expected a folder that can be written, got ")
+            and "No space left" in last
+        ), said
         finished = content(disk / "shards")
         assert finished.items() <= undisturbed.items() and len(finished) > 3
         subprocess.run(["mount", "-o", f"remount,size={4 * size}", str(disk)], check=True)

@@ -18,6 +18,7 @@ import pytest
 import ray
 from known_scene import write_sequence
 
+from pipelines import cluster
 from preprocessing.shards import PreprocessError, PreprocessOptions, preprocess
 from preprocessing.storage import open_folder
 
@@ -129,7 +130,7 @@ def _heal(proxy):
 
 
 def run(prefix, options=OPTIONS):
-    return preprocess("s3://zoom/raw", f"s3://zoom/{prefix}", options, progress=False)
+    return preprocess("s3://zoom/raw", f"s3://zoom/{prefix}", options, progress=False, start_ray=cluster.start_ray)
 
 
 def content(prefix):
@@ -162,7 +163,8 @@ def test_failing_writes_end_the_run_and_keep_finished_pairs(proxy, undisturbed):
 
     proxy.fault = full
     with pytest.raises(
-        PreprocessError, match=r"s3://zoom/full: cannot be written \([^\n]+finished pairs are kept"
+        PreprocessError,
+        match=r"s3://zoom/full: expected a folder that can be written, got [^\n]+finished pairs are kept",
     ) as told:
         run("full")
     assert "\n" not in str(told.value)
@@ -181,7 +183,7 @@ def test_failing_reads_end_the_run_after_eight_pairs(proxy, undisturbed):
         return "500" if started and method == "GET" and ".dng" in path else None
 
     proxy.fault = gone
-    with pytest.raises(PreprocessError, match="s3://zoom/raw: 8 consecutive pairs could not be read"):
+    with pytest.raises(PreprocessError, match="s3://zoom/raw: expected readable pairs, got 8 consecutive pairs"):
         run("unread")
     proxy.fault = lambda method, path: None
     assert run("unread").quarantined == [] and content("unread") == undisturbed
@@ -189,14 +191,14 @@ def test_failing_reads_end_the_run_after_eight_pairs(proxy, undisturbed):
 
 def test_a_bucket_that_does_not_answer_ends_the_run(proxy):
     proxy.fault = lambda method, path: "hang"
-    with pytest.raises(PreprocessError, match="s3://zoom/silent: cannot be read"):
+    with pytest.raises(PreprocessError, match="s3://zoom/silent: expected a folder that can be read"):
         run("silent")
 
 
 def test_two_concurrent_runs_write_what_one_would(proxy, undisturbed):
     program = (
-        "import sys; from preprocessing.shards import *\n"
-        f"preprocess('s3://zoom/raw', 's3://zoom/both', {OPTIONS!r}, progress=False)"
+        "import sys; from pipelines.cluster import start_ray; from preprocessing.shards import *\n"
+        f"preprocess('s3://zoom/raw', 's3://zoom/both', {OPTIONS!r}, progress=False, start_ray=start_ray)"
     )
     both = [subprocess.Popen([sys.executable, "-c", program], env=os.environ) for _ in range(2)]
     assert [process.wait(300) for process in both] == [0, 0]

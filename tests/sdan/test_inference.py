@@ -64,7 +64,7 @@ def trained(config):
 def test_untrained_zoom_is_bicubic_of_the_whole_rendering(model, kind, height, width):
     config = replace(CONFIG, input=kind)
     x, rendering = photo(config, height, width)
-    zoomed = zoom(model(config), x, rendering, tile_px=16, precision="fp32")
+    zoomed = zoom(model(config), x, rendering, input_tile_px=16, precision="fp32")
     expected = bicubic(rendering[None], 2).clamp(0, 1)
     assert zoomed.shape == expected.shape[1:] and zoomed.dtype == torch.float32
     assert float(psnr(zoomed[None], expected)) > 90
@@ -78,7 +78,7 @@ def test_a_photo_of_one_tile_is_the_output_of_forward():
     x, rendering = photo(CONFIG, 32, 32)
     with torch.no_grad():
         expected = model(x[None], rendering[None], rendering[None]).zoomed[0].clamp(0, 1)
-    assert torch.allclose(zoom(model, x, rendering, tile_px=32, precision="fp32"), expected, atol=1e-6)
+    assert torch.allclose(zoom(model, x, rendering, input_tile_px=32, precision="fp32"), expected, atol=1e-6)
     assert (expected - bicubic(rendering[None], 2)[0].clamp(0, 1)).abs().mean() > 0.01
 
 
@@ -88,7 +88,7 @@ def test_packed_photos_get_the_low_passed_rendering_as_reference():
     x, rendering = photo(config, 16, 16)
     with torch.no_grad():
         expected = model(x[None], low_pass(rendering[None], 2), rendering[None]).zoomed[0].clamp(0, 1)
-    assert torch.allclose(zoom(model, x, rendering, tile_px=16, precision="fp32"), expected, atol=1e-6)
+    assert torch.allclose(zoom(model, x, rendering, input_tile_px=16, precision="fp32"), expected, atol=1e-6)
 
 
 @pytest.fixture
@@ -101,8 +101,8 @@ def test_tile_borders_are_hardly_visible(small_tiles):
     """Two photos that start some pixels apart have different tiles but nearly the same output."""
     model = trained(replace(CONFIG, attention="none"))
     x, rendering = photo(CONFIG, 96, 112)
-    whole = zoom(model, x, rendering, tile_px=32, precision="fp32")
-    later = zoom(model, x[:, 6:, 10:], rendering[:, 6:, 10:], tile_px=32, precision="fp32")
+    whole = zoom(model, x, rendering, input_tile_px=32, precision="fp32")
+    later = zoom(model, x[:, 6:, 10:], rendering[:, 6:, 10:], input_tile_px=32, precision="fp32")
     common = (slice(None), slice(12 + 24, -24), slice(20 + 24, -24))
     inner = (slice(None), slice(24, -24), slice(24, -24))
     plain = bicubic(rendering[None], 2)[0][common]
@@ -119,13 +119,13 @@ def test_strength_mixes_network_and_bicubic(strength, small_tiles):
     plain = bicubic(rendering[None], model.config.scale)[0]
     # Without clipping the mixture is linear.
     x, rendering, plain = 0.5 * x, 0.3 + 0.4 * rendering, 0.3 + 0.4 * plain
-    network = zoom(model, x, rendering, tile_px=32, precision="fp32")
-    mixed = zoom(model, x, rendering, tile_px=32, precision="fp32", strength=strength)
+    network = zoom(model, x, rendering, input_tile_px=32, precision="fp32")
+    mixed = zoom(model, x, rendering, input_tile_px=32, precision="fp32", strength=strength)
     inside = (network > 0) & (network < 1)
     assert inside.float().mean() > 0.5 and not torch.allclose(network, plain, atol=0.05)
     assert torch.allclose(mixed[inside], (strength * network + (1 - strength) * plain)[inside], atol=1e-5)
     with pytest.raises(ValueError, match=r"strength: expected a value in \[0, 1\], got 1.5"):
-        zoom(model, x, rendering, tile_px=32, strength=1.5)
+        zoom(model, x, rendering, input_tile_px=32, strength=1.5)
 
 
 @pytest.mark.parametrize("kind", ["mosaic", "packed", "rgb", "packed_rgb"])
@@ -139,10 +139,10 @@ def test_wide_overlaps_give_the_output_of_one_forward(kind, monkeypatch):
         expected = model(x[None], reference, rendering[None]).zoomed[0].clamp(0, 1)
     monkeypatch.setattr(inference, "TILE_PX", 70)
     monkeypatch.setattr(inference, "OVERLAP_PX", 34)
-    zoomed = zoom(model, x, rendering, tile_px=60, overlap_px=28, precision="fp32")
+    zoomed = zoom(model, x, rendering, input_tile_px=60, overlap_px=28, precision="fp32")
     assert torch.allclose(zoomed, expected, atol=1e-5)
     monkeypatch.setattr(inference, "OVERLAP_PX", 4)
-    assert not torch.allclose(zoom(model, x, rendering, tile_px=60, precision="fp32"), expected, atol=1e-3)
+    assert not torch.allclose(zoom(model, x, rendering, input_tile_px=60, precision="fp32"), expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("model_class", [SDAN, SRResNet])
@@ -152,9 +152,9 @@ def test_batches_do_not_change_the_output_and_progress_counts(model_class, batch
     x, rendering = photo(CONFIG, 46, 130)
     calls = []
     zoomed = zoom(
-        model, x, rendering, tile_px=32, batch=batch, precision="fp32", progress=lambda *call: calls.append(call)
+        model, x, rendering, input_tile_px=32, batch=batch, precision="fp32", progress=lambda *call: calls.append(call)
     )
-    assert torch.allclose(zoomed, zoom(model, x, rendering, tile_px=32, batch=4, precision="fp32"), atol=1e-5)
+    assert torch.allclose(zoomed, zoom(model, x, rendering, input_tile_px=32, batch=4, precision="fp32"), atol=1e-5)
     total = 2 * 5 + (2 * 6 if model_class is SDAN else 0)  # SRResNet has no offsets, hence no first pass
     done = [tiles for tiles, _ in calls]
     assert {tiles for _, tiles in calls} == {total} and done[-1] == total
@@ -168,7 +168,7 @@ def test_rows_come_as_soon_as_their_tiles_are_done(small_tiles):
     x, rendering = photo(CONFIG, 100, 50)
     calls = []
     rows = zoom_rows(
-        model, x, rendering, tile_px=32, precision="fp32", bits=8, progress=lambda *call: calls.append(call)
+        model, x, rendering, input_tile_px=32, precision="fp32", bits=8, progress=lambda *call: calls.append(call)
     )
     assert calls == []
     first = next(rows)
@@ -178,9 +178,9 @@ def test_rows_come_as_soon_as_their_tiles_are_done(small_tiles):
     parts = [first, *rows]
     assert len(parts) > 2 and sum(part.shape[1] for part in parts) == 200
     assert all(part.permute(1, 2, 0).is_contiguous() for part in parts)  # as files store them
-    expected = zoom(model, x, rendering, tile_px=32, precision="fp32")
+    expected = zoom(model, x, rendering, input_tile_px=32, precision="fp32")
     assert torch.equal(torch.cat(parts, dim=1), (expected * 255).round().to(torch.uint8))
-    parts = list(zoom_rows(model, x, rendering, tile_px=32, precision="fp32", bits=16))
+    parts = list(zoom_rows(model, x, rendering, input_tile_px=32, precision="fp32", bits=16))
     assert torch.equal(torch.cat(parts, dim=1), (expected * 65535).round().to(torch.uint16))
 
 
@@ -201,12 +201,14 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(small_tiles, monkeypatc
     model = Small(CONFIG)
     model.load_state_dict(plain.state_dict())
     calls = []
-    zoomed = zoom(model, x, rendering, tile_px=32, batch=8, precision="fp32", progress=lambda *call: calls.append(call))
+    zoomed = zoom(
+        model, x, rendering, input_tile_px=32, batch=8, precision="fp32", progress=lambda *call: calls.append(call)
+    )
     assert sizes == [6, 3, 1, 1, 1, 1, 1, 1, *[1] * 6] and calls[-1][0] == calls[-1][1]
-    assert torch.allclose(zoomed, zoom(plain, x, rendering, tile_px=32, precision="fp32"), atol=1e-5)
+    assert torch.allclose(zoomed, zoom(plain, x, rendering, input_tile_px=32, precision="fp32"), atol=1e-5)
     monkeypatch.setattr(Small, "zoom_at", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
     with pytest.raises(torch.OutOfMemoryError, match="none"):
-        zoom(model, x, rendering, tile_px=32, precision="fp32")
+        zoom(model, x, rendering, input_tile_px=32, precision="fp32")
 
 
 def test_a_batch_on_a_gpu_takes_what_its_memory_holds(monkeypatch):
@@ -231,9 +233,9 @@ def test_an_interrupted_zoom_leaves_nothing_switched_on(small_tiles):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        zoom(model, x, rendering, tile_px=32, precision="bf16", progress=interrupt)
+        zoom(model, x, rendering, input_tile_px=32, precision="bf16", progress=interrupt)
     assert not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
-    assert zoom(model, x, rendering, tile_px=32, precision="fp32").isfinite().all()
+    assert zoom(model, x, rendering, input_tile_px=32, precision="fp32").isfinite().all()
 
 
 def test_a_row_is_asked_for_while_the_last_one_is_used():
@@ -251,13 +253,13 @@ def test_a_gpu_gives_the_cpus_output(kind, small_tiles):
     config = replace(CONFIG, input=kind)
     model = trained(config)
     x, rendering = photo(config, 100, 150)
-    expected = zoom(model, x, rendering, tile_px=32, precision="fp32")
+    expected = zoom(model, x, rendering, input_tile_px=32, precision="fp32")
     model.cuda()
-    assert torch.allclose(zoom(model, x, rendering, tile_px=32, precision="fp32"), expected, atol=1e-3)
-    levels = torch.cat(list(zoom_rows(model, x, rendering, tile_px=32, bits=8)), dim=1)
+    assert torch.allclose(zoom(model, x, rendering, input_tile_px=32, precision="fp32"), expected, atol=1e-3)
+    levels = torch.cat(list(zoom_rows(model, x, rendering, input_tile_px=32, bits=8)), dim=1)
     assert (levels.float() / 255 - expected).abs().mean() < 4 / 255
     assert levels.dtype == torch.uint8 and levels.is_pinned()
-    fine = torch.cat(list(zoom_rows(model, x, rendering, tile_px=32, bits=16, precision="fp32")), dim=1)
+    fine = torch.cat(list(zoom_rows(model, x, rendering, input_tile_px=32, bits=16, precision="fp32")), dim=1)
     assert (fine.float() / 65535 - expected).abs().max() < 1e-3
 
 
@@ -277,12 +279,12 @@ def test_the_offsets_tiles_have_the_training_size():
     colours = torch.tensor([0.1, 0.4, 0.5, 0.9]).view(1, 4, 1, 1)
     for height, width in ((23, 30), (5, 6), (11, 40), (21, 85)):
         mosaic = packed_to_mosaic(colours.expand(1, 4, height, width))[0]
-        zoom(Spy(CONFIG), mosaic, torch.rand(3, 2 * height, 2 * width), tile_px=16)
+        zoom(Spy(CONFIG), mosaic, torch.rand(3, 2 * height, 2 * width), input_tile_px=16)
         zoom(
             Spy(replace(CONFIG, input="packed")),
             colours[0].expand(4, height, width),
             torch.rand(3, 2 * height, 2 * width),
-            tile_px=16,
+            input_tile_px=16,
         )
     for tiles in (*seen, *zoomed):
         height, width = tiles.shape[-2:]
@@ -306,7 +308,7 @@ def test_padding_keeps_packed_raw_and_reference_registered():
     x = torch.stack(
         [rendering[0, ::2, ::2], rendering[0, ::2, 1::2], rendering[0, 1::2, ::2], rendering[0, 1::2, 1::2]]
     )
-    zoom(Spy(replace(CONFIG, input="packed")), x, rendering, tile_px=16)
+    zoom(Spy(replace(CONFIG, input="packed")), x, rendering, input_tile_px=16)
     mosaic = packed_to_mosaic(seen["x"])
     assert mosaic[0, 0, 0, :14].mul(12).round().tolist() == [*range(12), 10, 9]
     assert torch.allclose(low_pass(mosaic, 2)[0, 0], seen["reference"][0, 0])
@@ -331,7 +333,7 @@ def test_precision_auto_is_bf16_only_where_it_is_native(monkeypatch, precision, 
 
     monkeypatch.setattr(ops_precision, "cpu_has_bf16", lambda: native_bf16)
     x, rendering = photo(CONFIG, 16, 16)
-    zoomed = zoom(Spy(CONFIG), x, rendering, tile_px=16, precision=precision)
+    zoomed = zoom(Spy(CONFIG), x, rendering, input_tile_px=16, precision=precision)
     assert used == [expected] and zoomed.dtype == torch.float32
 
 
@@ -340,7 +342,7 @@ def test_the_output_is_clipped_and_the_model_in_eval_mode():
     with torch.no_grad():
         model.super_resolution.last.bias.copy_(torch.tensor([5.0, 0.0, -5.0]))
     x, rendering = photo(CONFIG, 32, 32)
-    zoomed = zoom(model, x, rendering, tile_px=16)
+    zoomed = zoom(model, x, rendering, input_tile_px=16)
     assert zoomed[0].min() == 1 and zoomed[2].max() == 0 and not model.training
 
 
@@ -348,14 +350,14 @@ def test_wrong_sizes_are_refused():
     model = SDAN(CONFIG)
     x, rendering = photo(CONFIG, 32, 32)
     with pytest.raises(ValueError, match=r"x: expected one photo \[1,H,W\]"):
-        zoom(model, x[None], rendering, tile_px=16)
+        zoom(model, x[None], rendering, input_tile_px=16)
     with pytest.raises(ValueError, match=r"rendering: expected \(3, 32, 32\), got \(3, 31, 32\)"):
-        zoom(model, x, rendering[:, 1:], tile_px=16)
+        zoom(model, x, rendering[:, 1:], input_tile_px=16)
     with pytest.raises(ValueError, match="x: expected even height and width"):
-        zoom(model, x[:, 1:], rendering[:, 1:], tile_px=16)
+        zoom(model, x[:, 1:], rendering[:, 1:], input_tile_px=16)
     with pytest.raises(ValueError, match="packing_kernel=4: expected to divide"):
-        zoom(model, x, rendering, tile_px=18)
-    with pytest.raises(ValueError, match="overlap_px: expected 8 to 8, half of tile_px=16, got 9"):
-        zoom(model, x, rendering, tile_px=16, overlap_px=9)
+        zoom(model, x, rendering, input_tile_px=18)
+    with pytest.raises(ValueError, match="overlap_px: expected 8 to 8, half of input_tile_px=16, got 9"):
+        zoom(model, x, rendering, input_tile_px=16, overlap_px=9)
     with pytest.raises(ValueError, match="bits: expected None, 8 or 16, got 12"):
-        zoom_rows(model, x, rendering, tile_px=16, bits=12)
+        zoom_rows(model, x, rendering, input_tile_px=16, bits=12)

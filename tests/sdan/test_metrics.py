@@ -169,7 +169,7 @@ def test_lpips_without_its_backbone_is_none_with_the_remedy(tmp_path, monkeypatc
     image, target = pair(64, 64)
     assert metrics.lpips_distance(image, target) is None
     line = metrics.lpips_unavailable()
-    assert "none.pth: expected AlexNet weights, got no such file" in line and "SDAN_LPIPS_BACKBONE" in line
+    assert "none.pth: expected AlexNet weights, got none" in line and "SDAN_LPIPS_BACKBONE" in line
     assert metrics.BACKBONE in line and "\n" not in line
 
 

@@ -79,7 +79,7 @@ def test_the_starter_is_the_package_data_of_pipelines(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "starter").mkdir()  # a folder of this name does not hide it
     loaded = sdan.load("starter")
-    assert not loaded.training and loaded.tile_px == 32
+    assert not loaded.training and loaded.input_tile_px == 32
     assert all(torch.equal(value.cpu(), expected[name]) for name, value in loaded.state_dict().items())
 
 
@@ -93,13 +93,13 @@ def test_a_missing_starter_is_one_line_with_the_remedy(monkeypatch, tmp_path, fo
 
 
 @pytest.mark.parametrize("architecture", [sdan.SDAN, SRResNet])
-@pytest.mark.parametrize(("kind", "tile_px"), [("mosaic", 32), ("packed", 16), ("rgb", 32), ("packed_rgb", 16)])
-def test_a_loaded_folder_keeps_config_and_tile_size(tmp_path, architecture, kind, tile_px):
+@pytest.mark.parametrize(("kind", "input_tile_px"), [("mosaic", 32), ("packed", 16), ("rgb", 32), ("packed_rgb", 16)])
+def test_a_loaded_folder_keeps_config_and_tile_size(tmp_path, architecture, kind, input_tile_px):
     config = replace(SMALL, input=kind)
     checkpoint.save(tmp_path / "model", architecture(config), config=RUN, scores={})
     loaded = sdan.load(tmp_path / "model")
     assert type(loaded) is architecture and loaded.config == config and not loaded.training
-    assert loaded.tile_px == tile_px
+    assert loaded.input_tile_px == input_tile_px
 
 
 @pytest.mark.parametrize("kind", ["mosaic", "packed"])
@@ -107,12 +107,12 @@ def test_zoom_arranges_packed_raw_for_the_model(kind):
     torch.manual_seed(0)
     model = sdan.SDAN(replace(SMALL, input=kind))
     torch.nn.init.normal_(model.super_resolution.last.weight, std=0.1)
-    model.tile_px = 16
+    model.input_tile_px = 16
     raw, rendering = torch.rand(4, 9, 11), torch.rand(3, 18, 22)
     calls = []
     zoomed = sdan.zoom(model, raw, rendering, precision="fp32", progress=lambda *call: calls.append(call))
     x = raw if kind == "packed" else raw_input.packed_to_mosaic(raw[None])[0]
-    assert torch.equal(zoomed, inference.zoom(model, x, rendering, tile_px=16, precision="fp32"))
+    assert torch.equal(zoomed, inference.zoom(model, x, rendering, input_tile_px=16, precision="fp32"))
     assert zoomed.shape == (3, 36, 44) and calls[-1][0] == calls[-1][1]
     parts = list(sdan.zoom_rows(model, raw, rendering, bits=16, precision="fp32"))
     assert torch.equal(torch.cat(parts, dim=1), (zoomed * 65535).round().to(torch.uint16))
@@ -122,18 +122,18 @@ def test_zoom_packs_an_rgb_picture_for_the_model():
     torch.manual_seed(0)
     model = sdan.SDAN(replace(SMALL, input="packed_rgb"))
     torch.nn.init.normal_(model.super_resolution.last.weight, std=0.1)
-    model.tile_px = 16
+    model.input_tile_px = 16
     picture = torch.rand(3, 18, 22)
     zoomed = sdan.zoom(model, picture, picture, precision="fp32")
     assert zoomed.shape == (3, 36, 44)
     cells = picture.reshape(3, 9, 2, 11, 2).permute(0, 2, 4, 1, 3).reshape(12, 9, 11)
-    assert torch.equal(zoomed, inference.zoom(model, cells, picture, tile_px=16, precision="fp32"))
+    assert torch.equal(zoomed, inference.zoom(model, cells, picture, input_tile_px=16, precision="fp32"))
     with pytest.raises(ValueError, match="raw: expected even height and width"):
         sdan.zoom(model, picture[:, :17], picture[:, :17])
 
 
 def test_zoom_without_a_tile_size_is_refused():
-    with pytest.raises(ValueError, match=r"model: expected a model from sdan\.load, got one without tile_px"):
+    with pytest.raises(ValueError, match=r"model: expected a model from sdan\.load, got one without input_tile_px"):
         sdan.zoom(sdan.SDAN(SMALL), torch.rand(4, 8, 8), torch.rand(3, 16, 16))
     with pytest.raises(ValueError, match=r"model: expected a model from sdan\.load"):  # before the first row
         sdan.zoom_rows(sdan.SDAN(SMALL), torch.rand(4, 8, 8), torch.rand(3, 16, 16))
@@ -150,7 +150,7 @@ def test_zoom_without_a_tile_size_is_refused():
 )
 def test_zoom_refuses_another_type_or_range(wrong, said):
     model = sdan.SDAN(SMALL)
-    model.tile_px = 16
+    model.input_tile_px = 16
     generator = torch.Generator().manual_seed(0)
     raw, rendering = torch.rand(4, 16, 16, generator=generator), torch.rand(3, 32, 32, generator=generator)
     for pictures, name in (((wrong(raw), rendering), "raw"), ((raw, wrong(rendering)), "rendering")):
@@ -161,7 +161,7 @@ def test_zoom_refuses_another_type_or_range(wrong, said):
 @pytest.mark.parametrize(("kind", "channels"), [("mosaic", 4), ("packed", 4), ("rgb", 3), ("packed_rgb", 3)])
 def test_zoom_refuses_raw_in_another_layout(kind, channels):
     model = sdan.SDAN(replace(SMALL, input=kind))
-    model.tile_px = 16
+    model.input_tile_px = 16
     for raw in (torch.rand(1, 16, 16), torch.rand(1, channels, 8, 8)):
         with pytest.raises(ValueError, match=rf"raw: expected \[{channels},h,w\] for input='{kind}', got"):
             sdan.zoom(model, raw, torch.rand(3, 16, 16))

@@ -79,7 +79,7 @@ def test_a_file_defines_the_space_and_its_main_is_not_run(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "got no such file"),
+        (None, "got none"),
         ("x = 1\n", "got no SPACE"),
         ("SPACE = {}\n", "got an empty dict"),
         ("SPACE = {'a': 1}\n", "SPACE, a: expected .*, got 1"),

@@ -64,7 +64,7 @@ def test_a_missing_shard_gets_one_line(shards):
     shutil.copy(index.paths[2], first)
     require_unchanged(index)  # the same number of tiles
     shutil.move(second, second + ".away")
-    with pytest.raises(ShardsError, match="expected the shard that this run started with, got no such file") as caught:
+    with pytest.raises(ShardsError, match="expected the shard that this run started with, got none") as caught:
         require_unchanged(index)
     assert second in str(caught.value)
 
@@ -73,7 +73,7 @@ def test_reading_a_missing_shard_gets_one_line(shards):
     index = index_split(str(shards), "train")
     missing = index.paths[0].replace("00001_", "00009_")  # never opened: open files are cached
     index = replace(index, paths=(missing, *index.paths[1:]))
-    with pytest.raises(ShardsError, match="expected the shard that this run started with, got no such file") as caught:
+    with pytest.raises(ShardsError, match="expected the shard that this run started with, got none") as caught:
         read_tile(index, 0, 0)
     assert missing in str(caught.value)
 
@@ -96,7 +96,7 @@ def test_a_resumed_run_checks_its_shards_before_ray_starts(shards, tmp_path, mon
     StoredRun(configs.to_dict(configs.smoke()), str(shards), "0" * 32, None, 1).write(folder)
     stored.write(folder)
     shutil.move(stored.train.paths[0], tmp_path / "elsewhere.parquet")
-    with pytest.raises(ShardsError, match="got no such file"):
+    with pytest.raises(ShardsError, match="got none"):
         train(str(shards), configs.smoke(), data=tmp_path, name="cut", resume=True, progress=False)
 
 

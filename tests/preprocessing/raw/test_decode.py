@@ -186,7 +186,7 @@ def test_unreadable_files_are_refused_in_one_line(tmp_path, good):
             decode.load(data, name="00007/00003.dng")
         message = str(caught.value)
         assert message.startswith("00007/00003.dng: ") and "\n" not in message, (case, message)
-    with pytest.raises(decode.RawError, match=r"absent\.dng: expected a RAW file, got no such file"):
+    with pytest.raises(decode.RawError, match=r"absent\.dng: expected a RAW file, got none"):
         decode.load(tmp_path / "absent.dng")
 
 

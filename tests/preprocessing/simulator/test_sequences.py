@@ -141,7 +141,7 @@ def test_a_damaged_record_of_a_sequence_is_an_error(tmp_path: Path, damage: byte
         ({"width_px": 8194}, "got 8194 px"),
         ({"sequences": 0}, "sequences: expected at least 1, got 0"),
         ({"seed": -1}, "seed: expected 0 or more, got -1"),
-        ({"scenes": "nowhere"}, "nowhere: expected a folder of photographs .*, got no such folder"),
+        ({"scenes": "nowhere"}, "nowhere: expected a folder of photographs .*, got none"),
     ],
 )
 def test_wrong_values_raise_one_line_errors(tmp_path: Path, change: dict, message: str) -> None:
