@@ -101,7 +101,7 @@ def first_tile(model, raw, rendering):
 
     A tile has 32 mosaic pixels and overlaps the next one by 8; the first 24 have no other weight.
     """
-    side = model.tile_px
+    side = model.input_tile_px
     x = raw_input.packed_to_mosaic(raw[None])[..., :side, :side]
     rendering = rendering[None, :, :side, :side]
     with torch.inference_mode(), autocast("auto", x.device):
@@ -118,7 +118,7 @@ def test_a_raw_photograph_is_zoomed_by_the_network(stages):
     height, width = photo.rendering.shape[1:]
     assert image.shape == (4 * height, 4 * width, 3)
     model = sdan.load(result.model)
-    assert (model.config.input, model.tile_px) == ("mosaic", 32)
+    assert (model.config.input, model.input_tile_px) == ("mosaic", 32)
     expected = first_tile(model, *raw_input.from_photo(decode.load(path)))
     assert np.abs(image[:96, :96] - expected).max() < TOLERANCE
     write_png(image, folder / "zoomed.png", bits=16)
