@@ -108,8 +108,7 @@ def preprocess(
     Args:
         dry_run: count and estimate; write nothing.
         progress: show a progress bar.
-        start_ray: starts or joins Ray, and leaves it running. It is called after all checks, if there is work and Ray
-            is not running. None: Ray must be running.
+        start_ray: starts or joins Ray; called after all checks, if there is work. None: Ray must be running.
 
     Raises:
         PreprocessError: the whole run failed; one line.
@@ -136,8 +135,7 @@ def preprocess(
         with _storage_errors(target, "read"):
             report.estimate = estimate(todo, options, Rate.read(target), cpus)
     else:
-        if todo:
-            _require_ray(start_ray)
+        _require_ray(start_ray, needed=bool(todo))
         with _storage_errors(target, "written"):
             ledger.prepare(plan, options)
             for job in done:
@@ -242,8 +240,8 @@ def _task(row: dict[str, Any], source: Folder, target: Folder, options: Preproce
     return asdict(_PROCESS.run(job, source, target, options))
 
 
-def _require_ray(start_ray: Callable[[], object] | None) -> None:
-    if ray.is_initialized():
+def _require_ray(start_ray: Callable[[], object] | None, *, needed: bool) -> None:
+    if ray.is_initialized() or not needed:
         return
     if start_ray is None:
         raise PreprocessError("Ray: expected a running one, got none; call ray.init() first, or pass start_ray")
