@@ -359,16 +359,20 @@ def retrain(
     from pipelines import config as configs
     from pipelines import retrain as verb
 
-    result = verb.retrain(
-        raw,
-        shards,
-        data=_data(),
-        options=options,
-        config=configs.chosen(config, assignments or ()) if config or assignments else None,
-        workers=workers,
-        vgg_weights=vgg_weights,
-        dry_run=dry_run,
-    )
+    try:
+        result = verb.retrain(
+            raw,
+            shards,
+            data=_data(),
+            options=options,
+            config=configs.chosen(config, assignments or ()) if config or assignments else None,
+            workers=workers,
+            vgg_weights=vgg_weights,
+            dry_run=dry_run,
+        )
+    except verb.RetrainRunning as running:
+        _say(str(running))
+        return
     _say(verb.summary(result, shards, dry_run=dry_run))
 
 

@@ -268,7 +268,17 @@ def remember_shards(tracking_uri: str, digest: str, name: str = MODEL) -> None:
 
 def remembered_shards(tracking_uri: str, name: str = MODEL) -> str | None:
     """The digest that `remember_shards` recorded last; None before the first."""
-    tags = connect(tracking_uri).get_registered_model(name).tags
+    database = _database(tracking_uri)
+    if database is not None and not database.is_file():
+        return None  # MLflow would create the database
+    from mlflow.exceptions import MlflowException
+
+    try:
+        tags = connect(tracking_uri).get_registered_model(name).tags
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
     return str(tags[SHARDS_TAG]) if SHARDS_TAG in tags else None
 
 

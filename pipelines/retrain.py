@@ -1,13 +1,20 @@
 """`sdan retrain`: preprocess new RAW, fine-tune the champion, and promote the result if it is better.
 
-Champion and fine-tuned model are scored on the same held-out tiles. Without a champion, the new model becomes the
-champion. The verb can run on a schedule: the registry records which shards the last training saw, and if none are new
-the run ends at once.
+Champion and fine-tuned model are scored on the same held-out tiles. Without a champion, a first model is trained; it
+becomes the champion if it beats bicubic (training/verdict.py), and is only registered if it does not. The verb can run
+on a schedule: the registry records which shards the last training saw, and if none are new the run ends at once. One
+retraining at a time works on a data folder; a second one says so and ends.
 """
 
 from __future__ import annotations
 
+import fcntl
 import math
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,8 +32,13 @@ FINE_TUNE_EPOCHS = 0.2
 """Share of the first training's epochs that a fine-tuning takes."""
 FINE_TUNE_RATE = 0.3
 """Share of the first training's learning rate that a fine-tuning starts from."""
+LOCK = "retrain.lock"
 COMPARED_CROPS = 512
 """The largest number of held-out crops on which champion and challenger are compared."""
+
+
+class RetrainRunning(Exception):
+    """Another retraining works on the data folder. Not an error: what this one would do, the other does."""
 
 
 @dataclass(frozen=True)
@@ -65,27 +77,51 @@ def retrain(
         dry_run: say what would be preprocessed and trained; change nothing.
 
     Raises:
+        RetrainRunning: another retraining works on this data folder; the message says which.
         PreprocessError, TrainError, ShardsError, RegistryError: one line that says what to do.
     """
     uri = registry.default_tracking_uri(data)
-    report = preprocess(raw, shards, options, dry_run=dry_run, progress=progress, start_ray=cluster.start_ray)
-    champion = registry.get_champion(uri)
-    if champion is not None and config is not None:
-        report.notes.append("--config and --set are for a first model; the champion is fine-tuned with its own config")
     if dry_run:
-        return RetrainResult(report, None, None, None, False, _intention(report, champion is not None, uri, shards))
-    registry.prepare_database(uri)
-    if champion is None:
-        first = config or configs.named(configs.DEFAULT)
-        trained = train(shards, first, data=data, workers=workers, vgg_weights=vgg_weights, progress=progress)
-        score = evaluate(shards, trained.model, limit=COMPARED_CROPS)
-        result = RetrainResult(report, trained, None, score, True, "the first model is the champion")
-    elif _trained_on_all(uri, shards):
-        result = RetrainResult(report, None, None, None, False, "nothing new to train on; the champion stays")
-    else:
-        result = _fine_tune(report, str(champion.version), shards, data, workers, vgg_weights, progress)
-    status.note_retrain(data, result.reason)
+        report = preprocess(raw, shards, options, dry_run=True, progress=progress, start_ray=cluster.start_ray)
+        has_champion = registry.get_champion(uri) is not None
+        return RetrainResult(report, None, None, None, False, _intention(report, has_champion, uri, shards))
+    with _only_one(data):
+        report = preprocess(raw, shards, options, progress=progress, start_ray=cluster.start_ray)
+        registry.prepare_database(uri)
+        champion = registry.get_champion(uri)
+        if champion is not None and config is not None:
+            report.notes.append("--config and --set are for a first model; the champion is fine-tuned with its own")
+        if _trained_on_all(uri, shards):
+            stays = "the champion stays" if champion else "there is no champion; try other settings with `sdan train`"
+            result = RetrainResult(report, None, None, None, False, f"nothing new to train on; {stays}")
+        elif champion is None:
+            first = config or configs.named(configs.DEFAULT)
+            trained = train(shards, first, data=data, workers=workers, vgg_weights=vgg_weights, progress=progress)
+            result = _first_model(report, trained, shards, uri)
+        else:
+            result = _fine_tune(report, str(champion.version), shards, data, workers, vgg_weights, progress)
+        status.note_retrain(data, result.reason)
     return result
+
+
+@contextmanager
+def _only_one(data: Path) -> Iterator[None]:
+    """Hold the data folder's lock; the system releases it when this process ends, however it ends."""
+    data.mkdir(parents=True, exist_ok=True)
+    with (data / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read(200).strip() or "another process"
+            raise RetrainRunning(f"{data / LOCK}: a retraining is running ({holder}); this one ends") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
 
 
 def summary(result: RetrainResult, shards: str, *, dry_run: bool) -> str:
@@ -95,6 +131,25 @@ def summary(result: RetrainResult, shards: str, *, dry_run: bool) -> str:
         if evaluation:
             blocks.append(f"{label}:\n{evaluation.table(['self'])}")
     return "\n\n".join([*blocks, result.reason])
+
+
+def _first_model(report: PreprocessReport, trained: TrainResult, shards: str, uri: str) -> RetrainResult:
+    """`train` has made it the champion if it beat bicubic; else it is registered here."""
+    score = evaluate(shards, trained.model, limit=COMPARED_CROPS)
+    if trained.champion:
+        return RetrainResult(report, trained, None, score, True, "the first model is the champion")
+    version = _registered(uri, trained, shards)
+    reason = f"the first model is version {version}, but not the champion: {trained.verdict.fault}"
+    return RetrainResult(report, trained, None, score, False, reason)
+
+
+def _registered(uri: str, trained: TrainResult, shards: str) -> str:
+    """The model's version; it is registered here if `train` did not."""
+    if trained.version is not None:
+        return trained.version
+    version = registry.register_model(uri, trained.run_id, trained.model)
+    registry.remember_shards(uri, index_split(shards, "train").digest)
+    return version
 
 
 def _fine_tune(
@@ -121,8 +176,9 @@ def _fine_tune(
     target = "aligned" if math.isfinite(before.rows["SDAN (self)"]["aligned_psnr"]) else "raw"
     gain = after.rows["SDAN (self)"][f"{target}_psnr"] - before.rows["SDAN (self)"][f"{target}_psnr"]
     better = gain > 0
+    version = _registered(uri, trained, shards)
     if better:
-        registry.set_champion(uri, str(trained.version))
+        registry.set_champion(uri, version)
     verdict = "promoted" if better else "the champion stays"
     reason = f"{gain:+.3f} dB (self, {target}, val, {after.crops} crops): {verdict}"
     return RetrainResult(report, trained, before, after, better, reason)
@@ -134,11 +190,12 @@ def _trained_on_all(uri: str, shards: str) -> bool:
     Digests are compared, because the number of pairs written by this run misses shards of an earlier, interrupted
     run and shards that were copied in.
     """
-    return registry.remembered_shards(uri) == index_split(shards, "train").digest
+    remembered = registry.remembered_shards(uri)
+    return remembered is not None and remembered == index_split(shards, "train").digest
 
 
 def _intention(report: PreprocessReport, has_champion: bool, uri: str, shards: str) -> str:
-    if has_champion and not report.todo and _trained_on_all(uri, shards):
+    if not report.todo and _trained_on_all(uri, shards):
         return "nothing to do: no new pairs, and the last training saw all existing ones"
     action = "fine-tune the champion" if has_champion else "train a first model"
     return f"would preprocess {report.todo} pairs and {action}"

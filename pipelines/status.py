@@ -94,8 +94,8 @@ def _champion(uri: str) -> str:
     if champion is None:
         return "none yet"
     run = registry.connect(uri).get_run(str(champion.run_id))
-    score = run.data.metrics.get(progress.SELECT_BY)
-    shown = "" if score is None else f", last PSNR {score:.2f} dB (self)"
+    known = [(label, champion.tags[name]) for name, label in registry.SHOWN_SCORES.items() if name in champion.tags]
+    shown = "".join(f", {float(score):.2f} dB ({label})" for label, score in known)
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(champion.creation_timestamp / 1000))
     return f"version {champion.version} of {registry.MODEL}, from run {run.info.run_name}, {when}{shown}"
 

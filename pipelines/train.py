@@ -37,6 +37,7 @@ from pipelines.training.progress import SELECT_BY, ProgressFile, ProgressLine
 from pipelines.training.rendezvous import LocalTorchConfig
 from pipelines.training.run_folder import RunShards, StoredRun
 from pipelines.training.run_log import deliver, log_data
+from pipelines.training.verdict import Verdict, judge
 from pipelines.training.worker import TrainJob, train_worker
 from sdan import checkpoint
 from sdan.network import SDAN
@@ -84,6 +85,8 @@ class TrainResult:
     """Its version in the registry; None if it was not registered."""
     champion: bool
     """Whether it became the champion, as the first model of a registry does."""
+    verdict: Verdict
+    """What it must beat to be registered."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,8 @@ def train(
         vgg_weights: a torchvision vgg19 state dict, for a loss that compares its features; None: through torchvision.
         run_id: an existing MLflow run (a sweep's child), which the caller terminates; None: a new run.
         callbacks: Ray Train callbacks, called in the controller after each report.
-        register: the registered model that gets the best checkpoint as a new version; None: not registered.
+        register: the registered model that gets the best checkpoint as a new version, if it beats the run's start and
+            bicubic; None: not registered.
         max_failures: maximum number of restarts from the last checkpoint after a worker or machine is lost.
 
     Raises:
@@ -215,11 +219,19 @@ def train(
 def summary(result: TrainResult) -> str:
     """What `sdan train` prints at the end."""
     champion = registry.CHAMPION_URI
+    if result.version is None:
+        place, then = "not registered", f"not registered, because {result.verdict.fault}; it stays in the run's folder"
+    else:
+        place = f"registry: {registry.MODEL}, version {result.version}"
+        then = (
+            f"first model of this registry: it is now {champion}"
+            if result.champion
+            else f"to make it {champion}: sdan promote {result.version}"
+        )
     lines = [
-        f"model: {result.model} (registry: {registry.MODEL}, version {result.version}; MLflow run {result.run_id})",
-        f"first model of this registry: it is now {champion}"
-        if result.champion
-        else f"to make it {champion}: sdan promote {result.version}",
+        f"best: {result.verdict}",
+        f"model: {result.model} ({place}; MLflow run {result.run_id})",
+        then,
     ]
     return "\n".join([*lines, *(f"  {key} {value:.4f}" for key, value in sorted(result.scores.items()))])
 
@@ -399,7 +411,8 @@ def _fit(trainer: TorchTrainer, folder: Path, config: ExperimentConfig, *, progr
 def _finish(
     folder: Path, run: StoredRun, result: ray.train.Result, tracking_uri: str, register: str | None, pairs: RunShards
 ) -> TrainResult:
-    """Register the best checkpoint and put it in the run's model folder, which marks the run as finished."""
+    """Register the best checkpoint if it is worth it, and put it in the run's model folder, which marks the run as
+    finished."""
     if not result.best_checkpoints:
         raise TrainError(f"{folder}: expected at least one checkpoint, got none; see Ray's logs")
     best, metrics = max(result.best_checkpoints, key=lambda pair: pair[1].get(SELECT_BY, float("-inf")))
@@ -408,9 +421,10 @@ def _finish(
         shutil.rmtree(aside, ignore_errors=True)
         shutil.copytree(source, aside, ignore=shutil.ignore_patterns(checkpoint.TRAINER, ".*"))
     scores = {name: float(value) for name, value in metrics.items() if name.startswith("val_")}
+    verdict = judge(folder, metrics)
     version, champion = None, False
     try:
-        if register:
+        if register and verdict.fault is None:
             version = registry.register_model(tracking_uri, run.run_id, aside, register)
             registry.remember_shards(tracking_uri, pairs.train.digest, register)
             if registry.get_champion(tracking_uri, register) is None:
@@ -426,4 +440,4 @@ def _finish(
     model = folder / run_folder.MODEL
     shutil.rmtree(model, ignore_errors=True)
     aside.rename(model)  # last: a run that is killed before this is resumed, and registers the same version
-    return TrainResult(folder.name, folder, model, run.run_id, scores, version, champion)
+    return TrainResult(folder.name, folder, model, run.run_id, scores, version, champion, verdict)

@@ -21,7 +21,7 @@ from pipelines import config as configs
 from pipelines.evaluate import evaluate
 from pipelines.loader import index_split
 from pipelines.retrain import retrain
-from pipelines.train import train
+from pipelines.train import summary, train
 from pipelines.zoom import Zoomer, read_photo, write_png
 from preprocessing.raw import decode
 from preprocessing.shards import PreprocessOptions, preprocess
@@ -33,7 +33,9 @@ SDAN = str(Path(sys.executable).with_name("sdan"))
 TOLERANCE = 2 / 255
 """Two of the 255 steps of an 8-bit PNG."""
 OPTIONS = PreprocessOptions(scale=4, tile_px=20, stride_px=16, val=("00003",))
-CONFIG = configs.override(configs.smoke(), {"train.epochs": 3, "train.crops_per_epoch": 8})
+IMPROVES = {"train.learning_rate": 1e-4, "loss.self_target": "truth", "loss.reference_weight": 0.0}
+"""Few, small steps towards the true picture improve the network a little, so that it is registered."""
+CONFIG = configs.override(configs.smoke(), {"train.epochs": 3, "train.crops_per_epoch": 8} | IMPROVES)
 
 
 def weights(folder: Path) -> str:
@@ -153,6 +155,18 @@ def test_only_the_first_model_becomes_the_champion(stages):
     assert result.champion
     assert str(registry.get_champion(uri).version) == result.version
     assert weights(registry.resolve_model(uri, "models:/sdan@champion")) == weights(result.model)
+
+
+def test_a_training_that_makes_it_worse_is_not_registered(stages):
+    """The best epoch is 0, the untrained network, so nothing is registered, and the champion stays."""
+    folder, _, first = stages
+    worse = configs.override(CONFIG, {"train.learning_rate": 0.3, "train.epochs": 1})
+    result = train(str(folder / "shards"), worse, data=folder / "data", workers=1, name="worse", progress=False)
+    assert (result.version, result.champion, result.verdict.epoch) == (None, False, 0)
+    assert "not better than before the first step" in summary(result) and str(result.model) in summary(result)
+    assert result.model.is_dir()
+    champion = registry.get_champion(registry.default_tracking_uri(folder / "data"))
+    assert str(champion.version) == first.version
 
 
 @pytest.mark.slow

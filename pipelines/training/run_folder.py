@@ -145,6 +145,13 @@ def last_report(folder: Path) -> dict[str, Any]:
     return dict(json.loads(lines[-1])) if lines else {}
 
 
+def first_report(folder: Path) -> dict[str, Any]:
+    """The run's first validation, before the first step; {} before it."""
+    path = folder / PROGRESS
+    lines = path.read_text().splitlines() if path.exists() else []
+    return dict(json.loads(lines[0])) if lines else {}
+
+
 def live(folder: Path) -> dict[str, Any]:
     """What rank 0 wrote last to live.json; {} if it has written nothing or does not share this folder."""
     path = folder / LIVE

@@ -27,12 +27,13 @@ from pipelines.config import ExperimentConfig
 from pipelines.loader import CropStream, model_inputs, training_batches
 from pipelines.scoring.held_out import HeldOut, held_out
 from pipelines.scoring.pictures import training_sheet
-from pipelines.scoring.scores import mean_scores, score_model
+from pipelines.scoring.scores import PerCrop, mean_scores, score_bicubic, score_model
 from pipelines.training import step
 from pipelines.training.meter import EpochMeter, LiveFile
 from pipelines.training.progress import SELECT_BY
 from pipelines.training.run_folder import RunShards
 from pipelines.training.run_log import RunLog, machine_metrics
+from pipelines.training.verdict import BICUBIC
 from preprocessing.schema import SCHEMA_VERSION
 from sdan import checkpoint
 from sdan.ops.precision import common_plan
@@ -121,7 +122,7 @@ class TrainWorker:
             print(self.started, flush=True)  # to the worker's log; the driver shows live.json's copy
             live.update(self.training.crops, EpochMeter(), self.crops_per_step)
         if not resumed:
-            self._report(0, {})  # the untrained network
+            self._report(0, self._bicubic())  # before the first step
         meter, waiting = EpochMeter(), time.perf_counter()
         for batch in self._batches():
             waited_s = time.perf_counter() - waiting
@@ -201,14 +202,24 @@ class TrainWorker:
     def _validate(self) -> dict[str, float]:
         """Scores of the averaged weights by both protocols, over all ranks' crops."""
         per_crop = score_model(self.training.averaged, self.validation, self.training.plan)
+        means = {f"val_{name}": value for name, value in self._means(per_crop).items()}
+        aligned = means.get("val_self_aligned_psnr", math.nan)
+        return means | {SELECT_BY: aligned if math.isfinite(aligned) else means["val_self_raw_psnr"]}
+
+    def _bicubic(self) -> dict[str, float]:
+        """PSNR of the bicubic enlargement of the picture whose tones the network learns (verdict.py)."""
+        source = "rendering" if self.config.train.look == "rendering" else "camera"
+        scores = self._means(score_bicubic(self.training.averaged, self.validation, self.device, source))
+        return {f"{BICUBIC}_{name}": value for name, value in scores.items() if name.endswith("_psnr")}
+
+    def _means(self, per_crop: PerCrop) -> dict[str, float]:
+        """Means over all ranks' crops."""
         if self.world > 1:
-            parts: list[dict[str, list[float]]] = [{} for _ in range(self.world)]
+            parts: list[PerCrop] = [{} for _ in range(self.world)]
             dist.all_gather_object(parts, per_crop)
             names = sorted({name for part in parts for name in part})  # a rank without crops has no scores
             per_crop = {name: [value for part in parts for value in part.get(name, [])] for name in names}
-        means = {f"val_{name}": value for name, value in mean_scores(per_crop).items()}
-        aligned = means.get("val_self_aligned_psnr", math.nan)
-        return means | {SELECT_BY: aligned if math.isfinite(aligned) else means["val_self_raw_psnr"]}
+        return mean_scores(per_crop)
 
 
 def train_worker(config: dict[str, TrainJob]) -> None:

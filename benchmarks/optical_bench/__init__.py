@@ -1,1 +1,0 @@
-"""Test charts through simulated cameras, and what is measured on the enlarged pictures."""
