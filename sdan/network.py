@@ -45,6 +45,8 @@ _CHOICES = {
     "skip": Skip,
     "upsampling": Upsampling,
 }
+_MOST = {"features": 1024, "blocks": 256, "packing_kernel": 256}
+"""Bounds well above every known network, so that a wrong number is refused before layers are built."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,13 @@ class SDANConfig:
                 raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
         if self.encoding != "linear" and self.is_rgb:
             raise ValueError(f"encoding: expected linear for rgb input, which is already sRGB, got {self.encoding!r}")
-        for name in ("features", "blocks", "packing_kernel"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a whole number of at least 1, got {getattr(self, name)!r}")
-        if self.scale not in (2, 4, 8, 16):
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= most:
+                raise ValueError(f"{name}: expected a whole number from 1 to {most}, got {value!r}")
+        if type(self.flips) is not bool:
+            raise ValueError(f"flips: expected true or false, got {self.flips!r}")
+        if type(self.scale) is not int or self.scale not in (2, 4, 8, 16):
             raise ValueError(f"scale: expected one of 2, 4, 8, 16 (each pixel shuffle doubles), got {self.scale!r}")
 
     @classmethod

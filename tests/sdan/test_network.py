@@ -239,8 +239,12 @@ def test_autocast_keeps_offsets_and_output_in_float32(offset):
         ({"encoding": "log"}, "encoding: expected one of linear, sqrt"),
         ({"encoding": "sqrt", "input": "rgb"}, "encoding: expected linear for rgb"),
         ({"scale": 3}, "scale: expected one of 2, 4, 8, 16"),
-        ({"features": 0}, "features: expected a whole number of at least 1, got 0"),
-        ({"packing_kernel": 2.5}, "packing_kernel: expected a whole number of at least 1, got 2.5"),
+        ({"features": 0}, "features: expected a whole number from 1 to 1024, got 0"),
+        ({"features": 10**5}, "features: expected a whole number from 1 to 1024, got 100000"),
+        ({"blocks": 10**9}, "blocks: expected a whole number from 1 to 256, got 1000000000"),
+        ({"packing_kernel": 2.5}, "packing_kernel: expected a whole number from 1 to 256, got 2.5"),
+        ({"flips": "no"}, "flips: expected true or false, got 'no'"),
+        ({"scale": 4.0}, "scale: expected one of 2, 4, 8, 16"),
     ],
 )
 def test_wrong_settings_are_refused_when_constructed(setting, message):
