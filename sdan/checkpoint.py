@@ -5,15 +5,16 @@
     trainer.pt          optional, for resuming: tensors and plain values only
 
 config.json holds `format` (FORMAT_VERSION), `architecture` (a key of ARCHITECTURES), `network` (the fields of
-SDANConfig), `config` (the configs of the run; `train.crop_px` gives the model's `input_tile_px`), `scores`, `commit`
-and `versions`. To add a network class, add it to ARCHITECTURES. A field added to SDANConfig needs a default or an entry
-in SDANConfig.from_stored, so that older checkpoints still load.
+SDANConfig), `config` (the configs of the run; `train.crop_px` gives the model's `input_tile_px`), `scores`,
+`commit`, `versions` and `weights_sha256` (`weights_digest`; older checkpoints lack it). To add a network class, add it to ARCHITECTURES. A field added to SDANConfig needs a default or an entry in
+SDANConfig.from_stored, so that older checkpoints still load.
 
 Nothing is ever unpickled into code.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -29,9 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from sdan.baselines import SRResNet
 from sdan.network import SDAN, SDANConfig
@@ -41,6 +42,18 @@ WEIGHTS, DESCRIPTION, TRAINER = "model.safetensors", "config.json", "trainer.pt"
 ARCHITECTURES: dict[str, type[SDAN] | type[SRResNet]] = {"SDAN": SDAN, "SRResNet": SRResNet}
 PACKAGES = ("torch", "torchvision", "safetensors", "numpy", "ray", "mlflow")
 """Packages whose versions are stored."""
+_MOST_DESCRIPTION_BYTES = 16_000_000
+_MOST_CROP_PX = 8192
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "architecture": str,
+    "network": dict,
+    "config": dict,
+    "scores": dict,
+    "commit": (str, type(None)),
+    "versions": dict,
+    "weights_sha256": (str, type(None)),
+}
+_OPTIONAL = ("commit", "versions", "weights_sha256")
 
 
 class CheckpointError(ValueError):
@@ -106,6 +119,8 @@ def save(
         "commit": commit or code_commit(),
         "versions": package_versions(),
     }
+    weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    description["weights_sha256"] = weights_digest(weights)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
@@ -114,7 +129,7 @@ def save(
             f"{folder}: expected a writable folder, got {error.strerror}; choose another folder"
         ) from error
     try:
-        _write_files(aside, model, description, trainer_state)
+        _write_files(aside, weights, description, trainer_state)
         _replace_folder(aside, folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
@@ -126,9 +141,8 @@ def save(
 
 
 def _write_files(
-    folder: Path, model: nn.Module, description: dict[str, Any], trainer_state: Mapping[str, Any] | None
+    folder: Path, weights: dict[str, Tensor], description: dict[str, Any], trainer_state: Mapping[str, Any] | None
 ) -> None:
-    weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2, allow_nan=False) + "\n")
     if trainer_state is not None:
@@ -139,19 +153,29 @@ def _write_files(
 def load(folder: str | Path) -> Checkpoint:
     """Read a checkpoint; the model is built from its description, and the run's config gives its `input_tile_px`.
 
+    The description is compared with the shapes in the weights' header before layers are built.
+
     Raises:
-        CheckpointError: no such folder, a missing or damaged file, weights of another network, or a newer format.
+        CheckpointError: no such folder, a missing or damaged file, weights of another network or other than those that
+            were saved, values that are not finite, or a newer format.
     """
     folder = _find(Path(folder))
     described = _read_description(folder)
+    architecture = ARCHITECTURES.get(described["architecture"])
     try:
-        model = ARCHITECTURES[described["architecture"]](SDANConfig.from_stored(described["network"]))
-        config, scores = dict(described["config"]), dict(described["scores"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / DESCRIPTION}: expected a network's description, got {error!r}") from error
-    _load_weights(model, folder / WEIGHTS)
-    model.input_tile_px = _input_tile_px(model.config, config)
-    return Checkpoint(model.eval(), config, scores, described.get("commit"), dict(described.get("versions", {})))
+        if architecture is None:
+            raise ValueError(f"architecture {described['architecture']!r}")
+        network = SDANConfig.from_stored(described["network"])
+        input_tile_px = _input_tile_px(network, described["config"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / DESCRIPTION}: expected a network's description, got {error}") from error
+    weights = _read_weights(folder / WEIGHTS, architecture, network)
+    _check_values(folder / WEIGHTS, weights, described.get("weights_sha256"))
+    model = architecture(network)
+    model.load_state_dict(weights)
+    model.input_tile_px = input_tile_px
+    versions = dict(described.get("versions", {}))
+    return Checkpoint(model.eval(), described["config"], described["scores"], described.get("commit"), versions)
 
 
 def load_trainer_state(folder: str | Path) -> dict[str, Any]:
@@ -173,42 +197,75 @@ def load_trainer_state(folder: str | Path) -> dict[str, Any]:
     return state
 
 
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the tensors (on the CPU) by name: names, types, shapes and bytes, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def _input_tile_px(network: SDANConfig, run: Mapping[str, Any]) -> int | None:
-    """Side of the run's training crops, pixels of the network's input; None if the run's config lacks it."""
+    """Side of the run's training crops, pixels of the network's input; None if the run's config lacks it.
+
+    Raises ValueError: a side that the network cannot take.
+    """
     train = run.get("train")
     crop_px = train.get("crop_px") if isinstance(train, Mapping) else None
-    return network.input_px(crop_px) if isinstance(crop_px, int) else None
+    if not isinstance(crop_px, int):
+        return None
+    if not 1 <= crop_px <= _MOST_CROP_PX:
+        raise ValueError(f"train.crop_px: expected 1 to {_MOST_CROP_PX}, got {crop_px}")
+    network.check_crop(network.input_px(crop_px))
+    return network.input_px(crop_px)
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
     try:
-        described = json.loads(path.read_text())
+        with path.open("rb") as file:
+            data = file.read(_MOST_DESCRIPTION_BYTES + 1)
     except OSError as error:
         raise CheckpointError(
             f"{path}: expected a checkpoint's file, got {error.strerror}; copy the whole folder again"
         ) from error
-    except ValueError as error:
+    try:
+        if len(data) > _MOST_DESCRIPTION_BYTES:
+            raise ValueError(f"more than {_MOST_DESCRIPTION_BYTES} bytes")
+        described = json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: expected JSON, got {error}; copy the checkpoint again") from error
-    if not isinstance(described, dict) or not isinstance(described.get("format"), int):
+    if not isinstance(described, dict) or type(described.get("format")) is not int:
         raise CheckpointError(f"{path}: expected an SDAN checkpoint's description, got no format number")
     if described["format"] > FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: expected format {FORMAT_VERSION} or older, got {described['format']}; "
             "it was written by a newer SDAN, so update this one"
         )
+    for name, kind in _FIELDS.items():
+        if name in described or name not in _OPTIONAL:
+            value = described.get(name)
+            if not isinstance(value, kind):
+                raise CheckpointError(
+                    f"{path}: expected a network's description, got {name} of type {type(value).__name__}; "
+                    "copy the checkpoint again"
+                )
     return described
 
 
-def _load_weights(model: nn.Module, path: Path) -> None:
+def _read_weights(path: Path, architecture: type[nn.Module], network: SDANConfig) -> dict[str, Tensor]:
+    """The tensors of a weights file, after its header has been compared with the network."""
     if not path.is_file():
         raise CheckpointError(f"{path}: expected a checkpoint's file, got none; copy the whole folder again")
+    with torch.device("meta"):
+        expected = {key: tuple(value.shape) for key, value in architecture(network).state_dict().items()}
     try:
-        weights = load_file(path)
+        with safe_open(path, "pt") as file:
+            got = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        weights = load_file(path) if got == expected else {}
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: expected weights, got {error}; copy the checkpoint again") from error
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    got = {key: tuple(value.shape) for key, value in weights.items()}
     if expected != got:
         differing = sorted(key for key in expected | got if expected.get(key) != got.get(key))
         first = differing[0]
@@ -216,7 +273,22 @@ def _load_weights(model: nn.Module, path: Path) -> None:
             f"{path}: expected the weights of the network in {DESCRIPTION}, got {len(differing)} that differ; "
             f"{first}: expected {expected.get(first, 'none')}, got {got.get(first, 'none')}"
         )
-    model.load_state_dict(weights)
+    return weights
+
+
+def _check_values(path: Path, weights: Mapping[str, Tensor], digest: str | None) -> None:
+    """Raise CheckpointError unless all values are finite and, where the digest is known, those that were saved."""
+    infinite = [name for name, value in weights.items() if not value.isfinite().all()]
+    if infinite:
+        raise CheckpointError(
+            f"{path}: expected finite weights, got NaN or infinity in {infinite[0]}; "
+            "copy the checkpoint again, or use another model"
+        )
+    if digest is not None and digest != weights_digest(weights):
+        raise CheckpointError(
+            f"{path}: expected the weights that {DESCRIPTION} describes, got others (their SHA-256 differs); "
+            "copy the checkpoint again"
+        )
 
 
 def _find(folder: Path) -> Path:

@@ -27,6 +27,12 @@ from sdan.resample import bicubic, low_pass
 from sdan.tiles import Outputs, Tiling, cover, fitted
 
 T = TypeVar("T")
+
+
+class InferenceError(ValueError):
+    """A model whose result cannot be used; the message is one line that says what to do."""
+
+
 Progress = Callable[[int, int], None]
 """Called with (tiles done, total tiles)."""
 
@@ -113,6 +119,7 @@ def zoom_rows(
 
     Raises:
         ValueError, at once: sizes that do not match, an overlap outside 8 mosaic pixels to half a tile, other bits.
+        InferenceError, with the first such rows: the network's output is NaN or infinite.
         torch.OutOfMemoryError: a GPU without memory for a single tile.
     """
     if bits not in (None, 8, 16):
@@ -294,21 +301,35 @@ def _slabs(
 def _to_host(rows: Iterator[Tensor], bits: int | None, device: torch.device) -> Iterator[Tensor]:
     """Finished pixel rows on the CPU; on CUDA they are copied while the next are computed."""
     if device.type != "cuda":
-        yield from (_finished(part, bits) for part in rows)
+        for part in rows:
+            _check_finite(_all_finite(part))
+            yield _finished(part, bits)
         return
     stream = torch.cuda.Stream(device)
 
-    def fetch(part: Tensor) -> tuple[Tensor, torch.cuda.Event]:
-        done = _finished(part, bits)
+    def fetch(part: Tensor) -> tuple[list[Tensor], torch.cuda.Event]:
+        sent = [_all_finite(part), _finished(part, bits)]
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            host = _pinned(done).copy_(done, non_blocking=True)
-            done.record_stream(stream)
+            host = [_pinned(each).copy_(each, non_blocking=True) for each in sent]
+            for each in sent:
+                each.record_stream(stream)
             return host, stream.record_event()
 
-    for host, arrived in _one_ahead(map(fetch, rows)):
+    for (finite, host), arrived in _one_ahead(map(fetch, rows)):
         arrived.synchronize()
+        _check_finite(finite)
         yield host
+
+
+@torch.inference_mode()
+def _all_finite(rows: Tensor) -> Tensor:
+    return rows.isfinite().all()
+
+
+def _check_finite(finite: Tensor) -> None:
+    if not finite:
+        raise InferenceError("model: expected a finite picture, got NaN or infinity; use another model")
 
 
 @torch.inference_mode()

@@ -162,10 +162,18 @@ def test_weights_of_another_network_are_refused(folder):
     [
         ({"format": 2}, "written by a newer SDAN"),
         ({"format": "1"}, "no format number"),
-        ({"architecture": "os.system"}, "expected a network's description, got KeyError"),
+        ({"architecture": "os.system"}, "expected a network's description, got architecture 'os.system'"),
+        ({"architecture": ["SDAN"]}, "got architecture of type list"),
         ({"network": {"scale": 3}}, "scale: expected one of"),
         ({"network": {"colour": 3}}, "SDANConfig: expected known values, got .*colour"),
-        ({"network": None}, "expected a network's description, got TypeError"),
+        ({"network": None}, "expected a network's description, got network of type NoneType"),
+        ({"network": {"features": 10**5}}, "features: expected a whole number from 1 to 1024"),
+        ({"network": {"blocks": 10**9}}, "blocks: expected a whole number from 1 to 256"),
+        ({"network": {"features": "4"}}, "features: expected a whole number"),
+        ({"config": []}, "got config of type list"),
+        ({"config": {"train": {"crop_px": 10**9}}}, "crop_px: expected 1 to"),
+        ({"scores": 3}, "got scores of type int"),
+        ({"weights_sha256": 3}, "got weights_sha256 of type int"),
     ],
 )
 def test_wrong_descriptions_are_refused(folder, change, message):
@@ -176,9 +184,16 @@ def test_wrong_descriptions_are_refused(folder, change, message):
     one_line(error)
 
 
-@pytest.mark.parametrize("text", ["", "[1, 2", "[1]", "\x00\xff"])
-def test_descriptions_that_are_not_json_are_refused(folder, text):
-    (folder / "config.json").write_text(text)
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"[1, 2", b"[1]", b"7", b"null", b"\x00\xff", bytes(range(256)), b"[" * 10**6),
+        *('{"format": 1}'.encode("utf-16"), b" " * 16_000_001),
+    ],
+    ids=lambda content: repr(content[:8]),
+)
+def test_descriptions_that_are_not_json_are_refused(folder, content):
+    (folder / "config.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"config\.json") as error:
         load(folder)
     one_line(error)
@@ -216,3 +231,52 @@ def test_older_models_take_renderings_with_bt709s_curve(folder):
     assert described["network"].pop("rendering_curve") == "srgb" == SDANConfig().rendering_curve
     path.write_text(json.dumps(described))
     assert checkpoint.load(folder).model.config.rendering_curve == "bt709"
+
+
+@pytest.mark.parametrize("bit", [0, 7, 8191])
+def test_one_flipped_bit_in_the_weights_is_refused(folder, bit):
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    data[start + bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: expected the weights that .*copy") as error:
+        load(folder)
+    one_line(error)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("with_digest", [True, False])
+def test_weights_that_are_not_finite_are_refused(folder, value, with_digest):
+    weights = load_file(folder / "model.safetensors")
+    weights["head.bias"][1] = value
+    save_file(weights, folder / "model.safetensors")
+    described = json.loads((folder / "config.json").read_text())
+    if not with_digest:
+        del described["weights_sha256"]
+    (folder / "config.json").write_text(json.dumps(described))
+    with pytest.raises(CheckpointError, match=r"expected finite weights, got NaN or infinity in head\.bias") as error:
+        load(folder)
+    one_line(error)
+
+
+def test_checkpoints_without_a_digest_are_read(folder):
+    described = json.loads((folder / "config.json").read_text())
+    assert described.pop("weights_sha256") == checkpoint.weights_digest(load_file(folder / "model.safetensors"))
+    (folder / "config.json").write_text(json.dumps(described))
+    assert load(folder).scores == {"psnr": 30.5}
+
+
+def test_large_networks_are_refused_before_they_are_built(folder, monkeypatch):
+    described = json.loads((folder / "config.json").read_text())
+    described["network"] |= {"features": 1024, "blocks": 256}
+    (folder / "config.json").write_text(json.dumps(described))
+    built = []
+    monkeypatch.setitem(checkpoint.ARCHITECTURES, "SDAN", lambda config: built.append(meta()) or SDAN(config))
+
+    def meta():
+        return torch.empty(0).device.type
+
+    with pytest.raises(CheckpointError, match=r"expected the weights of the network in config\.json, got"):
+        load(folder)
+    assert built == ["meta"]

@@ -361,3 +361,14 @@ def test_wrong_sizes_are_refused():
         zoom(model, x, rendering, input_tile_px=16, overlap_px=9)
     with pytest.raises(ValueError, match="bits: expected None, 8 or 16, got 12"):
         zoom_rows(model, x, rendering, input_tile_px=16, bits=12)
+
+
+@pytest.mark.parametrize("bits", [None, 8, 16])
+def test_nan_in_the_output_is_an_error(bits):
+    config = SDANConfig(input="packed", scale=2, features=8, blocks=1, packing_kernel=4)
+    model = trained(config)
+    with torch.no_grad():
+        next(iter(model.super_resolution.parameters()))[0] = float("nan")
+    x, rendering = photo(config, 16, 24)
+    with pytest.raises(inference.InferenceError, match="expected a finite picture, got NaN or infinity"):
+        list(zoom_rows(model, x, rendering, input_tile_px=16, bits=bits))
