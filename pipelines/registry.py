@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
+from typing_extensions import TypedDict
+
+from preprocessing.shard_folder.small_json import read_json
 from sdan import STARTER, starter_folder
 from sdan.checkpoint import DESCRIPTION, TRAINER, WEIGHTS
 
@@ -386,13 +389,31 @@ def _check_folder(folder: Path, asked: str | None = None) -> None:
         )
 
 
+class _Train(TypedDict, total=False):
+    epochs: int
+    crops_per_epoch: int | None
+
+
+class _Config(TypedDict, total=False):
+    name: str
+    train: _Train | None
+
+
+class _Described(TypedDict, total=False):
+    """What is shown of a checkpoint's config.json."""
+
+    config: _Config | None
+    scores: dict[str, float | None] | None
+
+
 def _described(folder: Path, shards: str | None) -> tuple[str, dict[str, float]]:
     """(one sentence about a checkpoint for MLflow's pages, its scores by target), from its config.json."""
-    stored = json.loads((folder / DESCRIPTION).read_text())
-    config, scores = stored.get("config") or {}, stored.get("scores") or {}
-    known = {name: float(scores[f"val_{name}"]) for name in SHOWN_SCORES if scores.get(f"val_{name}") is not None}
-    train = config.get("train") or {}
-    text = str(config.get("name", "a model"))
+    stored = read_json(folder / DESCRIPTION, _Described)
+    config, scores = stored.get("config") or _Config(), stored.get("scores") or {}
+    values = {name: scores.get(f"val_{name}") for name in SHOWN_SCORES}
+    known = {name: value for name, value in values.items() if value is not None}
+    train = config.get("train") or _Train()
+    text = config.get("name", "a model")
     if "epochs" in train:
         crops = f"{train['crops_per_epoch']} crops" if train.get("crops_per_epoch") else "one crop a pair"
         text += f", trained for {train['epochs']} epochs of {crops}"

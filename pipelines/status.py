@@ -6,12 +6,15 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 from pipelines import registry
 from pipelines.training import progress, run_folder
+from preprocessing.shard_folder.small_json import SmallJsonError, read_json
 from preprocessing.storage import write_atomically
 
 MOST_RUNS = 8
@@ -25,11 +28,12 @@ class RunStatus:
     """One run's state."""
 
     name: str
-    state: Literal["finished", "running", "stopped"]
+    state: Literal["finished", "running", "stopped", "damaged"]
     detail: str
     shards: str
-    started: float
-    """Seconds since 1970 of the newest start."""
+    """Empty for a damaged run."""
+    notes: tuple[str, ...] = ()
+    """One line for each damaged file that was ignored."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +47,28 @@ class Status:
 
     def __str__(self) -> str:
         width = max((len(run.name) for run in self.runs), default=0)
-        shown = [f"{run.name:{width}}  {run.state:8}  {run.detail}" for run in self.runs[:MOST_RUNS]]
+        shown = []
+        for run in self.runs[:MOST_RUNS]:
+            shown += [f"{run.name:{width}}  {run.state:8}  {run.detail}", *run.notes]
         if len(self.runs) > MOST_RUNS:
             shown.append(f"and {len(self.runs) - MOST_RUNS} older runs")
         blocks = {
             "runs": shown or ["none yet; start one with `sdan train SHARDS`"],
             "champion": [self.champion],
-            "shards": list(dict.fromkeys(run.shards for run in self.runs)) or ["none used by a run yet"],
+            "shards": list(dict.fromkeys(run.shards for run in self.runs if run.shards)) or ["none used by a run yet"],
             "retrain": [self.retrain],
         }
         lines = []
         for title, block in blocks.items():
             lines += [f"{title if number == 0 else '':10}{line}" for number, line in enumerate(block)]
         return "\n".join(lines)
+
+
+class _Noted(TypedDict):
+    """retrain.json."""
+
+    time: Annotated[float, Field(ge=0, le=1e11)]
+    reason: str
 
 
 def status(data: Path) -> Status:
@@ -71,9 +84,13 @@ def note_retrain(data: Path, reason: str) -> None:
 
 
 def _run(folder: Path) -> RunStatus:
-    stored = run_folder.read_run(folder)
-    report, now = run_folder.last_report(folder), run_folder.live(folder)
-    started = run_folder.started_at(folder)
+    notes: list[str] = []
+    try:
+        stored = run_folder.read_run(folder)
+        started = run_folder.started_at(folder)
+    except (run_folder.RunFolderError, OSError) as error:
+        return RunStatus(folder.name, "damaged", str(error), "")
+    report, now = run_folder.last_report(folder, notes.append), run_folder.live(folder, notes.append)
     state: Literal["finished", "running", "stopped"]
     if run_folder.is_finished(folder):
         state, detail = "finished", progress.describe({}, report)
@@ -86,7 +103,7 @@ def _run(folder: Path) -> RunStatus:
                 f"; silent for {tqdm.format_interval(silent_s)}: "
                 f"continue with `sdan train {stored.shards} --resume --name {folder.name}`"
             )
-    return RunStatus(folder.name, state, detail, stored.shards, started)
+    return RunStatus(folder.name, state, detail, stored.shards, tuple(notes))
 
 
 def _champion(uri: str) -> str:
@@ -103,5 +120,8 @@ def _champion(uri: str) -> str:
 def _retrain(path: Path) -> str:
     if not path.exists():
         return "none yet"
-    noted = json.loads(path.read_text())
+    try:
+        noted = read_json(path, _Noted)
+    except (SmallJsonError, OSError) as error:
+        return f"ignored: {error}"
     return f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(noted['time']))}: {noted['reason']}"

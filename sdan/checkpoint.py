@@ -6,8 +6,9 @@
 
 config.json holds `format` (FORMAT_VERSION), `architecture` (a key of ARCHITECTURES), `network` (the fields of
 SDANConfig), `config` (the configs of the run; `train.crop_px` gives the model's `input_tile_px`), `scores`,
-`commit`, `versions` and `weights_sha256` (`weights_digest`; older checkpoints lack it). To add a network class, add it to ARCHITECTURES. A field added to SDANConfig needs a default or an entry in
-SDANConfig.from_stored, so that older checkpoints still load.
+`commit`, `versions` and `weights_sha256` (`weights_digest`; older checkpoints lack it). To add a network class, add it to
+ARCHITECTURES. A field added to SDANConfig needs a default or an entry in SDANConfig.from_stored, so that older
+checkpoints still load.
 
 Nothing is ever unpickled into code.
 """
@@ -202,7 +203,7 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(weights.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

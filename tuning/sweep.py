@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mlflow import MlflowClient
+from pydantic import TypeAdapter, ValidationError
 
 from tuning import summary
 from tuning.search import SearchPlan, require_slots, search
@@ -28,6 +29,7 @@ from tuning.tracking import (
 from tuning.trial import Train, make_trial
 
 RECORD = "sweep.json"
+_MOST_BYTES = 16_000_000
 
 
 class InterruptedSweepError(SweepError):
@@ -191,7 +193,14 @@ def _start(
 
 
 def _resume(folder: Path, asked: Record) -> Record:
-    record = Record(**json.loads((folder / RECORD).read_text()))
+    path = folder / RECORD
+    with path.open("rb") as file:
+        data = file.read(_MOST_BYTES + 1)
+    try:
+        record = TypeAdapter(Record).validate_json(data, strict=True)
+    except ValidationError as error:
+        got = error.errors(include_url=False, include_context=False, include_input=False)[0]["msg"]
+        raise SweepError(f"{path}: expected a sweep's description, got {got}; start a sweep of another name") from None
     for key, value in asdict(record).items():
         got = getattr(asked, key)
         if key != "parent_run_id" and got != value:

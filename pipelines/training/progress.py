@@ -68,6 +68,7 @@ class ProgressLine:
         self.folder, self.epochs, self.enabled = folder, epochs, enabled
         self.began = time.time()
         self.said = ""
+        self.noted: set[str] = set()
         self.mlflow_answers = True
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
@@ -105,9 +106,14 @@ class ProgressLine:
             )
             tqdm.write(f"sdan: {line}", file=sys.stderr)
 
+    def _note(self, line: str) -> None:
+        if line not in self.noted:
+            self.noted.add(line)
+            tqdm.write(f"sdan: {line}", file=sys.stderr)
+
     def _show(self, bar: Any) -> None:
         self._note_mlflow()
-        report, now = last_report(self.folder), live(self.folder)
+        report, now = last_report(self.folder, self._note), live(self.folder, self._note)
         if now.get("time", 0.0) < self.began:
             now = {}  # written before this --resume
         if now.get("started", self.said) != self.said:

@@ -18,17 +18,31 @@ registered (train.py).
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import (
+    Annotated,
+    Any,
+    NotRequired,  # pydantic refuses typing.TypedDict before Python 3.12
+    cast,
+)
+
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import TypedDict
 
 from pipelines.loader import ShardIndex
-from preprocessing.schema import ShardInfo
+from preprocessing.shard_folder.small_json import SmallJsonError, parse_json, read_json
 from preprocessing.storage import write_atomically
 
 RUNS = "runs"
 RUN, SHARDS, PROGRESS, LIVE, MODEL = "run.json", "shards.json", "progress.jsonl", "live.json", "model"
 UNSENT = "unsent.jsonl"
+_MOST_SHARDS_BYTES = 1_000_000_000
+"""Far more than the names of a million pairs take."""
+_TAIL_BYTES = 1_000_000
+"""The end of progress.jsonl that is read; a line takes a few thousand."""
+_Seconds = Annotated[float, Field(ge=0, le=1e11)]
 
 
 class RunFolderError(ValueError):
@@ -74,10 +88,33 @@ class RunShards:
         if not path.exists():
             return None
         try:
-            stored = json.loads(path.read_text())
-            return cls(_from_json(stored["train"]), _from_json(stored["val"]))
-        except (ValueError, TypeError, KeyError) as error:
-            raise RunFolderError(f"{path}: expected a run's list of shards, got {error}; start a new run") from error
+            return read_json(path, cls, max_bytes=_MOST_SHARDS_BYTES)
+        except (SmallJsonError, OSError) as error:
+            raise RunFolderError(f"{error}; it is a run's list of shards: start a new run") from error
+
+
+@with_config(ConfigDict(extra="allow"))
+class _Report(TypedDict):
+    """What is shown of a line of progress.jsonl."""
+
+    epoch: float
+    epochs: int
+    time: NotRequired[_Seconds]
+    train_loss: NotRequired[float | None]
+    crops_per_s: NotRequired[float | None]
+    val_psnr: NotRequired[float]
+
+
+class _Live(TypedDict):
+    """live.json, as meter.LiveFile writes it."""
+
+    time: _Seconds
+    epoch: float
+    epochs: int
+    loss: float | None
+    crops_per_s: float | None
+    left_s: _Seconds | None
+    started: NotRequired[str]
 
 
 def run_folder(data: Path, name: str) -> Path:
@@ -131,38 +168,71 @@ def read_run(folder: Path) -> StoredRun:
     if not path.exists():
         raise RunFolderError(f"--resume --name {folder.name}: expected a run in {folder}, got none; check --data")
     try:
-        stored = json.loads(path.read_text())
-        workers = stored["workers"]
-        return StoredRun(**stored | {"workers": tuple(workers) if isinstance(workers, list) else workers})
-    except (ValueError, TypeError, KeyError) as error:
-        raise RunFolderError(f"{path}: expected a run's description, got {error}; start a new run") from error
+        return read_json(path, StoredRun)
+    except (SmallJsonError, OSError) as error:
+        raise RunFolderError(f"{error}; it describes the run: start a new one") from error
 
 
-def last_report(folder: Path) -> dict[str, Any]:
-    """The run's newest validation, a line of progress.jsonl; {} before the first."""
+def last_report(folder: Path, note: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """The run's newest validation, the last whole line of progress.jsonl; {} before the first.
+
+    Args:
+        note: takes one line if damaged lines, or the whole file, are ignored.
+    """
     path = folder / PROGRESS
-    lines = path.read_text().splitlines() if path.exists() else []
-    return dict(json.loads(lines[-1])) if lines else {}
+    damage = ""
+    found: dict[str, Any] = {}
+    try:
+        for line in reversed(_last_lines(path)):
+            try:
+                found = cast("dict[str, Any]", parse_json(line, str(path), _Report))
+                break
+            except SmallJsonError as error:
+                damage = damage or str(error)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        damage = str(error)
+    if damage and note:
+        note(f"ignored: {damage}")
+    return found
 
 
 def first_report(folder: Path) -> dict[str, Any]:
-    """The run's first validation, before the first step; {} before it."""
+    """The run's first validation, before the first step; {} if there is none, or its line is damaged."""
     path = folder / PROGRESS
-    lines = path.read_text().splitlines() if path.exists() else []
-    return dict(json.loads(lines[0])) if lines else {}
+    try:
+        with path.open("rb") as file:
+            line = file.readline(_TAIL_BYTES)
+        return cast("dict[str, Any]", parse_json(line, str(path), _Report))
+    except (SmallJsonError, OSError):
+        return {}
 
 
-def live(folder: Path) -> dict[str, Any]:
-    """What rank 0 wrote last to live.json; {} if it has written nothing or does not share this folder."""
-    path = folder / LIVE
-    return dict(json.loads(path.read_text())) if path.exists() else {}
+def _last_lines(path: Path) -> list[bytes]:
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(size - _TAIL_BYTES, 0))
+        lines = file.read(_TAIL_BYTES).splitlines()
+    return lines[1:] if size > _TAIL_BYTES and len(lines) > 1 else lines
+
+
+def live(folder: Path, note: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """What rank 0 wrote last to live.json; {} if it has written nothing or does not share this folder.
+
+    Args:
+        note: takes one line if the file is damaged, and so ignored.
+    """
+    try:
+        return cast("dict[str, Any]", read_json(folder / LIVE, _Live))
+    except FileNotFoundError:
+        return {}
+    except (SmallJsonError, OSError) as error:
+        if note:
+            note(f"ignored: {error}")
+        return {}
 
 
 def _to_json(index: ShardIndex) -> dict[str, Any]:
     # Not asdict: ShardInfo.options is a mapping of plain values that JSON can store unchanged.
     return {field.name: getattr(index, field.name) for field in fields(index)} | {"info": index.info.__dict__}
-
-
-def _from_json(stored: dict[str, Any]) -> ShardIndex:
-    known = stored | {"paths": tuple(stored["paths"]), "tiles": tuple(stored["tiles"])}
-    return ShardIndex(**known | {"info": ShardInfo(**stored["info"])})

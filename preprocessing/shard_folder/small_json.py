@@ -1,6 +1,7 @@
 """The one reader of small JSON files: size, encoding, syntax and types are checked, and errors name the file."""
 
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -23,7 +24,7 @@ def parse_json(data: bytes, where: str, schema: type[T], *, max_bytes: int = MAX
     Raises SmallJsonError: too large, not UTF-8, not JSON, too deeply nested, or of other types.
     """
     if len(data) > max_bytes:
-        raise SmallJsonError(f"{where}: expected at most {max_bytes} bytes, got {len(data)}")
+        raise SmallJsonError(f"{where}: expected at most {max_bytes} bytes, got more")
     kind: Any = schema
     try:
         content: T = _adapter(kind).validate_json(data, strict=True)
@@ -33,6 +34,13 @@ def parse_json(data: bytes, where: str, schema: type[T], *, max_bytes: int = MAX
         got = " ".join((f"{place}: {first['msg']}" if place else first["msg"]).split())
         raise SmallJsonError(f"{where}: expected JSON as SDAN writes it, got {got}") from None
     return content
+
+
+def read_json(path: Path, schema: type[T], *, max_bytes: int = MAX_BYTES) -> T:
+    """`parse_json` of a local file; no more than `max_bytes` are read. Raises SmallJsonError, OSError."""
+    with path.open("rb") as file:
+        data = file.read(max_bytes + 1)
+    return parse_json(data, str(path), schema, max_bytes=max_bytes)
 
 
 @lru_cache

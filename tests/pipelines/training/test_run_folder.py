@@ -41,7 +41,7 @@ def test_a_run_of_version_0_1_has_no_stored_index(tmp_path):
 
 def test_a_damaged_index_gets_one_line(tmp_path):
     (tmp_path / run_folder.SHARDS).write_text("{")
-    with pytest.raises(RunFolderError, match=r"shards\.json: expected a run's list of shards"):
+    with pytest.raises(RunFolderError, match=r"shards\.json: expected JSON as SDAN writes it.*list of shards"):
         RunShards.read(tmp_path)
 
 
