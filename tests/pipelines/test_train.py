@@ -75,7 +75,7 @@ def test_resume_without_a_name_takes_the_newest_unfinished(data):
 
 def test_resuming_a_damaged_or_finished_run_gets_one_line(data):
     (data / "runs" / "cut" / "run.json").write_text("{")
-    with pytest.raises(RunFolderError, match=r"run\.json: expected a run's description"):
+    with pytest.raises(RunFolderError, match=r"run\.json: expected JSON as SDAN writes it"):
         choose(data, resume=True)
     (data / "runs" / "cut" / "model").mkdir()
     with pytest.raises(RunFolderError, match="expected an unfinished run, got none"):
