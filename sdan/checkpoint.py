@@ -5,8 +5,8 @@
     trainer.pt          optional, for resuming: tensors and plain values only
 
 config.json holds `format` (FORMAT_VERSION), `architecture` (a key of ARCHITECTURES), `network` (the fields of
-SDANConfig), `config` (the configs of the run; `train.crop_px` gives the model's `input_tile_px`), `scores`,
-`commit`, `versions` and `weights_sha256` (`weights_digest`; older checkpoints lack it). To add a network class, add it to
+SDANConfig), `config` (the configs of the run; `train.crop_px` gives the model's `input_tile_px`), `scores`, `commit`,
+`versions` and `weights_sha256` (`weights_digest`; older checkpoints lack it). To add a network class, add it to
 ARCHITECTURES. A field added to SDANConfig needs a default or an entry in SDANConfig.from_stored, so that older
 checkpoints still load.
 
