@@ -111,6 +111,7 @@ def save(
         raise CheckpointError(f"{folder}: expected a model of type {' or '.join(ARCHITECTURES)}, got {name}")
     if folder.exists() and not _replaceable(folder):
         raise CheckpointError(f"{folder}: expected a checkpoint or an empty folder, got other files; choose another")
+    weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     description = {
         "format": FORMAT_VERSION,
         "architecture": name,
@@ -119,16 +120,13 @@ def save(
         "scores": {key: _null_unless_finite(value) for key, value in scores.items()},
         "commit": commit or code_commit(),
         "versions": package_versions(),
+        "weights_sha256": weights_digest(weights),
     }
-    weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    description["weights_sha256"] = weights_digest(weights)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
     except OSError as error:
-        raise CheckpointError(
-            f"{folder}: expected a writable folder, got {error.strerror}; choose another folder"
-        ) from error
+        raise CheckpointError(f"{folder}: expected a writable folder, got {error.strerror}; choose another") from error
     try:
         _write_files(aside, weights, description, trainer_state)
         _replace_folder(aside, folder)
