@@ -27,7 +27,7 @@ from sdan.baselines import Network
 from sdan.ops.precision import compute_plan
 from sdan.resample import bicubic
 
-METRICS = ("psnr", "ssim", "lpips")
+METRICS = ("psnr", "ssim", "lpips", "st_lpips")
 EXAMPLES = 4
 
 
@@ -50,7 +50,8 @@ class Evaluation:
     """Share of the aligned target's pixels that are valid."""
     epe_px: float
     """Mean end-point error of the oracle offsets, mosaic pixels; NaN for real data."""
-    lpips_missing: str | None
+    missing: dict[str, str]
+    """Metric that was asked for and could not be computed -> why, in one line."""
     precision: str = "fp32"
     """What the network computed in."""
 
@@ -69,8 +70,9 @@ class Evaluation:
     def table(self, protocols: Sequence[str] = PROTOCOLS) -> str:
         """The rows of `protocols` as a Markdown table, followed by `notes`."""
         names = [row for row in self.rows if not any(f"({other})" in row for other in set(PROTOCOLS) - set(protocols))]
-        shown = [metric for metric in METRICS if metric != "lpips" or self.lpips_missing is None]
-        head = ["", *(f"{target} {metric.upper()}" for target in self.targets for metric in shown)]
+        scored = {name for row in self.rows.values() for name in row}
+        shown = [metric for metric in METRICS if scored & {f"{target}_{metric}" for target in TARGETS}]
+        head = ["", *(f"{target} {metric.upper().replace('_', '-')}" for target in self.targets for metric in shown)]
         lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
         for name in names:
             cells = [
@@ -90,8 +92,7 @@ class Evaluation:
         ]
         if math.isfinite(self.epe_px):
             lines.append(f"End-point error of the oracle offsets: {self.epe_px:.2f} mosaic px.")
-        if self.lpips_missing:
-            lines.append(f"{self.lpips_missing}.")
+        lines += [f"{reason}." for reason in self.missing.values()]
         return "\n".join(lines)
 
 
@@ -109,6 +110,7 @@ def evaluate(
     targets: Sequence[str] | None = None,
     limit: int | None = None,
     out: Path | None = None,
+    perceptual: bool = True,
 ) -> Evaluation:
     """Score a checkpoint on a split and, with `out`, write table.md, evaluation.json and examples.png there.
 
@@ -116,6 +118,7 @@ def evaluate(
         shards: folder or URI; or an index of the split, so that several models are scored on the same pairs.
         targets: raw, aligned, true; None: all that the shards have.
         limit: the largest number of crops, spread evenly over the split; None: one per tile.
+        perceptual: also LPIPS and ST-LPIPS, which on a CPU take longer than all the rest.
 
     Raises:
         EvaluateError, ShardsError, CheckpointError: one line that says what to do.
@@ -131,7 +134,8 @@ def evaluate(
         raise EvaluateError(
             f"--target true, {index.shards}: expected simulated shards, got shards without truth; use raw or aligned"
         )
-    result = evaluate_model(stored.model, held, split=split, crop_px=config.train.crop_px, targets=targets)
+    crop_px = config.train.crop_px
+    result = evaluate_model(stored.model, held, split=split, crop_px=crop_px, targets=targets, perceptual=perceptual)
     if out is not None:
         _write(out, result, stored.model, held)
     return result
@@ -158,17 +162,22 @@ def check_request(
 
 
 def evaluate_model(
-    model: Network, held: HeldOut, *, split: str, crop_px: int, targets: Sequence[str] | None = None
+    model: Network,
+    held: HeldOut,
+    *,
+    split: str,
+    crop_px: int,
+    targets: Sequence[str] | None = None,
+    perceptual: bool = True,
 ) -> Evaluation:
     """Score one model and the baselines on crops that are already loaded; the scores never depend on TF32."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plan = compute_plan(device)
     model = model.to(device).to(memory_format=plan.memory_format)
-    lpips = metrics.lpips_unavailable() is None
-    scores = score_model(model, held, plan, lpips=lpips)
+    scores = score_model(model, held, plan, perceptual=perceptual)
     per_row: dict[str, PerCrop] = {
-        "bicubic of the camera JPG": score_bicubic(model, held, device, "camera", lpips=lpips),
-        "bicubic of the rendering": score_bicubic(model, held, device, "rendering", lpips=lpips),
+        "bicubic of the camera JPG": score_bicubic(model, held, device, "camera", perceptual=perceptual),
+        "bicubic of the rendering": score_bicubic(model, held, device, "rendering", perceptual=perceptual),
     }
     for protocol in PROTOCOLS:
         prefix = f"{protocol}_"
@@ -185,7 +194,7 @@ def evaluate_model(
         simulated="true_rgb" in held.batch,
         valid_share=float(held.aligned_mask.float().mean()) if held.aligned_mask is not None else math.nan,
         epe_px=mean_scores(scores).get("oracle_epe_px", math.nan),
-        lpips_missing=metrics.lpips_unavailable(),
+        missing={name: said for name, (_, why) in metrics.PERCEPTUAL.items() if perceptual and (said := why())},
         precision=plan.precision,
     )
 

@@ -135,7 +135,7 @@ def summary(result: RetrainResult, shards: str, *, dry_run: bool) -> str:
 
 def _first_model(report: PreprocessReport, trained: TrainResult, shards: str, uri: str) -> RetrainResult:
     """`train` has made it the champion if it beat bicubic; else it is registered here."""
-    score = evaluate(shards, trained.model, limit=COMPARED_CROPS)
+    score = evaluate(shards, trained.model, limit=COMPARED_CROPS, perceptual=False)
     if trained.champion:
         return RetrainResult(report, trained, None, score, True, "the first model is the champion")
     version = _registered(uri, trained, shards)
@@ -171,8 +171,8 @@ def _fine_tune(
         shards, tuned, data=data, workers=workers, init_from=folder, vgg_weights=vgg_weights, progress=progress
     )
     held_out = index_split(shards, "val")
-    before = evaluate(held_out, folder, limit=COMPARED_CROPS)
-    after = evaluate(held_out, trained.model, limit=COMPARED_CROPS)
+    before = evaluate(held_out, folder, limit=COMPARED_CROPS, perceptual=False)
+    after = evaluate(held_out, trained.model, limit=COMPARED_CROPS, perceptual=False)
     target = "aligned" if math.isfinite(before.rows["SDAN (self)"]["aligned_psnr"]) else "raw"
     gain = after.rows["SDAN (self)"][f"{target}_psnr"] - before.rows["SDAN (self)"][f"{target}_psnr"]
     better = gain > 0

@@ -42,7 +42,8 @@ from pipelines.training.worker import TrainJob, train_worker
 from sdan import checkpoint
 from sdan.network import SDAN
 from sdan.ops.precision import slow_choice
-from sdan.perceptual import load_vgg19
+from sdan.perceptual.st_lpips import load_st_lpips
+from sdan.perceptual.vgg19 import load_vgg19
 from tuning.trial import reason_of
 
 CHANGEABLE = (
@@ -204,6 +205,8 @@ def train(
     """
     folder, stored, pairs, config = _checked(shards, config, data, name, resume, init_from)
     vgg = load_vgg19(vgg_weights) if config.loss.needs_vgg else None
+    if config.loss.st_lpips_weight > 0:
+        load_st_lpips()  # fail here rather than in each worker
     cluster.start_ray()
     plan = cluster.plan_workers(workers or (stored.workers if stored else None))
     _check_speed(config, plan)

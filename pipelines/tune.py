@@ -17,7 +17,8 @@ from pipelines.train import train
 from pipelines.training.progress import SELECT_BY
 from pipelines.training.run_folder import is_run, run_folder
 from sdan.losses import VGG_WEIGHTS
-from sdan.perceptual import load_vgg19
+from sdan.perceptual.st_lpips import load_st_lpips
+from sdan.perceptual.vgg19 import load_vgg19
 from tuning.search import SLOT
 from tuning.space import check_space, default_space, load_space
 from tuning.summary import table
@@ -102,6 +103,8 @@ def tune(
     index_split(shards, "val")
     if config.loss.needs_vgg or {f"loss.{name}" for name in VGG_WEIGHTS} & set(searched):
         load_vgg19(vgg_weights)  # fail here rather than in each trial
+    if config.loss.st_lpips_weight > 0 or "loss.st_lpips_weight" in searched:
+        load_st_lpips()
     uri = registry.default_tracking_uri(data)
     registry.prepare_database(uri)
     cluster.start_ray(resources={SLOT: 1.0})

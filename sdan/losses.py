@@ -5,9 +5,10 @@
     transfer_loss         {X, X}: the output, moved by the offset of the {X, Y'} pass, must match the target
 
 `_target_loss` compares the zoomed picture with its target by a pixel term, feature terms (Table 1's "Perceptual" and
-"SRResNet+CX"), or both. To add a term: add NAME_weight to LossConfig (field, `terms` check, `needs_features`, `min_px`)
-and compute parts["NAME"] in `_target_loss` (pixels), in `_feature_terms`, or in `_vgg_terms` with the weight's name in
-VGG_WEIGHTS. A loss for another forward pass is a new function here, called in pipelines/training/step.py.
+"SRResNet+CX"; ST-LPIPS), or both. To add a term: add NAME_weight to LossConfig (field, `terms` check,
+`needs_features`, `min_px`) and compute parts["NAME"] in `_target_loss` (pixels), in `_feature_terms`, or in
+`_vgg_terms` with the weight's name in VGG_WEIGHTS. A loss for another forward pass is a new function here, called in
+pipelines/training/step.py.
 
 Every term crops `border_px` target pixels from each side, where convolutions saw zero padding and offsets point outside
 the crop. All terms are computed in float32, even under autocast.
@@ -22,11 +23,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdan.contextual import contextual_loss, map_points, patch_points
 from sdan.metrics import check_floating, check_pixels
 from sdan.network import SDANOutput
 from sdan.ops import offset_mask
-from sdan.perceptual import MIN_PX, VGG19Features
+from sdan.perceptual import st_lpips, vgg19
+from sdan.perceptual.contextual import contextual_loss, map_points, patch_points
+from sdan.perceptual.vgg19 import VGG19Features
 from sdan.resample import enlarge_offset, low_pass, sample
 
 Kind = Literal["l1", "charbonnier"]
@@ -72,6 +74,10 @@ class LossConfig:
     """Weight of the contextual bilateral loss (CoBi) between RGB patches."""
     cobi_vgg_weight: float = 0.0
     """Weight of CoBi between VGG-19 features."""
+    st_lpips_weight: float = 0.0
+    """Weight of ST-LPIPS, a learnt distance that tolerates small shifts (sdan/perceptual/st_lpips.py). Costs 0.23
+    million multiplications for each target pixel inside the border and each pass: 0.4 times the network's for srraw_4x,
+    6 times for the starters. The extra `train` installs its weights (stlpips-pytorch)."""
     cobi_spatial_weight: float = 0.1
     """CoBi's w_s: the cost, in cosine distance, of a match at a distance of one picture side."""
     cobi_patch_px: int = 10
@@ -84,7 +90,7 @@ class LossConfig:
             raise ValueError(
                 f"self_target: expected one of {', '.join(get_args(SelfTarget))}, got {self.self_target!r}"
             )
-        terms = ("pixel_weight", "perceptual_weight", "contextual_weight", "cobi_rgb_weight", "cobi_vgg_weight")
+        terms = ("pixel_weight", *VGG_WEIGHTS, "cobi_rgb_weight", "st_lpips_weight")
         passes = ("align_weight", "reference_weight", "self_reference_weight")
         for name in (*terms, *passes, "cobi_spatial_weight", "border_px"):
             if not getattr(self, name) >= 0:
@@ -109,12 +115,14 @@ class LossConfig:
     @property
     def needs_features(self) -> bool:
         """Whether there are terms besides the pixel term (`_feature_terms`)."""
-        return self.needs_vgg or self.cobi_rgb_weight > 0
+        return self.needs_vgg or self.cobi_rgb_weight > 0 or self.st_lpips_weight > 0
 
     @property
     def min_px(self) -> int:
         """Smallest side of the target, after cropping the border, that every term accepts."""
-        return max(1, MIN_PX if self.needs_vgg else 1, self.cobi_patch_px if self.cobi_rgb_weight > 0 else 1)
+        sides = {"cobi_rgb_weight": self.cobi_patch_px, "st_lpips_weight": st_lpips.MIN_PX}
+        sides |= dict.fromkeys(VGG_WEIGHTS, vgg19.MIN_PX)
+        return max([1, *(side for name, side in sides.items() if getattr(self, name) > 0)])
 
 
 class LossTerms(NamedTuple):
@@ -228,14 +236,16 @@ def _feature_terms(
 ) -> dict[str, Tensor]:
     """Name -> unweighted feature term, of cropped pictures.
 
-    The mask, area-averaged to each feature map's size, weights the perceptual term's pixels and, in CX and CoBi, the
-    target's points; any point of the image may be a match.
+    The mask, area-averaged to each feature map's size, weights the points of the perceptual term and of ST-LPIPS and,
+    in CX and CoBi, the target's points; any point of the image may be a match.
     """
     terms = {}
     with torch.autocast(image.device.type, enabled=False):
         if config.cobi_rgb_weight > 0:
             patches = [patch_points(picture, mask, config.cobi_patch_px) for picture in (image, target)]
             terms["cobi_rgb"] = contextual_loss(*patches, spatial_weight=config.cobi_spatial_weight)
+        if config.st_lpips_weight > 0:
+            terms["st_lpips"] = st_lpips.st_lpips_on(image.device)(image, target, mask).mean()
         if config.needs_vgg:
             terms |= _vgg_terms(image, target, mask, config, vgg)
     return terms

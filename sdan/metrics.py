@@ -1,11 +1,11 @@
-"""Metrics of pictures (PSNR, SSIM, LPIPS) and of offsets (end-point error, statistics), one value per image.
+"""Metrics of pictures (PSNR, SSIM, LPIPS, ST-LPIPS) and of offsets (end-point error, statistics), one value per image.
 
 Pictures are [N,3,H,W] in [0, 1]; masks [N,1,H,W] (or [N,3,H,W]), 1 where a pixel counts. Scores are means over the
 pixels that count; an image without any scores NaN. Arrays that are not floating point tensors, and pictures of another
 range such as [0, 255], are refused (ValueError).
 
 To add a metric: write a function here that returns [N], call it in pipelines/scoring/scores.py, and name it in METRICS
-of pipelines/evaluate.py, which prints what it names.
+of pipelines/evaluate.py, which prints what it names. A metric that needs weights also joins PERCEPTUAL.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ import hashlib
 import math
 import os
 import warnings
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from sdan.perceptual.st_lpips import st_lpips_on
+from sdan.perceptual.weights import PerceptualError
 
 BACKBONE = "alexnet-owt-7be5be79.pth"
 """The backbone of LPIPS v0.1 (alex): torchvision's AlexNet (IMAGENET1K_V1). The name ends with the first digits of the
@@ -202,6 +206,38 @@ def lpips_unavailable() -> str | None:
             f"LPIPS n/a: {path}: expected torchvision's AlexNet, SHA-256 {_expected_hash()}..., got another; {remedy}"
         )
     return None
+
+
+def st_lpips_distance(image: Tensor, target: Tensor) -> Tensor | None:
+    """ST-LPIPS with AlexNet (Ghildyal and Liu 2022), which tolerates small shifts, without mask.
+
+    Args:
+        image, target: [N,3,H,W] in [0, 1], at least 21x21 pixels.
+
+    Returns:
+        [N] float32, 0 for equal pictures; None if the weights are missing (see `st_lpips_unavailable`).
+    """
+    image, target, _ = _pictures("st_lpips_distance", image, target, None, 0)
+    if st_lpips_unavailable() is not None:
+        return None
+    with torch.no_grad():
+        return st_lpips_on(image.device)(image, target)
+
+
+def st_lpips_unavailable() -> str | None:
+    """None if ST-LPIPS can be computed, else one line that says how to provide its weights."""
+    try:
+        st_lpips_on(torch.device("cpu"))
+    except PerceptualError as error:
+        return str(error).replace("ST-LPIPS", "ST-LPIPS n/a", 1)
+    return None
+
+
+PERCEPTUAL: dict[str, tuple[Callable[[Tensor, Tensor], Tensor | None], Callable[[], str | None]]] = {
+    "lpips": (lpips_distance, lpips_unavailable),
+    "st_lpips": (st_lpips_distance, st_lpips_unavailable),
+}
+"""The metrics that need weights: name -> the metric, and the reason why it can't be computed."""
 
 
 def _backbone_path() -> Path:

@@ -1,4 +1,5 @@
-"""Fixtures of several packages: tiny shards of a smooth random scene, perfectly aligned; random VGG-19 weights."""
+"""Fixtures of several packages: tiny shards of a smooth random scene, perfectly aligned; random weights of VGG-19 and
+ST-LPIPS."""
 
 import os
 import sys
@@ -117,7 +118,7 @@ def vgg_weights():
     """Random weights with VGG-19's shapes, seeded, and scaled so that activations keep their size; for tests only."""
     import torch
 
-    from sdan.perceptual import STAGES
+    from sdan.perceptual.vgg19 import STAGES
 
     generator = torch.Generator().manual_seed(19)
     weights, place, channels = {}, 0, 3
@@ -128,4 +129,21 @@ def vgg_weights():
             weights[f"features.{place}.bias"] = 0.1 * torch.randn(width, generator=generator)
             place, channels = place + 2, width
         place += 1  # the pool
+    return weights
+
+
+@pytest.fixture(scope="session")
+def st_lpips_weights():
+    """Random weights with ST-LPIPS' names and shapes, seeded, without negative heads; for tests only."""
+    import torch
+
+    from sdan.perceptual.st_lpips import LAYERS
+
+    generator = torch.Generator().manual_seed(20)
+    weights = {"scaling_layer.shift": torch.zeros(1, 3, 1, 1), "scaling_layer.scale": torch.full((1, 3, 1, 1), 0.5)}
+    for number, (name, (channels, features, kernel, _)) in enumerate(LAYERS.items()):
+        values = torch.randn(features, channels, kernel, kernel, generator=generator)
+        weights[f"{name}.weight"] = values * (2 / (kernel**2 * channels)) ** 0.5
+        weights[f"{name}.bias"] = 0.1 * torch.randn(features, generator=generator)
+        weights[f"lin{number}.model.1.weight"] = torch.rand(1, features, 1, 1, generator=generator)
     return weights

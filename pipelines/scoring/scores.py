@@ -36,14 +36,14 @@ def score_model(
     plan: ComputePlan,
     protocols: Sequence[str] = PROTOCOLS,
     *,
-    lpips: bool = False,
+    perceptual: bool = False,
 ) -> PerCrop:
     """Score a model's outputs, and its offsets: their statistics and, for simulated data, their end-point error.
 
     Args:
         model: on the plan's device, in its layout.
         protocols: self (the reference is the input's rendering) and oracle (the reference is made from the target).
-        lpips: also compute LPIPS, which needs its weights.
+        perceptual: also compute the metrics of metrics.PERCEPTUAL whose weights are there.
 
     Returns:
         scores by name; those of offsets are in mosaic pixels.
@@ -56,7 +56,7 @@ def score_model(
             with plan.inference():
                 output = model(inputs.x, reference, inputs.rendering)
             px_per_offset = inputs.rendering.shape[-1] / output.offset.shape[-1]
-            scores = score_images(output.zoomed, part, lpips=lpips)
+            scores = score_images(output.zoomed, part, perceptual=perceptual)
             scores |= metrics.offset_statistics(output.offset, output.mask, px_per_offset)
             if protocol == "oracle" and "true_flow" in part.batch:
                 error = metrics.resized_end_point_error(output.offset.float().cpu(), part.batch["true_flow"])
@@ -65,21 +65,24 @@ def score_model(
     return collected
 
 
-def score_bicubic(model: Network, held: HeldOut, device: torch.device, source: str, *, lpips: bool = False) -> PerCrop:
+def score_bicubic(
+    model: Network, held: HeldOut, device: torch.device, source: str, *, perceptual: bool = False
+) -> PerCrop:
     """Score the bicubic enlargement of `source`: "camera" (the camera JPG) or "rendering" (LibRaw's)."""
     collected: PerCrop = {}
     for inputs, part in _batches(model, held, device):
         picture = inputs.camera if source == "camera" else part.batch["lr_render"].to(device).float() / 255
         enlarged = bicubic(picture, model.config.scale)
-        _extend(collected, score_images(enlarged, part, lpips=lpips))
+        _extend(collected, score_images(enlarged, part, perceptual=perceptual))
     return collected
 
 
-def score_images(images: Tensor, part: HeldOut, *, lpips: bool = False) -> PerCrop:
-    """PSNR, SSIM and, with `lpips`, LPIPS against every target that the crops have.
+def score_images(images: Tensor, part: HeldOut, *, perceptual: bool = False) -> PerCrop:
+    """PSNR, SSIM and, with `perceptual`, LPIPS and ST-LPIPS against every target that the crops have.
 
     Args:
         images: [N,3,sH,sW] in [0, 1] (clipped here).
+        perceptual: for whole pictures only, without mask and border.
     """
     images = images.float().cpu().clamp(0, 1)
     scores: PerCrop = {}
@@ -89,9 +92,11 @@ def score_images(images: Tensor, part: HeldOut, *, lpips: bool = False) -> PerCr
             continue
         scores[f"{target}_psnr"] = metrics.psnr(images, wanted, mask=mask, border_px=BORDER_PX).tolist()
         scores[f"{target}_ssim"] = metrics.ssim(images, wanted, mask=mask, border_px=BORDER_PX).tolist()
-        if lpips and mask is None and metrics.lpips_unavailable() is None:
-            distance = metrics.lpips_distance(images, wanted)
-            scores[f"{target}_lpips"] = [] if distance is None else distance.tolist()
+        if perceptual and mask is None:
+            for name, (metric, _) in metrics.PERCEPTUAL.items():
+                distance = metric(images, wanted)
+                if distance is not None:
+                    scores[f"{target}_{name}"] = distance.tolist()
     return scores
 
 

@@ -23,7 +23,7 @@ from sdan import checkpoint
 from sdan.losses import LossConfig, sdan_loss, self_reference_loss, transfer_loss
 from sdan.network import SDAN, SDANOutput
 from sdan.ops.precision import ComputePlan, compute_plan
-from sdan.perceptual import VGG19Features
+from sdan.perceptual.vgg19 import VGG19Features
 from sdan.resample import low_pass
 
 
@@ -189,7 +189,7 @@ def start(
 
     Args:
         wrap: wraps the model for training (DDP if there are several workers).
-        vgg: perceptual.load_vgg19's weights, for a loss that needs them.
+        vgg: vgg19.load_vgg19's weights, for a loss that needs them.
     """
     train = config.train
     plan = plan_of(train, device)

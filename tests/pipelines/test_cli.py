@@ -89,6 +89,17 @@ def test_a_vgg_loss_is_refused_without_weights(verb, term, tiny_shards, tmp_path
     assert not (tmp_path / "data").exists()
 
 
+@pytest.mark.parametrize("verb", ["train", "tune"])
+def test_an_st_lpips_loss_is_refused_without_weights(verb, tiny_shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sdan.perceptual.st_lpips.find_spec", lambda name: None)
+    arguments = [verb, tiny_shards, "--config", "smoke", "--set", "loss.st_lpips_weight=0.1"]
+    assert run_here(monkeypatch, *arguments, data=tmp_path / "data") == 2
+    assert capsys.readouterr().err == (
+        "sdan: ST-LPIPS: expected the package stlpips-pytorch, got none; pip install stlpips-pytorch==0.0.2\n"
+    )
+    assert not (tmp_path / "data").exists()
+
+
 def test_the_installed_command_prints_the_same_line():
     done = subprocess.run([SDAN, "train", "x", "--config", "nosuch"], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")

@@ -12,8 +12,10 @@ from PIL import Image
 from pipelines import config as configs
 from pipelines.evaluate import EvaluateError, check_request, evaluate
 from pipelines.loader import ShardsError, index_split, read_tile
-from sdan import checkpoint
+from sdan import checkpoint, metrics
 from sdan.network import SDAN
+from sdan.perceptual.st_lpips import STLPIPS
+from sdan.perceptual.weights import PerceptualError
 from sdan.resample import bicubic
 
 ROWS = ["bicubic of the camera JPG", "bicubic of the rendering", "SDAN (self)", "SDAN (oracle)"]
@@ -88,6 +90,30 @@ def test_the_example_pictures_are_bicubic_and_target(scored, tiny_shards):
     assert any(np.array_equal(panels[3][::2, ::2], target) for target in targets)
 
 
+def test_st_lpips_has_columns_or_a_reason(tiny_shards, model, st_lpips_weights, monkeypatch):
+    """As LPIPS: not against the aligned target, whose mask it cannot use."""
+    network = STLPIPS(st_lpips_weights)
+    monkeypatch.setattr(metrics, "st_lpips_on", lambda device: network)
+    result = evaluate(str(tiny_shards), model, limit=1)
+    for row in result.rows.values():
+        assert row["raw_st_lpips"] == pytest.approx(row["true_st_lpips"]) and row["raw_st_lpips"] > 0
+        assert "aligned_st_lpips" not in row
+    table = [[cell.strip() for cell in line.split("|")] for line in result.table().splitlines()]
+    cells = dict(zip(table[0], table[2], strict=True))
+    assert cells["raw ST-LPIPS"] == f"{result.rows[ROWS[0]]['raw_st_lpips']:.4f}"
+    assert cells["aligned ST-LPIPS"] == "n/a" and "true ST-LPIPS" in cells
+
+    def missing(device):
+        raise PerceptualError("ST-LPIPS: expected a package, got none; install it")
+
+    monkeypatch.setattr(metrics, "st_lpips_on", missing)
+    result = evaluate(str(tiny_shards), model, limit=1)
+    assert "raw ST-LPIPS" not in result.table()
+    assert "\nST-LPIPS n/a: expected a package, got none; install it." in result.table()
+    assert not any("st_lpips" in name for row in result.rows.values() for name in row)
+    assert "LPIPS" not in evaluate(str(tiny_shards), model, limit=1, perceptual=False).table()
+
+
 def test_one_target_gives_its_columns_alone(tiny_shards, model):
     result = evaluate(str(tiny_shards), model, targets=["raw"], limit=1)
     assert result.targets == ("raw",) and result.crops == 1
@@ -112,7 +138,7 @@ def test_real_shards_have_no_true_target(shards_without_truth, model):
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16"), (False, "fp32")])
 def test_the_table_names_the_precision_of_this_cpu(tiny_shards, model, monkeypatch, has_bf16, expected):
     monkeypatch.setattr("sdan.ops.precision.cpu_has_bf16", lambda: has_bf16)
-    result = evaluate(str(tiny_shards), model, limit=1)
+    result = evaluate(str(tiny_shards), model, limit=1, perceptual=False)
     assert result.precision == expected and f"network in {expected}." in result.table()
 
 
@@ -120,14 +146,14 @@ def test_two_models_of_one_index_are_scored_on_the_same_crops(tiny_shards, model
     """Even if preprocessing adds pairs in between, as in a retraining."""
     shards = shutil.copytree(tiny_shards, tmp_path / "shards")
     index = index_split(str(shards), "val")
-    first = evaluate(index, model)
+    first = evaluate(index, model, perceptual=False)
     (pair,) = (shards / "split=val").glob("*.parquet")
     shutil.copy(next((shards / "split=train").glob("*.parquet")), pair.with_name("00004_" + pair.name[6:]))
-    second = evaluate(index, save_model(tmp_path / "other", **{"model.features": 12}))
+    second = evaluate(index, save_model(tmp_path / "other", **{"model.features": 12}), perceptual=False)
     assert second.crops == first.crops == 2
     for row in ROWS[:2]:
         assert second.rows[row] == first.rows[row]
-    assert evaluate(str(shards), model).crops == 4
+    assert evaluate(str(shards), model, perceptual=False).crops == 4
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_shards_that_do_not_fit_are_refused_before_ray_starts(tiny_shards, no_ra
     refuse(train_only, tmp_path / "data", "expected at least one pair in split=val")
 
 
-def test_a_searched_vgg_loss_needs_its_weights(tiny_shards, no_ray, tmp_path, monkeypatch):
+def test_a_searched_feature_loss_needs_its_weights(tiny_shards, no_ray, tmp_path, monkeypatch):
     def no_network(*args, **kwargs):
         raise urllib.error.URLError("no network")
 
@@ -80,6 +80,9 @@ def test_a_searched_vgg_loss_needs_its_weights(tiny_shards, no_ray, tmp_path, mo
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     space = "SPACE = {'loss.perceptual_weight': loguniform(0.1, 1)}"
     refuse(tiny_shards, tmp_path / "data", "--vgg-weights PATH", space)
+    monkeypatch.setattr("sdan.perceptual.st_lpips.find_spec", lambda name: None)
+    space = "SPACE = {'loss.st_lpips_weight': loguniform(0.1, 1)}"
+    refuse(tiny_shards, tmp_path / "data", "expected the package stlpips-pytorch, got none", space)
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdan import contextual
-from sdan.contextual import Points, contextual_loss, map_points, patch_points
+from sdan.perceptual import contextual
+from sdan.perceptual.contextual import Points, contextual_loss, map_points, patch_points
 
 
 def naive(points, target, spatial_weight):

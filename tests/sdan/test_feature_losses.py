@@ -6,10 +6,18 @@ from torch.nn import functional as F
 
 from sdan.losses import CONTEXTUAL_LAYERS, LossConfig, sdan_loss, transfer_loss
 from sdan.network import SDANOutput
-from sdan.perceptual import VGG19Features
+from sdan.perceptual import st_lpips
+from sdan.perceptual.vgg19 import VGG19Features
 
 SIDE = 32
-ALL = ("pixel", "perceptual", "contextual", "cobi_rgb", "cobi_vgg")
+ALL = ("pixel", "perceptual", "contextual", "cobi_rgb", "cobi_vgg", "st_lpips")
+
+
+@pytest.fixture(autouse=True)
+def random_st_lpips(st_lpips_weights, monkeypatch):
+    """ST-LPIPS with random weights, as if they were the package's."""
+    network = st_lpips.STLPIPS(st_lpips_weights)
+    monkeypatch.setattr(st_lpips, "st_lpips_on", lambda device: network)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +48,7 @@ def loss(zoomed, target, config, vgg=None, mask=None):
 def test_zoom_is_the_weighted_sum_of_the_terms(vgg):
     image, target = picture(0, batch=2), picture(1, batch=2)
     alone = {name: loss(image, target, weights(**{name: 1.0}), vgg).zoom for name in ALL}
-    factors = dict(zip(ALL, (0.5, 0.25, 2.0, 0.125, 1.5), strict=True))
+    factors = dict(zip(ALL, (0.5, 0.25, 2.0, 0.125, 1.5, 3.0), strict=True))
     both = loss(image, target, weights(**factors), vgg)
     assert float(both.zoom) == pytest.approx(sum(factors[name] * float(alone[name]) for name in ALL), rel=1e-5)
     assert both.parts.keys() == set(ALL)
@@ -92,7 +100,7 @@ def test_for_a_shifted_target_l1_prefers_blur_and_cobi_does_not():
     assert float(loss(sharp, shifted, cobi).zoom) < 0.5 * float(loss(blurred, shifted, cobi).zoom)
 
 
-@pytest.mark.parametrize("name", ["perceptual", "contextual", "cobi_rgb", "cobi_vgg"])
+@pytest.mark.parametrize("name", ALL[1:])
 def test_masked_and_border_pixels_do_not_count(vgg, name):
     image, target = picture(0), picture(1)
     changed = target.clone()
@@ -110,7 +118,7 @@ def test_masked_and_border_pixels_do_not_count(vgg, name):
 
 def test_transfer_loss_uses_the_same_terms(vgg):
     image, target = picture(0), picture(1)
-    config = weights(cobi_rgb=1.0, perceptual=0.5)
+    config = weights(cobi_rgb=1.0, perceptual=0.5, st_lpips=0.5)
     got = transfer_loss(image, torch.zeros(1, 2, SIDE // 4, SIDE // 4), target, config, vgg)
     assert float(got) == pytest.approx(float(loss(image, target, config, vgg).zoom), rel=1e-4)
 
@@ -120,6 +128,7 @@ def test_transfer_loss_uses_the_same_terms(vgg):
     [
         ({"pixel": 1.0}, 1),
         ({"cobi_rgb": 1.0}, 5),
+        ({"cobi_rgb": 1.0, "st_lpips": 0.1}, 21),
         *(({name: 1.0}, 8) for name in ("perceptual", "contextual", "cobi_vgg")),
     ],
 )

@@ -14,6 +14,7 @@ from pipelines.loader import CropStream, Inputs, index_split, model_inputs
 from pipelines.training import step
 from sdan import checkpoint
 from sdan.ops import precision
+from sdan.perceptual import st_lpips
 
 
 def test_the_learning_rate_restarts_after_each_period():
@@ -117,6 +118,22 @@ def test_the_losses_of_table_1_train_and_report_their_terms(smoke, vgg_weights):
     assert "pixel" not in terms[0]
     assert float(terms[-1]["loss"]) < float(terms[0]["loss"])
     assert not any("vgg" in name or "features.0" in name for name in training.state()["model"])
+
+
+def test_st_lpips_trains_both_kinds_of_samples(smoke, st_lpips_weights, monkeypatch):
+    network = st_lpips.STLPIPS(st_lpips_weights)
+    monkeypatch.setattr(st_lpips, "st_lpips_on", lambda device: network)
+    config, inputs = smoke
+    config = configs.override(config, {"loss.border_px": 48})  # leaves 32 px, for speed
+    heavier = configs.override(config, {"loss.st_lpips_weight": 1.0})
+    training = step.start(heavier, None, torch.device("cpu"), _same)
+    plain = step.training_loss(training.model, inputs(0), config.loss)
+    terms = step.training_loss(training.model, inputs(0), heavier.loss)
+    added = (terms["zoom"] - plain["zoom"]).detach()
+    assert float(added) == pytest.approx(float(terms["st_lpips"].detach()), rel=1e-3)
+    assert terms["self"] == plain["self"] and terms["transfer"] > plain["transfer"]
+    terms = [step.train_step(training, inputs(0), heavier, 1e-3) for _ in range(6)]
+    assert float(terms[-1]["loss"]) < float(terms[0]["loss"])
 
 
 def _same(model):

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from sdan.perceptual.weights import PerceptualError, check_weights, first_line, read_state_dict
 
 STAGES = ((64, 64), (128, 128), (256, 256))
 """Output channels of the convolutions up to conv3_2, by stage; a 2x2 max pool separates the stages."""
@@ -20,10 +21,6 @@ TAPS = {3: "relu1_2", 8: "relu2_2", 13: "relu3_2"}
 MIN_PX = 8
 """Smallest image side: relu3_2 then has 2x2 points."""
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-class PerceptualError(ValueError):
-    """VGG-19's weights cannot be used; the message is one line that says what to do."""
 
 
 class VGG19Features(nn.Module):
@@ -43,13 +40,7 @@ class VGG19Features(nn.Module):
         super().__init__()
         self.features = _layers()
         expected = self.state_dict()
-        for name, like in expected.items():
-            value = weights.get(name)
-            if value is None or value.shape != like.shape or not value.isfinite().all():
-                got = "none" if value is None else f"{tuple(value.shape)}, or values that are not finite"
-                raise PerceptualError(
-                    f"expected torchvision's vgg19 state dict with {name} {tuple(like.shape)}, got {got}"
-                )
+        check_weights(weights, expected, "torchvision's vgg19")
         self.load_state_dict({name: weights[name] for name in expected})
         self.register_buffer("mean", torch.tensor(MEAN).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("deviation", torch.tensor(DEVIATION).reshape(1, 3, 1, 1), persistent=False)
@@ -95,7 +86,7 @@ def load_vgg19(path: str | Path | None = None) -> dict[str, Tensor]:
     Raises:
         PerceptualError: the weights cannot be read or downloaded, or belong to another network.
     """
-    stored = _download() if path is None else _read(Path(path))
+    stored = _download() if path is None else read_state_dict(Path(path), _origin(path), _remedy())
     try:
         names = [name for name in _layers().state_dict(prefix="features.") if name in stored]
         kept = {name: stored[name].float().clone() for name in names}
@@ -103,22 +94,6 @@ def load_vgg19(path: str | Path | None = None) -> dict[str, Tensor]:
     except (PerceptualError, AttributeError) as error:
         raise PerceptualError(f"{_origin(path)}: {error}; {_remedy()}") from error
     return kept
-
-
-def _read(path: Path) -> Mapping[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise PerceptualError(
-            f"{_origin(path)}: expected weights, got {error.strerror or error}; {_remedy()}"
-        ) from error
-    except Exception as error:  # the unpickler fails on other files in many ways
-        raise PerceptualError(f"{_origin(path)}: expected weights, got {_first_line(error)}; {_remedy()}") from error
-    if not isinstance(stored, Mapping):
-        raise PerceptualError(f"{_origin(path)}: expected a state dict, got {type(stored).__name__}; {_remedy()}")
-    return stored
 
 
 def _download() -> Mapping[str, Tensor]:
@@ -129,17 +104,13 @@ def _download() -> Mapping[str, Tensor]:
             progress=False, check_hash=True, map_location="cpu", weights_only=True
         )
     except Exception as error:  # no network, another hash, a damaged file in the cache
-        raise PerceptualError(f"{_origin(None)}: expected weights, got {_first_line(error)}; {_remedy()}") from error
+        raise PerceptualError(f"{_origin(None)}: expected weights, got {first_line(error)}; {_remedy()}") from error
 
 
 def _origin(path: Path | str | None) -> str:
     if path is not None:
         return f"--vgg-weights {path}"
     return f"VGG-19 weights, torchvision's copy in {Path(torch.hub.get_dir()) / 'checkpoints'}"
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".split("\n", 1)[0]
 
 
 def _remedy() -> str:

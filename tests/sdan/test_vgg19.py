@@ -7,7 +7,8 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from sdan.perceptual import TAPS, PerceptualError, VGG19Features, load_vgg19
+from sdan.perceptual.vgg19 import TAPS, VGG19Features, load_vgg19
+from sdan.perceptual.weights import PerceptualError
 
 
 @pytest.fixture
