@@ -222,6 +222,20 @@ class CropStream:
         return int(order[number % pairs])
 
 
+def training_stream(index: ShardIndex, config: ExperimentConfig) -> CropStream:
+    """The crops that `config` trains on."""
+    train, loss = config.train, config.loss
+    return CropStream(
+        index,
+        train.seed,
+        train.crop_px,
+        train.augment,
+        truth=loss.self_target == "truth" and loss.self_reference_weight > 0,
+        match_exposure=train.match_exposure,
+        look=train.look,
+    )
+
+
 def in_rendering_look(
     index: ShardIndex, pair: int, row: Mapping[str, Any], pictures: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from pipelines import config as configs
 from pipelines.config import ExperimentConfig
-from pipelines.loader import CropStream, model_inputs, training_batches
+from pipelines.loader import model_inputs, training_batches, training_stream
 from pipelines.scoring.held_out import HeldOut, held_out
 from pipelines.scoring.pictures import training_sheet
 from pipelines.scoring.scores import PerCrop, mean_scores, score_bicubic, score_model
@@ -149,18 +149,9 @@ class TrainWorker:
         return True
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
-        train, loss = self.config.train, self.config.loss
-        stream = CropStream(
-            self.index,
-            train.seed,
-            train.crop_px,
-            train.augment,
-            truth=loss.self_target == "truth" and loss.self_reference_weight > 0,
-            match_exposure=train.match_exposure,
-            look=train.look,
-        )
+        train = self.config.train
         return training_batches(
-            stream,
+            training_stream(self.index, self.config),
             batch=train.batch_per_worker,
             rank=self.rank,
             world=self.world,
