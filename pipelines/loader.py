@@ -304,9 +304,10 @@ def training_batches(
 def _read_ahead(stream: ray.ObjectRef, numbers: np.ndarray, batch: int, readers: int) -> Iterator[dict[str, Tensor]]:
     """Yield batches of the crops `numbers`, with `readers` tasks ahead of the one being consumed.
 
-    This is not a Ray Data job, because Ray Data's executor would run as a thread of this process. In Ray 2.60 that
-    thread spins while holding the GIL whenever readers are faster than the training step, which made the steps of small
-    networks three times as slow.
+    This is not a Ray Data job. In this process its executor would be a thread, which in Ray 2.60 spins while holding
+    the GIL whenever readers are faster than the training step: the steps of small networks took three times as long.
+    As a dataset of Ray Train it has a process of its own, but Ray does not document which worker gets which crops
+    (docs/training.md, "Speed").
     """
     # DEFAULT: schedule outside the placement group that is reserved for the train workers.
     read = _read.options(num_cpus=0, scheduling_strategy="DEFAULT")
