@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -207,6 +208,8 @@ def train(
     vgg = load_vgg19(vgg_weights) if config.loss.needs_vgg else None
     if config.loss.st_lpips_weight > 0:
         load_st_lpips()  # fail here rather than in each worker
+    if progress and not ray.is_initialized():
+        print("train: starting Ray", file=sys.stderr, flush=True)
     cluster.start_ray()
     plan = cluster.plan_workers(workers or (stored.workers if stored else None))
     _check_speed(config, plan)

@@ -1,8 +1,9 @@
-"""Averages over an epoch, and live.json: the run's position every few seconds."""
+"""Averages over an epoch, the time left, and live.json: the run's position every few seconds."""
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -76,11 +77,51 @@ class EpochMeter:
         }
 
 
-class LiveFile:
-    """Writes live.json to the run's folder: epoch, loss, crops/s, seconds left, time, and how the run computes. Does
-    nothing if the folder is on another machine."""
+class TimeLeft:
+    """Predicts the rest of a run: its crops at the mean rate since this start, and its validations.
 
-    def __init__(self, folder: Path, epochs: int, crops_per_epoch: int, started: str = "") -> None:
+    The first step is left out of the rate: it waits for the first batch, and may compile the network.
+    """
+
+    def __init__(self, epochs: int, crops_per_epoch: int, validate_every: int) -> None:
+        self.epochs, self.crops_per_epoch, self.validate_every = epochs, crops_per_epoch, validate_every
+        self.first: tuple[float, int] | None = None
+        """Clock, seconds, and position after the first step."""
+        self.paused_s = 0.0
+        """Time of the validations since then."""
+        self.validation_s = 0.0
+        """Time of the newest validation; 0 before the first."""
+
+    def step(self, crops: int, clock: float) -> None:
+        """A step has ended at this position in the stream of crops."""
+        if self.first is None:
+            self.first = (clock, crops)
+
+    def validated(self, seconds: float) -> None:
+        """A validation has ended; training stood still for this long."""
+        self.validation_s = seconds
+        if self.first is not None:
+            self.paused_s += seconds
+
+    def left_s(self, crops: int, clock: float) -> float | None:
+        """Seconds until the run's end; None before its second step."""
+        if self.first is None or crops <= self.first[1]:
+            return None
+        per_crop = (clock - self.first[0] - self.paused_s) / (crops - self.first[1])
+        ended = min(self.epochs, crops // self.crops_per_epoch)
+        validations = math.ceil(self.epochs / self.validate_every) - ended // self.validate_every
+        return max(0, self.epochs * self.crops_per_epoch - crops) * per_crop + validations * self.validation_s
+
+
+class LiveFile:
+    """Writes live.json to the run's folder: epoch, stage, loss, crops/s, seconds left, time, and how the run computes.
+
+    Does nothing if the folder is on another machine.
+    """
+
+    def __init__(
+        self, folder: Path, epochs: int, crops_per_epoch: int, validate_every: int = 1, started: str = ""
+    ) -> None:
         """Nothing is written yet.
 
         Args:
@@ -88,26 +129,32 @@ class LiveFile:
         """
         self.path = folder / LIVE if folder.is_dir() else None
         self.epochs, self.crops_per_epoch, self.started = epochs, crops_per_epoch, started
+        self.time_left = TimeLeft(epochs, crops_per_epoch, validate_every)
         self.written = 0.0
 
+    def stage(self, crops: int, stage: str) -> None:
+        """Write now what the run does instead of steps, e.g. "validating"; the next `update` replaces it at once."""
+        self.written = 0.0
+        self._write(crops, {"stage": stage, "loss": None, "crops_per_s": None, "left_s": None})
+
     def update(self, crops: int, meter: EpochMeter, crops_per_step: int) -> None:
-        """Write the file if the last write is LIVE_EVERY_S ago.
+        """Call it after each step; writes the file if the last write is LIVE_EVERY_S ago.
 
         Args:
             crops: the position in the stream of crops.
-            meter: of this epoch; before its first step, loss, crops/s and time left are unknown (null).
+            meter: of this epoch.
         """
-        if self.path is None or time.monotonic() < self.written + LIVE_EVERY_S:
+        clock = time.monotonic()
+        self.time_left.step(crops, clock)
+        if self.path is None or clock < self.written + LIVE_EVERY_S:
             return
-        self.written = time.monotonic()
-        rate = meter.crops_per_s(crops_per_step) if meter.steps else None
-        now = {
-            "time": time.time(),
-            "epoch": min(self.epochs, crops / self.crops_per_epoch),
-            "epochs": self.epochs,
-            "loss": meter.loss,
-            "crops_per_s": rate,
-            "left_s": max(0.0, self.epochs * self.crops_per_epoch - crops) / rate if rate else None,
-            "started": self.started,
-        }
-        write_atomically(self.path, json.dumps(now))
+        self.written = clock
+        rate, left_s = meter.crops_per_s(crops_per_step), self.time_left.left_s(crops, clock)
+        self._write(crops, {"loss": meter.loss, "crops_per_s": rate, "left_s": left_s})
+
+    def _write(self, crops: int, values: dict[str, float | str | None]) -> None:
+        if self.path is None:
+            return
+        epoch = min(self.epochs, crops / self.crops_per_epoch)
+        now = {"time": time.time(), "epoch": epoch, "epochs": self.epochs, "started": self.started}
+        write_atomically(self.path, json.dumps(now | values))

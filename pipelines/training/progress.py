@@ -37,13 +37,15 @@ class ProgressFile(UserCallback):
 def describe(now: dict[str, Any], report: dict[str, Any]) -> str:
     """E.g. "epoch 3.4/20, loss 0.0123, PSNR 27.10 dB (self), 12.3 crops/s, 1:02 left"; unknown parts are left out.
 
+    While the run does not train it says what it does instead, e.g. "epoch 2.0/20, validating".
+
     Args:
         now: live.json (run_folder.live).
         report: the newest line of progress.jsonl (run_folder.last_report).
     """
     newest = max(now, report, key=lambda known: known.get("time", 0.0))
     if not newest:
-        return "starting"
+        return "starting the workers"
     parts = [f"epoch {newest['epoch']:.{1 if newest is now else 0}f}/{newest['epochs']}"]
     loss = newest.get("loss", newest.get("train_loss"))
     if loss is not None:
@@ -53,6 +55,8 @@ def describe(now: dict[str, Any], report: dict[str, Any]) -> str:
     rate = newest.get("crops_per_s")
     if rate is not None:
         parts.append(f"{rate:.1f} crops/s")
+    if newest is now and now.get("stage"):
+        parts.append(now["stage"])
     if newest is now and now["left_s"] is not None:
         parts.append(f"{tqdm.format_interval(now['left_s'])} left")
     return ", ".join(parts)

@@ -117,12 +117,13 @@ class TrainWorker:
     def run(self) -> None:
         """Train from the last checkpoint (if any) to the last epoch."""
         resumed = self._restore()
-        live = LiveFile(Path(self.job.folder), self.config.train.epochs, self.crops_per_epoch, self.started)
         if self.rank == 0:
             print(self.started, flush=True)  # to the worker's log; the driver shows live.json's copy
-            live.update(self.training.crops, EpochMeter(), self.crops_per_step)
+        self._stage("reading the held-out crops")
+        _ = self.validation
         if not resumed:
             self._report(0, self._bicubic())  # before the first step
+        self._stage("waiting for the first batch")
         meter, waiting = EpochMeter(), time.perf_counter()
         for batch in self._batches():
             waited_s = time.perf_counter() - waiting
@@ -132,12 +133,24 @@ class TrainWorker:
             meter.add(step.train_step(self.training, inputs, self.config, rate), waited_s)
             self.training.crops += self.crops_per_step
             self.training.check_finite(self.config.train)
-            if self.rank == 0:
-                live.update(self.training.crops, meter, self.crops_per_step)
+            if self.live:
+                self.live.update(self.training.crops, meter, self.crops_per_step)
             if self.epoch > before:
                 self._end_epoch(before, meter.means(self.crops_per_step) | {"learning_rate": rate})
                 meter = EpochMeter()
             waiting = time.perf_counter()
+
+    @cached_property
+    def live(self) -> LiveFile | None:
+        """Rank 0's file for the line of progress; None on other ranks."""
+        train = self.config.train
+        if self.rank > 0:
+            return None
+        return LiveFile(Path(self.job.folder), train.epochs, self.crops_per_epoch, train.validate_every, self.started)
+
+    def _stage(self, stage: str) -> None:
+        if self.live:
+            self.live.stage(self.training.crops, stage)
 
     def _restore(self) -> bool:
         """Restore the last checkpoint; False if there is none yet."""
@@ -170,6 +183,13 @@ class TrainWorker:
 
     def _report(self, epoch: int, metrics: dict[str, float]) -> None:
         """Validate, write to MLflow, and hand the checkpoint to Ray Train."""
+        self._stage("validating")
+        began = time.perf_counter()
+        self._validated(epoch, metrics)
+        if self.live:
+            self.live.time_left.validated(time.perf_counter() - began)
+
+    def _validated(self, epoch: int, metrics: dict[str, float]) -> None:
         metrics = metrics | self._validate() | {"workers": float(self.world)}
         if self.log and self.log.metrics(epoch, metrics):
             every = self.config.train.validate_every * self.config.train.picture_every

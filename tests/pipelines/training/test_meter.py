@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from pipelines.training.meter import EpochMeter, LiveFile
+from pipelines.training.meter import EpochMeter, LiveFile, TimeLeft
 from pipelines.training.progress import describe
 from pipelines.training.step import NotFiniteError
 
@@ -47,17 +47,35 @@ def test_the_live_file_has_epoch_loss_and_time_left(tmp_path):
     live = LiveFile(tmp_path, epochs=4, crops_per_epoch=10)
     live.update(15, meter, crops_per_step=5)
     now = json.loads((tmp_path / "live.json").read_text())
-    assert (now["epoch"], now["epochs"], now["loss"]) == (1.5, 4, 0.5)
-    assert now["left_s"] == pytest.approx(25 / now["crops_per_s"])
+    assert (now["epoch"], now["epochs"], now["loss"], now["left_s"]) == (1.5, 4, 0.5, None)
     live.update(20, meter, 5)  # too soon
     assert json.loads((tmp_path / "live.json").read_text()) == now
+    live.stage(20, "validating")
+    shown = describe(json.loads((tmp_path / "live.json").read_text()), {})
+    assert shown == "epoch 2.0/4, validating"
+    live.update(25, meter, 5)  # at once after a stage
+    now = json.loads((tmp_path / "live.json").read_text())
+    assert now["epoch"] == 2.5 and now["left_s"] > 0 and "stage" not in now
     LiveFile(tmp_path / "elsewhere", 4, 10).update(15, meter, 5)  # a folder on another machine
     assert not (tmp_path / "elsewhere").exists()
 
 
 def test_the_live_file_says_how_the_run_computes_at_once(tmp_path):
-    LiveFile(tmp_path, 4, 10, "computes in fp32, channels_last").update(15, EpochMeter(), 5)
+    LiveFile(tmp_path, 4, 10, started="computes in fp32, channels_last").stage(15, "waiting for the first batch")
     now = json.loads((tmp_path / "live.json").read_text())
     assert now["started"] == "computes in fp32, channels_last" and now["epoch"] == 1.5
     assert now["loss"] is None and now["crops_per_s"] is None and now["left_s"] is None
-    assert describe(now, {}) == "epoch 1.5/4"
+    assert describe(now, {}) == "epoch 1.5/4, waiting for the first batch"
+
+
+def test_the_time_left_counts_the_validations():
+    """10 epochs of 20 crops: 60 s for the first step, then 1 s per crop, and 30 s for each of 5 validations."""
+    left = TimeLeft(epochs=10, crops_per_epoch=20, validate_every=2)
+    left.validated(30.0)  # before the first step
+    left.step(5, clock=60.0)
+    assert left.left_s(5, 60.0) is None
+    left.step(40, clock=95.0)
+    assert left.left_s(25, 80.0) == pytest.approx(175 + 5 * 30)
+    left.validated(30.0)
+    assert left.left_s(80, 165.0) == pytest.approx(120 + 3 * 30)
+    assert TimeLeft(3, 20, 2).left_s(0, 0.0) is None
