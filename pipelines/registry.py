@@ -60,7 +60,7 @@ VIEW_TAGS = {
             "orderByKey": "metrics.`val_psnr`",
             "orderByAsc": False,
             "selectedColumns": [
-                *("metrics.`val_psnr`", "metrics.`val_self_true_psnr`", "params.`name`"),
+                *("attributes.`Duration`", "metrics.`val_psnr`", "metrics.`val_self/true_psnr`", "params.`name`"),
                 *("params.`train.epochs`", "params.`train.crops_per_epoch`"),
                 "params.`shards`",
             ],

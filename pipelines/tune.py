@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +19,11 @@ from pipelines.loader import check_fit, index_split, with_curve_of
 from pipelines.train import train
 from pipelines.training.progress import SELECT_BY
 from pipelines.training.run_folder import is_run, run_folder
+from pipelines.training.run_log import grouped
 from sdan.losses import VGG_WEIGHTS
 from sdan.perceptual.st_lpips import load_st_lpips
 from sdan.perceptual.vgg19 import load_vgg19
+from tuning import tracking
 from tuning.search import SLOT
 from tuning.space import check_space, default_space, load_space
 from tuning.summary import table
@@ -35,7 +40,7 @@ class _Report(UserCallback):
         self.report = report
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        self.report(metrics[0])
+        self.report(grouped(metrics[0]))  # the names under which the run's own log has them
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class TrialTrainer:
             progress=False,
             max_failures=0,  # a setting that failed would fail again
         )
-        return result.scores
+        return grouped(result.scores)
 
 
 def tune(
@@ -109,20 +114,36 @@ def tune(
     registry.prepare_database(uri)
     cluster.start_ray(resources={SLOT: 1.0})
     cluster.plan_workers(workers)
-    return run_sweep(
-        TrialTrainer(shards, config, data.resolve(), workers, name, vgg_weights and vgg_weights.resolve()),
-        searched,
-        name=name,
-        storage_path=data / SWEEPS,
-        tracking_uri=uri,
-        experiment_id=registry.open_experiment(uri, "sdan-sweeps"),
-        num_trials=trials,
-        max_epochs=config.train.epochs,
-        metric=SELECT_BY,
-        seed=config.train.seed,
-        resume=resume,
-        parent_tags={"config": config.name, "shards": shards},
-    )
+    with _trial_lines():
+        return run_sweep(
+            TrialTrainer(shards, config, data.resolve(), workers, name, vgg_weights and vgg_weights.resolve()),
+            searched,
+            name=name,
+            storage_path=data / SWEEPS,
+            tracking_uri=uri,
+            experiment_id=registry.open_experiment(uri, "sdan-sweeps"),
+            num_trials=trials,
+            max_epochs=config.train.epochs,
+            metric=SELECT_BY,
+            seed=config.train.seed,
+            resume=resume,
+            parent_tags={"config": config.name, "shards": shards},
+        )
+
+
+@contextmanager
+def _trial_lines() -> Iterator[None]:
+    """Print the lines that tuning/tracking.py logs, at the start and end of each trial, on stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("tune: %(message)s"))
+    before = tracking.logger.level
+    tracking.logger.setLevel(logging.INFO)
+    tracking.logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        tracking.logger.removeHandler(handler)
+        tracking.logger.setLevel(before)
 
 
 def summary(result: SweepResult) -> str:

@@ -66,14 +66,15 @@ def test_a_run_records_its_data_and_environment(run):
     for name in ("env.commit", "env.torch", "env.device", "env.workers", "env.platform"):
         assert found.data.tags[name], name
     wanted = (
-        "train_grad_norm",
-        "data_wait",
-        "skipped_steps",
-        "workers",
-        "val_self_offset_px",
-        "val_oracle_offset_p95_px",
+        "train_loss",
+        "train/grad_norm",
+        "run/data_wait",
+        "run/skipped_steps",
+        "run/workers",
+        "val_self/offset_px",
+        "val_oracle/offset_p95_px",
     )
-    for name in (*wanted, "val_oracle_offset_outside", "val_oracle_offset_roughness"):
+    for name in (*wanted, "val_oracle/offset_outside", "val_oracle/offset_roughness"):
         assert name in found.data.metrics, name
     system = [name for name in found.data.metrics if name.startswith("system/")]
     assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= set(system)

@@ -119,23 +119,47 @@ class EndOfTrial(tune.Callback):
     def __init__(self, run: SweepRun) -> None:
         self.run = run
 
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        logger.info("%s started with %s", _label(trials, trial), _settings(trial.config))
+
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         child = find_child(self.run, trial.trial_id)
         if child is not None and child.data.tags.get(STATUS_TAG) != "finished":
             close_child(self.run.client(), child.info.run_id, "stopped")
-        _log_result(self.run, trial, trial.last_result)
+        _log_end(self.run, _label(trials, trial), trial)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         # A trial that died before it opened its run gets one here.
         child = find_child(self.run, trial.trial_id) or open_child(self.run, trial.trial_id, trial.config)
         if child.data.tags.get(STATUS_TAG) != "failed":
             close_child(self.run.client(), child.info.run_id, "failed", f"the trial's process died: {_cause(trial)}")
-        _log_result(self.run, trial, {})
+        _log_end(self.run, _label(trials, trial), trial)
 
 
-def _log_result(run: SweepRun, trial: Any, result: Mapping[str, Any]) -> None:
-    score = f"{run.metric} {result[run.metric]:.4f} at epoch {result['epoch']}" if run.metric in result else "failed"
-    logger.info("%s: trial %s %s: %s", run.name, trial.trial_id, trial.config, score)
+def _label(trials: Sequence[Any], trial: Any) -> str:
+    """E.g. "trial 3 (1f2a_00002)", counted from 1 in the order of the sweep."""
+    numbers = {each.trial_id: number for number, each in enumerate(trials, 1)}
+    return f"trial {numbers.get(trial.trial_id, len(numbers) + 1)} ({trial.trial_id})"
+
+
+def _settings(overrides: Mapping[str, Any]) -> str:
+    """E.g. "model.packing_kernel=4, loss.align_weight=0.3142"."""
+    shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in overrides.items()}
+    return ", ".join(f"{name}={value}" for name, value in shown.items())
+
+
+def _log_end(run: SweepRun, label: str, trial: Any) -> None:
+    """Log one line: how the trial ended, its best epoch, and its settings."""
+    child = find_child(run, trial.trial_id)
+    if child is None:
+        return
+    row = _row(run.client(), run, child)
+    if row.score is None:
+        logger.info("%s %s: %s", label, row.status, row.reason or "no result")
+        return
+    epoch = next(epoch for epoch, value in row.history if value == row.score)
+    settings = _settings(row.overrides)
+    logger.info("%s %s: %s %.4f at epoch %d, with %s", label, row.status, run.metric, row.score, epoch, settings)
 
 
 def read_trials(run: SweepRun) -> list[TrialRow]:

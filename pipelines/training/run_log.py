@@ -31,6 +31,14 @@ from sdan.ops.precision import ComputePlan
 
 EPOCH_METRICS = ("train_loss", "val_psnr")
 """Every epoch logs at least one of these; they show which epochs a run already has."""
+GROUPS = {
+    **{prefix: f"{prefix.rstrip('_')}/" for prefix in ("train_", "val_self_", "val_oracle_", "val_bicubic_")},
+    **{name: f"run/{name}" for name in ("crops_per_s", "data_wait", "skipped_steps", "workers")},
+}
+"""Start of a metric's name -> what replaces it in MLflow, whose pages show a section of charts per path.
+
+EPOCH_METRICS and the learning rate matter most: they have no path and come first.
+"""
 RETRY_S = 15.0
 """How often to try again while MLflow does not take what it is sent."""
 PATIENCE_S = 5.0
@@ -75,11 +83,14 @@ class RunLog:
         return max([-1 if self.written_epoch is None else self.written_epoch, *waiting])
 
     def metrics(self, epoch: int, values: Mapping[str, float]) -> bool:
-        """Log one point per finite value at step `epoch`; returns False if the run already has that epoch."""
+        """Log one point per finite value at step `epoch`, under its name of `grouped`.
+
+        Returns False if the run already has that epoch.
+        """
         with self.lock:
             if epoch <= self.last_epoch:
                 return False
-            points = {name: float(value) for name, value in values.items() if math.isfinite(value)}
+            points = {name: float(value) for name, value in grouped(values).items() if math.isfinite(value)}
             self.unsent.append({"step": epoch, "time": int(time.time() * 1000), "metrics": points})
         self._wait()
         return True
@@ -207,6 +218,16 @@ def _read_unsent(path: Path | None) -> list[dict[str, Any]]:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             logging.getLogger(__name__).warning("%s: expected points of a run, got %s; left out", path, error)
     return found
+
+
+def grouped(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of a report by their names in MLflow (GROUPS), e.g. val_self/true_psnr."""
+
+    def renamed(name: str) -> str:
+        start = next((start for start in GROUPS if name.startswith(start)), "")
+        return name if not start or name in EPOCH_METRICS else GROUPS[start] + name.removeprefix(start)
+
+    return {renamed(name): value for name, value in metrics.items()}
 
 
 def environment(workers: int, device: torch.device) -> dict[str, str]:

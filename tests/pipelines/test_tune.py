@@ -90,7 +90,9 @@ def swept(tiny_shards, tmp_path_factory):
     """(data folder, options, result) of a sweep of two trials."""
     data = tmp_path_factory.mktemp("tune") / "data"
     options = {"data": data, "trials": 2, "workers": 1, "name": "two"}
-    return data, options, tune.tune(str(tiny_shards), CONFIG, **options)
+    with (data.parent / "stderr.txt").open("w") as stderr, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stderr", stderr)
+        return data, options, tune.tune(str(tiny_shards), CONFIG, **options)
 
 
 def runs_of(data):
@@ -98,6 +100,17 @@ def runs_of(data):
     client = MlflowClient(registry.default_tracking_uri(data))
     found = client.search_runs([client.get_experiment_by_name("sdan-sweeps").experiment_id])
     return {run.info.run_id: run for run in found}
+
+
+@pytest.mark.slow
+def test_a_redirected_sweep_prints_lines_for_each_trial(swept):
+    data, _, result = swept
+    lines = [line for line in (data.parent / "stderr.txt").read_text().splitlines() if line.startswith("tune: ")]
+    assert [line.split(" (")[0] for line in lines] == ["tune: trial 1"] * 2 + ["tune: trial 2"] * 2
+    for trial in result.trials:
+        start, end = (line for line in lines if trial.trial_id in line)
+        assert " started with " in start and f"model.packing_kernel={trial.overrides['model.packing_kernel']}" in start
+        assert f" finished: val_psnr {trial.score:.4f} at epoch 1, with " in end
 
 
 @pytest.mark.slow

@@ -72,6 +72,16 @@ def test_points_are_written_before_training_goes_on(server, tmp_path):
     assert log.close() == 0 and not (tmp_path / UNSENT).exists()
 
 
+def test_metrics_are_grouped_by_a_path(server, tmp_path):
+    log = open_log(tmp_path)
+    report = {"train_loss": 0.5, "train_align": 0.1, "val_psnr": 30.0, "val_self_true_psnr": 31.0, "data_wait": 0.0}
+    log.metrics(1, report)
+    log.close()
+    names = ["train_loss", "train/align", "val_psnr", "val_self/true_psnr", "run/data_wait"]
+    assert [name for name, _, _ in server.points] == names
+    assert [value for _, _, value in server.points] == list(report.values())
+
+
 def test_a_dead_server_loses_nothing(server, tmp_path):
     log = open_log(tmp_path)
     log.metrics(1, {"train_loss": 1.0})
