@@ -288,7 +288,11 @@ def main() -> None:
     """Measure, print each row when it is ready, and update RESULTS.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=4.0, help="time per variant and round")
-    parser.add_argument("--long", action="store_true", help="also 10 to 200 sequences and a tree of 100,000 frames")
+    parser.add_argument(
+        "--long",
+        action="store_true",
+        help="10, 50 and 200 sequences instead of 5 and 20, ten times the small tasks, and 100,000 frames",
+    )
     parser.add_argument("--only", choices=TABLES, help="print this table only")
     parser.add_argument("--work", type=Path, help="keep the simulated frames in this folder for later runs")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)

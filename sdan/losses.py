@@ -4,11 +4,9 @@
     self_reference_loss   {X, X}: the output must agree with its own low-resolution picture
     transfer_loss         {X, X}: the output, moved by the offset of the {X, Y'} pass, must match the target
 
-`_target_loss` compares the zoomed picture with its target by a pixel term, feature terms (Table 1's "Perceptual" and
-"SRResNet+CX"; ST-LPIPS), or both. To add a term: add NAME_weight to LossConfig (field, `terms` check,
-`needs_features`, `min_px`) and compute parts["NAME"] in `_target_loss` (pixels), in `_feature_terms`, or in
-`_vgg_terms` with the weight's name in VGG_WEIGHTS. A loss for another forward pass is a new function here, called in
-pipelines/training/step.py.
+`_target_loss` compares the zoomed picture with its target: by pixels, by features (Table 1's "Perceptual" and
+"SRResNet+CX"; ST-LPIPS), or both. CONTRIBUTING.md ("A loss") lists what a new term of it needs. A loss for another forward pass
+is a new function here, called in pipelines/training/step.py.
 
 Every term crops `border_px` target pixels from each side, where convolutions saw zero padding and offsets point outside
 the crop. All terms are computed in float32, even under autocast.
@@ -119,7 +117,7 @@ class LossConfig:
 
     @property
     def min_px(self) -> int:
-        """Smallest side of the target, after cropping the border, that every term accepts."""
+        """Every term accepts targets whose sides, after the border is cropped, have at least this many pixels."""
         sides = {"cobi_rgb_weight": self.cobi_patch_px, "st_lpips_weight": st_lpips.MIN_PX}
         sides |= dict.fromkeys(VGG_WEIGHTS, vgg19.MIN_PX)
         return max([1, *(side for name, side in sides.items() if getattr(self, name) > 0)])
