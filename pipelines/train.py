@@ -236,10 +236,10 @@ def summary(result: TrainResult) -> str:
         )
     lines = [
         f"best: {result.verdict}",
-        f"model: {result.model} ({place}; MLflow run {result.run_id})",
+        f"model: {result.model} ({place}; curves and all scores: sdan ui)",
         then,
     ]
-    return "\n".join([*lines, *(f"  {key} {value:.4f}" for key, value in sorted(result.scores.items()))])
+    return "\n".join(lines)
 
 
 def _checked(
