@@ -60,8 +60,13 @@ VIEW_TAGS = {
             "orderByKey": "metrics.`val_psnr`",
             "orderByAsc": False,
             "selectedColumns": [
-                *("attributes.`Duration`", "metrics.`val_psnr`", "metrics.`val_self/true_psnr`", "params.`name`"),
-                *("params.`train.epochs`", "params.`train.crops_per_epoch`"),
+                *(
+                    "attributes.`Duration`",
+                    "metrics.`val_psnr`",
+                    "metrics.`best_psnr`",
+                    "metrics.`gain_over_bicubic_db`",
+                ),
+                *("params.`name`", "params.`train.epochs`", "params.`train.crops_per_epoch`"),
                 "params.`shards`",
             ],
         }

@@ -37,7 +37,7 @@ from pipelines.training.graph import check_graph
 from pipelines.training.progress import SELECT_BY, ProgressFile, ProgressLine
 from pipelines.training.rendezvous import LocalTorchConfig
 from pipelines.training.run_folder import RunShards, StoredRun
-from pipelines.training.run_log import deliver, log_data
+from pipelines.training.run_log import deliver, log_data, log_gains
 from pipelines.training.verdict import Verdict, judge
 from pipelines.training.worker import TrainJob, train_worker
 from sdan import checkpoint
@@ -437,6 +437,7 @@ def _finish(
                 registry.set_champion(tracking_uri, version, register)
                 champion = True
         deliver(tracking_uri, run.run_id, folder)
+        log_gains(tracking_uri, run.run_id, verdict.gains, verdict.epoch)
     except (RegistryError, MlflowException) as error:
         reason = str(error).splitlines()[0].partition("; ")[0]
         raise TrainError(

@@ -204,6 +204,13 @@ def deliver(tracking_uri: str, run_id: str, folder: Path) -> int:
     return RunLog(tracking_uri, run_id, folder).close()
 
 
+def log_gains(tracking_uri: str, run_id: str, gains: Mapping[str, float], epoch: int) -> None:
+    """Log a finished run's best score and gains (verdict.Verdict.gains) at the best epoch."""
+    now = int(time.time() * 1000)
+    points = [Metric(name, value, now, epoch) for name, value in gains.items()]
+    MlflowClient(tracking_uri=tracking_uri).log_batch(run_id, metrics=points)
+
+
 def _read_unsent(path: Path | None) -> list[dict[str, Any]]:
     """The entries of unsent.jsonl; lines that are damaged are left out."""
     found = []

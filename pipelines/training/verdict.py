@@ -41,6 +41,16 @@ class Verdict:
             return f"it is not better than bicubic ({self.bicubic:.2f} dB)"
         return None
 
+    @property
+    def gains(self) -> dict[str, float]:
+        """What MLflow's table of runs shows: the score, and how far above bicubic and the start it is; dB."""
+        known = {"best_psnr": self.score}
+        if self.bicubic is not None:
+            known["gain_over_bicubic_db"] = self.score - self.bicubic
+        if self.start is not None:
+            known["gain_over_start_db"] = self.score - self.start
+        return known
+
     def __str__(self) -> str:
         parts = [f"{self.score:.2f} dB (self, {self.target}), epoch {self.epoch} of {self.epochs}"]
         if self.bicubic is not None:
