@@ -5,8 +5,8 @@
     transfer_loss         {X, X}: the output, moved by the offset of the {X, Y'} pass, must match the target
 
 `_target_loss` compares the zoomed picture with its target: by pixels, by features (Table 1's "Perceptual" and
-"SRResNet+CX"; ST-LPIPS), or both. CONTRIBUTING.md ("A loss") lists what a new term of it needs. A loss for another forward pass
-is a new function here, called in pipelines/training/step.py.
+"SRResNet+CX"; ST-LPIPS), or both. CONTRIBUTING.md ("A loss") lists what a new term of it needs. A loss for another
+forward pass is a new function here, called in pipelines/training/step.py.
 
 Every term crops `border_px` target pixels from each side, where convolutions saw zero padding and offsets point outside
 the crop. All terms are computed in float32, even under autocast.
