@@ -33,7 +33,6 @@ from pipelines.zooming.request import (
     shown,
     without_twins,
 )
-from preprocessing.raw import decode
 from preprocessing.storage import new_file, one_line
 from sdan import STARTER
 from sdan.baselines import Network
@@ -71,8 +70,8 @@ class Zoomer:
                 progress=progress,
             )
         top, left, height, width = self._window(photo)
-        part = zoomed.permute(1, 2, 0)[top : top + height, left : left + width]
-        return decode.upright(part.numpy(), photo.flip)
+        part: np.ndarray = zoomed.permute(1, 2, 0)[top : top + height, left : left + width].numpy()
+        return part
 
     def levels(
         self,
@@ -83,8 +82,6 @@ class Zoomer:
         scale: int | None = None,
     ) -> Iterator[np.ndarray]:
         """The same as levels, uint8 or uint16 [rows, s W, 3], in parts from top to bottom.
-
-        Upright photographs need memory for one part; the others are turned as a whole.
 
         Args:
             scale: resample to this scale; None: the model's.
@@ -108,16 +105,12 @@ class Zoomer:
                 parts = rows.grey(parts)
             if scale is not None and scale != own:
                 parts = rows.resampled(parts, width, own, scale)
-                height, width = height // own * scale, width // own * scale
-            if photo.flip:
-                yield rows.upright(parts, height, width, photo.flip)
-            else:
-                yield from parts
+            yield from parts
 
     def size(self, photo: Photo, scale: int | None = None) -> tuple[int, int]:
         """(width, height) of the enlarged photograph, upright."""
         height, width = ((scale or self.model.config.scale) * side for side in photo.window[2:])
-        return (height, width) if photo.flip & 4 else (width, height)
+        return width, height
 
     def _window(self, photo: Photo) -> tuple[int, ...]:
         return tuple(self.model.config.scale * value for value in photo.window)

@@ -1,4 +1,4 @@
-"""Changes a zoomed photograph's rows on their way into the file: crop, grey, scale, orientation."""
+"""Changes a zoomed photograph's rows on their way into the file: crop, grey, scale."""
 
 from __future__ import annotations
 
@@ -60,21 +60,3 @@ def resampled(parts: Iterable[Pixels], width: int, scale: int, wanted: int) -> I
             above, held = above + ready - keep, held[keep:]
     if held is not None and len(held) > above:
         yield resized(held, above, 0)
-
-
-def upright(parts: Iterable[Pixels], height: int, width: int, flip: int) -> Pixels:
-    """All rows, [height, width, C] before, turned by LibRaw's code `flip` (decode.upright)."""
-    turned: Pixels | None = None
-    stored = turned
-    at = 0
-    for part in parts:
-        if turned is None or stored is None:
-            size = (width, height) if flip & 4 else (height, width)
-            turned = np.empty((*size, part.shape[2]), part.dtype)
-            stored = turned.swapaxes(0, 1) if flip & 4 else turned
-            stored = stored[:, ::-1] if flip & 1 else stored
-            stored = stored[::-1] if flip & 2 else stored
-        stored[at : at + len(part)] = part
-        at += len(part)
-    assert turned is not None  # a photograph has rows
-    return turned

@@ -459,3 +459,39 @@ def test_a_name_that_is_not_utf_8_is_zoomed(zoomer, tmp_path):
         zoom_photos([path], tmp_path / f"out{suffix[1:]}", zoomer, say=said.append, warn=print)
         assert len(list((tmp_path / f"out{suffix[1:]}").iterdir())) == 1
         said[-1].encode()
+
+
+@pytest.mark.parametrize("cfa", ["RGGB", "BGGR", "GRBG", "GBRG"])
+@pytest.mark.parametrize(("orientation", "height", "width"), [(1, 70, 90), (3, 71, 90), (6, 70, 91), (8, 71, 91)])
+def test_raw_of_any_start_is_zoomed_whole(cfa, orientation, height, width, zoomer, tmp_path):
+    """Every row and column of the sensor is kept, and each colour is read from its own sites."""
+    colours = {"R": (0, 4000), "B": (3, 1500)}
+    red_row = cfa.index("R") // 2
+    places = [colours.get(name, (1, 3000) if n // 2 == red_row else (2, 2500)) for n, name in enumerate(cfa)]
+    mosaic = np.zeros((height, width), np.uint16)
+    for n, (_, value) in enumerate(places):
+        mosaic[n // 2 :: 2, n % 2 :: 2] = value
+    black, path = (512, 600, 700, 800), tmp_path / "photo.dng"
+    write_dng(path, mosaic, cfa=cfa, black_level=black, wb=(1.0, 1.0, 1.0), shot=ShotTags(orientation=orientation))
+    photo = read_photo(path, zoomer.model.config)
+    shares = [(value - black[n]) / (16383 - black[n]) for n, value in enumerate((4000, 3000, 2500, 1500))]
+    if orientation in (6, 8):
+        shares = [shares[n] for n in (0, 2, 1, 3)]
+        height, width = width, height
+    assert photo.window[2:] == (height, width) and zoomer.size(photo) == (4 * width, 4 * height)
+    for plane, share in zip(photo.raw, shares, strict=True):
+        assert torch.allclose(plane, torch.tensor(share, dtype=torch.float32), atol=1e-5)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("cfa", ["GBRG", "BGGR"])
+def test_turned_raw_shows_the_rendering(orientation, cfa, zoomer, tmp_path):
+    grey = picture(71, 90)[..., 1].astype(np.uint16) * 40 + 600
+    path = tmp_path / "photo.dng"
+    write_dng(path, grey, cfa=cfa, wb=(1.0, 1.0, 1.0), shot=ShotTags(orientation=orientation))
+    image = decode.load(path)
+    shown = decode.upright(image.sensor.render(0, 0, 71, 90), image.flip)
+    expected = enlarged(torch.from_numpy(shown).permute(2, 0, 1) / 255)
+    found = zoomer.zoom(read_photo(path, zoomer.model.config))
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() < TOLERANCE
