@@ -101,7 +101,8 @@ def _turned(image: decode.RawImage, around: Window, window: Window) -> tuple[_Pa
     """(the RAW within `around`, upright, and the place of `window` in it).
 
     Where the upright part does not start and end with whole cells, the RAW is continued by reflection about its outer
-    pixels, which keeps the colours' places, and the rendering by its outer pixels, as bicubic enlargement does. Turning the input and not the output lets the output be written row by row.
+    pixels, which keeps the colours' places, and the rendering by its outer pixels, as bicubic enlargement does. Turning
+    the input and not the output lets the output be written row by row.
 
     Args:
         around: even start, in LibRaw's visible area.
