@@ -115,6 +115,7 @@ class _Live(TypedDict):
     crops_per_s: float | None
     left_s: _Seconds | None
     started: NotRequired[str]
+    stage: NotRequired[str]
 
 
 def run_folder(data: Path, name: str) -> Path:
