@@ -54,7 +54,8 @@ def test_a_resumed_run_says_that_the_precision_changed(log):
 
 
 def test_the_console_shows_the_line_once(tmp_path, capsys):
-    now = {"time": time.time() - 60, "epoch": 0.0, "epochs": 2, "left_s": None, "started": "of an earlier start"}
+    now = {"time": time.time() - 60, "epoch": 0.0, "epochs": 2, "loss": None, "crops_per_s": None, "left_s": None}
+    now["started"] = "of an earlier start"
     (tmp_path / LIVE).write_text(json.dumps(now))
     with ProgressLine(tmp_path, 2, enabled=True):
         (tmp_path / LIVE).write_text(json.dumps(now | {"time": time.time() + 1, "started": "computes in fp32"}))
