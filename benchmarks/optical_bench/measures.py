@@ -12,7 +12,6 @@ noise            standard deviation of the luma on flat patches, levels of 255
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-
 from optical_bench.charts import ANGLES, EDGE_ANGLES, Chart, normal
 
 Image = NDArray[np.float32]

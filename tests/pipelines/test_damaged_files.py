@@ -68,12 +68,13 @@ def test_damaged_advisory_files_are_ignored_with_a_line(data, content):
     (folder / PROGRESS).write_bytes(content)
     (data / status.RETRAIN).write_bytes(content)
     notes: list[str] = []
-    assert describe(run_folder.live(folder, notes.append), run_folder.last_report(folder, notes.append)) == "starting"
+    shown = describe(run_folder.live(folder, notes.append), run_folder.last_report(folder, notes.append))
+    assert shown == "starting the workers"
     assert len(notes) == (1 if content == b"" else 2) and all(note.startswith("ignored: ") for note in notes)
-    shown = status.status(data)
-    assert {run.name: run.state for run in shown.runs} == {"good": "running", "bad": "running"}
+    screen = status.status(data)
+    assert {run.name: run.state for run in screen.runs} == {"good": "running", "bad": "running"}
     for name in (LIVE, "retrain.json"):
-        assert f"ignored: {next(data.rglob(name))}: expected JSON" in str(shown)
+        assert f"ignored: {next(data.rglob(name))}: expected JSON" in str(screen)
 
 
 def test_a_torn_last_line_leaves_the_reports_before_it(data):

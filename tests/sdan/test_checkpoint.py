@@ -112,7 +112,7 @@ def test_a_folder_with_other_files_is_not_replaced(tmp_path):
 
 def test_an_unwritable_folder_and_a_wrong_model_are_refused(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(CheckpointError, match=r"expected a writable folder, got .*; choose another folder"):
+    with pytest.raises(CheckpointError, match=r"expected a writable folder, got .*; choose another"):
         save(tmp_path / "file" / "c", SDAN(SMALL), config={}, scores={})
     with pytest.raises(CheckpointError, match="expected a model of type SDAN or SRResNet, got Linear"):
         save(tmp_path / "c", torch.nn.Linear(1, 1), config={}, scores={})
