@@ -258,8 +258,10 @@ def set_champion(tracking_uri: str, version: str, name: str = MODEL) -> None:
     try:
         client.get_model_version(name, version)
     except MlflowException as error:
+        known = sorted(int(found.version) for found in client.search_model_versions(f"name = '{name}'"))
+        expected = f"one of the versions {', '.join(map(str, known))}" if known else "a registered version"
         raise RegistryError(
-            f"models:/{name}/{version}: expected a registered version, got none; see the Models page of the MLflow UI"
+            f"models:/{name}/{version}: expected {expected}, got {version if known else 'none; train a model first'}"
         ) from error
     before = get_champion(tracking_uri, name)
     if before is not None and str(before.version) == str(version):

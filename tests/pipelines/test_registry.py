@@ -359,6 +359,14 @@ def test_incomplete_runs_and_folders_are_refused(uri, tmp_path):
         registry.set_champion(uri, "12")
 
 
+@pytest.mark.parametrize("version", ["99", "abc"])
+def test_promoting_no_version_names_those_there_are(uri, tmp_path, version):
+    for name in ("one", "two"):
+        register(uri, tmp_path / name, name.encode())
+    with pytest.raises(RegistryError, match=f"expected one of the versions 1, 2, got {version}"):
+        registry.set_champion(uri, version)
+
+
 def test_looking_for_a_champion_creates_nothing(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     uri = registry.default_tracking_uri(tmp_path)
