@@ -63,18 +63,10 @@ def _tile(
 
 @triton.jit(do_not_specialize=["columns"])
 def pack_kernel(
-    x_ptr: tl.tensor,
-    tokens_ptr: tl.tensor,
-    negated_ptr: tl.tensor,
-    values: tl.tensor,
-    windows: tl.tensor,
-    columns: tl.tensor,
-    K: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    x_ptr: tl.tensor, tokens_ptr: tl.tensor, negated_ptr: tl.tensor, values: tl.tensor, windows: tl.tensor,
+    columns: tl.tensor, K: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr,
     ACC: tl.constexpr,
-) -> None:
+) -> None:  # fmt: skip
     """tokens = packed x; negated = -tokens."""
     place, token, valid = _tile(values, windows, columns, K, CHANNELS_LAST, BLOCK_P, BLOCK_E)
     x = tl.load(x_ptr + place, mask=valid, other=0.0).to(ACC)
@@ -84,20 +76,10 @@ def pack_kernel(
 
 @triton.jit(do_not_specialize=["columns"])
 def unpack_kernel(
-    x_ptr: tl.tensor,
-    attended_ptr: tl.tensor,
-    gamma_ptr: tl.tensor,
-    out_ptr: tl.tensor,
-    values: tl.tensor,
-    windows: tl.tensor,
-    columns: tl.tensor,
-    RELU: tl.constexpr,
-    K: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    ACC: tl.constexpr,
-) -> None:
+    x_ptr: tl.tensor, attended_ptr: tl.tensor, gamma_ptr: tl.tensor, out_ptr: tl.tensor, values: tl.tensor,
+    windows: tl.tensor, columns: tl.tensor, RELU: tl.constexpr, K: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr, ACC: tl.constexpr,
+) -> None:  # fmt: skip
     """out = x + gamma unpacked(attended), 0 instead of negative values if RELU."""
     place, token, valid = _tile(values, windows, columns, K, CHANNELS_LAST, BLOCK_P, BLOCK_E)
     attended = tl.load(attended_ptr + token, mask=valid, other=0.0).to(ACC)
@@ -121,24 +103,11 @@ def _after_relu(
 
 @triton.jit(do_not_specialize=["columns"])
 def pack_gradient_kernel(
-    grad_ptr: tl.tensor,
-    out_ptr: tl.tensor,
-    tokens_ptr: tl.tensor,
-    attended_ptr: tl.tensor,
-    gamma_ptr: tl.tensor,
-    grad_tokens_ptr: tl.tensor,
-    negated_ptr: tl.tensor,
-    parts_ptr: tl.tensor,
-    values: tl.tensor,
-    windows: tl.tensor,
-    columns: tl.tensor,
-    RELU: tl.constexpr,
-    K: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    ACC: tl.constexpr,
-) -> None:
+    grad_ptr: tl.tensor, out_ptr: tl.tensor, tokens_ptr: tl.tensor, attended_ptr: tl.tensor, gamma_ptr: tl.tensor,
+    grad_tokens_ptr: tl.tensor, negated_ptr: tl.tensor, parts_ptr: tl.tensor, values: tl.tensor, windows: tl.tensor,
+    columns: tl.tensor, RELU: tl.constexpr, K: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_E: tl.constexpr, ACC: tl.constexpr,
+) -> None:  # fmt: skip
     """grad_tokens = gamma packed(g); negated = -tokens; parts[program] = sum of g * attended over the tile."""
     place, token, valid = _tile(values, windows, columns, K, CHANNELS_LAST, BLOCK_P, BLOCK_E)
     grad = _after_relu(grad_ptr, out_ptr, place, valid, RELU, ACC)
@@ -152,26 +121,12 @@ def pack_gradient_kernel(
 
 @triton.jit(do_not_specialize=["columns"])
 def unpack_gradient_kernel(
-    grad_ptr: tl.tensor,
-    out_ptr: tl.tensor,
-    grad_values_ptr: tl.tensor,
-    grad_keys_ptr: tl.tensor,
-    grad_queries_ptr: tl.tensor,
-    parts_ptr: tl.tensor,
-    grad_x_ptr: tl.tensor,
-    grad_gamma_ptr: tl.tensor,
-    values: tl.tensor,
-    windows: tl.tensor,
-    columns: tl.tensor,
-    RELU: tl.constexpr,
-    THREE: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
-    K: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    ACC: tl.constexpr,
-) -> None:
+    grad_ptr: tl.tensor, out_ptr: tl.tensor, grad_values_ptr: tl.tensor, grad_keys_ptr: tl.tensor,
+    grad_queries_ptr: tl.tensor, parts_ptr: tl.tensor, grad_x_ptr: tl.tensor, grad_gamma_ptr: tl.tensor,
+    values: tl.tensor, windows: tl.tensor, columns: tl.tensor, RELU: tl.constexpr, THREE: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr, K: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_E: tl.constexpr, ACC: tl.constexpr,
+) -> None:  # fmt: skip
     """grad_x = g + unpacked(values [+ keys - queries if THREE]). The first program adds up the parts of grad_gamma, of
     which there are as many as programs.
     """
