@@ -134,8 +134,8 @@ def test_shards_added_before_a_restart_change_nothing(shards, tmp_path, monkeypa
     longer = configs.override(configs.smoke(), {"train.epochs": 2})
     arguments = {"workers": 1, "register": None, "progress": False}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("pipelines.registry.register_model", killed)
-        train(str(shards), once, data=tmp_path, name="cut", **arguments | {"register": "sdan"})
+        patch.setattr("pipelines.train.judge", killed)
+        train(str(shards), once, data=tmp_path, name="cut", **arguments)
     assert run_folder.newest_unfinished(tmp_path) == run_folder.run_folder(tmp_path, "cut")
     add_pair(shards)
     add_pair(shards, "val")
