@@ -1,7 +1,7 @@
 """Whether a run's best checkpoint is worth registering: it must beat the run's start, and bicubic enlargement.
 
-All scores are PSNR of the validation crops by the self protocol, against the true picture where it is known, else by
-SELECT_BY (against the aligned target, or the raw one).
+All scores are PSNR of the validation crops by the self protocol. The start is compared by SELECT_BY (against the
+aligned target, or the raw one), which also selected the checkpoint; bicubic against the true picture where it is known.
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ class Verdict:
     target: str
     """true, aligned or raw."""
     score: float
+    selected: float
+    """SELECT_BY, which is `score` unless the target is true."""
     start: float | None
-    """Before the first step; None: the run does not know."""
+    """SELECT_BY before the first step; None: the run does not know."""
     bicubic: float | None
     """None: the run does not know (it was begun by an earlier version)."""
 
     @property
     def fault(self) -> str | None:
         """Why the model is not worth registering; None if it is."""
-        if self.start is not None and not self.score > self.start:
+        if self.start is not None and not self.selected > self.start:
             return f"it is not better than before the first step ({self.start:.2f} dB)"
         if self.bicubic is not None and not self.score > self.bicubic:
             return f"it is not better than bicubic ({self.bicubic:.2f} dB)"
@@ -48,7 +50,7 @@ class Verdict:
         if self.bicubic is not None:
             known["gain_over_bicubic_db"] = self.score - self.bicubic
         if self.start is not None:
-            known["gain_over_start_db"] = self.score - self.start
+            known["gain_over_start_db"] = self.selected - self.start
         return known
 
     def __str__(self) -> str:
@@ -56,7 +58,8 @@ class Verdict:
         if self.bicubic is not None:
             parts.append(f"{self.score - self.bicubic:+.2f} dB over bicubic")
         if self.start is not None:
-            parts.append(f"{self.score - self.start:+.2f} dB over the start")
+            by = " (self, aligned)" if self.target == "true" else ""
+            parts.append(f"{self.selected - self.start:+.2f} dB over the start{by}")
         return "; ".join(parts)
 
 
@@ -78,7 +81,8 @@ def judge(folder: Path, best: Mapping[str, float]) -> Verdict:
         epochs=int(best["epochs"]),
         target=target,
         score=float(best[name]),
-        start=_finite(first.get(name)),
+        selected=float(best[SELECT_BY]),
+        start=_finite(first.get(SELECT_BY)),
         bicubic=_finite(first.get(f"{BICUBIC}_{target}_psnr")),
     )
 

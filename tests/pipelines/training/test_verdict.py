@@ -28,9 +28,9 @@ def bicubic(true=None, aligned=23.5, raw=22.5):
 @pytest.mark.parametrize(
     ("start", "base", "best", "target", "fault"),
     [
-        (scores(true=30.0), bicubic(true=28.0), scores(true=30.5), "true", None),
-        (scores(true=30.0), bicubic(true=28.0), scores(true=30.0), "true", "before the first step (30.00 dB)"),
-        (scores(true=20.0), bicubic(true=28.0), scores(true=27.0), "true", "bicubic (28.00 dB)"),
+        (scores(true=30.0), bicubic(true=28.0), scores(true=29.9, aligned=24.5), "true", None),
+        (scores(true=30.0), bicubic(true=28.0), scores(true=31.0), "true", "before the first step (24.00 dB)"),
+        (scores(true=20.0, aligned=20.0), bicubic(true=28.0), scores(true=27.0), "true", "bicubic (28.00 dB)"),
         # Real data has no true picture; SELECT_BY and the aligned target decide.
         (scores(aligned=20.0), bicubic(aligned=23.5), scores(aligned=24.0), "aligned", None),
         (scores(aligned=20.0), bicubic(aligned=24.0), scores(aligned=24.0), "aligned", "bicubic (24.00 dB)"),
@@ -47,9 +47,10 @@ def test_a_model_must_beat_start_and_bicubic(start, base, best, target, fault, t
 
 
 def test_the_line_names_epoch_score_and_gains(tmp_path):
-    run_of(tmp_path, (0, scores(true=29.0) | bicubic(true=28.0)), (2, scores(true=30.5)))
-    line = str(judge(tmp_path, {"epoch": 2, "epochs": 4, **scores(true=30.5)}))
-    assert line == "30.50 dB (self, true), epoch 2 of 4; +2.50 dB over bicubic; +1.50 dB over the start"
+    run_of(tmp_path, (0, scores(true=29.0) | bicubic(true=28.0)), (2, scores(true=30.5, aligned=25.0)))
+    line = str(judge(tmp_path, {"epoch": 2, "epochs": 4, **scores(true=30.5, aligned=25.0)}))
+    gains = "+2.50 dB over bicubic; +1.00 dB over the start (self, aligned)"
+    assert line == f"30.50 dB (self, true), epoch 2 of 4; {gains}"
 
 
 def test_a_log_without_its_first_line_has_no_start(tmp_path):
