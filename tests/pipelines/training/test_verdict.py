@@ -60,8 +60,8 @@ def test_a_log_without_its_first_line_has_no_start(tmp_path):
 
 
 def test_the_gains_for_mlflow_leave_out_what_is_unknown(tmp_path):
-    run_of(tmp_path, (0, scores(true=29.0) | bicubic(true=28.0)), (2, scores(true=30.5)))
-    gains = judge(tmp_path, {"epoch": 2, "epochs": 4, **scores(true=30.5)}).gains
+    run_of(tmp_path, (0, scores(true=29.0) | bicubic(true=28.0)), (2, scores(true=30.5, aligned=25.5)))
+    gains = judge(tmp_path, {"epoch": 2, "epochs": 4, **scores(true=30.5, aligned=25.5)}).gains
     assert gains == {"best_psnr": 30.5, "gain_over_bicubic_db": 2.5, "gain_over_start_db": 1.5}
     run_of(tmp_path, (2, scores()))
     assert judge(tmp_path, {"epoch": 2, "epochs": 4, **scores()}).gains == {"best_psnr": 24.0}
