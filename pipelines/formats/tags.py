@@ -35,6 +35,8 @@ def read(head: bytes) -> Image.Exif:
         else:
             with Image.open(io.BytesIO(head)) as picture:
                 found = picture.getexif()
+        for part in (_EXIF_IFD, _GPS_IFD):  # read now, while warnings are off: the head may end within it
+            found.get_ifd(part)
     return found
 
 

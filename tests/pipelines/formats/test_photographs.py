@@ -2,6 +2,7 @@
 
 import io
 import struct
+import warnings
 
 import cv2
 import numpy as np
@@ -86,6 +87,16 @@ def test_tags_and_profile_are_kept(kind, gps, monkeypatch):
     assert (shot[0x829A], shot[0x829D], shot[0x8827], shot[0xA434]) == (0.004, 2.8, 400, "50mm F2")
     assert (shot[0xA002], shot[0xA003], 0x927C in shot) == (60, 40, False)
     assert (place.get(2) == (48.0, 12.0, 30.5)) == gps and bool(place) == gps
+
+
+@pytest.mark.parametrize("left", [0.5, 0.7, 0.9])
+def test_tags_cut_off_with_the_head_give_no_warning(left):
+    whole = source_exif().tobytes().removeprefix(b"Exif\x00\x00")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = tags.read(whole[: int(left * len(whole))])
+        assert tags.written(found, 3, 2)[:2] in (b"II", b"MM")
+        found.get_ifd(0x8769)
 
 
 def test_damaged_tags_count_as_none():
