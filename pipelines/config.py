@@ -201,21 +201,11 @@ def demo() -> ExperimentConfig:
         model=SDANConfig(input="packed", features=32, blocks=4, packing_kernel=4, skip="rendering"),
         loss=LossConfig(kind="charbonnier", self_reference_weight=1.0),
         train=TrainConfig(
-            epochs=20,
-            crops_per_epoch=160,
-            crop_px=24,
-            batch_per_worker=4,
-            learning_rate=1e-3,
-            restart_epochs=20,
-            ema_decay=0.98,
-            validate_every=2,
-            grad_clip=1.0,
-            warmup_steps=20,
-            val_crops=24,
-            picture_every=2,
-            look="rendering",
+            epochs=20, crops_per_epoch=160, crop_px=24, batch_per_worker=4,
+            learning_rate=1e-3, restart_epochs=20, warmup_steps=20, grad_clip=1.0, ema_decay=0.98,
+            validate_every=2, val_crops=24, picture_every=2, look="rendering",
         ),
-    )
+    )  # fmt: skip
 
 
 def starter() -> ExperimentConfig:
