@@ -34,6 +34,12 @@ class Subject:
         raw, rendering = raw_input.from_photo(photo)
         return cls(rendering, raw)
 
+    def part(self, top: int, left: int, side: int) -> "Subject":
+        """A square part, from an even row and column, of even side; pixels."""
+        cell = slice(top // 2, (top + side) // 2), slice(left // 2, (left + side) // 2)
+        raw = None if self.raw is None else self.raw[:, *cell]
+        return Subject(self.rendering[:, top : top + side, left : left + side], raw)
+
     @classmethod
     def from_picture(cls, picture_HW3: NDArray[np.uint8]) -> "Subject":
         return cls(torch.from_numpy(picture_HW3).permute(2, 0, 1).float() / 255)

@@ -37,6 +37,7 @@ from preprocessing.raw import decode  # noqa: E402
 from sdan import metrics  # noqa: E402
 
 Picture = NDArray[np.float32]
+ESRGAN = "Real-ESRGAN x4plus"
 BORDER_PX = 16
 CROP_PX = 96
 """Side of the crops of real RAW, mosaic pixels."""
@@ -149,24 +150,15 @@ def _city_scores(label: str, method: Method | None, short: Path, out: Path) -> t
 def raw_sheet(methods: dict[str, Method], path: Path, out: Path, crops: int = 4) -> Path:
     """A picture of crops of a RAW file: one row a crop, one column a method."""
     photo = decode.load(path, name=path.name)
+    whole = Subject.from_raw(photo)
     rows = []
     for top, left in busiest(photo, crops):
-        part = Subject.from_raw(_Window(photo, top, left))
+        part = whole.part(top, left, CROP_PX)
         row = [_shown(method(part), label) for label, method in methods.items()]
         rows.append(np.hstack(row))
     sheet = out / f"{path.stem}.png"
     Image.fromarray(np.vstack(rows)).save(sheet)
     return sheet
-
-
-class _Window:
-    """A square part of a RAW photo, as `raw_input.from_photo` takes it."""
-
-    def __init__(self, photo: decode.RawImage, top: int, left: int) -> None:
-        side = CROP_PX // 2
-        self.packed = photo.counts(top // 2, left // 2, side, side)
-        self.rendering = photo.render(top // 2, left // 2, side, side)
-        self.black_level, self.white_level, self.wb = photo.black_level, photo.white_level, photo.wb
 
 
 def busiest(photo: decode.RawImage, crops: int) -> list[tuple[int, int]]:
@@ -199,14 +191,14 @@ def city100_sheet(methods: dict[str, Method], folder: Path, out: Path, pairs: in
     return sheet
 
 
-def methods_of(models: list[Path], *, slow_peers: bool) -> dict[str, Method]:
+def methods_of(models: list[Path]) -> dict[str, Method]:
     """Label -> method; bicubic is first."""
     found: dict[str, Method] = {"bicubic": peers.by_bicubic, "Lanczos": peers.by_lanczos}
     for folder in models:
         found[folder.name] = peers.by_model(folder)
     weights = peers.real_esrgan_models()
-    if slow_peers and weights:
-        found["Real-ESRGAN x4plus"] = peers.by_real_esrgan(weights)
+    if weights:
+        found[ESRGAN] = peers.by_real_esrgan(weights)
     return found
 
 
@@ -222,7 +214,8 @@ def main() -> None:
     parser.add_argument("--only", choices=["optical", "noise", "city100", "raw"])
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
-    fast, slow = (methods_of(chosen.models, slow_peers=asked) for asked in (chosen.slow_peers, True))
+    slow = methods_of(chosen.models)
+    fast = {label: method for label, method in slow.items() if label != ESRGAN or chosen.slow_peers}
     tables: dict[str, tuple[str, Callable[[], Iterator[str]]]] = {
         "optical": ("Optical bench, ISO 100", partial(optical_rows, fast)),
         "noise": ("Noise left on grey patches, levels of 255", partial(noise_rows, fast)),

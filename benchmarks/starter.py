@@ -145,10 +145,11 @@ def make_card(name: str, photographs: Path, out: Path, package: Path | None = No
     config = configs.from_dict(stored.config)
     held = held_out(index_split(str(out / "shards"), "test"), config, limit=TEST_CROPS, align=True)
 
-    def score(chosen: HeldOut) -> Evaluation:
-        return evaluate_model(stored.model, chosen, split="test", crop_px=config.train.crop_px)
+    def score(chosen: HeldOut, perceptual: bool = False) -> Evaluation:
+        crop_px = config.train.crop_px
+        return evaluate_model(stored.model, chosen, split="test", crop_px=crop_px, perceptual=perceptual)
 
-    whole = score(held)
+    whole = score(held, perceptual=True)
     package.mkdir(parents=True, exist_ok=True)
     shutil.copy(model / "model.safetensors", package)
     shutil.copy(model / "config.json", package)

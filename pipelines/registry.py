@@ -20,23 +20,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote
+
+from typing_extensions import TypedDict
 
 if TYPE_CHECKING:
     from alembic.script import ScriptDirectory
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-from typing_extensions import TypedDict
-
 from preprocessing.shard_folder.small_json import read_json
 from sdan import STARTER, starter_folder
 from sdan.checkpoint import DESCRIPTION, TRAINER, WEIGHTS
+
+T = TypeVar("T")
 
 MODEL = "sdan"
 CHAMPION = "champion"
@@ -237,15 +239,21 @@ def register_model(tracking_uri: str, run_id: str, checkpoint: Path, name: str =
 
 def get_champion(tracking_uri: str, name: str = MODEL) -> ModelVersion | None:
     """The champion's version, or None if there is none."""
+    absent = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+    return _looked_up(tracking_uri, lambda client: client.get_model_version_by_alias(name, CHAMPION), absent)
+
+
+def _looked_up(tracking_uri: str, look: Callable[[MlflowClient], T], absent: tuple[str, ...]) -> T | None:
+    """What `look` returns; None if there is no database yet, or MLflow's error is one of `absent`."""
     database = _database(tracking_uri)
     if database is not None and not database.is_file():
         return None  # MLflow would create the database
     from mlflow.exceptions import MlflowException
 
     try:
-        return connect(tracking_uri).get_model_version_by_alias(name, CHAMPION)
+        return look(connect(tracking_uri))
     except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+        if error.error_code in absent:
             return None
         raise
 
@@ -278,18 +286,9 @@ def remember_shards(tracking_uri: str, digest: str, name: str = MODEL) -> None:
 
 def remembered_shards(tracking_uri: str, name: str = MODEL) -> str | None:
     """The digest that `remember_shards` recorded last; None before the first."""
-    database = _database(tracking_uri)
-    if database is not None and not database.is_file():
-        return None  # MLflow would create the database
-    from mlflow.exceptions import MlflowException
-
-    try:
-        tags = connect(tracking_uri).get_registered_model(name).tags
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return None
-        raise
-    return str(tags[SHARDS_TAG]) if SHARDS_TAG in tags else None
+    absent = ("RESOURCE_DOES_NOT_EXIST",)
+    model = _looked_up(tracking_uri, lambda client: client.get_registered_model(name), absent)
+    return str(model.tags[SHARDS_TAG]) if model is not None and SHARDS_TAG in model.tags else None
 
 
 def rollback(tracking_uri: str, name: str = MODEL) -> tuple[str, str]:

@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipelines.formats.strips import strips
+
 MAX_SIDE = 65_500
 _STRIP_ROWS = 128
 """A multiple of 8, the rows of a block without subsampling of colours."""
@@ -41,7 +43,7 @@ def encode(
     blocks = 0
     compress = partial(_compressed, quality=quality, icc=icc, exif=exif)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for data in _mapped(pool, compress, _strips(parts)):
+        for data in _mapped(pool, compress, strips(parts, _STRIP_ROWS)):
             scan = _scan_start(data)
             if not blocks:
                 yield _with_height(data[:scan], height)
@@ -61,18 +63,6 @@ def _mapped(pool: ThreadPoolExecutor, compress: partial[bytes], strips: Iterator
         if len(waiting) > workers:
             yield waiting.pop(0).result()
     yield from (future.result() for future in waiting)
-
-
-def _strips(parts: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
-    """The rows in strips of _STRIP_ROWS; the last may be shorter."""
-    held: NDArray[np.uint8] | None = None
-    for part in parts:
-        held = part if held is None else np.concatenate((held, part))
-        while len(held) >= _STRIP_ROWS:
-            yield held[:_STRIP_ROWS]
-            held = held[_STRIP_ROWS:]
-    if held is not None and len(held):
-        yield held
 
 
 def _compressed(strip: NDArray[np.uint8], quality: int, icc: bytes, exif: bytes) -> bytes:

@@ -17,6 +17,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.formats.strips import strips
+
 Pixels = NDArray[Any]
 """uint8 or uint16."""
 
@@ -88,14 +90,9 @@ def write(
 
 def _rows_of_tiles(parts: Iterable[Pixels]) -> Iterator[Pixels]:
     """The rows, TILE_PX at a time; the last are padded with copies of the last row."""
-    held: Pixels | None = None
-    for part in parts:
-        held = part if held is None else np.concatenate((held, part))
-        while len(held) >= TILE_PX:
-            yield held[:TILE_PX]
-            held = held[TILE_PX:]
-    if held is not None and len(held):
-        yield np.pad(held, ((0, TILE_PX - len(held)), (0, 0), (0, 0)), mode="edge")
+    for strip in strips(parts, TILE_PX):
+        missing = TILE_PX - len(strip)
+        yield np.pad(strip, ((0, missing), (0, 0), (0, 0)), mode="edge") if missing else strip
 
 
 def _tiles(row: Pixels) -> Iterator[Pixels]:

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -216,14 +217,28 @@ def _write_frame(
 ) -> None:
     mosaic = sensor.expose(scene, frame, exposure, rng)
     picture = sensor.camera_picture(mosaic, frame, exposure)
+    _write_files(folder / stem, job, mosaic, picture, frame, exposure, {}, {"white_level": sensor.WHITE_LEVEL})
+
+
+def _write_files(
+    stem: Path,
+    job: _Job,
+    mosaic: dng.Mosaic,
+    picture: npt.NDArray[np.uint8],
+    frame: FrameGeometry,
+    exposure: Exposure,
+    jpg_options: dict[str, Any],
+    dng_options: dict[str, Any],
+) -> None:
+    """Write the JPG and the RAW of one frame; the options are sensor.encode_jpg's and dng.write_dng's."""
     make, model = CAMERAS[job.raw_format]
-    (folder / f"{stem}.JPG").write_bytes(sensor.encode_jpg(picture, frame, exposure, make, model))
+    stem.with_suffix(".JPG").write_bytes(sensor.encode_jpg(picture, frame, exposure, make, model, **jpg_options))
+    path = stem.with_suffix(RAW_FORMATS[job.raw_format])
     shot = _shot(picture, frame, exposure, make, model)
-    path = folder / f"{stem}{RAW_FORMATS[job.raw_format]}"
     if job.raw_format == "arw":
         dng.write_arw(path, mosaic, wb=exposure.wb, make=make, model=model, shot=shot)
     else:
-        dng.write_dng(path, mosaic, white_level=sensor.WHITE_LEVEL, wb=exposure.wb, make=make, model=model, shot=shot)
+        dng.write_dng(path, mosaic, wb=exposure.wb, make=make, model=model, shot=shot, **dng_options)
 
 
 def _shot(
@@ -258,28 +273,15 @@ def _write_wide_frame(
     """`used`: the part of the frame that 4x pairs use, None if it is the short frame of none."""
     mosaic = camera.expose(scene, frame, exposure, rng)
     picture = camera.picture(mosaic, scene, frame, exposure, rng, used)
-    make, name = CAMERAS[job.raw_format]
-    quality, subsampling = camera.look.quality, camera.look.subsampling
-    jpg = sensor.encode_jpg(picture, frame, exposure, make, name, quality=quality, subsampling=subsampling)
-    (folder / f"{stem}.JPG").write_bytes(jpg)
-    shot = _shot(picture, frame, exposure, make, name)
-    path = folder / f"{stem}{RAW_FORMATS[job.raw_format]}"
     model = camera.model
-    if job.raw_format == "arw":
-        dng.write_arw(path, mosaic, wb=exposure.wb, make=make, model=name, shot=shot)
-    else:
-        dng.write_dng(
-            path,
-            mosaic,
-            cfa=model.cfa,
-            black_level=(float(model.black_level),) * 4,
-            white_level=model.white_level,
-            wb=exposure.wb,
-            make=make,
-            model=name,
-            shot=shot,
-            xyz_to_camera_33=model.xyz_to_camera,
-        )
+    jpg_options = {"quality": camera.look.quality, "subsampling": camera.look.subsampling}
+    dng_options = {
+        "cfa": model.cfa,
+        "black_level": (float(model.black_level),) * 4,
+        "white_level": model.white_level,
+        "xyz_to_camera_33": model.xyz_to_camera,
+    }
+    _write_files(folder / stem, job, mosaic, picture, frame, exposure, jpg_options, dng_options)
 
 
 def _views(frames: Sequence[FrameGeometry], ideals: Sequence[truth_files.Ideal]) -> list[Box]:
