@@ -4,7 +4,8 @@ The docstrings of the modules in benchmarks/on_gpu explain the columns. Each tab
 fails or hangs costs only itself. `--write` puts the tables that were measured between their markers in
 benchmarks/RESULTS.md.
 
-Needs torch, torchvision, Triton, OpenCV, rawpy, exifread, Pillow and safetensors; neither Ray, MLflow nor PyArrow.
+Needs torch, torchvision, Triton, OpenCV, rawpy, exifread, Pillow, pydantic and safetensors; neither Ray, MLflow nor
+PyArrow.
 
 Exit codes: 0 all tables were measured, 1 a table or a row failed, 2 there is no GPU.
 """
