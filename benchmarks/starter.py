@@ -27,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
+import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from results import provenance  # noqa: E402
 
@@ -125,6 +126,8 @@ def train_starter(name: str, out: Path, epochs: int | None = None) -> None:
     if epochs:
         # One period of the learning rate for the whole run.
         config = configs.override(config, {"train.epochs": epochs, "train.restart_epochs": epochs})
+    if torch.cuda.is_available():
+        config = configs.override(config, {"train.cuda_graph": True})
     result = train(
         str(out / "shards"),
         config,

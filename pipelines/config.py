@@ -71,6 +71,9 @@ class TrainConfig:
     """The tones and colours of the pictures that the network learns from. rendering: those of the input's rendering, so
     that the network adds detail only, for any camera. camera: those of the camera's JPG, which the network then gives
     to every photograph; the paper's, and that of runs before version 0.3."""
+    reduced_share: float = 0.0
+    """Share of an RGB network's crops whose input is a reduced copy of their own target, as resized pictures are
+    (preprocessing/photometry/reduction.py); the input of the others is the camera's JPG. 0 for RAW."""
     validate_every: int = 1
     """Epochs between validations (a checkpoint follows each)."""
     picture_every: int = 5
@@ -106,6 +109,8 @@ class TrainConfig:
             )
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"train.ema_decay: expected a value in [0, 1), got {self.ema_decay}")
+        if not 0 <= self.reduced_share <= 1:
+            raise ConfigError(f"train.reduced_share: expected a value in [0, 1], got {self.reduced_share}")
         if self.look not in ("rendering", "camera"):
             raise ConfigError(f"train.look: expected rendering or camera, got {self.look!r}")
         if self.precision not in ("auto", "fp32", "bf16", "fp16"):
@@ -135,6 +140,11 @@ class ExperimentConfig:
             self.model.check_crop(self.input_px)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        if self.train.reduced_share and not self.model.is_rgb:
+            raise ConfigError(
+                f"train.reduced_share: expected 0 for RAW (model.input={self.model.input}), got "
+                f"{self.train.reduced_share}; --set train.reduced_share=0"
+            )
         target_px = 2 * self.train.crop_px * self.model.scale
         most_px = (target_px - self.loss.min_px) // 2
         if self.loss.border_px > most_px:
@@ -230,13 +240,13 @@ def starter() -> ExperimentConfig:
             border_px=16,
         ),
         train=TrainConfig(
-            epochs=36,
-            crops_per_epoch=2048,
+            epochs=20,
+            crops_per_epoch=8192,
             crop_px=32,
             batch_per_worker=8,
             learning_rate=1e-3,
             learning_rate_floor=1e-5,
-            restart_epochs=36,
+            restart_epochs=20,
             warmup_steps=200,
             ema_decay=0.998,
             grad_clip=1.0,
@@ -252,14 +262,15 @@ def starter_rgb() -> ExperimentConfig:
     """The starter model for JPG, PNG and TIFF.
 
     Input and target both have the tones of the camera's JPG (look=camera), so that the network keeps the tones of any
-    picture. Cells of 2x2 pixels make the network as fast as starter.
+    picture. Cells of 2x2 pixels make the network as fast as starter. Half of the inputs are reduced pictures, the
+    others cameras' JPGs.
     """
     base = starter()
     return replace(
         base,
         name="starter-rgb",
         model=replace(base.model, input="packed_rgb", encoding="linear"),
-        train=replace(base.train, look="camera"),
+        train=replace(base.train, look="camera", reduced_share=0.5),
     )
 
 

@@ -33,6 +33,7 @@ from preprocessing import schema
 from preprocessing.colour import divide_exposure
 from preprocessing.photometry.look import COLUMNS as LOOK_COLUMNS
 from preprocessing.photometry.look import Look
+from preprocessing.photometry.reduction import reduced
 from preprocessing.shard_folder.set_aside import why_no_shards
 from preprocessing.storage import one_line, open_folder
 from sdan import augment, raw_input
@@ -192,6 +193,8 @@ class CropStream:
     """Whether to scale the target to the input's exposure; pairs without a measured ratio stay unchanged."""
     look: str = "camera"
     """train.look: "rendering" gives lr_rgb, hr_rgb and true_rgb the tones and colours of lr_render."""
+    reduced_share: float = 0.0
+    """train.reduced_share, for RGB networks."""
 
     def crop(self, number: int) -> dict[str, np.ndarray]:
         """Crop `number`: raw [4,c,c] float32 in [0,1], lr_render and lr_rgb uint8 [3,2c,2c], hr_rgb uint8 [3,2cs,2cs].
@@ -213,7 +216,17 @@ class CropStream:
             row["hr_rgb"] = divide_exposure(row["hr_rgb"], row["exposure_ratio"])
         plan = augment.random_plan(random, self.index.info.tile_px, self.crop_px, flips=self.augment)
         crop = cut_crop(row, plan, self.crop_px, self.index.info.scale)
-        return crop if self.look == "camera" else crop | in_rendering_look(self.index, pair, row, crop)
+        if self.look == "rendering":
+            crop |= in_rendering_look(self.index, pair, row, crop)
+        return crop | self._reduced(crop, random) if random.random() < self.reduced_share else crop
+
+    def _reduced(self, crop: Mapping[str, np.ndarray], random: np.random.Generator) -> dict[str, np.ndarray]:
+        """The pictures of a crop whose input is its reduced target: half of the time the long-focal JPG, half of the
+        time the ideal picture, if the crop has one.
+        """
+        own = "true_rgb" if self.truth and random.random() < 0.5 else "hr_rgb"
+        targets = ("hr_rgb", "true_rgb") if self.truth else ("hr_rgb",)
+        return dict.fromkeys(targets, crop[own]) | {"lr_rgb": reduced(crop[own], self.index.info.scale, random)}
 
     def pair(self, number: int) -> int:
         """The index of the pair that crop `number` is cut from."""
@@ -233,6 +246,7 @@ def training_stream(index: ShardIndex, config: ExperimentConfig) -> CropStream:
         truth=loss.self_target == "truth" and loss.self_reference_weight > 0,
         match_exposure=train.match_exposure,
         look=train.look,
+        reduced_share=train.reduced_share,
     )
 
 

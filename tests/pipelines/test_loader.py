@@ -20,6 +20,7 @@ from pipelines.loader import (
     num_steps,
     read_tile,
     training_batches,
+    training_stream,
     with_curve_of,
 )
 from pipelines.scoring.held_out import held_out
@@ -211,3 +212,29 @@ def test_look_rendering_needs_shards_that_have_the_look(tmp_path, tiny_shards):
     with pytest.raises(ShardsError, match=r"train\.look=rendering.*one of an older version; preprocess again"):
         CropStream(index, 0, 24, False, look="rendering").crop(0)
     assert CropStream(index, 0, 24, False).crop(0)["hr_rgb"].shape == (3, 192, 192)
+
+
+def test_reduced_crops_have_their_own_target(tmp_path, tiny_shards):
+    """Half of the crops: the input is a small copy of the target. The others are as without reduced_share."""
+    index = index_split(str(tiny_shards), "train")
+    plain, half = (CropStream(index, 0, 16, True, truth=True, reduced_share=share) for share in (0, 0.5))
+    changed = 0
+    for number in range(24):
+        as_shot, crop = plain.crop(number), half.crop(number)
+        assert np.array_equal(crop["lr_raw"], as_shot["lr_raw"]) and crop["hr_rgb"].shape == (3, 128, 128)
+        if np.array_equal(crop["lr_rgb"], as_shot["lr_rgb"]):
+            assert np.array_equal(crop["true_rgb"], as_shot["true_rgb"])
+            continue
+        changed += 1
+        assert np.array_equal(crop["hr_rgb"], crop["true_rgb"])
+        assert any(np.array_equal(crop["hr_rgb"], as_shot[name]) for name in ("hr_rgb", "true_rgb"))
+        mean = crop["hr_rgb"].reshape(3, 32, 4, 32, 4).mean((2, 4))
+        assert np.abs(crop["lr_rgb"] - mean).mean() < 12
+    assert 5 <= changed <= 19
+
+
+def test_reduced_share_is_for_rgb_networks(tiny_shards):
+    with pytest.raises(configs.ConfigError, match=r"train\.reduced_share: expected 0 for RAW .* got 0\.5"):
+        configs.override(configs.starter(), {"train.reduced_share": 0.5})
+    stream = training_stream(index_split(str(tiny_shards), "train"), configs.starter_rgb())
+    assert stream.reduced_share == 0.5
