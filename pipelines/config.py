@@ -74,6 +74,10 @@ class TrainConfig:
     reduced_share: float = 0.0
     """Share of an RGB network's crops whose input is a reduced copy of their own target, as resized pictures are
     (preprocessing/photometry/reduction.py); the input of the others is the camera's JPG. 0 for RAW."""
+    truth_blur_px: float = 0.0
+    """Standard deviation of a Gaussian blur of the simulator's ideal picture, target pixels, for loss.self_target=truth.
+    That picture is as sharp as its grid allows, and like every such picture it rings beside edges; without a blur the
+    network learns the ringing, as halos. 1 removes it."""
     validate_every: int = 1
     """Epochs between validations (a checkpoint follows each)."""
     picture_every: int = 5
@@ -109,6 +113,8 @@ class TrainConfig:
             )
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"train.ema_decay: expected a value in [0, 1), got {self.ema_decay}")
+        if not 0 <= self.truth_blur_px < 100:
+            raise ConfigError(f"train.truth_blur_px: expected 0 to 100 target pixels, got {self.truth_blur_px}")
         if not 0 <= self.reduced_share <= 1:
             raise ConfigError(f"train.reduced_share: expected a value in [0, 1], got {self.reduced_share}")
         if self.look not in ("rendering", "camera"):
@@ -229,6 +235,7 @@ def starter() -> ExperimentConfig:
             blocks=10,
             packing_kernel=4,
             skip="rendering",
+            tones="kept",
             upsampling="direct",
         ),
         loss=LossConfig(
@@ -238,6 +245,7 @@ def starter() -> ExperimentConfig:
             self_target="truth",
             align_weight=0.2,
             border_px=16,
+            halo_weight=3.0,
         ),
         train=TrainConfig(
             epochs=20,
@@ -254,6 +262,7 @@ def starter() -> ExperimentConfig:
             val_crops=64,
             picture_every=5,
             look="rendering",
+            truth_blur_px=0.8,
         ),
     )
 

@@ -19,6 +19,7 @@ from functools import lru_cache
 from itertools import islice, repeat
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -195,6 +196,8 @@ class CropStream:
     """train.look: "rendering" gives lr_rgb, hr_rgb and true_rgb the tones and colours of lr_render."""
     reduced_share: float = 0.0
     """train.reduced_share, for RGB networks."""
+    truth_blur_px: float = 0.0
+    """train.truth_blur_px: the blur of true_rgb."""
 
     def crop(self, number: int) -> dict[str, np.ndarray]:
         """Crop `number`: raw [4,c,c] float32 in [0,1], lr_render and lr_rgb uint8 [3,2c,2c], hr_rgb uint8 [3,2cs,2cs].
@@ -218,7 +221,14 @@ class CropStream:
         crop = cut_crop(row, plan, self.crop_px, self.index.info.scale)
         if self.look == "rendering":
             crop |= in_rendering_look(self.index, pair, row, crop)
-        return crop | self._reduced(crop, random) if random.random() < self.reduced_share else crop
+        if random.random() < self.reduced_share:
+            crop |= self._reduced(crop, random)
+        return crop | self._soft_truth(crop) if self.truth and self.truth_blur_px else crop
+
+    def _soft_truth(self, crop: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The ideal picture, blurred."""
+        planes = [cv2.GaussianBlur(plane, (0, 0), self.truth_blur_px) for plane in crop["true_rgb"]]
+        return {"true_rgb": np.stack(planes)}
 
     def _reduced(self, crop: Mapping[str, np.ndarray], random: np.random.Generator) -> dict[str, np.ndarray]:
         """The pictures of a crop whose input is its reduced target: half of the time the long-focal JPG, half of the
@@ -247,6 +257,7 @@ def training_stream(index: ShardIndex, config: ExperimentConfig) -> CropStream:
         match_exposure=train.match_exposure,
         look=train.look,
         reduced_share=train.reduced_share,
+        truth_blur_px=train.truth_blur_px,
     )
 
 

@@ -37,6 +37,8 @@ CONTEXTUAL_LAYERS = {"relu1_2": 1.0, "relu2_2": 1.0, "relu3_2": 0.5}
 """Layer -> weight, as in the CoBi paper's code."""
 
 
+HALO_REACH_PX = 2
+"""The halo term allows every value between the smallest and the largest of the target's (2 r + 1)^2 pixels around."""
 VGG_WEIGHTS = ("perceptual_weight", "contextual_weight", "cobi_vgg_weight")
 """The weights of the terms that compare VGG-19 features."""
 
@@ -64,6 +66,9 @@ class LossConfig:
     pixel_weight: float = 1.0
     """Weight of the pixel term between the zoomed picture and its target. 0: feature terms only, as in Table 1's
     "Perceptual" and "SRResNet+CX". Terms at the input's size are always pixel terms of weight 1."""
+    halo_weight: float = 0.0
+    """Weight of the halo term (ours): how far the zoomed picture goes beyond the target's darkest and brightest values
+    nearby, as halos beside edges do. Added to the terms above, which charge a halo no more than a blur of its size."""
     perceptual_weight: float = 0.0
     """Weight of the mean squared difference of VGG-19 features (Johnson et al. 2016)."""
     contextual_weight: float = 0.0
@@ -90,7 +95,7 @@ class LossConfig:
             )
         terms = ("pixel_weight", *VGG_WEIGHTS, "cobi_rgb_weight", "st_lpips_weight")
         passes = ("align_weight", "reference_weight", "self_reference_weight")
-        for name in (*terms, *passes, "cobi_spatial_weight", "border_px"):
+        for name in (*terms, *passes, "halo_weight", "cobi_spatial_weight", "border_px"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)!r}")
         if not any(getattr(self, name) > 0 for name in terms):
@@ -222,11 +227,23 @@ def _target_loss(
     parts = {}
     if config.pixel_weight > 0:
         parts["pixel"] = _masked_mean(image, target, mask, config.border_px, config)
+    if config.halo_weight > 0:
+        parts["halo"] = _halo(image, target, mask, config)
     if config.needs_features:
         inside = _inside(image, target, config.border_px, config)
         parts |= _feature_terms(image[inside].float(), target[inside].float(), mask[inside].float(), config, vgg)
     total = torch.stack([getattr(config, f"{name}_weight") * part for name, part in parts.items()]).sum()
     return total, parts if parts.keys() != {"pixel"} else {}
+
+
+def _halo(image: Tensor, target: Tensor, mask: Tensor, config: LossConfig) -> Tensor:
+    """The mean distance from the range of the target's values in the window around each pixel; 0 inside the range."""
+    inside = _inside(image, target, config.border_px, config)
+    side = 2 * HALO_REACH_PX + 1
+    most = F.max_pool2d(target[inside].float(), side, stride=1, padding=HALO_REACH_PX)
+    least = -F.max_pool2d(-target[inside].float(), side, stride=1, padding=HALO_REACH_PX)
+    shown = image[inside].float()
+    return ((F.relu(shown - most) + F.relu(least - shown)) * mask[inside]).mean()
 
 
 def _feature_terms(

@@ -24,17 +24,21 @@ from torch.nn import functional as F
 
 from sdan.attention import ChannelAttention, CrossPackingAttention, check_packing
 from sdan.ops import offset_mask, per_point_deform_conv2d, squared_deform_conv2d
-from sdan.resample import bicubic, enlarge_offset, sample
+from sdan.resample import bicubic, blur, enlarge_offset, low_pass, sample
 
 Input = Literal["mosaic", "packed", "rgb", "packed_rgb"]
 Offset = Literal["squared", "per_point"]
 Attention = Literal["none", "channel", "cross_packing"]
 Skip = Literal["none", "rendering"]
+Tones = Literal["free", "kept"]
 Upsampling = Literal["stages", "direct"]
 Encoding = Literal["linear", "sqrt"]
 RenderingCurve = Literal["srgb", "bt709"]
 CHANNELS = {"mosaic": 1, "packed": 4, "rgb": 3, "packed_rgb": 12}
 """Channels of the input x."""
+TONE_SIGMA_PX = 4.0
+"""Standard deviation, in mosaic pixels, of the Gaussian that separates tones from detail for tones="kept". It reaches 12
+pixels, the half of zoom's overlap."""
 
 _CHOICES = {
     "input": Input,
@@ -43,6 +47,7 @@ _CHOICES = {
     "offset": Offset,
     "attention": Attention,
     "skip": Skip,
+    "tones": Tones,
     "upsampling": Upsampling,
 }
 _MOST = {"features": 1024, "blocks": 256, "packing_kernel": 256}
@@ -81,6 +86,9 @@ class SDANConfig:
     """Whether the offset learner also sees the reference's three flips."""
     skip: Skip = "none"
     """rendering: the input's rendering, moved by the learnt offset and enlarged, is added to the output (ours)."""
+    tones: Tones = "free"
+    """kept: the trunk's output is added to the skip without its low frequencies, so that flat areas keep the tones and
+    colours of the rendering whatever the network has learnt (ours). free: as it is. kept requires skip="rendering"."""
     upsampling: Upsampling = "stages"
     """stages: pixel shuffle by 2 per stage, all features kept (the paper's). direct: one convolution and one pixel
     shuffle (as ESPCN), a tenth of the cost from packed RAW (ours, for small models)."""
@@ -91,6 +99,8 @@ class SDANConfig:
                 raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
         if self.encoding != "linear" and self.is_rgb:
             raise ValueError(f"encoding: expected linear for rgb input, which is already sRGB, got {self.encoding!r}")
+        if self.tones == "kept" and self.skip != "rendering":
+            raise ValueError(f'tones: expected free without skip="rendering", got {self.tones!r}')
         for name, most in _MOST.items():
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= most:
@@ -320,7 +330,7 @@ class SDAN(nn.Module):
         zoomed = self.super_resolution(aligned_features).float()
         if self.config.skip == "rendering":
             assert rendering is not None
-            zoomed = zoomed + move_and_enlarge(rendering, offset, self.config)
+            zoomed = add_skip(zoomed, rendering, offset, self.config)
         return zoomed
 
 
@@ -330,14 +340,18 @@ def with_flips(image_NCHW: Tensor) -> Tensor:
     return torch.cat((image_NCHW, *flips), dim=1)
 
 
-def move_and_enlarge(rendering: Tensor, offset: Tensor, config: SDANConfig) -> Tensor:
-    """The skip: the rendering sampled at p + offset(p), then enlarged bicubically by the scale; float32.
+def add_skip(detail: Tensor, rendering: Tensor, offset: Tensor, config: SDANConfig) -> Tensor:
+    """detail + the skip: the rendering sampled at p + offset(p), then enlarged bicubically by the scale; float32.
 
     Args:
+        detail: the trunk's output [N,3,upscale H,upscale W]; without its low frequencies for tones="kept".
         rendering: [N,3,mosaic H,mosaic W].
         offset: [N,2,H,W] in pixels of x; enlarged to the rendering's grid first.
     """
-    return bicubic(sample(rendering, enlarge_offset(offset.float(), config.mosaic_factor)), config.scale)
+    moved = sample(rendering, enlarge_offset(offset.float(), config.mosaic_factor))
+    if config.tones == "kept":
+        moved = moved - blur(low_pass(detail, config.scale), TONE_SIGMA_PX)
+    return detail + bicubic(moved, config.scale)
 
 
 def check_inputs(config: SDANConfig, x: Tensor, reference: Tensor, rendering: Tensor | None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -50,6 +52,19 @@ def _cubic_taps(scale: int) -> Tensor:
     near = (1.25 * away - 2.25) * away**2 + 1
     far = -0.75 * (((away - 5) * away + 8) * away - 4)
     return torch.where(away <= 1, near, torch.where(away < 2, far, 0.0)).float()
+
+
+def blur(image_NCHW: Tensor, sigma_px: float) -> Tensor:
+    """Gaussian blur with the border replicated, to three standard deviations; float32."""
+    n, channels, height, width = image_NCHW.shape
+    reach = math.ceil(3 * sigma_px)
+    taps = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=image_NCHW.device) / sigma_px) ** 2)
+    taps = taps / taps.sum()
+    with torch.autocast(image_NCHW.device.type, enabled=False):
+        planes = image_NCHW.float().reshape(n * channels, 1, height, width)
+        planes = F.pad(planes, (reach, reach, reach, reach), mode="replicate")
+        planes = F.conv2d(F.conv2d(planes, taps.view(1, 1, -1, 1)), taps.view(1, 1, 1, -1))
+    return planes.view(n, channels, height, width)
 
 
 def enlarge_offset(offset_N2HW: Tensor, factor: int) -> Tensor:

@@ -292,4 +292,14 @@ def log_data(tracking_uri: str, run_id: str, indices: Sequence[ShardIndex]) -> N
             profile=json.dumps(profile),
         )
         inputs.append(DatasetInput(data, [InputTag("mlflow.data.context", index.split)]))
-    MlflowClient(tracking_uri=tracking_uri).log_inputs(run_id, inputs)
+    client = MlflowClient(tracking_uri=tracking_uri)
+    for attempts_left in (2, 1, 0):
+        try:
+            client.log_inputs(run_id, inputs)
+            return
+        except MlflowException:
+            # MLflow looks for a dataset and then inserts it. If another run inserts the same one meanwhile, the
+            # database refuses the second; a moment later MLflow finds the first.
+            if not attempts_left:
+                raise
+            time.sleep(0.2)

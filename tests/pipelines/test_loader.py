@@ -238,3 +238,13 @@ def test_reduced_share_is_for_rgb_networks(tiny_shards):
         configs.override(configs.starter(), {"train.reduced_share": 0.5})
     stream = training_stream(index_split(str(tiny_shards), "train"), configs.starter_rgb())
     assert stream.reduced_share == 0.5
+
+
+def test_truth_blur_softens_only_the_ideal_picture(tiny_shards):
+    index = index_split(str(tiny_shards), "train")
+    sharp, soft = (CropStream(index, 0, 16, False, truth=True, truth_blur_px=px).crop(0) for px in (0.0, 1.5))
+    for name in ("lr_raw", "lr_rgb", "lr_render", "hr_rgb"):
+        assert np.array_equal(sharp[name], soft[name])
+    before, after = (np.abs(np.diff(crop["true_rgb"].astype(float))).mean() for crop in (sharp, soft))
+    assert after < 0.8 * before
+    assert abs(soft["true_rgb"].mean() - sharp["true_rgb"].mean()) < 1

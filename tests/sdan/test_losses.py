@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sdan import losses
 from sdan.losses import LossConfig, sdan_loss, self_reference_loss, transfer_loss
 from sdan.network import SDANOutput
 from sdan.resample import bicubic, low_pass
@@ -175,3 +176,35 @@ def test_targets_of_another_type_or_range_are_refused(wrong, said):
         expected = f"{name}: {said}" if said else r"loss, target: expected values in \[0, 1\], got .* to 25\d"
         with pytest.raises(ValueError, match=expected):
             call()
+
+
+def test_halo_is_the_distance_from_the_targets_range_nearby():
+    """A step from 0.2 to 0.8: values between the two cost nothing near the step, and only the excess costs elsewhere."""
+    target = torch.full((1, 3, 16, 16), 0.2)
+    target[..., 8:] = 0.8
+    config = LossConfig(halo_weight=1.0, border_px=0)
+    mask = torch.ones(1, 1, 16, 16)
+
+    def halo(image):
+        return float(losses._target_loss(image, target, mask, config, None)[1]["halo"])
+
+    blurred = target.clone()
+    blurred[..., 7], blurred[..., 8] = 0.4, 0.6
+    assert halo(target) == 0 and halo(blurred) == 0
+    ringing = target.clone()
+    ringing[..., 6], ringing[..., 9] = 0.1, 0.85
+    assert halo(ringing) == pytest.approx((0.1 + 0.05) / 16, rel=1e-4)
+    far = target.clone()
+    far[..., 2] = 0.3
+    assert halo(far) == pytest.approx(0.1 / 16, rel=1e-4)
+    assert halo(ringing) == pytest.approx(halo(ringing.flip(2)), rel=1e-6)
+
+
+def test_halo_weight_adds_to_the_loss():
+    target, image = torch.rand(1, 3, 16, 16), 2 * torch.rand(1, 3, 16, 16) - 0.5
+    mask = torch.ones(1, 1, 16, 16)
+    plain, more = (
+        losses._target_loss(image, target, mask, LossConfig(halo_weight=weight, border_px=0), None)
+        for weight in (0.0, 2.0)
+    )
+    assert plain[1] == {} and more[0] == pytest.approx(float(plain[0] + 2 * more[1]["halo"]), rel=1e-5)

@@ -1,6 +1,7 @@
 """The network: sizes, figures 1 and 2, Table 2 as configs, the untrained output, and that it learns."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from sdan.attention import ChannelAttention, CrossPackingAttention
 from sdan.baselines import SRResNet
 from sdan.losses import LossConfig, sdan_loss
 from sdan.metrics import psnr
-from sdan.network import CHANNELS, SDAN, SDANConfig, with_flips
+from sdan.network import CHANNELS, SDAN, SDANConfig, add_skip, with_flips
 from sdan.ops import per_point_deform_conv2d
 from sdan.resample import bicubic, low_pass
 
@@ -327,3 +328,41 @@ def test_the_loss_pulls_the_offset_to_the_true_shift(skip, tolerance):
     found = output.offset.detach()[0, :, 6:-6, 6:-6].flatten(1).median(dim=1).values
     assert found[0] > 0.5 and found[1] < -0.5
     assert torch.allclose(found, torch.tensor([1.0, -2.0]), atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["mosaic", "packed", "rgb", "packed_rgb"])
+def test_kept_tones_are_those_of_the_rendering(kind):
+    """Weights drawn at random: a free network changes every tone, one that keeps them changes none."""
+    model = SDAN(replace(SMALL, input=kind, skip="rendering"))
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.super_resolution.last.weight, std=0.2)
+    torch.nn.init.constant_(model.super_resolution.last.bias, 0.3)
+    side = 64 // model.config.mosaic_factor
+    x = torch.full((1, CHANNELS[kind], side, side), 0.4)
+    colours = torch.tensor([0.1, 0.5, 0.9]).view(1, 3, 1, 1)
+    rendering = colours.expand(1, 3, side * model.config.mosaic_factor, side * model.config.mosaic_factor)
+    shifts = {}
+    for tones in ("free", "kept"):
+        model.config = replace(model.config, tones=tones)
+        with torch.no_grad():
+            zoomed = model(x, low_pass(rendering, model.config.mosaic_factor), rendering).zoomed
+        inner = zoomed[..., 96:-96, 96:-96]  # zero padding changes the borders
+        shifts[tones] = float((inner.mean((2, 3), keepdim=True) - colours).abs().max())
+    assert shifts["free"] > 0.1 and shifts["kept"] < 0.5 / 255
+
+
+def test_kept_tones_leave_fine_detail():
+    """Detail of a period of 4 output pixels passes, and a slope over the whole picture does not."""
+    config = replace(SMALL, input="rgb", skip="rendering", tones="kept")
+    rendering, offset = torch.full((1, 3, 64, 64), 0.5), torch.zeros(1, 2, 64, 64)
+    size = 64 * config.scale
+    fine = 0.1 * torch.sin(torch.arange(size) * math.pi / 2).expand(1, 3, size, size)
+    slope = (0.1 * torch.linspace(-1, 1, size)).expand(1, 3, size, size)
+    assert torch.allclose(add_skip(fine, rendering, offset, config), 0.5 + fine, atol=1e-3)
+    left = add_skip(slope, rendering, offset, config)[..., 64:-64] - 0.5
+    assert left.abs().max() < 0.1 * slope.abs().max()
+
+
+def test_kept_tones_need_the_skip():
+    with pytest.raises(ValueError, match='tones: expected free without skip="rendering", got .kept.'):
+        replace(SMALL, tones="kept")

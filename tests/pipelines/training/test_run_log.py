@@ -10,7 +10,9 @@ import torch
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from mlflow.tracking import MlflowClient
 
+from pipelines.loader import index_split
 from pipelines.training import progress, run_log
 from pipelines.training.run_folder import UNSENT
 from pipelines.training.run_log import RunLog, deliver
@@ -151,3 +153,30 @@ def test_the_live_line_says_once_that_points_are_kept(tmp_path, capsys):
     assert len(said) == 2, said
     assert said[0].startswith("sdan: MLflow does not answer: training goes on, its points are kept in")
     assert said[1] == "sdan: MLflow answers again; it has all points"
+
+
+def test_two_runs_log_the_same_data_at_the_same_moment(tmp_path, tiny_shards, monkeypatch):
+    """MLflow's check and its insert are two steps; here another run inserts between them."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = MlflowClient(uri)
+    experiment = client.create_experiment("runs")
+    runs = [client.create_run(experiment).info.run_id for _ in range(2)]
+    index = index_split(str(tiny_shards), "train")
+    log_inputs, calls = MlflowClient.log_inputs, []
+
+    def refused_once(self, run_id, datasets):
+        calls.append(run_id)
+        if len(calls) == 1:
+            log_inputs(self, runs[1], datasets)
+            raise MlflowException("(sqlite3.IntegrityError) UNIQUE constraint failed: datasets.name")
+        log_inputs(self, run_id, datasets)
+
+    monkeypatch.setattr(MlflowClient, "log_inputs", refused_once)
+    run_log.log_data(uri, runs[0], [index])
+    for run in runs:
+        assert [found.dataset.name for found in client.get_run(run).inputs.dataset_inputs] == ["shards-train"]
+
+
+def test_data_that_mlflow_refuses_is_an_error(tmp_path, tiny_shards):
+    with pytest.raises(MlflowException):
+        run_log.log_data(f"sqlite:///{tmp_path}/mlflow.db", "0" * 32, [index_split(str(tiny_shards), "train")])
