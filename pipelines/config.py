@@ -75,9 +75,9 @@ class TrainConfig:
     """Share of an RGB network's crops whose input is a reduced copy of their own target, as resized pictures are
     (preprocessing/photometry/reduction.py); the input of the others is the camera's JPG. 0 for RAW."""
     truth_blur_px: float = 0.0
-    """Standard deviation of a Gaussian blur of the simulator's ideal picture, target pixels, for loss.self_target=truth.
-    That picture is as sharp as its grid allows, and like every such picture it rings beside edges; without a blur the
-    network learns the ringing, as halos. 1 removes it."""
+    """Standard deviation, in target pixels, of a Gaussian blur of the simulator's ideal picture (self_target=truth).
+    That picture is as sharp as its grid allows, and rings beside edges. A network that learns it sharpens more than
+    some lenses need, which shows as halos."""
     validate_every: int = 1
     """Epochs between validations (a checkpoint follows each)."""
     picture_every: int = 5

@@ -37,8 +37,8 @@ RenderingCurve = Literal["srgb", "bt709"]
 CHANNELS = {"mosaic": 1, "packed": 4, "rgb": 3, "packed_rgb": 12}
 """Channels of the input x."""
 TONE_SIGMA_PX = 4.0
-"""Standard deviation, in mosaic pixels, of the Gaussian that separates tones from detail for tones="kept". It reaches 12
-pixels, the half of zoom's overlap."""
+"""Standard deviation, in mosaic pixels, of the Gaussian that separates tones from detail for tones="kept". It reaches
+12 pixels, half of zoom's overlap."""
 
 _CHOICES = {
     "input": Input,

@@ -179,7 +179,7 @@ def test_targets_of_another_type_or_range_are_refused(wrong, said):
 
 
 def test_halo_is_the_distance_from_the_targets_range_nearby():
-    """A step from 0.2 to 0.8: values between the two cost nothing near the step, and only the excess costs elsewhere."""
+    """A step from 0.2 to 0.8: near the step values between the two cost nothing; elsewhere only the excess does."""
     target = torch.full((1, 3, 16, 16), 0.2)
     target[..., 8:] = 0.8
     config = LossConfig(halo_weight=1.0, border_px=0)

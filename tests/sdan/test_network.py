@@ -364,5 +364,5 @@ def test_kept_tones_leave_fine_detail():
 
 
 def test_kept_tones_need_the_skip():
-    with pytest.raises(ValueError, match='tones: expected free without skip="rendering", got .kept.'):
+    with pytest.raises(ValueError, match=r'tones: expected free without skip="rendering", got .kept.'):
         replace(SMALL, tones="kept")
