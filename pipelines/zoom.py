@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import sdan
@@ -100,7 +101,8 @@ class Zoomer:
                 progress=progress,
             )
             top, left, height, width = self._window(photo)
-            parts = rows.cropped((part.permute(1, 2, 0).numpy() for part in found), top, left, height, width)
+            # `map` keeps no part, so each is freed as soon as it is written.
+            parts = rows.cropped(map(_as_picture, found), top, left, height, width)
             if photo.grey:
                 parts = rows.grey(parts)
             if scale is not None and scale != own:
@@ -114,6 +116,11 @@ class Zoomer:
 
     def _window(self, photo: Photo) -> tuple[int, ...]:
         return tuple(self.model.config.scale * value for value in photo.window)
+
+
+def _as_picture(part: Tensor) -> np.ndarray:
+    """[3, rows, W] -> [rows, W, 3]."""
+    return part.permute(1, 2, 0).numpy()
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """`sdan zoom`: the pixels that a model should give, several photographs in one call, and the output files."""
 
 import os
+import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -16,7 +18,7 @@ from pipelines.zooming import photo as photo_module
 from pipelines.zooming.request import check_options, check_output, output_paths
 from preprocessing.raw import decode
 from preprocessing.raw.dng import ShotTags, write_dng
-from sdan import checkpoint, raw_input, starter_folder
+from sdan import checkpoint, inference, raw_input, starter_folder
 from sdan.network import SDAN, SDANConfig
 from sdan.ops.precision import autocast
 from sdan.resample import bicubic, low_pass
@@ -268,6 +270,26 @@ def test_levels_are_the_rounded_picture(orientation, zoomer, tmp_path):
     levels = np.concatenate(list(zoomer.levels(photo, 8)))
     assert np.array_equal(levels, expected)
     assert zoomer.size(photo) == (levels.shape[1], levels.shape[0])
+
+
+def test_a_written_row_is_freed_before_the_next(zoomer, tmp_path, monkeypatch):
+    """So memory holds the output of one row of tiles."""
+    finished, alive = inference._finished, []
+
+    def watched(rows, bits):
+        assert all(part() is None for part in alive)
+        array = np.ascontiguousarray(finished(rows, bits).permute(1, 2, 0))  # unlike a tensor, views keep it alive
+        alive.append(weakref.ref(array))
+        return torch.from_numpy(array).permute(2, 0, 1)
+
+    monkeypatch.setattr(inference, "_finished", watched)
+    monkeypatch.setattr(inference, "TILE_PX", 40)
+    photo = read_photo(write_photo(tmp_path / "photo.dng", 144, 96), zoomer.model.config)
+    for grey in (False, True):
+        for scale in (None, 3):
+            alive.clear()
+            rows = sum(map(len, zoomer.levels(replace(photo, grey=grey), 8, scale=scale)))
+            assert rows == 144 * (scale or zoomer.model.config.scale) and len(alive) > 2
 
 
 def test_the_starter_model_is_chosen_without_a_champion(untrained, tmp_path, monkeypatch):
