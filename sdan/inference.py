@@ -133,6 +133,18 @@ def zoom_rows(
     return _to_host(rows, bits, plan.device)
 
 
+def warm_up(model: Network, *, input_tile_px: int, precision: str = "auto") -> None:
+    """Zoom a blank photo of one tile, so that a GPU has its libraries and kernels when the first photo comes.
+
+    Arguments and errors: as `zoom_rows`.
+    """
+    config = model.config
+    x = torch.zeros(CHANNELS[config.input], TILE_PX, TILE_PX)
+    rendering = torch.zeros(3, *(config.mosaic_factor * side for side in _size(x)))
+    for _ in zoom_rows(model, x, rendering, input_tile_px=input_tile_px, precision=precision, bits=8):
+        pass
+
+
 @torch.inference_mode()
 def _zoomed(
     model: Network,

@@ -1,6 +1,8 @@
 """`sdan zoom`: the pixels that a model should give, several photographs in one call, and the output files."""
 
+import gc
 import os
+import threading
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from pipelines import zoom
 from pipelines.zoom import Output, Zoomer, ZoomError, read_photo, zoom_photos
 from pipelines.zooming import photo as photo_module
 from pipelines.zooming.request import check_options, check_output, output_paths
+from pipelines.zooming.start import large_imports
 from preprocessing.raw import decode
 from preprocessing.raw.dng import ShotTags, write_dng
 from sdan import checkpoint, inference, raw_input, starter_folder
@@ -290,6 +293,48 @@ def test_a_written_row_is_freed_before_the_next(zoomer, tmp_path, monkeypatch):
             alive.clear()
             rows = sum(map(len, zoomer.levels(replace(photo, grey=grey), 8, scale=scale)))
             assert rows == 144 * (scale or zoomer.model.config.scale) and len(alive) > 2
+
+
+def test_a_photograph_is_read_while_the_gpu_starts(untrained, tmp_path, monkeypatch):
+    started = threading.Event()
+    monkeypatch.setattr(zoom, "_start", lambda model: started.wait(60))
+    zoomer = Zoomer.load(untrained)
+    photo = read_photo(write_photo(tmp_path / "photo.dng"), zoomer.model.config)
+    rows = zoomer.levels(photo, 8)
+    assert not zoomer.start.done()
+    started.set()
+    expected = (255 * zoomer.zoom(photo)).round()
+    assert zoomer.start.done() and np.array_equal(np.concatenate(list(rows)), expected)
+
+
+def test_a_gpu_that_holds_no_model_is_one_line(untrained, tmp_path, monkeypatch):
+    def fail(model):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(zoom, "_start", fail)
+    photo = write_photo(tmp_path / "photo.dng")
+    with pytest.raises(ZoomError, match="GPU memory: expected room for one tile, got none"):
+        zoom_photos([photo], tmp_path / "out.png", Zoomer.load(untrained), say=print, warn=print)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA GPU")
+def test_the_starter_model_starts_on_a_gpu(tmp_path):
+    zoomer = Zoomer.load(starter_folder())
+    photo = read_photo(write_photo(tmp_path / "photo.dng"), zoomer.model.config)
+    rows = np.concatenate(list(zoomer.levels(photo, 8)))
+    assert next(zoomer.model.parameters()).is_cuda
+    on_cpu = (255 * Zoomer(checkpoint.load(starter_folder()).model).zoom(photo)).round()
+    assert np.abs(rows - on_cpu).mean() < 1
+
+
+def test_the_collector_skips_what_was_imported():
+    try:
+        with large_imports():
+            assert not gc.isenabled()
+        assert gc.isenabled() and gc.get_freeze_count() > 1000
+    finally:
+        gc.unfreeze()
 
 
 def test_the_starter_model_is_chosen_without_a_champion(untrained, tmp_path, monkeypatch):

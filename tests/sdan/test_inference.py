@@ -224,6 +224,23 @@ def test_a_batch_on_a_gpu_takes_what_its_memory_holds(monkeypatch):
     assert sizes[1] == 1 and 1 < sizes[3000] < sizes[9000] < sizes[100_000] == 2**19 // 128**2
 
 
+@pytest.mark.parametrize("kind", ["mosaic", "packed", "rgb", "packed_rgb"])
+def test_a_warm_up_runs_both_passes(kind):
+    calls = []
+
+    class Spy(SDAN):
+        def find_offset(self, x, reference):
+            calls.append(("find_offset", x.shape[-1]))
+            return super().find_offset(x, reference)
+
+        def zoom_at(self, x, offset, rendering=None):
+            calls.append(("zoom_at", x.shape[-1]))
+            return super().zoom_at(x, offset, rendering)
+
+    inference.warm_up(Spy(replace(CONFIG, input=kind)), input_tile_px=16)
+    assert set(calls) == {("find_offset", 16), ("zoom_at", inference.TILE_PX)}
+
+
 def test_an_interrupted_zoom_leaves_nothing_switched_on(small_tiles):
     model = trained(CONFIG)
     x, rendering = photo(CONFIG, 60, 60)
