@@ -325,7 +325,7 @@ def test_the_starter_model_starts_on_a_gpu(tmp_path):
     rows = np.concatenate(list(zoomer.levels(photo, 8)))
     assert next(zoomer.model.parameters()).is_cuda
     on_cpu = (255 * Zoomer(checkpoint.load(starter_folder()).model).zoom(photo)).round()
-    assert np.abs(rows - on_cpu).mean() < 1
+    assert np.abs(rows - on_cpu).mean() < 2
 
 
 def test_the_collector_skips_what_was_imported():
