@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -32,7 +33,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from pipelines.zooming.start import large_imports  # noqa: E402
 
-with large_imports():  # as `sdan zoom` does
+with large_imports() if "--child" in sys.argv else nullcontext():  # the child starts as `sdan zoom` does
     import numpy as np
     import torch
     from results import Tables, provenance, publish

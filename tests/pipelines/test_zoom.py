@@ -1,5 +1,6 @@
 """`sdan zoom`: the pixels that a model should give, several photographs in one call, and the output files."""
 
+import ctypes
 import gc
 import os
 import threading
@@ -17,8 +18,8 @@ from pipelines import config as configs
 from pipelines import zoom
 from pipelines.zoom import Output, Zoomer, ZoomError, read_photo, zoom_photos
 from pipelines.zooming import photo as photo_module
+from pipelines.zooming import start
 from pipelines.zooming.request import check_options, check_output, output_paths
-from pipelines.zooming.start import large_imports
 from preprocessing.raw import decode
 from preprocessing.raw.dng import ShotTags, write_dng
 from sdan import checkpoint, inference, raw_input, starter_folder
@@ -328,13 +329,40 @@ def test_the_starter_model_starts_on_a_gpu(tmp_path):
     assert np.abs(rows - on_cpu).mean() < 2
 
 
-def test_the_collector_skips_what_was_imported():
+def test_the_collector_skips_what_was_imported(monkeypatch):
+    monkeypatch.setattr(start, "start_driver", lambda: None)
     try:
-        with large_imports():
+        with start.large_imports():
             assert not gc.isenabled()
         assert gc.isenabled() and gc.get_freeze_count() > 1000
     finally:
         gc.unfreeze()
+
+
+@pytest.mark.parametrize(("no_gpu", "calls"), [(False, ["init", "get", "retain"]), (True, ["init"])])
+def test_the_driver_starts_only_with_a_gpu(no_gpu, calls, monkeypatch):
+    made = []
+
+    class Driver:
+        """CUDA's functions return 0, or 100 without a GPU."""
+
+        def cuInit(self, flags):
+            made.append("init")
+            return 100 if no_gpu else 0
+
+        def cuDeviceGet(self, device, number):
+            made.append("get")
+            return 0
+
+        def cuDevicePrimaryCtxRetain(self, context, device):
+            made.append("retain")
+            return 0
+
+    monkeypatch.setattr(start.ctypes, "CDLL", lambda name: Driver())
+    start.start_driver()
+    assert made == calls
+    monkeypatch.setattr(start.ctypes, "CDLL", lambda name: ctypes.cdll.LoadLibrary("no such driver"))
+    start.start_driver()
 
 
 def test_the_starter_model_is_chosen_without_a_champion(untrained, tmp_path, monkeypatch):
