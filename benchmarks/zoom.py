@@ -1,10 +1,12 @@
 """`sdan zoom` of a 12-megapixel RAW with the starter model: `python benchmarks/zoom.py [--device cpu|cuda]`.
 
 Time: the photo, 4240 x 2832 photosites, consists of copies of a simulated frame. A child process zooms it and writes
-the PNG; its wall time and its peak resident memory are measured from outside. It also reports its stages: start
-(interpreter and imports), model (read it, copy it to the device), decode (read and render the RAW), network (in the
-forward passes; on a GPU the time between CUDA events), join (everything else until rows are finished: cutting, copying
-and blending tiles), write (filter, compress and write the PNG).
+the PNG; its wall time and its peak resident memory are measured from outside. It also reports its stages, which follow
+each other and add up to the total: start (interpreter and imports), model (read it), decode (read and render the RAW),
+device (wait until the GPU, which starts while the RAW is read, has the model and its kernels), network (in the forward
+passes; on a GPU the part of the time between CUDA events that was waited for), join (everything else until rows are
+finished: cutting, copying and blending tiles), write (what filtering, compressing and writing the PNG add: both go on
+in threads while rows are computed), end (of the process).
 
 Borders: how far the output where tiles overlap is from that of a run whose tiles overlap by twice as much, in levels of
 255, on the simulated frame or on `--photo`. Overlaps are in packed pixels. The computed pixels are those of all tiles,
@@ -21,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -28,15 +31,18 @@ from typing import cast
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from results import Tables, provenance, publish  # noqa: E402
-from torch import Tensor  # noqa: E402
+from pipelines.zooming.start import large_imports  # noqa: E402
 
-from pipelines import zoom as verb  # noqa: E402
-from preprocessing.raw import decode  # noqa: E402
-from preprocessing.raw.dng import write_dng  # noqa: E402
-from sdan import inference, starter_folder, tiles  # noqa: E402
+with large_imports() if "--child" in sys.argv else nullcontext():  # the child starts as `sdan zoom` does
+    import numpy as np
+    import torch
+    from results import Tables, provenance, publish
+    from torch import Tensor
+
+    from pipelines import zoom as verb
+    from preprocessing.raw import decode
+    from preprocessing.raw.dng import write_dng
+    from sdan import inference, starter_folder, tiles
 
 PHOTO_SIZE = (2832, 4240)
 """Height and width, photosites: the camera of SR-RAW."""
@@ -46,7 +52,7 @@ TILE_PX = 32
 """The starter model's."""
 OVERLAPS = ((4, 12), (6, 8), (6, 12), (8, 12))
 """Of the first and of the second pass, packed pixels."""
-STAGES = ("start", "model", "decode", "network", "join", "write")
+STAGES = ("start", "model", "decode", "device", "network", "join", "write", "end")
 
 
 def simulated_frame(folder: Path) -> Path:
@@ -105,13 +111,15 @@ def zoom_once(photo: Path, out: Path, began_s: float) -> dict[str, float]:
     mark = time.perf_counter()
     zoomer = verb.Zoomer.load(starter_folder())
     times["model"] = time.perf_counter() - mark
-    device = next(zoomer.model.parameters()).device
-    clock, waited = Clock(device), 0.0
-    zoomer.model.find_offset = clock(zoomer.model.find_offset)  # type: ignore[method-assign]
-    zoomer.model.zoom_at = clock(zoomer.model.zoom_at)  # type: ignore[method-assign]
     mark = time.perf_counter()
     decoded = verb.read_photo(photo, zoomer.model.config)
     times["decode"] = time.perf_counter() - mark
+    mark = time.perf_counter()
+    zoomer.wait()
+    times["device"] = time.perf_counter() - mark
+    clock, waited = Clock(next(zoomer.model.parameters()).device), 0.0
+    zoomer.model.find_offset = clock(zoomer.model.find_offset)  # type: ignore[method-assign]
+    zoomer.model.zoom_at = clock(zoomer.model.zoom_at)  # type: ignore[method-assign]
 
     def timed(parts: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         nonlocal waited
@@ -127,8 +135,8 @@ def zoom_once(photo: Path, out: Path, began_s: float) -> dict[str, float]:
     size = zoomer.size(decoded)
     verb.write_levels(timed(zoomer.levels(decoded, 8)), out, size, 8)
     total = time.perf_counter() - mark
-    # A GPU computes the next rows while these are written, and then the network's time is not waited for.
-    times |= {"network": clock.seconds(), "join": max(0.0, waited - clock.seconds()), "write": total - waited}
+    network = min(clock.seconds(), waited)  # a GPU also computes while rows are written
+    times |= {"network": network, "join": waited - network, "write": total - waited}
     return times | {"tiles": clock.calls, "width": size[0], "height": size[1]}
 
 
@@ -145,7 +153,9 @@ def measured_zoom(photo: Path, out: Path, device: str) -> dict[str, float]:
     if child.returncode:
         raise SystemExit(f"zoom: expected exit code 0, got {child.returncode}")
     total = time.perf_counter() - mark
-    return json.loads(text.splitlines()[-1]) | {"total": total, "peak_mb": usage.ru_maxrss / 1024}
+    run: dict[str, float] = json.loads(text.splitlines()[-1])
+    end = total - sum(run[stage] for stage in STAGES[:-1])
+    return run | {"end": end, "total": total, "peak_mb": usage.ru_maxrss / 1024}
 
 
 def time_rows(frame: Path, folder: Path, device: str, repeats: int) -> Iterator[str]:
@@ -166,6 +176,7 @@ def time_rows(frame: Path, folder: Path, device: str, repeats: int) -> Iterator[
 
 def border_rows(photo: Path) -> Iterator[str]:
     zoomer = verb.Zoomer.load(starter_folder())
+    zoomer.wait()
     decoded = verb.read_photo(photo, zoomer.model.config)
     size, upscale, input_tile_px = (decoded.raw.shape[1], decoded.raw.shape[2]), zoomer.model.config.upscale, TILE_PX
 

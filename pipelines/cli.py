@@ -404,12 +404,13 @@ def zoom(
     no_gps: Annotated[bool, typer.Option("--no-gps", help="Leave the place out of the tags.")] = False,
 ) -> None:
     """Zoom photographs; writes them upright, in sRGB, with their EXIF tags."""
-    from pipelines.zooming import request
+    from pipelines.zooming import request, start
 
     area = request.parse_crop(crop) if crop is not None else None
     output = request.Output(picture_format, bits, quality, scale, area, overwrite, not no_gps)
     request.check_request(photos, out, output)
-    from pipelines import zoom as verb
+    with start.large_imports():
+        from pipelines import zoom as verb
 
     folder, is_fallback = verb.choose_model(_data(), model)
     if is_fallback:

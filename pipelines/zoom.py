@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import sdan
@@ -34,7 +36,7 @@ from pipelines.zooming.request import (
     without_twins,
 )
 from preprocessing.storage import new_file, one_line
-from sdan import STARTER
+from sdan import STARTER, checkpoint, inference
 from sdan.baselines import Network
 
 __all__ = ["Output", "Photo", "ZoomError", "Zoomed", "Zoomer", "read_photo", "write_png", "zoom_photos"]
@@ -50,16 +52,32 @@ class Zoomer:
     model: Network
     strength: float = 1.0
     """1 for the network's output, 0 for the rendering enlarged bicubically, between them a linear mixture."""
+    start: Future[None] | None = None
+    """The start of the GPU in the background; None: the model is where it computes."""
 
     @classmethod
     def load(cls, folder: Path, strength: float = 1.0) -> Zoomer:
-        """Load a checkpoint folder onto the GPU, or the CPU if there is none."""
-        return cls(sdan.load(folder), strength)
+        """Load a checkpoint folder onto the GPU, or the CPU if there is none.
+
+        A GPU starts in the background, so that a photograph can be read meanwhile.
+        """
+        model = checkpoint.load(folder).model
+        thread = ThreadPoolExecutor(1)
+        start = thread.submit(_start, model)
+        thread.shutdown(wait=False)
+        return cls(model, strength, start)
+
+    def wait(self) -> None:
+        """Wait until the model is where it computes. Raises ZoomError: a GPU without memory for the model."""
+        if self.start is not None:
+            with _zoom_errors():
+                self.start.result()
 
     def zoom(
         self, photo: Photo, progress: Callable[[int, int], None] | None = None, *, precision: str = "auto"
     ) -> np.ndarray:
         """The enlarged photograph, upright: float32 [s H, s W, 3] in [0, 1]; precision as in sdan.ops.precision."""
+        self.wait()
         with _zoom_errors():
             zoomed = sdan.zoom(
                 self.model,
@@ -89,6 +107,7 @@ class Zoomer:
         # 16 bits need more than the 8 bits of mantissa that bf16 has.
         precision = "fp32" if bits == 16 else "auto"
         own = self.model.config.scale
+        self.wait()
         with _zoom_errors():
             found = sdan.zoom_rows(
                 self.model,
@@ -100,7 +119,8 @@ class Zoomer:
                 progress=progress,
             )
             top, left, height, width = self._window(photo)
-            parts = rows.cropped((part.permute(1, 2, 0).numpy() for part in found), top, left, height, width)
+            # `map` keeps no part, so each is freed as soon as it is written.
+            parts = rows.cropped(map(_as_picture, found), top, left, height, width)
             if photo.grey:
                 parts = rows.grey(parts)
             if scale is not None and scale != own:
@@ -114,6 +134,19 @@ class Zoomer:
 
     def _window(self, photo: Photo) -> tuple[int, ...]:
         return tuple(self.model.config.scale * value for value in photo.window)
+
+
+def _start(model: Network) -> None:
+    """Move the model to the GPU, if there is one, and load the libraries and kernels that it needs."""
+    if torch.cuda.is_available():
+        model.to("cuda")
+        if model.input_tile_px is not None:
+            inference.warm_up(model, input_tile_px=model.input_tile_px)
+
+
+def _as_picture(part: Tensor) -> np.ndarray:
+    """[3, rows, W] -> [rows, W, 3]."""
+    return part.permute(1, 2, 0).numpy()
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ import shutil
 import subprocess
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,6 +34,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from sdan.baselines import SRResNet
 from sdan.network import SDAN, SDANConfig
@@ -54,6 +55,8 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "versions": dict,
     "weights_sha256": (str, type(None)),
 }
+_DRAWS = ("uniform_", "normal_", "kaiming_uniform_", "kaiming_normal_")
+"""Functions that give new layers random values."""
 _OPTIONAL = ("commit", "versions", "weights_sha256")
 
 
@@ -257,7 +260,7 @@ def _read_weights(path: Path, architecture: type[nn.Module], network: SDANConfig
     """The tensors of a weights file, after its header has been compared with the network."""
     if not path.is_file():
         raise CheckpointError(f"{path}: expected a checkpoint's file, got none; copy the whole folder again")
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutValues():
         expected = {key: tuple(value.shape) for key, value in architecture(network).state_dict().items()}
     try:
         with safe_open(path, "pt") as file:
@@ -273,6 +276,19 @@ def _read_weights(path: Path, architecture: type[nn.Module], network: SDANConfig
             f"{first}: expected {expected.get(first, 'none')}, got {got.get(first, 'none')}"
         )
     return weights
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Inside, new layers get no initial values. On the device meta, drawing them would import torch._dynamo: seconds
+    and 150 MB."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ in _DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def _check_values(path: Path, weights: Mapping[str, Tensor], digest: str | None) -> None:

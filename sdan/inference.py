@@ -133,6 +133,18 @@ def zoom_rows(
     return _to_host(rows, bits, plan.device)
 
 
+def warm_up(model: Network, *, input_tile_px: int, precision: str = "auto") -> None:
+    """Zoom a blank photo of one tile, so that a GPU has its libraries and kernels when the first photo comes.
+
+    Arguments and errors: as `zoom_rows`.
+    """
+    config = model.config
+    x = torch.zeros(CHANNELS[config.input], TILE_PX, TILE_PX)
+    rendering = torch.zeros(3, *(config.mosaic_factor * side for side in _size(x)))
+    for _ in zoom_rows(model, x, rendering, input_tile_px=input_tile_px, precision=precision, bits=8):
+        pass
+
+
 @torch.inference_mode()
 def _zoomed(
     model: Network,
@@ -320,11 +332,13 @@ def _to_host(rows: Iterator[Tensor], bits: int | None, device: torch.device) -> 
         arrived.synchronize()
         _check_finite(finite)
         yield host
+        del host  # the next rows need memory
 
 
 @torch.inference_mode()
 def _all_finite(rows: Tensor) -> Tensor:
-    return rows.isfinite().all()
+    """Whether [3, H, W], channels-last, holds finite values only; without a copy of them, which `isfinite` makes."""
+    return torch.stack(rows.permute(1, 2, 0).aminmax()).isfinite().all()
 
 
 def _check_finite(finite: Tensor) -> None:

@@ -53,7 +53,7 @@ def from_photo(photo: Photo) -> tuple[Tensor, Tensor]:
         torch.tensor([photo.white_level]),
         torch.from_numpy(photo.wb)[None],
     )[0]
-    return raw, torch.from_numpy(photo.rendering).permute(2, 0, 1).float() / 255
+    return raw, torch.from_numpy(photo.rendering).permute(2, 0, 1).float().div_(255)
 
 
 def normalise(packed_N4HW: Tensor, black_N4: Tensor, white_N: Tensor, wb_N4: Tensor) -> Tensor:

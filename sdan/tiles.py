@@ -54,9 +54,9 @@ class Tiling:
         ends = (*self.tops[1:], self.tops[-1] + self.height)
         for top, end, row_weights, outputs in zip(self.tops, ends, all_row_weights, rows, strict=True):
             for columns, tiles in outputs:
-                for column, tile in zip(columns, tiles, strict=True):
+                weighted = tiles.permute(0, 2, 3, 1).flatten(2).mul_(row_weights)
+                for column, rows_of_tile in zip(columns, weighted.unbind(), strict=True):
                     left = self.lefts[column] * scale * channels
-                    rows_of_tile = tile.permute(1, 2, 0).flatten(1).mul_(row_weights)
                     total[:, left : left + side].addcmul_(rows_of_tile, col_weights[column])
             complete = (end - top) * scale
             yield total[:complete].unflatten(1, (-1, channels)).permute(2, 0, 1)

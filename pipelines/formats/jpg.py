@@ -7,17 +7,15 @@ what was before. So the strips' data, with the markers numbered anew, is the dat
 from __future__ import annotations
 
 import io
-import os
 import struct
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines.formats.strips import strips
+from pipelines.formats.strips import on_all_cores, strips
 
 MAX_SIDE = 65_500
 _STRIP_ROWS = 128
@@ -42,27 +40,15 @@ def encode(
     """
     blocks = 0
     compress = partial(_compressed, quality=quality, icc=icc, exif=exif)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for data in _mapped(pool, compress, strips(parts, _STRIP_ROWS)):
-            scan = _scan_start(data)
-            if not blocks:
-                yield _with_height(data[:scan], height)
-            elif data[scan:-2]:
-                yield _restart(blocks - 1)
-            numbered, blocks = _renumbered(data[scan:-2], blocks)
-            yield numbered
+    for data in on_all_cores(compress, strips(parts, _STRIP_ROWS)):
+        scan = _scan_start(data)
+        if not blocks:
+            yield _with_height(data[:scan], height)
+        elif data[scan:-2]:
+            yield _restart(blocks - 1)
+        numbered, blocks = _renumbered(data[scan:-2], blocks)
+        yield numbered
     yield b"\xff\xd9"
-
-
-def _mapped(pool: ThreadPoolExecutor, compress: partial[bytes], strips: Iterator[NDArray[np.uint8]]) -> Iterator[bytes]:
-    """As map, but with a bounded number of strips in memory."""
-    workers = len(os.sched_getaffinity(0))
-    waiting = []
-    for strip in strips:
-        waiting.append(pool.submit(compress, strip))
-        if len(waiting) > workers:
-            yield waiting.pop(0).result()
-    yield from (future.result() for future in waiting)
 
 
 def _compressed(strip: NDArray[np.uint8], quality: int, icc: bytes, exif: bytes) -> bytes:

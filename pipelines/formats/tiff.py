@@ -6,18 +6,16 @@ after horizontal differences (compression 8, predictor 2), which every TIFF read
 
 from __future__ import annotations
 
-import os
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.formats.strips import strips
+from pipelines.formats.strips import on_all_cores, strips
 
 Pixels = NDArray[Any]
 """uint8 or uint16."""
@@ -55,13 +53,11 @@ def write(
     file.write(struct.pack("<2sHHHQ", b"II", 43, 8, 0, 0) if big else struct.pack("<2sHI", b"II", 42, 0))
     offsets, sizes = [], []
     at = file.tell()
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for row in _rows_of_tiles(parts):
-            for data in pool.map(_compress, _tiles(row)):
-                file.write(data)
-                offsets.append(at)
-                sizes.append(len(data))
-                at += len(data)
+    for data in on_all_cores(_compress, _tiles(parts)):
+        file.write(data)
+        offsets.append(at)
+        sizes.append(len(data))
+        at += len(data)
     address = _LONG_8 if big else _LONG
     directory = _parsed(exif) if exif else {}
     values: dict[int, tuple[int, list[int]]] = {
@@ -88,18 +84,14 @@ def write(
     file.write(struct.pack("<Q" if big else "<I", first))
 
 
-def _rows_of_tiles(parts: Iterable[Pixels]) -> Iterator[Pixels]:
-    """The rows, TILE_PX at a time; the last are padded with copies of the last row."""
+def _tiles(parts: Iterable[Pixels]) -> Iterator[Pixels]:
+    """The rows, cut into tiles; the last ones are padded with copies of the last row and column."""
     for strip in strips(parts, TILE_PX):
-        missing = TILE_PX - len(strip)
-        yield np.pad(strip, ((0, missing), (0, 0), (0, 0)), mode="edge") if missing else strip
-
-
-def _tiles(row: Pixels) -> Iterator[Pixels]:
-    for left in range(0, row.shape[1], TILE_PX):
-        tile = row[:, left : left + TILE_PX]
-        missing = TILE_PX - tile.shape[1]
-        yield np.pad(tile, ((0, 0), (0, missing), (0, 0)), mode="edge") if missing else tile
+        for left in range(0, strip.shape[1], TILE_PX):
+            tile = strip[:, left : left + TILE_PX]
+            missing = [TILE_PX - side for side in tile.shape[:2]]
+            yield np.pad(tile, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="edge") if any(missing) else tile
+        del strip, tile
 
 
 def _compress(tile: Pixels) -> bytes:

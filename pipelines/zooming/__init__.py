@@ -1,1 +1,1 @@
-"""The parts of `sdan zoom`: what to do (request.py), reading (photo.py) and the rows to write (rows.py)."""
+"""The parts of `sdan zoom`: imports (start.py), the request (request.py), reading (photo.py), output rows (rows.py)."""

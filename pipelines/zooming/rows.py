@@ -24,6 +24,7 @@ def cropped(parts: Iterable[Pixels], top: int, left: int, height: int, width: in
         at += len(part)
         if first < last:
             yield part[first:last, left : left + width]
+        del part  # the next one needs memory
 
 
 def grey(parts: Iterable[Pixels]) -> Iterator[Pixels]:
@@ -31,6 +32,7 @@ def grey(parts: Iterable[Pixels]) -> Iterator[Pixels]:
     for part in parts:
         luma = np.rint(part.astype(np.float32) @ _LUMA).astype(part.dtype)
         yield np.repeat(luma[..., None], 3, axis=2)
+        del part, luma
 
 
 def resampled(parts: Iterable[Pixels], width: int, scale: int, wanted: int) -> Iterator[Pixels]:
@@ -53,10 +55,11 @@ def resampled(parts: Iterable[Pixels], width: int, scale: int, wanted: int) -> I
     above = 0
     for part in parts:
         held = part if held is None else np.concatenate((held, part))
+        del part
         ready = (len(held) - above - context) // step * step
         if ready > 0:
             yield resized(held[: above + ready + context], above, context)
             keep = max(above + ready - context, 0)
-            above, held = above + ready - keep, held[keep:]
+            above, held = above + ready - keep, held[keep:].copy()  # a view would keep the part
     if held is not None and len(held) > above:
         yield resized(held, above, 0)

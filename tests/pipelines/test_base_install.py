@@ -23,9 +23,9 @@ sys.meta_path[:] = [WithoutExtra if finder is PathFinder else finder for finder 
 """
 
 
-def run(code, *arguments, folder):
+def run(code, *arguments, folder, extra=False):
     return subprocess.run(
-        [sys.executable, "-c", WITHOUT_EXTRA + code, *map(str, arguments)],
+        [sys.executable, "-c", ("" if extra else WITHOUT_EXTRA) + code, *map(str, arguments)],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -43,6 +43,20 @@ def test_zoom_needs_no_extra(tmp_path):
     done = run("from pipelines import cli\ncli.main()", "zoom", "photo.png", "-o", "out.png", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "out.png").size == (256, 192)
+
+
+UNUSED = ("torch._dynamo", "torch._inductor", "sympy", "torchvision", "mlflow", "ray", "pandas", "scipy")
+"""Slow and large imports that a zoom has no use for."""
+
+
+def test_zoom_imports_no_compiler(tmp_path):
+    Image.new("RGB", (64, 48), (90, 80, 70)).save(tmp_path / "photo.png")
+    listing = (
+        f"import atexit, sys\natexit.register(lambda: print([name for name in {UNUSED} if name in sys.modules]))\n"
+    )
+    code = listing + "from pipelines import cli\ncli.main()"
+    done = run(code, "zoom", "photo.png", "-o", "out.png", folder=tmp_path, extra=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("verb", [["train", "shards"], ["preprocess", "raw", "shards"], ["tune", "shards"], ["demo"]])

@@ -1,6 +1,11 @@
 """`sdan zoom`: the pixels that a model should give, several photographs in one call, and the output files."""
 
+import ctypes
+import gc
 import os
+import threading
+import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -13,10 +18,11 @@ from pipelines import config as configs
 from pipelines import zoom
 from pipelines.zoom import Output, Zoomer, ZoomError, read_photo, zoom_photos
 from pipelines.zooming import photo as photo_module
+from pipelines.zooming import start
 from pipelines.zooming.request import check_options, check_output, output_paths
 from preprocessing.raw import decode
 from preprocessing.raw.dng import ShotTags, write_dng
-from sdan import checkpoint, raw_input, starter_folder
+from sdan import checkpoint, inference, raw_input, starter_folder
 from sdan.network import SDAN, SDANConfig
 from sdan.ops.precision import autocast
 from sdan.resample import bicubic, low_pass
@@ -268,6 +274,95 @@ def test_levels_are_the_rounded_picture(orientation, zoomer, tmp_path):
     levels = np.concatenate(list(zoomer.levels(photo, 8)))
     assert np.array_equal(levels, expected)
     assert zoomer.size(photo) == (levels.shape[1], levels.shape[0])
+
+
+def test_a_written_row_is_freed_before_the_next(zoomer, tmp_path, monkeypatch):
+    """So memory holds the output of one row of tiles."""
+    finished, alive = inference._finished, []
+
+    def watched(rows, bits):
+        assert all(part() is None for part in alive)
+        array = np.ascontiguousarray(finished(rows, bits).permute(1, 2, 0))  # unlike a tensor, views keep it alive
+        alive.append(weakref.ref(array))
+        return torch.from_numpy(array).permute(2, 0, 1)
+
+    monkeypatch.setattr(inference, "_finished", watched)
+    monkeypatch.setattr(inference, "TILE_PX", 40)
+    photo = read_photo(write_photo(tmp_path / "photo.dng", 144, 96), zoomer.model.config)
+    for grey in (False, True):
+        for scale in (None, 3):
+            alive.clear()
+            rows = sum(map(len, zoomer.levels(replace(photo, grey=grey), 8, scale=scale)))
+            assert rows == 144 * (scale or zoomer.model.config.scale) and len(alive) > 2
+
+
+def test_a_photograph_is_read_while_the_gpu_starts(untrained, tmp_path, monkeypatch):
+    started = threading.Event()
+    monkeypatch.setattr(zoom, "_start", lambda model: started.wait(60))
+    zoomer = Zoomer.load(untrained)
+    photo = read_photo(write_photo(tmp_path / "photo.dng"), zoomer.model.config)
+    rows = zoomer.levels(photo, 8)
+    assert not zoomer.start.done()
+    started.set()
+    expected = (255 * zoomer.zoom(photo)).round()
+    assert zoomer.start.done() and np.array_equal(np.concatenate(list(rows)), expected)
+
+
+def test_a_gpu_that_holds_no_model_is_one_line(untrained, tmp_path, monkeypatch):
+    def fail(model):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(zoom, "_start", fail)
+    photo = write_photo(tmp_path / "photo.dng")
+    with pytest.raises(ZoomError, match="GPU memory: expected room for one tile, got none"):
+        zoom_photos([photo], tmp_path / "out.png", Zoomer.load(untrained), say=print, warn=print)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA GPU")
+def test_the_starter_model_starts_on_a_gpu(tmp_path):
+    zoomer = Zoomer.load(starter_folder())
+    photo = read_photo(write_photo(tmp_path / "photo.dng"), zoomer.model.config)
+    rows = np.concatenate(list(zoomer.levels(photo, 8)))
+    assert next(zoomer.model.parameters()).is_cuda
+    on_cpu = (255 * Zoomer(checkpoint.load(starter_folder()).model).zoom(photo)).round()
+    assert np.abs(rows - on_cpu).mean() < 2
+
+
+def test_the_collector_skips_what_was_imported(monkeypatch):
+    monkeypatch.setattr(start, "start_driver", lambda: None)
+    try:
+        with start.large_imports():
+            assert not gc.isenabled()
+        assert gc.isenabled() and gc.get_freeze_count() > 1000
+    finally:
+        gc.unfreeze()
+
+
+@pytest.mark.parametrize(("no_gpu", "calls"), [(False, ["init", "get", "retain"]), (True, ["init"])])
+def test_the_driver_starts_only_with_a_gpu(no_gpu, calls, monkeypatch):
+    made = []
+
+    class Driver:
+        """CUDA's functions return 0, or 100 without a GPU."""
+
+        def cuInit(self, flags):
+            made.append("init")
+            return 100 if no_gpu else 0
+
+        def cuDeviceGet(self, device, number):
+            made.append("get")
+            return 0
+
+        def cuDevicePrimaryCtxRetain(self, context, device):
+            made.append("retain")
+            return 0
+
+    monkeypatch.setattr(start.ctypes, "CDLL", lambda name: Driver())
+    start.start_driver()
+    assert made == calls
+    monkeypatch.setattr(start.ctypes, "CDLL", lambda name: ctypes.cdll.LoadLibrary("no such driver"))
+    start.start_driver()
 
 
 def test_the_starter_model_is_chosen_without_a_champion(untrained, tmp_path, monkeypatch):

@@ -224,6 +224,23 @@ def test_a_batch_on_a_gpu_takes_what_its_memory_holds(monkeypatch):
     assert sizes[1] == 1 and 1 < sizes[3000] < sizes[9000] < sizes[100_000] == 2**19 // 128**2
 
 
+@pytest.mark.parametrize("kind", ["mosaic", "packed", "rgb", "packed_rgb"])
+def test_a_warm_up_runs_both_passes(kind):
+    calls = []
+
+    class Spy(SDAN):
+        def find_offset(self, x, reference):
+            calls.append(("find_offset", x.shape[-1]))
+            return super().find_offset(x, reference)
+
+        def zoom_at(self, x, offset, rendering=None):
+            calls.append(("zoom_at", x.shape[-1]))
+            return super().zoom_at(x, offset, rendering)
+
+    inference.warm_up(Spy(replace(CONFIG, input=kind)), input_tile_px=16)
+    assert set(calls) == {("find_offset", 16), ("zoom_at", inference.TILE_PX)}
+
+
 def test_an_interrupted_zoom_leaves_nothing_switched_on(small_tiles):
     model = trained(CONFIG)
     x, rendering = photo(CONFIG, 60, 60)
@@ -256,9 +273,10 @@ def test_a_gpu_gives_the_cpus_output(kind, small_tiles):
     expected = zoom(model, x, rendering, input_tile_px=32, precision="fp32")
     model.cuda()
     assert torch.allclose(zoom(model, x, rendering, input_tile_px=32, precision="fp32"), expected, atol=1e-3)
-    levels = torch.cat(list(zoom_rows(model, x, rendering, input_tile_px=32, bits=8)), dim=1)
+    parts = list(zoom_rows(model, x, rendering, input_tile_px=32, bits=8))
+    assert len(parts) > 1 and all(part.dtype == torch.uint8 and part.is_pinned() for part in parts)
+    levels = torch.cat(parts, dim=1)
     assert (levels.float() / 255 - expected).abs().mean() < 4 / 255
-    assert levels.dtype == torch.uint8 and levels.is_pinned()
     fine = torch.cat(list(zoom_rows(model, x, rendering, input_tile_px=32, bits=16, precision="fp32")), dim=1)
     assert (fine.float() / 65535 - expected).abs().max() < 1e-3
 
@@ -364,11 +382,12 @@ def test_wrong_sizes_are_refused():
 
 
 @pytest.mark.parametrize("bits", [None, 8, 16])
-def test_nan_in_the_output_is_an_error(bits):
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_an_output_that_is_not_finite_is_an_error(value, bits):
     config = SDANConfig(input="packed", scale=2, features=8, blocks=1, packing_kernel=4)
     model = trained(config)
     with torch.no_grad():
-        next(iter(model.super_resolution.parameters()))[0] = float("nan")
+        model.super_resolution.last.bias[1] = float(value)
     x, rendering = photo(config, 16, 24)
     with pytest.raises(inference.InferenceError, match="expected a finite picture, got NaN or infinity"):
         list(zoom_rows(model, x, rendering, input_tile_px=16, bits=bits))

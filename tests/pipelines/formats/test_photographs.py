@@ -2,7 +2,9 @@
 
 import io
 import struct
+import time
 import warnings
+import weakref
 
 import cv2
 import numpy as np
@@ -32,6 +34,29 @@ def source_exif():
     exif.get_ifd(0x8769).update({0x9003: "2026:05:01 10:11:12", 0x927C: b"addresses"})
     exif.get_ifd(0x8825).update({1: "N", 2: (48.0, 12.0, 30.5)})
     return exif
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "tiff"])
+def test_a_part_is_freed_before_the_next_is_made(kind):
+    """256 rows are whole strips of a JPG and whole tiles of a TIFF. A part's last strips may still be in work."""
+    used = []
+
+    def made():
+        for _ in range(4):
+            deadline = time.monotonic() + 20
+            while any(part() is not None for part in used) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert all(part() is None for part in used)
+            part = picture(256, 300)
+            used.append(weakref.ref(part))
+            yield part
+            del part
+
+    if kind == "tiff":
+        tiff.write(io.BytesIO(), made(), 300, 1024, 8)
+    else:
+        assert b"".join((png if kind == "png" else jpg).encode(made(), 300, 1024, *([8] if kind == "png" else [])))
+    assert len(used) == 4
 
 
 def tiff_bytes(image, bits, **more):
