@@ -4,6 +4,7 @@ As in `test_triton_kernels.py`, the tests marked `interpreted` run in a separate
 """
 
 import importlib
+from collections import defaultdict
 
 import pytest
 import torch
@@ -177,6 +178,33 @@ def test_shuffles_compile_without_spills(name, architecture):
         assert usage["LOCAL"] == usage["STACK"] == 0 and usage["REG"] <= 64, usage
         wide = ptx.count("st.global.v4.b32") + ptx.count("st.global.v2.b64")
         assert wide >= 2, (dtype, channels, ptx.count("st.global."))  # both 16-byte stores of a thread's values
+
+
+@pytest.mark.skipif(INTERPRETING, reason="the interpreter compiles nothing")
+def test_prepared_launches_pass_what_triton_passes(monkeypatch):
+    """The second launch of a shape passes the kernel's arguments by their order only."""
+    pytest.importorskip("triton")
+    from test_triton_kernels import FakeDriver
+    from triton.runtime import driver
+
+    from sdan.ops.upsampling import triton_shuffle
+
+    fake = FakeDriver()
+    monkeypatch.setattr(driver, "_active", fake)
+    for name, number in (("shuffle_kernel", 3), ("shuffle_gradient_kernel", 4)):
+        kernel = getattr(triton_shuffle, name)
+        monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
+        types = torch.float32, torch.float32
+        launch = triton_shuffle._launch.__wrapped__(kernel, torch.Size((2, 64, 4, 8)), types, 0, 2, True)
+        tensors = [torch.zeros(4)] * number
+        launch(*tensors)
+        launch._kernel = None  # Triton's own launch
+        launch(*tensors)
+        (_, expected), (_, got) = fake.launches[-2:]
+        launch_metadata = 6  # a new object for each launch, for profilers
+        assert len(got) == len(expected)
+        for place, (a, b) in enumerate(zip(got, expected, strict=True)):
+            assert a is b or place == launch_metadata or a == b, place
 
 
 @pytest.mark.gpu
