@@ -56,7 +56,8 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         input, weight = ctx.saved_tensors
         num_images, channels, height, width = input.shape
-        kernel, need_input, need_weight = weight.shape[-1], *ctx.needs_input_grad
+        kernel = weight.shape[-1]
+        need_input, need_weight = ctx.needs_input_grad
         grad_input = grad_weight = None
         windows = F.pad(grad, [kernel // 2] * 4).unfold(2, kernel, 1).unfold(3, kernel, 1)
         grad_parts_PT = windows.permute(0, 2, 3, 1, 4, 5).reshape(num_images * height * width, -1)
