@@ -53,7 +53,9 @@ def _bicubic_by_matrices(image_NCHW: Tensor, scale: int) -> Tensor:
     whole picture.
     """
     with torch.autocast(image_NCHW.device.type, enabled=False):
-        rows, columns = (_bicubic_matrix(side, scale, image_NCHW.device) for side in image_NCHW.shape[-2:])
+        height, width = image_NCHW.shape[-2:]
+        rows = _bicubic_matrix(height, scale, image_NCHW.device)
+        columns = rows if width == height else _bicubic_matrix(width, scale, image_NCHW.device)
         return rows @ image_NCHW @ columns.t()
 
 
