@@ -134,11 +134,6 @@ def network_parts(model: SDAN, inputs: Inputs, config: ExperimentConfig) -> dict
     def body(features: Tensor) -> Tensor:
         return features + trunk.join(trunk.blocks(features))
 
-    def tail(features: Tensor) -> Tensor:
-        for conv in trunk.enlarge:
-            features = trunk.activation(nn.functional.pixel_shuffle(conv(features), 2))
-        return nn.functional.pixel_shuffle(trunk.last(features), trunk.shuffle)
-
     def loss(zoomed: Tensor, aligned: Tensor) -> Tensor:
         mask = offset_mask(offset.detach())
         output = SDANOutput(zoomed.float(), aligned.float(), mask, offset)
@@ -153,7 +148,7 @@ def network_parts(model: SDAN, inputs: Inputs, config: ExperimentConfig) -> dict
         hidden, offset = learner.conv1(both), learner(both)
         moved, aligned = deform(features, offset)
         deep = body(moved)
-        zoomed = tail(deep)
+        zoomed = trunk.upsample(deep)
     return {
         "head": Part(head, (inputs.x,), own(model.head)),
         "flips, reference": Part(reference, (inputs.oracle_reference,), own(alignment.reference_conv)),
@@ -161,7 +156,7 @@ def network_parts(model: SDAN, inputs: Inputs, config: ExperimentConfig) -> dict
         "one of its two CPAs": Part(learner.attention1, (hidden,), own(learner.attention1)),
         "SDCN, X'": Part(deform, (features, offset), own(alignment.deform, alignment.to_rgb)),
         "body": Part(body, (moved,), own(trunk.blocks, trunk.join)),
-        "tail": Part(tail, (deep,), own(trunk.enlarge, trunk.last)),
+        "tail": Part(trunk.upsample, (deep,), own(trunk.enlarge, trunk.last)),
         "loss": Part(loss, (zoomed, aligned)),
     }
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sdan.network import CHANNELS, SDAN, SDANConfig, SDANOutput, SuperResolution, check_inputs
+from sdan.network import CHANNELS, SDAN, SDANConfig, SDANOutput, SuperResolution, as_picture, check_inputs
 from sdan.resample import bicubic
 
 
@@ -47,7 +47,7 @@ class SRResNet(nn.Module):
 
     def zoom_at(self, x: Tensor, offset: Tensor, rendering: Tensor | None = None) -> Tensor:
         """As SDAN.zoom_at; the offset has no effect."""
-        zoomed = self.super_resolution(F.relu(self.head(x))).float()
+        zoomed = as_picture(self.super_resolution(F.relu(self.head(x))))
         if self.config.skip == "rendering":
             assert rendering is not None  # by check_inputs
             zoomed = zoomed + bicubic(rendering, self.config.scale)

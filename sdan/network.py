@@ -24,6 +24,8 @@ from torch.nn import functional as F
 
 from sdan.attention import ChannelAttention, CrossPackingAttention, check_packing
 from sdan.ops import offset_mask, per_point_deform_conv2d, squared_deform_conv2d
+from sdan.ops.narrow_conv import narrow_conv2d
+from sdan.ops.upsampling import conv_shuffle
 from sdan.resample import bicubic, blur, enlarge_offset, low_pass, sample
 
 Input = Literal["mosaic", "packed", "rgb", "packed_rgb"]
@@ -187,9 +189,7 @@ class OffsetLearner(nn.Module):
     def forward(self, features_N2CHW: Tensor) -> Tensor:
         hidden = _attend_relu(self.attention1, self.conv1(features_N2CHW))
         hidden = _attend_relu(self.attention2, self.conv2(hidden))
-        # bfloat16 rounds an offset of 30 px to 1/8 px, so the last layer runs in float32.
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.conv3(hidden.float()) if self.conv3.weight.dtype == torch.float32 else self.conv3(hidden)
+        return narrow_conv2d(hidden, self.conv3.weight, self.conv3.bias)
 
 
 class AlignmentModule(nn.Module):
@@ -257,19 +257,23 @@ class SuperResolution(nn.Module):
         self.last = nn.Conv2d(c, 3 * self.shuffle**2, 3, padding=1)
         # skip="rendering" starts with a zero last convolution. After a ReLU all its inputs would be positive, and
         # Adam's first steps would add up to a large change of the mean. So this form has no activation, as in EDSR.
-        self.activation = nn.Identity() if config.skip == "rendering" else nn.ReLU(inplace=True)
+        self.relu = config.skip != "rendering"
         if config.skip == "rendering":
             nn.init.zeros_(self.last.weight)
             nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
 
     def forward(self, features_NCHW: Tensor) -> Tensor:
-        x = features_NCHW + self.join(self.blocks(features_NCHW))
+        return self.upsample(features_NCHW + self.join(self.blocks(features_NCHW)))
+
+    def upsample(self, x: Tensor) -> Tensor:
+        """The part behind the global skip: pixel shuffles and the last convolution."""
         for conv in self.enlarge:
-            x = self.activation(F.pixel_shuffle(conv(x), 2))
+            assert isinstance(conv, nn.Conv2d)
+            x = conv_shuffle(x, conv.weight, conv.bias, 2, relu=self.relu)
             # torch 2.14's Inductor cannot sort the symbolic strides of a view that it saves for the backward pass.
             if torch.compiler.is_dynamo_compiling():
                 x = x.contiguous(memory_format=torch.channels_last)
-        return F.pixel_shuffle(self.last(x), self.shuffle)
+        return self.last(x) if self.shuffle == 1 else F.pixel_shuffle(self.last(x), self.shuffle)
 
 
 class SDAN(nn.Module):
@@ -303,7 +307,7 @@ class SDAN(nn.Module):
         """
         check_inputs(self.config, x, reference, rendering)
         aligned_features, aligned, mask, offset = self.alignment(self._features(x), reference)
-        return SDANOutput(self._zoomed(aligned_features, offset, rendering), aligned.float(), mask, offset)
+        return SDANOutput(self._zoomed(aligned_features, offset, rendering), as_picture(aligned), mask, offset)
 
     def find_offset(self, x: Tensor, reference: Tensor) -> Tensor:
         """The part of `forward` that depends on the input's size, through the attention and the flips.
@@ -327,11 +331,16 @@ class SDAN(nn.Module):
         return F.relu(self.head(x.clamp_min(0).sqrt() if self.config.encoding == "sqrt" else x))
 
     def _zoomed(self, aligned_features: Tensor, offset: Tensor, rendering: Tensor | None) -> Tensor:
-        zoomed = self.super_resolution(aligned_features).float()
+        zoomed = as_picture(self.super_resolution(aligned_features))
         if self.config.skip == "rendering":
             assert rendering is not None
             zoomed = add_skip(zoomed, rendering, offset, self.config)
         return zoomed
+
+
+def as_picture(image: Tensor) -> Tensor:
+    """The image in float32; on a GPU contiguous, as the pictures are that it is added to and compared with."""
+    return image.to(torch.float32, memory_format=torch.contiguous_format) if image.is_cuda else image.float()
 
 
 def with_flips(image_NCHW: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ def bicubic(image_NCHW: Tensor, scale: int) -> Tensor:
     image = image_NCHW.float()
     if image.device.type == "cpu" and not torch.compiler.is_compiling():
         return _bicubic_by_axis(image, scale)
+    if image.is_cuda and image.requires_grad:
+        return _bicubic_by_matrices(image, scale)
     return F.interpolate(image, scale_factor=scale, mode="bicubic", align_corners=False)
 
 
@@ -43,6 +45,26 @@ def _bicubic_by_axis(image_NCHW: Tensor, scale: int) -> Tensor:
         wide = wide.permute(0, 2, 3, 1).reshape(n * channels, 1, height + 4, width * scale)
         tall = F.conv2d(wide, taps.view(scale, 1, 5, 1))
     return tall.transpose(1, 2).reshape(n, channels, height * scale, width * scale)
+
+
+def _bicubic_by_matrices(image_NCHW: Tensor, scale: int) -> Tensor:
+    """What F.interpolate computes, by one matrix product along each axis, for crops that need a gradient.
+
+    The gradient of CUDA's F.interpolate adds 16 products for each output pixel to memory, with atomics, and its order
+    varies. These products need no atomics. Their matrices grow with the square of the side, and a NaN spreads over the
+    whole picture.
+    """
+    with torch.autocast(image_NCHW.device.type, enabled=False):
+        height, width = image_NCHW.shape[-2:]
+        rows = _bicubic_matrix(height, scale, image_NCHW.device)
+        columns = rows if width == height else _bicubic_matrix(width, scale, image_NCHW.device)
+        return rows @ image_NCHW @ columns.t()
+
+
+def _bicubic_matrix(side: int, scale: int, device: torch.device) -> Tensor:
+    """[scale side, side]: enlarges columns of `side` pixels."""
+    unit = torch.eye(side, device=device)[None, None]
+    return F.interpolate(unit, size=(scale * side, side), mode="bicubic", align_corners=False)[0, 0]
 
 
 def _cubic_taps(scale: int) -> Tensor:

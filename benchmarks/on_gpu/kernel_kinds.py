@@ -42,7 +42,7 @@ _RULES: tuple[tuple[str, str], ...] = (
     (FILLS, r"^memset|fillfunctor|^aten::(fill_|zero_)"),
     (CASTS, r"(bfloat16|float16|half)_copy|loadwithcast|copy.*\| (aten::copy_, )?aten::_to_copy"),
     (PACKING, r"^(un)?pack_(gradient_)?kernel"),
-    (COPIES, r"^memcpy|copy|nchwtonhwc|nhwctonchw|addpadding|catarray|flip|pixel_(un)?shuffle"),
+    (COPIES, r"^memcpy|copy|nchwtonhwc|nhwctonchw|addpadding|catarray|flip|pixel_(un)?shuffle|^shuffle_"),
     (SAMPLING, r"warp_(forward|backward)|bilinear_warp|deformable|grid_sampler|upsample|embedding_bag"),
     (ATTENTION, r"flash|fmha|attention|softmax|cross_?packing"),
     (CONVOLUTION, r"fprop|dgrad|wgrad|convol|(?<!squareddeform)conv2d|cudnn"),

@@ -37,6 +37,8 @@ CASES = {
     ),
     "unpack_gradient_kernel": (("_CrossPackingBackward",), "packing"),
     "pack_kernel": ((), "packing"),
+    "shuffle_kernel": (("_ConvShuffle",), "copies, layout"),
+    "shuffle_gradient_kernel": (("_ConvShuffleBackward",), "copies, layout"),
     "ampere_sgemm_128x64_nt": (("aten::addmm",), "matrix products"),
     "warp_forward_kernel": (("sdan::bilinear_warp",), "sampling"),
     "warp_backward_kernel": ((), "sampling"),

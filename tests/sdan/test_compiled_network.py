@@ -1,12 +1,14 @@
 """One training step of the whole network, compiled and eager."""
 
 import copy
+import importlib
 
 import pytest
 import torch
 from torch import nn
 
 from sdan.network import SDAN, SDANConfig
+from sdan.ops import narrow_conv
 
 
 def training_step(
@@ -51,6 +53,14 @@ def compare(
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_traced_training_step_equals_the_eager_one(autocast):
     compare("aot_eager", autocast=autocast, limit=2e-2 if autocast else 1e-5)
+
+
+def test_a_gpus_way_is_traced_like_eager_code(monkeypatch):
+    """The ways of the upsampling and of the offsets' convolution that are otherwise taken on a GPU only."""
+    upsampling = importlib.import_module("sdan.ops.upsampling.conv_shuffle")
+    monkeypatch.setattr(upsampling, "_keeps_channels_last", lambda x: True)
+    monkeypatch.setattr(narrow_conv, "_as_product", lambda input, weight: True)
+    compare("aot_eager", autocast=False, limit=1e-5)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from sdan import resample
 from sdan.resample import bicubic, enlarge_offset, low_pass, sample
 
 
@@ -26,17 +27,34 @@ def test_bicubic_keeps_a_ramp_at_half_pixel_centres():
 @pytest.mark.parametrize("scale", [2, 3, 4, 8])
 @pytest.mark.parametrize("size", [(1, 1), (2, 1), (5, 9)])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_bicubic_equals_pytorchs(scale, size, layout):
+@pytest.mark.parametrize("way", ["bicubic", "_bicubic_by_matrices"])
+def test_bicubic_equals_pytorchs(scale, size, layout, way):
+    """Both ways of our own: the CPU's, and the one of CUDA's crops that need a gradient."""
     image = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
     image = image.contiguous(memory_format=layout).requires_grad_()
     expected = F.interpolate(image, scale_factor=scale, mode="bicubic", align_corners=False)
     weights = torch.rand(expected.shape, generator=torch.Generator().manual_seed(1))
     (expected_gradient,) = torch.autograd.grad((expected * weights).sum(), image)
     with torch.autocast("cpu", torch.bfloat16):
-        got = bicubic(image, scale)
+        got = getattr(resample, way)(image, scale)
     (gradient,) = torch.autograd.grad((got * weights).sum(), image)
     assert got.dtype == torch.float32 and torch.allclose(got, expected, atol=1e-6)
     assert torch.allclose(gradient, expected_gradient, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA GPU")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gpu_bicubic_equals_the_cpus(autocast):
+    image = torch.rand(2, 3, 24, 40, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    on_gpu = image.detach().cuda().requires_grad_()
+    weights = torch.rand(2, 3, 96, 160, generator=torch.Generator().manual_seed(1))
+    (expected_gradient,) = torch.autograd.grad((bicubic(image, 4) * weights).sum(), image)
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        got = bicubic(on_gpu, 4)
+    (gradient,) = torch.autograd.grad((got * weights.cuda()).sum(), on_gpu)
+    for a, b in ((got, bicubic(image, 4)), (bicubic(on_gpu.detach(), 4), got), (gradient, expected_gradient)):
+        assert torch.allclose(a.cpu(), b.cpu(), atol=1e-5)
 
 
 def test_an_enlarged_linear_field_stays_linear():
