@@ -32,7 +32,7 @@ class ComputePlan:
     layout: Layout
     """Memory layout of weights and feature maps."""
     tf32: bool
-    """Whether float32 convolutions on CUDA round their inputs to TF32 (10 bits of mantissa)."""
+    """Whether float32 convolutions and the attention's sums on CUDA round their inputs to TF32 (10 bits of mantissa)."""
 
     def __str__(self) -> str:
         """E.g. "bf16, channels_last", on CUDA followed by "TF32 on" or "TF32 off"."""
@@ -54,18 +54,20 @@ class ComputePlan:
     def tf32_flags(self) -> Iterator[None]:
         """Inside, PyTorch's TF32 switches follow `tf32`; afterwards they are what they were. Does nothing on a CPU.
 
-        Only convolutions follow it. Matrix products stay float32, because the attention's logits, unscaled sums, need
-        it. A backward pass must run inside, too.
+        Convolutions follow it, and packed attention except its logits (`attention_tf32`). All other matrix products
+        stay float32. A backward pass must run inside, too.
         """
         if self.device.type != "cuda":
             yield
             return
-        restore = _remember_tf32()
+        restore, before = _remember_tf32(), _switches.attention_tf32
+        _switches.attention_tf32 = self.tf32
         # Inductor of torch 2.11 reads these switches, and fails once the newer ones (fp32_precision) were set.
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, self.tf32
         try:
             yield
         finally:
+            _switches.attention_tf32 = before
             restore()
 
     @contextmanager
@@ -73,6 +75,42 @@ class ComputePlan:
         """torch.inference_mode, autocast and the TF32 switches together."""
         with torch.inference_mode(), self.tf32_flags(), self.autocast():
             yield
+
+
+@dataclass
+class _Switches:
+    """State of the process like PyTorch's own switches: the thread of a backward pass reads it, too."""
+
+    attention_tf32: bool = False
+
+
+_switches = _Switches()
+
+
+def attention_tf32() -> bool:
+    """Whether packed attention in float32 on CUDA may round to TF32: inside `tf32_flags` of a plan that uses TF32, or
+    where PyTorch's own switch allows it for all matrix products.
+    """
+    return _switches.attention_tf32 or _products_switch() == "tf32"
+
+
+def _products_switch() -> str:
+    switch: str = torch.backends.cuda.matmul.fp32_precision
+    return switch
+
+
+@contextmanager
+def tf32_products(allowed: bool) -> Iterator[None]:
+    """Inside, float32 matrix products on CUDA use TF32, if `allowed`."""
+    if not allowed or _products_switch() == "tf32":
+        yield
+        return
+    restore = _remember_tf32()
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        restore()
 
 
 def compute_plan(

@@ -120,7 +120,7 @@ def _gpu_identity(device: torch.device) -> str:
             continue
         case = _case(dtype, channels=64)
         expected = _gradients(squared_deform_conv2d, tuple(tensor.double() for tensor in case))
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             got = _gradients(squared_deform_conv2d, tuple(tensor.to(device) for tensor in case))
         name = str(dtype).removeprefix("torch.")
         lines.append(_require(_largest_error(got, expected), limit, name))
@@ -134,7 +134,7 @@ def _gpu_deterministic(device: torch.device) -> str:
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
-        with torch.backends.cudnn.flags(deterministic=True, benchmark=False, allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False, allow_tf32=False):
             first, second = (_gradients(squared_deform_conv2d, case) for _ in range(2))
     finally:
         torch.use_deterministic_algorithms(before)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdan import ops
 from sdan.network import OffsetLearner, SDANConfig
+from sdan.ops import precision
 from sdan.ops.attention import blocks, cross_packing, packed
 from sdan.ops.reference import explicit_attention
 
@@ -27,7 +28,7 @@ def value_and_gradient(operator, x_NLC):
     leaf = x_NLC.detach().requires_grad_()
     output = operator(leaf)
     upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    return output.detach(), torch.autograd.grad(output, leaf, upstream.to(output.dtype))[0]
+    return output.detach(), torch.autograd.grad(output, leaf, upstream.to(output))[0]
 
 
 def assert_near(got, expected, limit):
@@ -166,6 +167,46 @@ def test_the_gpu_form_in_blocks(give_negated, values, dtype, monkeypatch):
     expected = explicit_attention(leaf)
     assert [tensor.dtype for tensor in got] == [dtype, dtype]
     assert_near(got, [expected.detach(), *torch.autograd.grad(expected, leaf, grad.double())], LIMITS[dtype])
+
+
+def rounded_to_tf32(x):
+    """The nearest float32 with 10 bits of mantissa."""
+    return ((x.view(torch.int32) + 2**12) & blocks._TF32_MASK).view(torch.float32)
+
+
+def test_logits_of_tf32_products_are_exact():
+    """The plain product is off by more than the 0.01 that a logit may be wrong by."""
+    x = tokens(1, 200, 256, dtype=torch.float32, scale=1)
+    exact = -x.double() @ x.double().mT
+    plain = rounded_to_tf32(-x).double() @ rounded_to_tf32(x).double().mT
+    assert float((plain - exact).abs().max()) > 1e-2
+    queries, keys = (rounded_to_tf32(part).double() for part in (blocks._query_parts(-x), blocks._key_parts(x)))
+    assert float((queries @ keys.mT - exact).abs().max()) < 5e-4
+
+
+@pytest.mark.parametrize("values", [7 * 20 * 20, 16 * 20])
+def test_tf32_parts_give_the_same_attention(values, monkeypatch):
+    monkeypatch.setattr(blocks, "uses_tf32", lambda x: True)
+    monkeypatch.setattr(blocks, "_gpu_block_values", lambda x: values)
+    x, grad = tokens(3, 20, 12, dtype=torch.float32), tokens(3, 20, 12, dtype=torch.float32).flip(0)
+    output = blocks.attend_batched(x, None)
+    leaf = x.double().requires_grad_()
+    expected = explicit_attention(leaf)
+    got = output, blocks.attend_batched_backward(grad, x, None, output)
+    assert_near(got, [expected.detach(), *torch.autograd.grad(expected, leaf, grad.double())], 1e-5)
+
+
+@pytest.mark.parametrize(("width", "capability", "way"), [(256, (9, 0), "batched"), (64, (9, 0), "efficient")])
+def test_tf32_products_need_a_plan_that_uses_them(width, capability, way):
+    plan = precision.ComputePlan(torch.device("cuda"), "fp32", "channels_last", tf32=True)
+    with on_fake_gpu(capability):
+        x = torch.empty(2, 40, width, device="cuda")
+        with plan.tf32_flags():
+            assert packed._way(x) == way
+            results = packed.attend(x)
+        assert packed._way(x) == "efficient"
+        assert len(packed.attend_backward(x, x, None, *results)) == (1 if way == "batched" else 3)
+    assert not precision.attention_tf32()
 
 
 def test_gpu_blocks_are_sized_by_the_input():
@@ -334,6 +375,23 @@ def test_gpu_equals_the_explicit_form(width, dtype):
     expected = value_and_gradient(explicit_attention, x.double())
     got = [tensor.cpu() for tensor in value_and_gradient(ops.packed_attention, x.cuda())]
     assert_near(got, expected, 10 * LIMITS[dtype])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA GPU")
+@pytest.mark.parametrize("width", [256, 1024])
+def test_gpu_tf32_rounds_sums_but_not_logits(width):
+    """Logits near 250 and 1000: rounded to TF32 they would be wrong by 0.02 to 0.07."""
+    x = tokens(2, 512, width, dtype=torch.float32, scale=1).cuda()
+    plan = precision.compute_plan(torch.device("cuda"), "fp32", tf32=True)
+    expected = value_and_gradient(explicit_attention, x.double())
+    with plan.tf32_flags():
+        assert_near(value_and_gradient(ops.packed_attention, x), expected, 1e-2)
+        if plan.tf32:
+            with precision.tf32_products(True):
+                logits = blocks._logits(blocks._query_parts(-x), blocks._key_parts(x))
+            assert float((logits.double() + x.double() @ x.double().mT).abs().max()) < 1e-2
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 @pytest.mark.gpu

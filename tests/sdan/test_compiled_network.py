@@ -9,6 +9,7 @@ from torch import nn
 
 from sdan.network import SDAN, SDANConfig
 from sdan.ops import narrow_conv
+from sdan.ops.precision import compute_plan
 
 
 def training_step(
@@ -101,5 +102,5 @@ def test_skip_rendering_compiles_for_any_size():
 def test_gpu_compiled_training_step_equals_the_eager_one(autocast, packing):
     torch._dynamo.reset()
     limit = 2e-2 if autocast else 1e-3
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with compute_plan(torch.device("cuda"), "fp32").tf32_flags():  # cudnn.flags would switch cuDNN off, too
         compare("inductor", autocast=autocast, limit=limit, device="cuda", packing=packing)

@@ -12,12 +12,16 @@ import math
 import torch
 from torch import Tensor
 
-from sdan.ops.precision import onednn_accepts_bf16
+from sdan.ops.precision import AMPERE, attention_tf32, onednn_accepts_bf16, tf32_products
 
 _BLOCK_VALUES = 2**20
 """Values of the matrix per block on the CPU: 4 MB in float32. Blocks of half or twice this size were slower."""
 _GPU_BLOCK_VALUES = 2**22
 """The same on a GPU, at least: 16 MB in float32. The backward pass holds two such blocks, so it takes half as many."""
+_TF32_BLOCK_VALUES = 2**24
+"""The same where products use TF32: 64 MB. They are fast, so that starting small blocks would take longer."""
+_TF32_MASK = -(2**13)
+"""The bits of a float32 that TF32 keeps: all but the last 13 of the mantissa."""
 _OUT_DTYPE_CAPABILITY = (8, 0)
 """From this compute capability on, half types are multiplied as they are, with float32 results."""
 _EXPONENT = 32
@@ -105,51 +109,105 @@ def attend_batched(x_NLC: Tensor, negated_NLC: Tensor | None) -> Tensor:
     """softmax(-X X^T) X on a GPU; `negated_NLC` is -x if the caller has it. Both are contiguous."""
     output = torch.empty_like(x_NLC)
     groups, blocks = _batches(x_NLC, _gpu_block_values(x_NLC))
-    for images in groups:
-        x = x_NLC[images]
-        for rows in blocks:
-            queries = -x[:, rows] if negated_NLC is None else negated_NLC[images, rows]
-            weights = torch.softmax(_product(queries, x.mT), dim=-1).to(x.dtype)
-            torch.bmm(weights, x, out=output[images, rows])
-            del queries, weights
+    tf32 = uses_tf32(x_NLC)
+    with tf32_products(tf32):
+        for images in groups:
+            x = x_NLC[images]
+            keys = _key_parts(x) if tf32 else x
+            for rows in blocks:
+                queries = -x[:, rows] if negated_NLC is None else negated_NLC[images, rows]
+                weights = torch.softmax(_logits(queries, keys), dim=-1).to(x.dtype)
+                torch.bmm(weights, x, out=output[images, rows])
+                del queries, weights
     return output
 
 
 def attend_batched_backward(grad_NLC: Tensor, x_NLC: Tensor, negated_NLC: Tensor | None, output_NLC: Tensor) -> Tensor:
     """d/dX on a GPU, through all three uses of X. All arguments are contiguous."""
     grad_x = torch.empty_like(x_NLC)
-    groups, blocks = _batches(x_NLC, _gpu_block_values(x_NLC) // 2)
-    for images in groups:
-        total = None
-        for rows in blocks:
-            queries = -x_NLC[images, rows] if negated_NLC is None else negated_NLC[images, rows]
-            total = _add_block(total, rows, queries, x_NLC[images], grad_NLC[images, rows], output_NLC[images, rows])
-            del queries
-        grad_x[images] = total if total is not None else 0
+    tf32 = uses_tf32(x_NLC)
+    groups, blocks = _batches(x_NLC, _gpu_block_values(x_NLC) // (1 if tf32 else 2))
+    with tf32_products(tf32):
+        for images in groups:
+            x, total = x_NLC[images], None
+            keys = _key_parts(x) if tf32 else x
+            for rows in blocks:
+                queries = -x[:, rows] if negated_NLC is None else negated_NLC[images, rows]
+                dots = _row_dots(grad_NLC[images, rows], output_NLC[images, rows])
+                total = _add_block(total, rows, queries, x, keys, grad_NLC[images, rows], dots)
+                del queries
+            grad_x[images] = total if total is not None else 0
     return grad_x
 
 
-def _add_block(total: Tensor | None, rows: slice, queries: Tensor, x: Tensor, grad: Tensor, output: Tensor) -> Tensor:
+def uses_tf32(x_NLC: Tensor) -> bool:
+    """Whether the GPU form multiplies these tokens through TF32, with logits as exact as in float32."""
+    if not x_NLC.is_cuda or x_NLC.dtype != torch.float32 or not attention_tf32():
+        return False
+    return torch.cuda.get_device_capability(x_NLC.device) >= AMPERE
+
+
+def _key_parts(x: Tensor) -> Tensor:
+    """[high, low, high] with x = high + low, where TF32 holds `high` exactly; along the last axis.
+
+    TF32 would round a logit by up to 0.07 (docs/operator.md). With these keys and the queries of `_query_parts` its
+    product is high high + high low + low high: only low low, 2^-20 of it, is lost.
+    """
+    high = _high(x)
+    return torch.cat((high, x - high, high), dim=-1)
+
+
+def _query_parts(x: Tensor) -> Tensor:
+    """[high, high, low], for `_key_parts`."""
+    high = _high(x)
+    return torch.cat((high, high, x - high), dim=-1)
+
+
+def _high(x: Tensor) -> Tensor:
+    return (x.view(torch.int32) & _TF32_MASK).view(torch.float32)
+
+
+def _logits(queries: Tensor, keys: Tensor) -> Tensor:
+    """queries keys^T, at least float32; keys are tokens or their `_key_parts`."""
+    if keys.shape[-1] != queries.shape[-1]:
+        queries = _query_parts(queries)
+    return _product(queries, keys.mT)
+
+
+def _row_dots(grad: Tensor, output: Tensor) -> Tensor:
+    """grad . output of each row, at least float32."""
+    return (grad.to(_wide(grad.dtype)) * output).sum(dim=-1, keepdim=True)
+
+
+def _add_block(
+    total: Tensor | None, rows: slice, queries: Tensor, x: Tensor, keys: Tensor, grad: Tensor, dots: Tensor
+) -> Tensor:
     """Add one block's part of dX to `total`, [images, L, C], or return it if `total` is None.
 
     weights = softmax(-x X^T)                            [B, L]
-    slope = weights * (grad X^T - grad . output)         [B, L]
-    dX += weights^T grad - slope^T x,   dx -= slope X    x, grad, output: the block's rows
+    slope = weights * (grad X^T - dots)                  [B, L]
+    dX += weights^T grad - slope^T x,   dx -= slope X    x, grad, dots: the block's rows
     """
-    weights, slope = _batched_weights_and_slope(queries, x, grad, output)
-    values = _product(weights.mT, grad)
+    weights, slope = _batched_weights_and_slope(queries, x, keys, grad, dots)
+    total = _product(weights.mT, grad) if total is None else _add_product(total, weights.mT, grad)
     del weights
-    total = values if total is None else total.add_(values)
-    del values
-    total.add_(_product(slope.mT, queries))
-    total[:, rows].sub_(_product(slope, x))
+    total = _add_product(total, slope.mT, queries)
+    _add_product(total[:, rows], slope, x, sign=-1)
     return total
 
 
-def _batched_weights_and_slope(queries: Tensor, x: Tensor, grad: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+def _add_product(total: Tensor, a: Tensor, b: Tensor, sign: int = 1) -> Tensor:
+    """total + sign a b, in place."""
+    if a.dtype == total.dtype:
+        return total.baddbmm_(a, b, alpha=sign)
+    return total.add_(_product(a, b), alpha=sign)
+
+
+def _batched_weights_and_slope(
+    queries: Tensor, x: Tensor, keys: Tensor, grad: Tensor, dots: Tensor
+) -> tuple[Tensor, Tensor]:
     """As in `_add_block`, in x's type; sums and differences are at least float32."""
-    dots = (grad.to(_wide(x.dtype)) * output).sum(dim=-1, keepdim=True)
-    weights = torch.softmax(_product(queries, x.mT), dim=-1)
+    weights = torch.softmax(_logits(queries, keys), dim=-1)
     slope = _product(grad, x.mT).sub_(dots).mul_(weights)
     return weights.to(x.dtype), slope.to(x.dtype)
 
@@ -166,6 +224,8 @@ def _gpu_block_values(x_NLC: Tensor) -> int:
     """Values per block on a GPU. For large inputs a block has half as many values as x, which holds it in less memory
     than the gradients take.
     """
+    if uses_tf32(x_NLC):
+        return _TF32_BLOCK_VALUES
     return max(_GPU_BLOCK_VALUES, x_NLC.numel() // 2)
 
 

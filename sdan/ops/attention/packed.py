@@ -23,6 +23,8 @@ WITH_DERIVATIVES = "`with sdan.ops.portable_form(), torch.nn.attention.sdpa_kern
 """The form of the attention that can be differentiated twice."""
 _FUSED_WIDTH = 256
 """The widest token that flash attention supports."""
+_TF32_WIDTH = 128
+"""From this width on, blocks with TF32 products are faster than the memory-efficient kernel, which computes float32."""
 _FLASH_TRAINS_ALL = ((8, 0), (9, 0), (10, 0), (10, 3))
 """Compute capabilities whose shared memory is large enough for flash attention's backward pass at widths 200 to 224."""
 _PAD = 32
@@ -98,7 +100,8 @@ def attend_backward(
     """
     if x_NLC.numel() == 0:
         return (torch.zeros_like(x_NLC),)
-    way = _way(x_NLC)
+    # The forward pass decided, even if TF32 was switched meanwhile: it saves logarithms only for the other ways.
+    way = "batched" if log_sum.shape[-1] == 0 else _way(x_NLC)
     if way == "blocks":
         with _without_autocast(x_NLC):
             return (blocks.attend_backward(grad_NLC, x_NLC, output_NLC, log_sum),)
@@ -136,7 +139,7 @@ def _way(x_NLC: Tensor) -> Literal["blocks", "batched", "flash", "efficient"]:
     if not x_NLC.is_cuda:
         return "blocks"
     capability, width = torch.cuda.get_device_capability(x_NLC.device), x_NLC.shape[2]
-    if not fused_on_cuda(width, x_NLC.dtype, capability):
+    if not fused_on_cuda(width, x_NLC.dtype, capability) or (width >= _TF32_WIDTH and blocks.uses_tf32(x_NLC)):
         return "batched"
     trains = width <= 192 or width > 224 or capability in _FLASH_TRAINS_ALL
     flash = capability >= (8, 0) and x_NLC.dtype in (torch.float16, torch.bfloat16) and trains
