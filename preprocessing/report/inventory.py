@@ -85,6 +85,8 @@ def ranking(pairs: Iterable[Pair]) -> list[Pair]:
 
 def _read(folder: Folder, paths: list[str], progress: Callable[[int, int], None] | None) -> Inventory:
     inventory = Inventory(folder.label)
+    if progress and paths:
+        progress(0, len(paths))
     with ThreadPoolExecutor(_READERS) as readers:
         for done, (path, pair) in enumerate(
             zip(paths, readers.map(lambda path: _read_pair(folder, path), paths), strict=True), 1

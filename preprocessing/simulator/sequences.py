@@ -93,6 +93,8 @@ def simulate(
             f"{out}: expected a writable folder, got {error.strerror!r}; choose another output folder"
         ) from error
     folders = []
+    if progress:
+        progress(0, sequences)
     for index in range(1, sequences + 1):
         job = _Job(seed, index, width_px, preset, raw_format, marks)
         folder = out / f"{index:05d}"
