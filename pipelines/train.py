@@ -31,7 +31,7 @@ from torch import Tensor
 from pipelines import cluster, registry
 from pipelines import config as configs
 from pipelines.config import ConfigError, ExperimentConfig
-from pipelines.loader import check_fit, index_split, require_unchanged, with_curve_of
+from pipelines.loader import ShardIndex, alignment_shares, check_fit, index_split, require_unchanged, with_curve_of
 from pipelines.registry import RegistryError
 from pipelines.training import run_folder
 from pipelines.training.failures import StopOnPermanentError
@@ -219,6 +219,8 @@ def train(
     vgg = load_vgg19(vgg_weights) if config.loss.needs_vgg else None
     if config.loss.st_lpips_weight > 0:
         load_st_lpips()  # fail here rather than in each worker
+    if progress and (note := alignment_note(pairs.train)):
+        print(f"train: {note}", file=sys.stderr, flush=True)
     if progress and not ray.is_initialized():
         print("train: starting Ray", file=sys.stderr, flush=True)
     cluster.start_ray()
@@ -231,6 +233,16 @@ def train(
     with _mlflow_status(tracking_uri, run.run_id, terminate=run_id is None):
         result = _fit(trainer, folder, config, progress=progress)
         return _finish(folder, run, result, tracking_uri, register, pairs)
+
+
+def alignment_note(index: ShardIndex) -> str | None:
+    """One line if a part of the tiles is not aligned, by the column aligned_by; None if all are."""
+    shares = alignment_shares(index)
+    said = {"unaligned": "do not show the same thing", "scale_fallback": "could not be registered"}
+    parts = [
+        f"{100 * shares[name]:.1f} % are of pairs that {what} ({name})" for name, what in said.items() if name in shares
+    ]
+    return f"of the tiles {', and '.join(parts)}; `sdan inspect` shows them" if parts else None
 
 
 def summary(result: TrainResult) -> str:
