@@ -130,11 +130,14 @@ def alignment_shares(index: ShardIndex, most_pairs: int = 256) -> dict[str, floa
     """aligned_by -> share of the tiles, of all pairs or of `most_pairs` spread over the index.
 
     Raises:
-        ShardsError: as `read_tile`.
+        ShardsError: shards that cannot be read.
     """
     pairs = np.unique(np.linspace(0, len(index.paths) - 1, most_pairs).round().astype(int)).tolist()
-    with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(lambda pair: read_tile(index, pair, 0, ("aligned_by",))["aligned_by"], pairs))
+    try:
+        with ThreadPoolExecutor(16) as pool:
+            found = list(pool.map(lambda pair: read_tile(index, pair, 0, ("aligned_by",))["aligned_by"], pairs))
+    except OSError as error:
+        raise _unreadable(index.shards, error) from error
     tiles: Counter[str] = Counter()
     for pair, aligned_by in zip(pairs, found, strict=True):
         tiles[aligned_by] += index.tiles[pair]
