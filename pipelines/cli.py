@@ -10,7 +10,9 @@ import inspect as introspection
 import io
 import logging
 import os
+import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -34,6 +36,7 @@ TRAIN_PACKAGES = (
 """Third-party packages that only the extra `train` installs."""
 GRACE_S = 8.0
 """How long an interrupted command may take to stop by itself, before it is ended."""
+WATCH_S = 0.2
 GO_ON = "run the same command to go on"
 
 app = typer.Typer(
@@ -85,7 +88,8 @@ class _Interrupts:
     """Ends the command on Ctrl-C, on SIGTERM and when its Ray is lost: one line, no traceback, within seconds.
 
     Ctrl-C gives exit code 130, SIGTERM 143, a lost Ray 2. Each of them raises KeyboardInterrupt in the main thread, so
-    that files and runs are left as after any error; a second signal, or GRACE_S, ends the process at once.
+    that files and runs are left as after any error. A second signal, or GRACE_S, ends the process at once: the main
+    thread may wait in C++, where no exception reaches it.
     """
 
     def __init__(self) -> None:
@@ -94,20 +98,26 @@ class _Interrupts:
         self.code: int | None = None
         """The exit code; None: nothing has interrupted the command."""
         self._cause = ""
-        self._lost: list[str] = []
+        self._signals = 0
         self._said = False
+        self._lock = threading.RLock()
         self._over = threading.Event()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "_Interrupts":
         self.__init__()  # type: ignore[misc]
         self._before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        threading.Thread(target=self._watch_ray, daemon=True).start()
+        reader, writer = socket.socketpair()
+        for end in (reader, writer):
+            end.setblocking(False)
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reader, writer), daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._over.set()
         if self.code is None:
+            signal.set_wakeup_fd(-1)
+            self._over.set()
             for number, handler in self._before.items():
                 signal.signal(number, handler)
 
@@ -121,40 +131,56 @@ class _Interrupts:
         sys.exit(self.code)
 
     def _on_signal(self, number: int, frame: object) -> None:
-        if self.code is not None:
+        """Python calls it in the main thread, once that runs Python code."""
+        self._signals += 1
+        if self._signals > 1:
             self._end_now()
-        if self._lost:
-            got = f"the end of its process {self._lost[0]}, which was killed, perhaps for memory"
-            self.code, self._cause = 2, f"Ray, this machine: expected it to run until the command ends, got {got}"
-        else:
-            name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-            self.code, self._cause = 128 + number, f"interrupted by {name}"
-        end = threading.Timer(GRACE_S, self._end_now)
-        end.daemon = True
-        end.start()
+        self._begin(*_of_signal(number))
         raise KeyboardInterrupt
 
-    def _watch_ray(self) -> None:
-        """Interrupt the main thread when a process of this command's own Ray has ended; Ray would wait for minutes."""
-        while not self._over.wait(1.0):
+    def _watch(self, reader: socket.socket, writer: socket.socket) -> None:
+        """See signals whatever the main thread does, and the end of a process of this command's own Ray, for which Ray
+        would wait a minute or print pages."""
+        while not self._over.is_set():
+            if select.select([reader], [], [], WATCH_S)[0]:
+                number = reader.recv(1)[0]
+                if number in self._before:
+                    self._begin(*_of_signal(number))
             # While the main thread imports that module, the function is not there yet.
             look = getattr(sys.modules.get("pipelines.cluster"), "lost_processes", None)
-            if look is not None and (lost := look()) and self.code is None:
-                self._lost = lost
+            if self.code is None and look is not None and (lost := look()):
+                got = f"the end of its process {lost[0]}, which was killed, perhaps for memory"
+                self._begin(2, f"Ray, this machine: expected it to run until the command ends, got {got}")
                 signal.pthread_kill(cast("int", threading.main_thread().ident), signal.SIGTERM)
-                return
+        reader.close()
+        writer.close()
+
+    def _begin(self, code: int, cause: str) -> None:
+        with self._lock:
+            if self.code is None:
+                self.code, self._cause = code, cause
+                end = threading.Timer(GRACE_S, self._end_now)
+                end.daemon = True
+                end.start()
 
     def _end_now(self) -> None:
         try:
-            self._say()
+            self._say(before="\n")  # a progress bar may be on the line
         finally:
             os._exit(cast("int", self.code))
 
-    def _say(self) -> None:
+    def _say(self, before: str = "") -> None:
         if not self._said:
             self._said = True
-            _warn(f"{self._cause}; {self.kept_line()}")
+            line = f"{self._cause}; {self.kept_line()}"
+            sys.stderr.write(before)
+            _warn(line)
             sys.stderr.flush()
+
+
+def _of_signal(number: int) -> tuple[int, str]:
+    """(exit code, what is said of it)."""
+    return 128 + number, f"interrupted by {'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name}"
 
 
 _INTERRUPTS = _Interrupts()

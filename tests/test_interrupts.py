@@ -114,12 +114,15 @@ def test_an_interrupted_tune_says_how_to_resume(tiny_shards, tmp_path):
     tune = ["--data", "data", "tune", tiny_shards, "--config", "smoke", "--trials", "2", "--set", "train.epochs=500"]
     with Command(tmp_path, *tune) as sweep:
         sweep.wait_for("started with")
+        client = MlflowClient(registry.default_tracking_uri(tmp_path / "data"))
+        experiment = client.get_experiment_by_name("sdan-sweeps").experiment_id
+        while len(client.search_runs([experiment])) < 2:
+            time.sleep(0.2)
         os.killpg(sweep.process.pid, signal.SIGINT)
         line = sweep.last_line(130)
     kept = "sweep sweep keeps its finished trials and the checkpoints of the others; add --resume to go on"
     assert line == f"sdan: interrupted by Ctrl-C; {kept}"
-    client = MlflowClient(registry.default_tracking_uri(tmp_path / "data"))
-    runs = client.search_runs([client.get_experiment_by_name("sdan-sweeps").experiment_id])
+    runs = client.search_runs([experiment])
     assert [run.info.status for run in runs] == ["KILLED", "KILLED"]  # the sweep and its trial
 
 
@@ -184,7 +187,7 @@ def test_a_command_that_does_not_stop_is_ended(tmp_path):
         "cli.main()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_S)
-    assert (done.returncode, done.stderr) == (130, "sdan: interrupted by Ctrl-C; run the command again\n")
+    assert (done.returncode, done.stderr) == (130, "\nsdan: interrupted by Ctrl-C; run the command again\n")
 
 
 def test_the_handlers_are_put_back(tmp_path, monkeypatch):
