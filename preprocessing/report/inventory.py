@@ -65,7 +65,7 @@ class Inventory:
 def read_inventory(shards: str, progress: Callable[[int, int], None] | None = None) -> Inventory:
     """The contents of the folder or `s3://` URI `shards`.
 
-    progress: called with (files read, total files).
+    progress: called with (files read, total files), first with 0.
     Raises InspectError, one line, for an unreadable folder, a folder with neither shards nor quarantine, and shards of
     another schema version.
     """
