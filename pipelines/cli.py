@@ -34,9 +34,10 @@ TRAIN_PACKAGES = (
     "torchvision",
 )
 """Third-party packages that only the extra `train` installs."""
-GRACE_S = 8.0
+GRACE_S = 7.0
 """How long an interrupted command may take to stop by itself, before it is ended."""
 WATCH_S = 0.2
+"""How often the processes of Ray are looked at."""
 GO_ON = "run the same command to go on"
 
 app = typer.Typer(
