@@ -8,12 +8,18 @@ import csv as csv_format
 import functools
 import inspect as introspection
 import io
+import logging
 import os
+import select
+import signal
+import socket
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
@@ -28,6 +34,11 @@ TRAIN_PACKAGES = (
     "torchvision",
 )
 """Third-party packages that only the extra `train` installs."""
+GRACE_S = 7.0
+"""How long an interrupted command may take to stop by itself, before it is ended."""
+WATCH_S = 0.2
+"""How often the processes of Ray are looked at."""
+GO_ON = "run the same command to go on"
 
 app = typer.Typer(
     help="SDAN: from a folder of RAW zoom sequences to a model that zooms photographs.",
@@ -74,6 +85,108 @@ ModelURI = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; change nothing.")]
 
 
+class _Interrupts:
+    """Ends the command on Ctrl-C, on SIGTERM and when its Ray is lost: one line, no traceback, within seconds.
+
+    Ctrl-C gives exit code 130, SIGTERM 143, a lost Ray 2. Each of them raises KeyboardInterrupt in the main thread, so
+    that files and runs are left as after any error. A second signal, or GRACE_S, ends the process at once: the main
+    thread may wait in C++, where no exception reaches it.
+    """
+
+    def __init__(self) -> None:
+        self.kept: str | Callable[[], str] = "run the command again"
+        """What is kept and how to go on; the verb sets it."""
+        self.code: int | None = None
+        """The exit code; None: nothing has interrupted the command."""
+        self._cause = ""
+        self._signals = 0
+        self._said = False
+        self._lock = threading.RLock()
+        self._over = threading.Event()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Interrupts":
+        self.__init__()  # type: ignore[misc]
+        self._before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        reader, writer = socket.socketpair()
+        for end in (reader, writer):
+            end.setblocking(False)
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reader, writer), daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.code is None:
+            signal.set_wakeup_fd(-1)
+            self._over.set()
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
+    def kept_line(self) -> str:
+        """What is kept and how to go on."""
+        return self.kept if isinstance(self.kept, str) else self.kept()
+
+    def end(self) -> NoReturn:
+        """Print the line and exit."""
+        self._say()
+        sys.exit(self.code)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        """Python calls it in the main thread, once that runs Python code."""
+        self._signals += 1
+        if self._signals > 1:
+            self._end_now()
+        self._begin(*_of_signal(number))
+        raise KeyboardInterrupt
+
+    def _watch(self, reader: socket.socket, writer: socket.socket) -> None:
+        """See signals whatever the main thread does, and the end of a process of this command's own Ray, for which Ray
+        would wait a minute or print pages."""
+        while not self._over.is_set():
+            if select.select([reader], [], [], WATCH_S)[0]:
+                number = reader.recv(1)[0]
+                if number in self._before:
+                    self._begin(*_of_signal(number))
+            # While the main thread imports that module, the function is not there yet.
+            look = getattr(sys.modules.get("pipelines.cluster"), "lost_processes", None)
+            if self.code is None and look is not None and (lost := look()):
+                got = f"the end of its process {lost[0]}, which was killed, perhaps for memory"
+                self._begin(2, f"Ray, this machine: expected it to run until the command ends, got {got}")
+                signal.pthread_kill(cast("int", threading.main_thread().ident), signal.SIGTERM)
+        reader.close()
+        writer.close()
+
+    def _begin(self, code: int, cause: str) -> None:
+        with self._lock:
+            if self.code is None:
+                self.code, self._cause = code, cause
+                end = threading.Timer(GRACE_S, self._end_now)
+                end.daemon = True
+                end.start()
+
+    def _end_now(self) -> None:
+        try:
+            self._say(before="\n")  # a progress bar may be on the line
+        finally:
+            os._exit(cast("int", self.code))
+
+    def _say(self, before: str = "") -> None:
+        if not self._said:
+            self._said = True
+            line = f"{self._cause}; {self.kept_line()}"
+            sys.stderr.write(before)
+            _warn(line)
+            sys.stderr.flush()
+
+
+def _of_signal(number: int) -> tuple[int, str]:
+    """(exit code, what is said of it)."""
+    return 128 + number, f"interrupted by {'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name}"
+
+
+_INTERRUPTS = _Interrupts()
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
@@ -93,6 +206,8 @@ def settings(
 ) -> None:
     """SDAN: from a folder of RAW zoom sequences to a model that zooms photographs."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # It logs the traceback of errors that MLflow then raises; they end in one line (`_explanation`).
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     os.environ["SDAN_DATA"] = str(data)
     if not os.environ.get("RAY_ADDRESS"):
         # Ray reads this when it is imported: a local Ray then listens only on 127.0.0.1.
@@ -104,18 +219,32 @@ def _data() -> Path:
 
 
 def _preprocess_options(
-    scale: Annotated[int, typer.Option(help="Zoom factor of the pairs, 2 to 16.")] = 4,
-    align: Annotated[str, typer.Option(help="scale: focal lengths only; ecc: also registered.")] = "scale",
-    tile: Annotated[int, typer.Option(metavar="PX", help="Tile side in packed RAW pixels.")] = 96,
+    shards: str,
+    scale: Annotated[
+        int | None, typer.Option(help="Zoom factor of the pairs, 2 to 16; default: that of SHARDS, else 4.")
+    ] = None,
+    align: Annotated[
+        str | None,
+        typer.Option(help="scale: focal lengths only; ecc: also registered; default: that of SHARDS, else scale."),
+    ] = None,
+    tile: Annotated[
+        int | None,
+        typer.Option(metavar="PX", help="Tile side in packed RAW pixels; default: that of SHARDS, else 96."),
+    ] = None,
     stride: Annotated[
-        int | None, typer.Option(metavar="PX", help="Step between tiles; default: 2/3 of the tile.")
+        int | None,
+        typer.Option(metavar="PX", help="Step between tiles; default: that of SHARDS, else 2/3 of the tile."),
     ] = None,
     exclude: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Frames to leave out, one SEQUENCE/FRAME per line.")
     ] = None,
     missing_jpg: Annotated[
-        str, typer.Option(help="For a RAW without a JPG: quarantine it, or render a JPG with LibRaw.")
-    ] = "quarantine",
+        str | None,
+        typer.Option(
+            help="For a RAW without a JPG: quarantine it, or render a JPG with LibRaw; default: that of SHARDS, else "
+            "quarantine."
+        ),
+    ] = None,
     val: Annotated[str, typer.Option(metavar="SEQ,SEQ", help="Sequences to put in the val split.")] = "",
     keep_unaligned: Annotated[
         bool, typer.Option("--keep-unaligned", help="Keep pairs that do not seem to show the same thing.")
@@ -125,19 +254,23 @@ def _preprocess_options(
     ] = None,
 ) -> "PreprocessOptions":
     from preprocessing.frames import read_exclusions
+    from preprocessing.ledger import stored_options
     from preprocessing.shards import PreprocessError, PreprocessOptions
 
     try:
         excluded = read_exclusions(exclude) if exclude else ()
     except ValueError as error:
         raise PreprocessError(f"--exclude: {error}") from error
+    asked = {"scale": scale, "align": align, "tile_px": tile, "stride_px": stride, "missing_jpg": missing_jpg}
+    own = {name: value for name, value in stored_options(shards).items() if name in asked}
+    if tile not in (None, own.get("tile_px")):
+        own.pop("stride_px", None)  # it belongs to the tile of SHARDS
+    shared: dict[str, Any] = own | {name: value for name, value in asked.items() if value is not None}
+    if "tile_px" in shared:
+        shared.setdefault("stride_px", max(1, shared["tile_px"] * 2 // 3))
     return PreprocessOptions(
-        scale=scale,
-        align=align,
-        tile_px=tile,
-        stride_px=stride if stride is not None else max(1, tile * 2 // 3),
+        **shared,
         exclude=excluded,
-        missing_jpg=missing_jpg,
         val=tuple(name.strip() for name in val.split(",") if name.strip()),
         keep_unaligned=keep_unaligned,
         curve=cast("RenderingCurve | None", curve),  # PreprocessOptions refuses other names
@@ -146,12 +279,13 @@ def _preprocess_options(
 
 def _takes_preprocess_options(verb: Callable[..., None]) -> Callable[..., None]:
     """Replace the parameter `options` of a verb by the command-line options of `_preprocess_options`."""
-    shared = introspection.signature(_preprocess_options).parameters
+    shared = dict(introspection.signature(_preprocess_options).parameters)
+    del shared["shards"]  # an argument of the verb
     own = introspection.signature(verb).parameters
 
     @functools.wraps(verb)
     def command(**given: Any) -> None:
-        options = _preprocess_options(**{name: given.pop(name) for name in shared})
+        options = _preprocess_options(given["shards"], **{name: given.pop(name) for name in shared})
         verb(options=options, **given)
 
     del command.__wrapped__  # Typer would read the verb's own signature
@@ -172,6 +306,7 @@ def demo(
     """Run every stage at a small size on this machine, from simulated RAW to a picture."""
     from pipelines import demo as verb
 
+    _INTERRUPTS.kept = f"finished sequences and pairs are kept; {GO_ON}"
     result = verb.run(_data(), say=_say, size=verb.QUICK if quick else verb.FULL)
     _say(verb.summary(result, _data()))
 
@@ -189,7 +324,8 @@ def simulate(
     """Write zoom sequences with known true geometry: RAW + camera JPG in SR-RAW's layout."""
     from preprocessing.simulator import sequences as simulator
 
-    with _bar("simulate", "sequence", sequences) as step:
+    _INTERRUPTS.kept = f"finished sequences are kept; {GO_ON}"
+    with _bar("simulate", "sequence") as step:
         folders = simulator.simulate(
             out,
             scenes=scenes,
@@ -211,6 +347,7 @@ def preprocess(raw: Raw, shards: Shards, options: "PreprocessOptions", dry_run: 
     from preprocessing import shards as verb
     from preprocessing.report.job_summary import job_summary
 
+    _INTERRUPTS.kept = f"finished pairs are kept; {GO_ON}"
     report = verb.preprocess(raw, shards, options, dry_run=dry_run, start_ray=start_ray)
     _say(job_summary(report, shards, dry_run=dry_run))
 
@@ -218,13 +355,15 @@ def preprocess(raw: Raw, shards: Shards, options: "PreprocessOptions", dry_run: 
 @app.command()
 def inspect(
     shards: Shards,
-    out: Annotated[Path, typer.Option("-o", metavar="REPORT.html", help="Where to write the page.")],
+    out: Annotated[Path, typer.Option("-o", metavar="REPORT.html", help="Where to write the page.")] = Path(
+        "report.html"
+    ),
 ) -> None:
     """Write one page about SHARDS: counts, misalignment, the worst-aligned pairs, the quarantine."""
     from preprocessing.report import inspect as verb
 
     verb.check_output(out)
-    with _bar("inspect", "shard", None) as step:
+    with _bar("inspect", "shard") as step:
         page = verb.inspect(shards, progress=step)
     out.write_text(page, encoding="utf-8")
     _say(f"{out} ({len(page.encode()) / 1e6:.1f} MB)")
@@ -259,8 +398,10 @@ def train(
     from pipelines import config as configs
     from pipelines import train as verb
 
+    began = time.time()
     changes = [*(assignments or ()), *([] if epochs is None else [f"train.epochs={epochs}"])]
     choice = verb.choose(_data(), config=config, assignments=changes, seed=seed, init=init, name=name, resume=resume)
+    _INTERRUPTS.kept = lambda: verb.kept(_data(), choice.name, began)
     if show_config:
         _say("\n".join(f"{key}={value}" for key, value in configs.flatten(choice.config).items()))
         return
@@ -326,6 +467,7 @@ def tune(
     from pipelines import config as configs
     from pipelines import tune as verb
 
+    _INTERRUPTS.kept = lambda: verb.kept(_data(), name)
     result = verb.tune(
         shards,
         configs.chosen(config, assignments or ()),
@@ -359,6 +501,7 @@ def retrain(
     from pipelines import config as configs
     from pipelines import retrain as verb
 
+    _INTERRUPTS.kept = f"finished pairs are kept, a training that was not finished starts again; {GO_ON}"
     try:
         result = verb.retrain(
             raw,
@@ -406,6 +549,7 @@ def zoom(
     """Zoom photographs; writes them upright, in sRGB, with their EXIF tags."""
     from pipelines.zooming import request, start
 
+    _INTERRUPTS.kept = "the files named above are complete, nothing else was left"
     area = request.parse_crop(crop) if crop is not None else None
     output = request.Output(picture_format, bits, quality, scale, area, overwrite, not no_gps)
     request.check_request(photos, out, output)
@@ -415,11 +559,7 @@ def zoom(
     folder, is_fallback = verb.choose_model(_data(), model)
     if is_fallback:
         _say("no champion in the registry yet: using the starter model, which was trained only on simulated RAW")
-    try:
-        verb.zoom_photos(photos, out, verb.Zoomer.load(folder, strength), output=output, say=_say, warn=_warn)
-    except KeyboardInterrupt:
-        _warn("zoom: interrupted; the files named above are complete, nothing else was left")
-        raise typer.Exit(130) from None
+    verb.zoom_photos(photos, out, verb.Zoomer.load(folder, strength), output=output, say=_say, warn=_warn)
 
 
 @app.command()
@@ -486,17 +626,22 @@ def _as_csv(rows: dict[str, dict[str, float]]) -> str:
 
 
 @contextmanager
-def _bar(label: str, unit: str, total: int | None) -> Iterator[Callable[[int, int], None]]:
-    """A tqdm bar as a progress callback (done, total)."""
+def _bar(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A tqdm bar as a progress callback (done, total); it appears at the first call, so after the verb's checks."""
     from tqdm import tqdm
 
-    with tqdm(total=total, desc=label, unit=unit) as bar:
+    bars: list[tqdm] = []
 
-        def move(done: int, out_of: int) -> None:
-            bar.total = out_of
-            bar.update(done - bar.n)
+    def move(done: int, total: int) -> None:
+        if not bars:
+            bars.append(tqdm(total=total, desc=label, unit=unit))
+        bars[0].update(done - bars[0].n)
 
+    try:
         yield move
+    finally:
+        for bar in bars:
+            bar.close()
 
 
 def _say(text: str) -> None:
@@ -509,32 +654,46 @@ def _warn(line: str) -> None:
 
 def main() -> None:
     """The `sdan` command."""
-    try:
-        app()
-    except ModuleNotFoundError as error:
+    with _INTERRUPTS:
+        try:
+            app()
+        except BaseException as error:
+            if _INTERRUPTS.code is not None:
+                _INTERRUPTS.end()
+            if (line := _explanation(error)) is None:
+                raise
+            _stop(line)
+
+
+def _explanation(error: BaseException) -> str | None:
+    """The line to print instead of a traceback; None for a defect of ours, and for the end of the program."""
+    package = type(error).__module__.split(".")[0]
+    if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
-        if package not in TRAIN_PACKAGES:
-            raise
-        _stop(
-            f"this command: expected the package {package}, got an installation without it; pip install 'sdan[train]'"
-        )
-    except OSError as error:
-        if error.filename is None or isinstance(error, ConnectionError):
-            raise
-        _stop(f"{error.filename}: expected a readable and writable path, got {error.strerror}; choose another")
-    except Exception as error:
-        package = type(error).__module__.split(".")[0]
-        if package in ("mlflow", "sqlalchemy"):
-            from pipelines.registry import without_password
+        if package in TRAIN_PACKAGES:
+            return (
+                f"this command: expected the package {package}, got an installation without it; "
+                "pip install 'sdan[train]'"
+            )
+    elif isinstance(error, OSError) and not isinstance(error, ConnectionError) and error.filename is not None:
+        return f"{error.filename}: expected a readable and writable path, got {error.strerror}; choose another"
+    elif package in ("mlflow", "sqlalchemy"):
+        from pipelines.registry import without_password
 
-            where = without_password(os.environ.get("MLFLOW_TRACKING_URI", "the --data folder"))
-            _stop(f"MLflow, {where}: expected an answer, got {without_password(str(error))[:300]}; see `sdan doctor`")
-        if package not in PACKAGES or not isinstance(error, ValueError):
-            raise
-        _stop(str(error))
+        if "MLFLOW_TRACKING_URI" not in os.environ and not _data().is_dir():
+            return f"--data {_data()}: expected a folder that stays while the command runs, got none; put it back"
+        where = without_password(os.environ.get("MLFLOW_TRACKING_URI", "the --data folder"))
+        reason = without_password(str(error).partition("\n")[0])[:300]
+        return f"MLflow, {where}: expected an answer, got {reason}; see `sdan doctor`"
+    elif package == "ray" and not any(kind.__name__ == "RayTaskError" for kind in type(error).__mro__):
+        got = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+        return f"Ray: expected it to run until the command ends, got {got}; {_INTERRUPTS.kept_line()}"
+    elif package in PACKAGES and isinstance(error, ValueError):
+        return str(error)
+    return None
 
 
-def _stop(line: str) -> None:
+def _stop(line: str) -> NoReturn:
     _warn(" ".join(line.split()))
     sys.exit(2)
 

@@ -9,14 +9,18 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import socket
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 import ray
-from ray._private import services
+from ray._private import services, worker
 
 READER_CPUS = 0.25
 """Logical CPUs reserved per train worker for its reader tasks. The tasks themselves request 0 CPUs, so that they can
@@ -24,6 +28,8 @@ always start; WorkerPlan.readers limits how many run."""
 
 PROBE_S = 12.0
 """How long RAY_ADDRESS may take to answer."""
+
+_PRINT = worker.print_to_stdstream
 
 Workers = int | tuple[int, int]
 """Number of train workers, or (least, most)."""
@@ -65,20 +71,61 @@ def start_ray(*, resources: dict[str, float] | None = None) -> None:
     if os.environ.get("RAY_ADDRESS"):
         _check_cluster(os.environ["RAY_ADDRESS"])
         try:
-            ray.init(**common)
+            with _own_sigterm():
+                ray.init(**common)
         except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError and a bare Exception
             raise _no_cluster(os.environ["RAY_ADDRESS"], error) from error
     else:
         try:
-            ray.init(address="local", _node_ip_address="127.0.0.1", resources=resources, **common)
+            with _own_sigterm():
+                ray.init(address="local", _node_ip_address="127.0.0.1", resources=resources, **common)
         except Exception as error:  # Ray raises a bare Exception if the machine is too busy or its disk is full
             reason = " ".join(str(error).split())[:200]
             raise ClusterError(
                 f"Ray, this machine: expected to start, got {reason}; check its load and free disk space"
             ) from error
     if not verbose:
+        worker.print_to_stdstream = _print_unless_lost
         for name in ("ray.data", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep the caller's handler of SIGTERM: ray.init puts one in its place that prints a C++ stack and aborts."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as error:  # Ray's handler, if SIGTERM comes while Ray starts
+        signal.signal(signal.SIGTERM, handler)
+        if error.code != signal.SIGTERM:
+            raise
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def lost_processes() -> list[str]:
+    """The processes of the local instance that have ended although Ray is connected; Ray cannot work without them."""
+    node = worker._global_node
+    if node is None or not ray.is_initialized():
+        return []
+    found = [
+        name
+        for name in ("gcs_server", "raylet")
+        if any(info.process.poll() is not None for info in node.all_processes.get(name, ()))
+    ]
+    return found if ray.is_initialized() else []  # a normal shutdown disconnects first, then ends them
+
+
+def _print_unless_lost(data: dict[str, Any], ignore_prefix: bool) -> None:
+    """Print a message of Ray. A local instance that dies sends its log, which is many lines; the command says it in one
+    (cli.py)."""
+    if not lost_processes():
+        _PRINT(data, ignore_prefix)
 
 
 def _check_cluster(address: str) -> None:
@@ -160,6 +207,17 @@ def parse_workers(text: str) -> Workers:
     return most if least == most else (least, most)
 
 
+def check_workers(workers: Workers | None) -> None:
+    """Check a request before Ray is started.
+
+    Raises:
+        ClusterError: fewer than one worker.
+    """
+    least = workers[0] if isinstance(workers, tuple) else workers
+    if least is not None and least < 1:
+        raise ClusterError(f"--workers: expected at least 1, got {least}")
+
+
 def plan_workers(workers: Workers | None, resources: dict[str, float] | None = None) -> WorkerPlan:
     """Fit the requested workers into the cluster.
 
@@ -173,9 +231,8 @@ def plan_workers(workers: Workers | None, resources: dict[str, float] | None = N
     have = ray.cluster_resources() if resources is None else resources
     cpus, gpus = have.get("CPU", 0.0), int(have.get("GPU", 0))
     wanted = workers if workers is not None else max(1, gpus)
+    check_workers(wanted)
     least, most = wanted if isinstance(wanted, tuple) else (wanted, wanted)
-    if least < 1:
-        raise ClusterError(f"--workers: expected at least 1, got {least}")
     use_gpu = gpus >= least
     if gpus and not use_gpu:
         raise ClusterError(f"--workers {least}: expected one GPU each, got {gpus} GPUs; use --workers {gpus}")

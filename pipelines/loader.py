@@ -11,7 +11,7 @@ Axes: B batch, C channels, H W rows and columns. Sizes in packed RAW pixels end 
 from __future__ import annotations
 
 import hashlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -125,6 +125,24 @@ def _open(shards: str, path: str) -> pq.ParquetFile:
         filesystem, _ = fs.FileSystem.from_uri(shards)
         return pq.ParquetFile(filesystem.open_input_file(path))
     return pq.ParquetFile(path, memory_map=True)
+
+
+def alignment_shares(index: ShardIndex, most_pairs: int = 256) -> dict[str, float]:
+    """aligned_by -> share of the tiles, of all pairs or of `most_pairs` spread over the index.
+
+    Raises:
+        ShardsError: shards that cannot be read.
+    """
+    pairs = np.unique(np.linspace(0, len(index.paths) - 1, most_pairs).round().astype(int)).tolist()
+    try:
+        with ThreadPoolExecutor(16) as pool:
+            found = list(pool.map(lambda pair: read_tile(index, pair, 0, ("aligned_by",))["aligned_by"], pairs))
+    except OSError as error:
+        raise _unreadable(index.shards, error) from error
+    tiles: Counter[str] = Counter()
+    for pair, aligned_by in zip(pairs, found, strict=True):
+        tiles[aligned_by] += index.tiles[pair]
+    return {aligned_by: count / tiles.total() for aligned_by, count in tiles.items()}
 
 
 def require_unchanged(index: ShardIndex) -> None:

@@ -16,10 +16,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import ray.train
 import torch
 from mlflow.exceptions import MlflowException
+from ray.exceptions import RayActorError, RaySystemError
 from ray.train import UserCallback
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -29,7 +31,7 @@ from torch import Tensor
 from pipelines import cluster, registry
 from pipelines import config as configs
 from pipelines.config import ConfigError, ExperimentConfig
-from pipelines.loader import check_fit, index_split, require_unchanged, with_curve_of
+from pipelines.loader import ShardIndex, alignment_shares, check_fit, index_split, require_unchanged, with_curve_of
 from pipelines.registry import RegistryError
 from pipelines.training import run_folder
 from pipelines.training.failures import StopOnPermanentError
@@ -66,6 +68,14 @@ RESIZE_CHECK_S = 30.0
 """How often an elastic run checks whether more workers fit. Growing repeats the steps since the last checkpoint."""
 MAX_START_FAILURES = 60
 """How often the workers may fail to start, at about a minute each. This leaves time to replace a lost machine."""
+
+
+class _Trainer(TorchTrainer):
+    """A trainer that leaves the process's handler of Ctrl-C in place. Ray's own aborts the run for up to 14 seconds and
+    then exits, which hides the interrupt from its caller; the last checkpoint is safe without that."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        pass
 
 
 class TrainError(ValueError):
@@ -204,10 +214,13 @@ def train(
         ClusterError: before training starts, too few resources.
         TrainError: the training failed, or its model cannot be registered; what there is stays in the run.
     """
+    cluster.check_workers(workers)
     folder, stored, pairs, config = _checked(shards, config, data, name, resume, init_from)
     vgg = load_vgg19(vgg_weights) if config.loss.needs_vgg else None
     if config.loss.st_lpips_weight > 0:
         load_st_lpips()  # fail here rather than in each worker
+    if progress and (note := alignment_note(pairs.train)):
+        print(f"train: {note}", file=sys.stderr, flush=True)
     if progress and not ray.is_initialized():
         print("train: starting Ray", file=sys.stderr, flush=True)
     cluster.start_ray()
@@ -220,6 +233,16 @@ def train(
     with _mlflow_status(tracking_uri, run.run_id, terminate=run_id is None):
         result = _fit(trainer, folder, config, progress=progress)
         return _finish(folder, run, result, tracking_uri, register, pairs)
+
+
+def alignment_note(index: ShardIndex) -> str | None:
+    """One line if a part of the tiles is not aligned, by the column aligned_by; None if all are."""
+    shares = alignment_shares(index)
+    said = {"unaligned": "do not show the same thing", "scale_fallback": "could not be registered"}
+    parts = [
+        f"{100 * shares[name]:.1f} % are of pairs that {what} ({name})" for name, what in said.items() if name in shares
+    ]
+    return f"of the tiles {', and '.join(parts)}; `sdan inspect` shows them" if parts else None
 
 
 def summary(result: TrainResult) -> str:
@@ -240,6 +263,23 @@ def summary(result: TrainResult) -> str:
         then,
     ]
     return "\n".join(lines)
+
+
+def kept(data: Path, name: str | None, since: float) -> str:
+    """What an interrupted `sdan train` says: what is kept, and how to go on.
+
+    Args:
+        name: of the run; None: that of the newest one.
+        since: seconds since 1970 when the command began.
+    """
+    folder = run_folder.run_folder(data, name) if name else next(iter(run_folder.all_runs(data)), data)
+    if not run_folder.is_run(folder) or run_folder.started_at(folder) < since:
+        return "no run was started; run the command again"
+    if run_folder.is_finished(folder):
+        return f"run {folder.name} is finished"
+    report = run_folder.last_report(folder)
+    has = f"its checkpoint of epoch {report['epoch']:.0f} of {report['epochs']}" if report else "no checkpoint yet"
+    return f"run {folder.name} has {has}; add --resume --name {folder.name} to go on"
 
 
 def _checked(
@@ -363,7 +403,7 @@ def _trainer(
     callbacks: Sequence[UserCallback],
     max_failures: int,
 ) -> TorchTrainer:
-    return TorchTrainer(
+    return _Trainer(
         train_worker,
         train_loop_config={"job": job},
         torch_config=LocalTorchConfig(),
@@ -407,7 +447,12 @@ def _fit(trainer: TorchTrainer, folder: Path, config: ExperimentConfig, *, progr
     try:
         with ProgressLine(folder, config.train.epochs, enabled=progress):
             return trainer.fit()
-    except TrainingFailedError as error:
+    except (TrainingFailedError, RayActorError, RaySystemError) as error:
+        if not folder.is_dir():
+            raise TrainError(
+                f"run {folder.name}: expected its folder {folder} to stay while it trains, got none; "
+                f"put it back and continue with --resume --name {folder.name}"
+            ) from error
         raise TrainError(
             f"run {folder.name}: expected to finish, got {reason_of(error)}; "
             f"fix that and continue with --resume --name {folder.name}"

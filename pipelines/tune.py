@@ -27,7 +27,7 @@ from tuning import tracking
 from tuning.search import SLOT
 from tuning.space import check_space, default_space, load_space
 from tuning.summary import table
-from tuning.sweep import SweepResult, check_sweep, run_sweep
+from tuning.sweep import RECORD, SweepResult, check_sweep, run_sweep
 
 SWEEPS = "sweeps"
 """Folder below DATA of the sweeps' folders."""
@@ -96,6 +96,7 @@ def tune(
     Raises:
         SweepError, ConfigError, ShardsError, PerceptualError, ClusterError: before any trial starts.
     """
+    cluster.check_workers(workers)
     check_sweep(name, data / SWEEPS, num_trials=trials, resume=resume)
     searched = check_space(load_space(space) if space else default_space())
     unknown = sorted(key for key in searched if "." not in key or key not in configs.flatten(config))
@@ -129,6 +130,13 @@ def tune(
             resume=resume,
             parent_tags={"config": config.name, "shards": shards},
         )
+
+
+def kept(data: Path, name: str) -> str:
+    """What an interrupted `sdan tune` says: what is kept, and how to go on."""
+    if not (data / SWEEPS / name / RECORD).is_file():
+        return "no trial was started; run the command again"
+    return f"sweep {name} keeps its finished trials and the checkpoints of the others; add --resume to go on"
 
 
 @contextmanager

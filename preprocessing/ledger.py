@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NotRequired
 
+import pyarrow as pa
 from typing_extensions import TypedDict  # pydantic refuses typing.TypedDict on Python 3.11
 
 from preprocessing.colour import RenderingCurve
@@ -22,7 +23,7 @@ from preprocessing.schema import SCHEMA_VERSION, SPLITS, is_shard, stated_curve
 from preprocessing.shard_folder.names import DATASET, QUARANTINE, move_older, note_files, read_stored
 from preprocessing.shard_folder.set_aside import Note, parse_note
 from preprocessing.shard_folder.small_json import SmallJsonError, parse_json
-from preprocessing.storage import Folder
+from preprocessing.storage import Folder, open_folder
 
 
 class _Dataset(TypedDict):
@@ -235,6 +236,21 @@ class Ledger:
     def _delete(self, paths: Iterable[str]) -> None:
         for path in paths:
             self.target.delete(path)
+
+
+def stored_options(shards: str) -> Mapping[str, int | str]:
+    """The options of the shards in the folder or URI `shards`.
+
+    {} if it holds no shards, and for what Ledger.read will refuse: a folder that cannot be read, a damaged file.
+    """
+    try:
+        target = open_folder(shards)
+        if not any(is_shard(entry.base_name) for split in SPLITS for entry in target.files(f"split={split}")):
+            return {}
+        stored = read_stored(target, DATASET)
+        return parse_json(stored, DATASET, _Dataset)["options"] if stored else {}
+    except (OSError, pa.ArrowException, SmallJsonError):
+        return {}
 
 
 def _require_same_options(target: Folder, made: Mapping[str, Any], options: PreprocessOptions) -> None:

@@ -110,9 +110,13 @@ def _tune_settings() -> Iterator[None]:
     """Settings that Tune reads only from the environment.
 
     Tune saves its state every second (default: 10 seconds or more), because a kill loses everything since the last
-    save. Its progress tables are off.
+    save. Its progress tables are off, and so is its handler of Ctrl-C, which would hide the interrupt from the caller.
     """
-    settings = {"TUNE_GLOBAL_CHECKPOINT_S": "1", "RAY_AIR_NEW_OUTPUT": "0"}
+    settings = {
+        "TUNE_GLOBAL_CHECKPOINT_S": "1",
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    }
     missing = {key: value for key, value in settings.items() if key not in os.environ}
     os.environ.update(missing)
     try:

@@ -60,7 +60,7 @@ class IntUniform:
     def __post_init__(self) -> None:
         kind = "logint" if self.log else "integer"
         if not _is_integer(self.low) or not _is_integer(self.high):
-            raise SweepError(f"{kind}({self.low!r}, {self.high!r}): expected two integers")
+            raise SweepError(f"{kind}: expected two integers, got {self.low!r} and {self.high!r}")
         _check_range(kind, self.low, self.high, self.log)
 
 
@@ -71,7 +71,7 @@ Space = Mapping[str, Distribution]
 def choice(values: Sequence[Value]) -> Choice:
     """One of `values` (bool, int, float or str)."""
     if isinstance(values, str) or not isinstance(values, Sequence):
-        raise SweepError(f"choice({values!r}): expected a list of values such as choice([2, 4, 8])")
+        raise SweepError(f"choice: expected a list of values, got {values!r}; e.g. choice([2, 4, 8])")
     return Choice(tuple(values))
 
 
@@ -160,11 +160,11 @@ def _describe(distribution: Distribution) -> str:
 def _check_range(kind: str, low: float, high: float, log: bool) -> None:
     for value in (low, high):
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise SweepError(f"{kind}({low!r}, {high!r}): expected two finite numbers")
+            raise SweepError(f"{kind}: expected two finite numbers, got {low!r} and {high!r}")
     if low >= high:
-        raise SweepError(f"{kind}({low!r}, {high!r}): expected low < high")
+        raise SweepError(f"{kind}: expected low < high, got {low!r} and {high!r}")
     if log and low <= 0:
-        raise SweepError(f"{kind}({low!r}, {high!r}): expected low > 0 for a logarithmic axis")
+        raise SweepError(f"{kind}: expected low > 0 for a logarithmic axis, got {low!r}")
 
 
 def _is_integer(value: object) -> bool:

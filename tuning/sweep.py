@@ -118,6 +118,9 @@ def run_sweep(
         return _finish(client, run, folder, num_trials)
     except BaseException as error:
         killed = isinstance(error, KeyboardInterrupt | SystemExit | InterruptedSweepError)
+        for row in read_trials(run) if killed else ():
+            if row.status == "running":
+                close_child(client, row.run_id, "interrupted")
         client.set_terminated(run.parent_run_id, "KILLED" if killed else "FAILED")
         raise
 
@@ -149,9 +152,6 @@ def _finish(client: MlflowClient, run: SweepRun, folder: Path, num_trials: int) 
     trials = read_trials(run)
     done = [row for row in trials if row.status in ("finished", "stopped", "failed")]
     if len(done) < num_trials:
-        for row in trials:
-            if row.status == "running":
-                close_child(client, row.run_id, "interrupted")
         raise InterruptedSweepError(
             f"sweep {run.name!r}: expected {num_trials} ended trials, got {len(done)} when interrupted; resume it"
         )

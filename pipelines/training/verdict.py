@@ -33,6 +33,8 @@ class Verdict:
     """SELECT_BY before the first step; None: the run does not know."""
     bicubic: float | None
     """None: the run does not know (it was begun by an earlier version)."""
+    selected_by: str = "aligned"
+    """The target of SELECT_BY: aligned, or raw if no crop could be aligned."""
 
     @property
     def fault(self) -> str | None:
@@ -58,7 +60,7 @@ class Verdict:
         if self.bicubic is not None:
             parts.append(f"{self.score - self.bicubic:+.2f} dB over bicubic")
         if self.start is not None:
-            by = " (self, aligned)" if self.target == "true" else ""
+            by = f" (self, {self.selected_by})" if self.target == "true" else ""
             parts.append(f"{self.selected - self.start:+.2f} dB over the start{by}")
         return "; ".join(parts)
 
@@ -73,8 +75,8 @@ def judge(folder: Path, best: Mapping[str, float]) -> Verdict:
     first = first_report(folder)
     if int(first.get("epoch", -1)) != 0:
         first = {}
-    known = (target for target in ("true", "aligned") if _finite(best.get(f"val_self_{target}_psnr")) is not None)
-    target = next(known, "raw")
+    known = [target for target in ("true", "aligned") if _finite(best.get(f"val_self_{target}_psnr")) is not None]
+    target = next(iter(known), "raw")
     name = "val_self_true_psnr" if target == "true" else SELECT_BY
     return Verdict(
         epoch=int(best["epoch"]),
@@ -84,6 +86,7 @@ def judge(folder: Path, best: Mapping[str, float]) -> Verdict:
         selected=float(best[SELECT_BY]),
         start=_finite(first.get(SELECT_BY)),
         bicubic=_finite(first.get(f"{BICUBIC}_{target}_psnr")),
+        selected_by="aligned" if "aligned" in known else "raw",
     )
 
 

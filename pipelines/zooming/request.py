@@ -105,7 +105,9 @@ def photographs(inputs: Sequence[Path], out: Path) -> list[Path]:
             found.append(path)
             continue
         if out.is_dir() and out.samefile(path):
-            raise ZoomError(f"-o {shown(out)}: expected another folder than that of the photographs; choose another")
+            raise ZoomError(
+                f"-o {shown(out)}: expected another folder than that of the photographs, got the same; choose one"
+            )
         inside = [entry for entry in sorted(path.iterdir()) if _is_photograph(entry)]
         if not inside:
             raise ZoomError(f"{shown(path)}: expected photographs in this folder, got none; name the files")
@@ -194,7 +196,7 @@ def check_outputs(targets: Iterable[Path], photos: Iterable[Path], overwrite: bo
     for target in existing:
         same = next((photo for photo in inputs if photo.samefile(target)), None)
         if same is not None:
-            raise ZoomError(f"-o {shown(target)}: expected another file than the photograph itself; choose another -o")
+            raise ZoomError(f"-o {shown(target)}: expected a new file, got the photograph itself; choose another -o")
     if existing and not overwrite:
         others = f" and {len(existing) - 1} others" if len(existing) > 1 else ""
         raise ZoomError(

@@ -60,7 +60,7 @@ class ShownPair:
 def inspect(shards: str, *, progress: Callable[[int, int], None] | None = None) -> str:
     """The report on the folder or `s3://` URI `shards`, HTML of at most about 10 MB.
 
-    progress: called with (files read, total files).
+    progress: called with (files read, total files), first with 0.
     Raises InspectError, one line, as `read_inventory` does.
     """
     inventory = read_inventory(shards, progress)

@@ -65,7 +65,7 @@ class Inventory:
 def read_inventory(shards: str, progress: Callable[[int, int], None] | None = None) -> Inventory:
     """The contents of the folder or `s3://` URI `shards`.
 
-    progress: called with (files read, total files).
+    progress: called with (files read, total files), first with 0.
     Raises InspectError, one line, for an unreadable folder, a folder with neither shards nor quarantine, and shards of
     another schema version.
     """
@@ -85,6 +85,8 @@ def ranking(pairs: Iterable[Pair]) -> list[Pair]:
 
 def _read(folder: Folder, paths: list[str], progress: Callable[[int, int], None] | None) -> Inventory:
     inventory = Inventory(folder.label)
+    if progress and paths:
+        progress(0, len(paths))
     with ThreadPoolExecutor(_READERS) as readers:
         for done, (path, pair) in enumerate(
             zip(paths, readers.map(lambda path: _read_pair(folder, path), paths), strict=True), 1

@@ -78,7 +78,7 @@ def simulate(
                 exposure, with noise, Bayer sampling and JPEG as in the others; "wide": another camera, lens and look
                 of the JPG for each sequence (wide.py, camera_jpg.py), and scenes of thin lines among the others
     raw_format  "dng" or "arw"
-    progress    called with (number of finished sequences, number of all)
+    progress    called with (number of finished sequences, number of all), first with 0
     Raises SimulateError for a wrong value, a scenes folder without readable photographs, and an `out` that cannot be
     written or in which a sequence's name is already in use.
     """
@@ -93,6 +93,8 @@ def simulate(
             f"{out}: expected a writable folder, got {error.strerror!r}; choose another output folder"
         ) from error
     folders = []
+    if progress:
+        progress(0, sequences)
     for index in range(1, sequences + 1):
         job = _Job(seed, index, width_px, preset, raw_format, marks)
         folder = out / f"{index:05d}"

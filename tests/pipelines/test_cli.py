@@ -1,5 +1,6 @@
 """The command line: wrong input gets one line and exit code 2, never a traceback; the help covers every verb."""
 
+import json
 import re
 import socket
 import subprocess
@@ -18,7 +19,9 @@ from typer.testing import CliRunner
 from pipelines import cli
 from pipelines import config as configs
 from preprocessing.estimate import Estimate
+from preprocessing.plan import PreprocessError, PreprocessOptions
 from preprocessing.report.job_summary import estimate_line
+from preprocessing.schema import SCHEMA_VERSION
 from sdan import starter_folder
 
 SDAN = str(Path(sys.executable).with_name("sdan"))
@@ -123,6 +126,84 @@ def test_show_config_trains_nothing(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], {"scale": 4, "align": "ecc", "tile_px": 48, "stride_px": 40}),
+        (["--align", "scale"], {"scale": 4, "align": "scale", "tile_px": 48, "stride_px": 40}),
+        (["--tile", "60"], {"scale": 4, "align": "ecc", "tile_px": 60, "stride_px": 40}),
+        (["--tile", "48", "--stride", "24"], {"tile_px": 48, "stride_px": 24}),
+        (["--missing-jpg", "render"], {"missing_jpg": "render"}),
+    ],
+)
+@pytest.mark.parametrize("verb", ["preprocess", "retrain"])
+def test_options_that_are_left_out_are_those_of_shards(verb, given, expected, tmp_path, monkeypatch):
+    taken = []
+
+    def work(raw, shards, options=None, **more):
+        taken.append(options)
+        raise PreprocessError("enough")
+
+    monkeypatch.setattr("preprocessing.shards.preprocess", work)
+    monkeypatch.setattr("pipelines.retrain.preprocess", lambda raw, shards, options, **more: work(raw, shards, options))
+    shards = tmp_path / "shards"
+    arguments = [verb, tmp_path, shards, *given]
+    assert run_here(monkeypatch, *arguments, data=tmp_path / "data") == 2
+    (shards / "split=train").mkdir(parents=True)
+    own = {"scale": 4, "align": "ecc", "tile_px": 48, "stride_px": 40, "missing_jpg": "quarantine", "curve": "srgb"}
+    (shards / "_dataset.json").write_text(json.dumps({"schema_version": SCHEMA_VERSION, "options": own}))
+    assert run_here(monkeypatch, *arguments, data=tmp_path / "data") == 2
+    (shards / "split=train" / "00001_00002-00001_0123456789abcdef.parquet").touch()
+    assert run_here(monkeypatch, *arguments, data=tmp_path / "data") == 2
+    assert len(taken) == 3 and taken[0] == taken[1]  # options bind once there is a shard
+    assert given or taken[0] == PreprocessOptions()
+    assert {name: getattr(taken[2], name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["simulate", "OUT", "--sequences", "0"], "sequences: expected at least 1, got 0"),
+        (["simulate", "OUT", "--scenes", "nosuch"], "nosuch"),
+        (["inspect", "EMPTY"], "expected shards or a quarantine, got neither"),
+        (["tune", "SHARDS", "--workers", "0"], "--workers: expected at least 1, got 0"),
+        (["retrain", "nosuch", "SHARDS", "--workers", "0"], "--workers: expected at least 1, got 0"),
+        (["retrain", "nosuch", "SHARDS", "--vgg-weights", "nosuch.pth"], "nosuch.pth"),
+        (["evaluate", "SHARDS", "--crops", "0"], "--crops: expected at least 1, got 0"),
+        (["evaluate", "SHARDS", "--split", "dev"], "--split: expected"),
+    ],
+)
+def test_own_mistakes_come_before_bars_and_ray(arguments, said, tiny_shards, tmp_path, monkeypatch, capsys):
+    """The one line is all that is printed, and no Ray is started."""
+    monkeypatch.setattr("pipelines.cluster.start_ray", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    places = {"SHARDS": tiny_shards, "EMPTY": tmp_path / "empty", "OUT": tmp_path / "sim"}
+    assert run_here(monkeypatch, *(places.get(word, word) for word in arguments), data=tmp_path / "data") == 2
+    written = capsys.readouterr()
+    assert written.out == "" and written.err.startswith("sdan: ") and written.err.count("\n") == 1, written
+    assert said in written.err
+
+
+def test_inspect_writes_report_html_by_default(tiny_shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_here(monkeypatch, "inspect", tiny_shards, data=tmp_path / "data") in (0, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    assert capsys.readouterr().out.startswith("report.html (")
+
+
+def test_a_data_folder_that_vanishes_is_named(tmp_path, monkeypatch, capsys):
+    def gone(*arguments: object) -> None:
+        raise sqlalchemy.exc.OperationalError("SELECT 1", {}, Exception("unable to open database file"))
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr("pipelines.status.status", gone)
+    assert run_here(monkeypatch, "status", data=tmp_path / "data") == 2
+    where = tmp_path / "data"
+    expected = f"sdan: --data {where}: expected a folder that stays while the command runs, got none; put it back\n"
+    assert capsys.readouterr().err == expected
+
+
 def test_evaluate_writes_its_rows_as_csv(tmp_path, monkeypatch, capsys):
     rows = {"bicubic, camera": {"raw_psnr": 20.5}, "SDAN (self)": {"raw_psnr": 21.25, "true_psnr": 22.0}}
     result = SimpleNamespace(rows=rows, table=lambda protocols: "the table")
@@ -163,9 +244,10 @@ def test_an_error_of_the_database_is_one_line(tmp_path, monkeypatch, capsys):
         raise sqlalchemy.exc.OperationalError("SELECT 1", {}, Exception("database is locked"))
 
     monkeypatch.setattr("pipelines.status.status", locked)
-    assert run_here(monkeypatch, "status", data=tmp_path / "data") == 2
+    assert run_here(monkeypatch, "status", data=tmp_path) == 2
     written = capsys.readouterr().err
     assert written.startswith("sdan: MLflow, ") and "database is locked" in written and written.count("\n") == 1
+    assert "SELECT" not in written
 
 
 def test_zoom_falls_back_to_the_starter_model(tmp_path, monkeypatch, capsys):

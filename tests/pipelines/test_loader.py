@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -13,6 +14,7 @@ from pipelines import config as configs
 from pipelines.loader import (
     CropStream,
     ShardsError,
+    alignment_shares,
     check_fit,
     crop_numbers,
     index_split,
@@ -24,6 +26,7 @@ from pipelines.loader import (
     with_curve_of,
 )
 from pipelines.scoring.held_out import held_out
+from pipelines.train import alignment_note
 from preprocessing import schema
 from preprocessing.colour import linear_to_srgb, srgb_to_linear
 from preprocessing.photometry.look import KNOTS, Look
@@ -42,6 +45,24 @@ def test_a_crop_depends_only_on_its_number(stream):
     assert first["lr_raw"].shape == (4, 16, 16)
     assert first["hr_rgb"].shape == (3, 128, 128)
     assert 0 <= first["lr_raw"].min() < first["lr_raw"].max() <= 1
+
+
+def test_the_shares_of_alignment_are_of_tiles(tiny_shards, tmp_path):
+    names = {"00001": "unaligned", "00002": "scale_fallback", "00003": "ecc", "00004": "ecc"}
+    for source in (tiny_shards / "split=train").iterdir():
+        table = pq.read_table(source)
+        sequence = source.name[:5]
+        place = table.schema.get_field_index("aligned_by")
+        table = table.set_column(place, table.schema.field(place), pa.array([names[sequence]] * len(table)))
+        target = tmp_path / "split=train" / source.name
+        target.parent.mkdir(exist_ok=True)
+        pq.write_table(table.slice(0, 1) if sequence == "00001" else table, target, row_group_size=1)
+    index = index_split(str(tmp_path), "train")
+    assert alignment_shares(index) == {"unaligned": 1 / 7, "scale_fallback": 2 / 7, "ecc": 4 / 7}
+    assert sum(alignment_shares(index, most_pairs=2).values()) == 1
+    note = "of the tiles 14.3 % are of pairs that do not show the same thing (unaligned), and 28.6 % are of pairs that "
+    assert alignment_note(index) == f"{note}could not be registered (scale_fallback); `sdan inspect` shows them"
+    assert alignment_note(index_split(str(tiny_shards), "train")) is None
 
 
 def test_each_round_visits_every_pair_once(stream):

@@ -378,7 +378,7 @@ def test_an_output_never_replaces_a_photograph(zoomer, tmp_path):
     before = path.read_bytes()
     (tmp_path / "link.png").symlink_to(path)
     for out in (path, tmp_path / "link.png"):
-        with pytest.raises(ZoomError, match="expected another file than the photograph itself"):
+        with pytest.raises(ZoomError, match="expected a new file, got the photograph itself"):
             zoom_photos([path], out, zoomer, output=Output(overwrite=True), say=print, warn=print)
     with pytest.raises(ZoomError, match="expected another folder than that of the photographs"):
         zoom_photos([tmp_path], tmp_path, zoomer, say=print, warn=print)

@@ -53,6 +53,13 @@ def test_the_line_names_epoch_score_and_gains(tmp_path):
     assert line == f"30.50 dB (self, true), epoch 2 of 4; {gains}"
 
 
+def test_without_an_aligned_crop_the_line_does_not_say_it(tmp_path):
+    start, best = scores(true=29.0, aligned=math.nan, raw=22.0), scores(true=30.5, aligned=math.nan, raw=23.0)
+    run_of(tmp_path, (0, start), (2, best))
+    line = str(judge(tmp_path, {"epoch": 2, "epochs": 4, **best}))
+    assert line == "30.50 dB (self, true), epoch 2 of 4; +1.00 dB over the start (self, raw)"
+
+
 def test_a_log_without_its_first_line_has_no_start(tmp_path):
     run_of(tmp_path, (2, scores(true=30.5)))
     verdict = judge(tmp_path, {"epoch": 2, "epochs": 4, **scores(true=30.5)})

@@ -90,7 +90,7 @@ def test_complete_sequences_are_kept_and_partial_ones_redone(two: Path) -> None:
         two, sequences=3, width_px=WIDTH, seed=11, progress=lambda done, total: seen.append((done, total))
     )
     assert [folder.name for folder in folders] == ["00001", "00002", "00003"]
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items() if path != two)
     assert not (two / "00003.partial").exists()
     assert len(list((two / "00003").glob("*.JPG"))) == 7
