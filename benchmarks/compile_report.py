@@ -91,7 +91,7 @@ def compile_one(
 
 def _type(arg: str, dtype: torch.dtype) -> str:
     wide = "fp64" if dtype == torch.float64 else "fp32"
-    if arg in ("offset_ptr", "grad_offset_ptr", "grad_input_ptr", "grad_bias_ptr"):
+    if arg in ("offset_ptr", "grad_offset_ptr", "sums_ptr"):
         return f"*{wide}"
     return f"*{_NAMES[dtype]}" if arg.endswith("_ptr") else "i32"
 

@@ -53,7 +53,8 @@ class TrainConfig:
     cuDNN is about ten times slower in it (sdan.ops.precision)."""
     tf32: bool = True
     """Let float32 convolutions and wide attention on GPUs from Ampere on use TF32, in training and its validation.
-    deterministic turns it off. The paper's configs set it to False: its effect on their numbers was not measured."""
+    deterministic turns it off. The paper's configs set it to False: TF32's effect on their reported numbers was not
+    measured."""
     compile: bool = False
     """Compile the network with torch.compile: slower start (minutes), less time and memory per step."""
     cuda_graph: bool = False

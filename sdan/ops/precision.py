@@ -32,7 +32,7 @@ class ComputePlan:
     layout: Layout
     """Memory layout of weights and feature maps."""
     tf32: bool
-    """Whether float32 convolutions and attention sums on CUDA round their inputs to TF32 (10 bits of mantissa)."""
+    """Whether float32 convolutions and the attention's sums on CUDA round inputs to TF32 (10 bits of mantissa)."""
 
     def __str__(self) -> str:
         """E.g. "bf16, channels_last", on CUDA followed by "TF32 on" or "TF32 off"."""

@@ -133,11 +133,17 @@ def warp(input: Tensor, offset: Tensor, bias: Tensor | None, margin: int, *, cha
 
 
 def warp_backward(
-    grad: Tensor, input: Tensor, offset: Tensor, margin: int, needs: tuple[bool, bool, bool]
+    grad: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    margin: int,
+    needs: tuple[bool, bool, bool],
+    bias_type: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of `warp` with respect to input, offset and bias; None where `needs` is False.
 
-    The gradient of bias is at least float32.
+    Args:
+        bias_type: of the gradient of bias; default: at least float32.
     """
     need_input, need_offset, need_bias = needs
     corners = find_corners(offset, _frame(input), margin)
@@ -151,8 +157,14 @@ def warp_backward(
         num_targets = input.shape[0] * input.shape[2] * input.shape[3]
         grad_input = from_rows(scatter(grad_rows, corners, num_targets), input.shape[0], _frame(input))
     if need_bias:
-        grad_bias = grad_rows.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
+        grad_bias = bias_gradient(grad, bias_type)
     return grad_input, grad_offset, grad_bias
+
+
+def bias_gradient(grad: Tensor, bias_type: torch.dtype | None = None) -> Tensor:
+    """The sum over images and pixels, at least float32 until it is cast to `bias_type`."""
+    total = to_rows(grad).sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
+    return total if bias_type is None else total.to(bias_type)
 
 
 def scatter(grad_rows: Tensor, corners: Corners, num_targets: int) -> Tensor:

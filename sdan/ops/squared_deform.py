@@ -95,7 +95,7 @@ class SquaredDeformConv2d(torch.autograd.Function):
         channels_last = input.is_contiguous(memory_format=torch.channels_last)
         input, weight = lowered(input, weight)
         full = convolve(input, weight)
-        ctx.margin = weight.shape[-1] // 2
+        ctx.margin, ctx.bias_type = weight.shape[-1] // 2, None if bias is None else bias.dtype
         ctx.save_for_backward(input, offset, weight, full)
         output: Tensor = kernels(full).warp(full, offset, bias, ctx.margin, channels_last=channels_last)
         return output
@@ -128,7 +128,9 @@ def _gradients(ctx: Any, tensors: list[Tensor]) -> tuple[Tensor | None, ...]:
     grad, input, offset, weight, full = tensors
     tensors.clear()
     needs = (need_input or need_weight, need_offset, need_bias)
-    grad_full, grad_offset, grad_bias = kernels(full).warp_backward(grad, full, offset, ctx.margin, needs)
+    grad_full, grad_offset, grad_bias = kernels(full).warp_backward(
+        grad, full, offset, ctx.margin, needs, ctx.bias_type
+    )
     del grad, full
     grad_input = grad_weight = None
     if grad_full is not None:

@@ -161,9 +161,8 @@ def warp_backward_kernel(
     grad_ptr: tl.tensor,
     input_ptr: tl.tensor,
     offset_ptr: tl.tensor,
-    grad_input_ptr: tl.tensor,
+    sums_ptr: tl.tensor,
     grad_offset_ptr: tl.tensor,
-    grad_bias_ptr: tl.tensor,
     channels: tl.tensor,
     height: tl.tensor,
     width: tl.tensor,
@@ -182,8 +181,12 @@ def warp_backward_kernel(
     """grad_input(q, c) += weight(p, q) grad(p, c), by atomics. CHANNELS_LAST is the layout of grad.
 
     One program sums grad_offset(p) over all channels, and adds its sum of grad(p, c) to one of the BIAS_ROWS rows of
-    grad_bias [BIAS_ROWS, C], so that few programs wait for the same address.
+    grad_bias [BIAS_ROWS, C], so that few programs wait for the same address. `sums_ptr` has those rows if NEED_BIAS,
+    followed by grad_input if NEED_INPUT.
     """
+    grad_input_ptr = sums_ptr
+    if NEED_BIAS:
+        grad_input_ptr = sums_ptr + BIAS_ROWS * channels
     image, sample, valid, y, x, pixel, has_top, has_bottom, has_left, has_right, top, bottom, left, right = _corners(
         offset_ptr, height, width, frame_height, frame_width, margin, BLOCK_P, ACC
     )
@@ -199,7 +202,7 @@ def warp_backward_kernel(
         active = valid[:, None] & (channel < channels)
         grad = tl.load(_at_channel(source, channel, height, width, CHANNELS_LAST), mask=active, other=0.0).to(ACC)
         if NEED_BIAS:
-            total = grad_bias_ptr + (tl.program_id(0) % BIAS_ROWS) * channels + channel
+            total = sums_ptr + (tl.program_id(0) % BIAS_ROWS) * channels + channel
             tl.atomic_add(total, tl.sum(grad, axis=0)[None, :], mask=channel < channels, sem="relaxed")
         here = corner + channel
         dot_tl += _corner_gradient(
@@ -257,3 +260,33 @@ def warp_backward_kernel(
         target = grad_offset_ptr + image * 2 * plane + sample
         tl.store(target, grad_y.to(grad_offset_ptr.dtype.element_ty), mask=valid)
         tl.store(target + plane, grad_x.to(grad_offset_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def warp_backward_sums_kernel(
+    sums_ptr: tl.tensor,
+    grad_input_ptr: tl.tensor,
+    grad_bias_ptr: tl.tensor,
+    channels: tl.tensor,
+    values: tl.tensor,
+    CAST_INPUT: tl.constexpr,
+    NEED_BIAS: tl.constexpr,
+    BIAS_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+) -> None:
+    """grad_input, of `values` values, and grad_bias in their types, from the sums of `warp_backward_kernel`."""
+    if CAST_INPUT:
+        index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        first = sums_ptr
+        if NEED_BIAS:
+            first = sums_ptr + BIAS_ROWS * channels
+        total = tl.load(first + index, mask=index < values, other=0.0)
+        tl.store(grad_input_ptr + index, total.to(grad_input_ptr.dtype.element_ty), mask=index < values)
+    if NEED_BIAS:
+        channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+        if tl.program_id(0) * BLOCK_C < channels:
+            places = sums_ptr + tl.arange(0, BIAS_ROWS)[:, None] * channels + channel[None, :]
+            rows = tl.load(places, mask=(channel < channels)[None, :], other=0.0)
+            total_bias = tl.sum(rows, axis=0).to(grad_bias_ptr.dtype.element_ty)
+            tl.store(grad_bias_ptr + channel, total_bias, mask=channel < channels)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sdan.ops import rows
-from sdan.ops.triton_kernels import warp_backward_kernel, warp_forward_kernel
+from sdan.ops.triton_kernels import warp_backward_kernel, warp_backward_sums_kernel, warp_forward_kernel
 
 _FORWARD_VALUES = 1024
 """Values per program and corner: 8 per thread at 4 warps, for 128-bit loads (see benchmarks/compile_report.py)."""
@@ -25,6 +25,10 @@ _BACKWARD_WARPS = {8: 4, 4: 4, 2: 2}
 """Warps per program of the backward pass: 4 values per thread (float64: 2), so that sm_90 adds 16 bytes at once."""
 BIAS_ROWS = 64
 """Rows of partial sums of the bias gradient. With one row, thousands of programs would add to the same addresses."""
+_SUMS_VALUES = 1024
+"""Sums per program that casts them: 8 per thread at 4 warps."""
+_SUMS_CHANNELS = 16
+"""Channels per program that adds the rows of the bias gradient: 8 values of the 64 rows per thread."""
 _ALIGNMENT = 16
 """Triton compiles a kernel for pointers that are multiples of 16 bytes, and another one for those that are not."""
 
@@ -75,49 +79,73 @@ def warp(input: Tensor, offset: Tensor, bias: Tensor | None, margin: int, *, cha
 
 
 def warp_backward(
-    grad: Tensor, input: Tensor, offset: Tensor, margin: int, needs: tuple[bool, bool, bool]
+    grad: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    margin: int,
+    needs: tuple[bool, bool, bool],
+    bias_type: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of `warp` with respect to input, offset and bias; None where `needs` is False.
 
     Atomics sum the gradients of input and bias, so their rounding varies from run to run. Under
     `torch.use_deterministic_algorithms(True)` they come from `rows.scatter`, which sorts instead, and from a plain sum.
+
+    Args:
+        bias_type: of the gradient of bias; default: at least float32.
     """
+    need_input, need_offset, need_bias = needs
+    if (need_input or need_bias) and torch.are_deterministic_algorithms_enabled():
+        _, grad_offset, _ = warp_backward(grad, input, offset, margin, (False, need_offset, False))
+        grad_input = _sorted_sums(grad, input, offset, margin).to(input.dtype) if need_input else None
+        grad_bias = rows.bias_gradient(grad, bias_type) if need_bias else None
+        return grad_input, grad_offset, grad_bias
     channels_last = grad.is_contiguous(memory_format=torch.channels_last)
     if not channels_last and not grad.is_contiguous():
         grad, channels_last = grad.contiguous(memory_format=torch.channels_last), True
     input, offset = input.contiguous(memory_format=torch.channels_last), offset.contiguous()
-    need_input, need_offset, need_bias = needs
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    if deterministic:
-        needs = (False, need_offset, False)
-    sums, grad_bias_rows = _zeroed_sums(input, needs[0], needs[2])
+    first = BIAS_ROWS * input.shape[1] if need_bias else 0  # the sums of bias come first
+    size = first + (input.numel() if need_input else 0)
+    sums = torch.zeros(size, dtype=_sum_type(input.dtype), device=input.device) if size else grad
     grad_offset = torch.empty_like(offset) if need_offset else offset  # the kernel writes only what is needed
     if any(needs):
         types = (grad.dtype, input.dtype, offset.dtype)
         launch = _backward_launch(input.shape, offset.shape, margin, types, input.get_device(), channels_last, needs)
         with _on(input):
-            launch(grad, input, offset, sums, grad_offset, grad_bias_rows)
-    grad_input = grad_bias = None
-    if need_input:
-        grad_input = _sorted_sums(grad, input, offset, margin) if deterministic else sums
-        grad_input = grad_input if grad_input.dtype == input.dtype else grad_input.to(input.dtype)
-    if need_bias:
-        grad_bias = grad.sum((0, 2, 3), dtype=sums.dtype) if deterministic else grad_bias_rows.sum(0)
+            launch(grad, input, offset, sums, grad_offset)
+    grad_input, grad_bias = _finished(sums, input, first, need_input, bias_type)
     return grad_input, grad_offset if need_offset else None, grad_bias
 
 
-def _zeroed_sums(input: Tensor, need_input: bool, need_bias: bool) -> tuple[Tensor, Tensor]:
-    """Zeros for the sums of grad_input (like input, channels-last) and of grad_bias ([rows, C]), in one allocation.
+def _finished(
+    sums: Tensor, input: Tensor, first: int, need_input: bool, bias_type: torch.dtype | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of input and bias from their sums, of which the `first` are those of bias (0: not needed).
 
-    Sums that are not needed are represented by a tensor that the kernel does not read.
+    One kernel adds the rows of bias and casts the sums of input, unless they have input's type already.
     """
-    channels, height, width = input.shape[1:]
-    num_sums = input.numel() if need_input else 0
-    num_bias = BIAS_ROWS * channels if need_bias else 0
-    zeros = torch.zeros(num_bias + num_sums, dtype=_sum_type(input.dtype), device=input.device)
-    strides = (height * width * channels, 1, width * channels, channels)
-    sums = zeros.as_strided(input.shape, strides, num_bias) if need_input else zeros
-    return sums, zeros.as_strided((BIAS_ROWS, channels), (channels, 1)) if need_bias else zeros
+    cast = need_input and sums.dtype != input.dtype
+    grad_input = grad_bias = None
+    if need_input:
+        _, channels, height, width = shape = input.shape
+        strides = (height * width * channels, 1, width * channels, channels)
+        grad_input = (
+            torch.empty_strided(shape, strides, dtype=input.dtype, device=input.device)
+            if cast
+            else sums.as_strided(shape, strides, first)
+        )
+    if first:
+        grad_bias = torch.empty(input.shape[1], dtype=bias_type or sums.dtype, device=input.device)
+    if cast or first:
+        types = (sums.dtype, input.dtype, bias_type if first else None)
+        launch = _sums_launch(input.shape[1], input.numel(), types, input.get_device(), cast, first > 0)
+        with _on(input):
+            launch(
+                sums,
+                sums if grad_input is None else grad_input,  # the kernel writes only what is needed
+                sums if grad_bias is None else grad_bias,
+            )
+    return grad_input, grad_bias
 
 
 def _sorted_sums(grad: Tensor, input: Tensor, offset: Tensor, margin: int) -> Tensor:
@@ -166,6 +194,30 @@ def _backward_launch(
     }
     grid = _grid(offset, meta["BLOCK_P"])
     return Launch(warp_backward_kernel, grid, _sizes(frame, offset, margin), constants, num_warps)
+
+
+@lru_cache(maxsize=1024)
+def _sums_launch(
+    channels: int,
+    values: int,
+    types: tuple[torch.dtype, torch.dtype, torch.dtype | None],
+    device_index: int,
+    cast_input: bool,
+    need_bias: bool,
+) -> Launch:
+    """The kernel that finishes the sums, for these types (sums, input, gradient of bias)."""
+    block_c = min(triton.next_power_of_2(channels), _SUMS_CHANNELS)
+    constants = {
+        "CAST_INPUT": cast_input,
+        "NEED_BIAS": need_bias,
+        "BIAS_ROWS": BIAS_ROWS,
+        "BLOCK": _SUMS_VALUES,
+        "BLOCK_C": block_c,
+    }
+    grid = max(
+        triton.cdiv(values, _SUMS_VALUES) if cast_input else 0, triton.cdiv(channels, block_c) if need_bias else 0
+    )
+    return Launch(warp_backward_sums_kernel, int(grid), (channels, values), constants, num_warps=4)
 
 
 def launch_meta(channels: int, dtype: torch.dtype, *, backward: bool) -> dict[str, Any]:

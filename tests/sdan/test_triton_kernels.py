@@ -177,9 +177,10 @@ def fake_driver(monkeypatch):
 
     fake = FakeDriver()
     monkeypatch.setattr(driver, "_active", fake)
-    for kernel in (triton_kernels.warp_forward_kernel, triton_kernels.warp_backward_kernel):
+    names = "warp_forward_kernel", "warp_backward_kernel", "warp_backward_sums_kernel"
+    for kernel in (getattr(triton_kernels, name) for name in names):
         monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
-    caches = triton_warp._forward_launch, triton_warp._backward_launch
+    caches = triton_warp._forward_launch, triton_warp._backward_launch, triton_warp._sums_launch
     for cache in caches:
         cache.cache_clear()
     yield fake
@@ -196,7 +197,7 @@ def test_a_prepared_launch_passes_what_triton_passes(fake_driver):
     types = (torch.float32,) * 3
     forward = triton_warp._forward_launch(input.shape, offset.shape, 1, types, 0, True)
     backward = triton_warp._backward_launch(input.shape, offset.shape, 1, types, 0, False, NEEDS[0])
-    for launch, tensors in ((forward, (input, offset, bias, grad)), (backward, (grad, input, offset, *[input] * 3))):
+    for launch, tensors in ((forward, (input, offset, bias, grad)), (backward, (grad, input, offset, input, offset))):
         launch(*tensors)
         launch._kernel = None  # Triton's own launch
         launch(*tensors)
@@ -234,6 +235,33 @@ def test_compiles_without_spills(kernel, architecture):
         assert 16 <= built.registers <= 128, built
         if channels == 64 and (dtype == torch.float32 or kernel == "warp_forward_kernel"):
             assert built.vector_loads >= 4, built  # 128-bit loads for each of the four corners
+
+
+@pytest.mark.skipif(INTERPRETING, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+def test_the_sums_kernel_compiles_without_spills(needs, architecture):
+    pytest.importorskip("triton")
+    import triton
+    from compile_report import _resource_usage
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from sdan.ops import triton_warp
+
+    types = torch.float32, torch.bfloat16, torch.bfloat16
+    launch = triton_warp._sums_launch(64, 64 * 66 * 66, types, 0, *needs)
+    place = {name: (number,) for number, name in enumerate(launch._kernel.arg_names)}
+    signature = {"sums_ptr": "*fp32", "grad_input_ptr": "*bf16", "grad_bias_ptr": "*bf16"}
+    signature |= dict.fromkeys(("channels", "values"), "i32") | dict.fromkeys(launch._constants, "constexpr")
+    attributes = {place[name]: [["tt.divisibility", 16]] for name, kind in signature.items() if kind != "constexpr"}
+    values = {place[name]: value for name, value in launch._constants.items()}
+    source = ASTSource(launch._kernel, {name: signature[name] for name in place}, values, attributes)
+    built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": 4})
+    usage = _resource_usage(built.asm["cubin"])
+    assert usage["LOCAL"] == usage["STACK"] == 0, usage
+    assert usage["REG"] <= 64, usage
+    assert not needs[0] or ".v4.b32" in built.asm["ptx"]
 
 
 @pytest.mark.slow
