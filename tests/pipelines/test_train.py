@@ -10,7 +10,7 @@ import torch
 
 from pipelines import config as configs
 from pipelines.retrain import fine_tuning
-from pipelines.train import TrainError, choose, train, with_network_of
+from pipelines.train import TrainError, choose, kept, train, with_network_of
 from pipelines.training import run_folder
 from pipelines.training.run_folder import RunFolderError, StoredRun
 from sdan import checkpoint, starter_folder
@@ -165,3 +165,15 @@ def test_with_network_of_takes_the_network_of_a_checkpoint(tmp_path):
     other = checkpoint.save(tmp_path / "o", SRResNet(SDANConfig(features=8, blocks=1)), config={}, scores={})
     with pytest.raises(configs.ConfigError, match="expected an SDAN"):
         with_network_of(other, configs.smoke(), {})
+
+
+def test_what_is_kept_is_of_this_command(tmp_path):
+    assert kept(tmp_path, None, 0.0) == kept(tmp_path, "a", 0.0) == "no run was started; run the command again"
+    for name in ("a", "b"):
+        StoredRun(configs.to_dict(configs.smoke()), "shards", "id", None, 1).write(tmp_path / "runs" / name)
+    os.utime(tmp_path / "runs" / "a" / run_folder.RUN, (1000, 1000))
+    assert kept(tmp_path, "a", 1001.0) == "no run was started; run the command again"  # an earlier command's
+    assert kept(tmp_path, "a", 999.0) == "run a has no checkpoint yet; add --resume --name a to go on"
+    (tmp_path / "runs" / "b" / run_folder.PROGRESS).write_text('{"epoch": 3, "epochs": 8}\n')
+    expected = "run b has its checkpoint of epoch 3 of 8; add --resume --name b to go on"
+    assert kept(tmp_path, None, 1001.0) == expected
