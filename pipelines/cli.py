@@ -80,7 +80,10 @@ VggWeights = Annotated[
     ),
 ]
 ModelURI = Annotated[
-    str, typer.Option("--model", metavar="URI", help="Checkpoint folder, runs:/ID, models:/sdan@champion or starter.")
+    str,
+    typer.Option(
+        "--model", metavar="URI", help="Checkpoint folder, runs:/ID, models:/sdan@champion, starter or starter-rgb."
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; change nothing.")]
 
@@ -529,7 +532,9 @@ def zoom(
     ],
     model: Annotated[
         str | None,
-        typer.Option(metavar="URI", help="As for evaluate; default: the champion, or else the starter model."),
+        typer.Option(
+            metavar="URI", help="As for evaluate; default: the champion, and the starters for what it does not read."
+        ),
     ] = None,
     picture_format: Annotated[
         str | None, typer.Option("--format", metavar="FORMAT", help="png, tiff or jpg; default: by OUT, or png.")
@@ -555,11 +560,10 @@ def zoom(
     request.check_request(photos, out, output)
     with start.large_imports():
         from pipelines import zoom as verb
+        from pipelines.zooming.models import choose_models
 
-    folder, is_fallback = verb.choose_model(_data(), model)
-    if is_fallback:
-        _say("no champion in the registry yet: using the starter model, which was trained only on simulated RAW")
-    verb.zoom_photos(photos, out, verb.Zoomer.load(folder, strength), output=output, say=_say, warn=_warn)
+    chosen = choose_models(_data(), model)
+    verb.zoom_with(chosen, photos, out, strength=strength, output=output, say=_say, warn=_warn)
 
 
 @app.command()

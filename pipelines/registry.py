@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 from preprocessing.shard_folder.small_json import read_json
-from sdan import STARTER, starter_folder
+from sdan import STARTER, STARTERS, starter_folder
 from sdan.checkpoint import DESCRIPTION, TRAINER, WEIGHTS
 
 T = TypeVar("T")
@@ -313,7 +313,8 @@ def rollback(tracking_uri: str, name: str = MODEL) -> tuple[str, str]:
 
 
 def resolve_model(tracking_uri: str, model: str | Path, cache: Path | None = None) -> Path:
-    """The local checkpoint folder of a model URI: a folder, runs:/RUN_ID[/PATH], models:/sdan@champion, or "starter".
+    """The local checkpoint folder of a model URI: a folder, runs:/RUN_ID[/PATH], models:/sdan@champion, or a name
+    of STARTERS.
 
     Remote artifacts are downloaded into `cache`, or into a temporary folder if `cache` is None.
 
@@ -333,8 +334,8 @@ def resolve_model(tracking_uri: str, model: str | Path, cache: Path | None = Non
         source = f"{run.info.artifact_uri}/{path}"
     elif text.startswith("models:/"):
         source = _source(tracking_uri, text)
-    elif text == STARTER:
-        source = str(starter_folder())
+    elif text in STARTERS:
+        source = str(starter_folder(text))
     else:
         source = text
     folder = _local(source, text, tracking_uri, cache)

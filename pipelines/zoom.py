@@ -20,9 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import sdan
-from pipelines import registry
 from pipelines.formats import jpg, png, tags, tiff
 from pipelines.zooming import rows
+from pipelines.zooming.models import Chosen
 from pipelines.zooming.photo import Photo, read_photo
 from pipelines.zooming.request import (
     DEFAULTS,
@@ -30,13 +30,14 @@ from pipelines.zooming.request import (
     ZoomError,
     check_options,
     check_outputs,
+    kind_of_photo,
     output_paths,
     photographs,
     shown,
     without_twins,
 )
 from preprocessing.storage import new_file, one_line
-from sdan import STARTER, checkpoint, inference
+from sdan import STARTER_RGB, checkpoint, inference
 from sdan.baselines import Network
 
 __all__ = ["Output", "Photo", "ZoomError", "Zoomed", "Zoomer", "read_photo", "write_png", "zoom_photos"]
@@ -52,11 +53,13 @@ class Zoomer:
     model: Network
     strength: float = 1.0
     """1 for the network's output, 0 for the rendering enlarged bicubically, between them a linear mixture."""
+    note: str = ""
+    """A line for the user about each photograph that it zooms."""
     start: Future[None] | None = None
     """The start of the GPU in the background; None: the model is where it computes."""
 
     @classmethod
-    def load(cls, folder: Path, strength: float = 1.0) -> Zoomer:
+    def load(cls, folder: Path, strength: float = 1.0, note: str = "") -> Zoomer:
         """Load a checkpoint folder onto the GPU, or the CPU if there is none.
 
         A GPU starts in the background, so that a photograph can be read meanwhile.
@@ -65,7 +68,7 @@ class Zoomer:
         thread = ThreadPoolExecutor(1)
         start = thread.submit(_start, model)
         thread.shutdown(wait=False)
-        return cls(model, strength, start)
+        return cls(model, strength, note, start)
 
     def wait(self) -> None:
         """Wait until the model is where it computes. Raises ZoomError: a GPU without memory for the model."""
@@ -238,16 +241,23 @@ class Zoomed:
     height: int
 
 
-def choose_model(data: Path, uri: str | None) -> tuple[Path, bool]:
-    """(checkpoint folder, whether it is the starter model because there is no champion).
-
-    Args:
-        uri: a model URI (registry.resolve_model); None: the champion, or the starter model if there is none.
-    """
-    tracking_uri = registry.default_tracking_uri(data)
-    fallback = uri is None and registry.get_champion(tracking_uri) is None
-    chosen = STARTER if fallback else uri or registry.CHAMPION_URI
-    return registry.resolve_model(tracking_uri, chosen), fallback
+def zoom_with(
+    chosen: Chosen,
+    inputs: Sequence[Path],
+    out: Path,
+    *,
+    strength: float,
+    output: Output,
+    say: Callable[[str], None],
+    warn: Callable[[str], None],
+) -> list[Zoomed]:
+    """`zoom_photos` with the chosen models."""
+    if chosen.note:
+        say(chosen.note)
+    raw = Zoomer.load(chosen.for_raw, strength, chosen.raw_note)
+    same = chosen.for_pictures == chosen.for_raw
+    pictures = None if same else Zoomer.load(chosen.for_pictures, strength, chosen.picture_note)
+    return zoom_photos(inputs, out, raw, pictures=pictures, output=output, say=say, warn=warn)
 
 
 def zoom_photos(
@@ -255,6 +265,7 @@ def zoom_photos(
     out: Path,
     zoomer: Zoomer,
     *,
+    pictures: Zoomer | None = None,
     output: Output = DEFAULTS,
     say: Callable[[str], None],
     warn: Callable[[str], None],
@@ -264,6 +275,7 @@ def zoom_photos(
     Args:
         inputs: files, or folders, which mean the photographs in them.
         out: a .png, .tif or .jpg for one photograph, else a folder.
+        pictures: the model for JPG, PNG, TIFF, WebP and AVIF, of the same scale; None: `zoomer` takes them, too.
         say: takes one line of progress per photograph.
         warn: takes one line per photograph that is set aside.
 
@@ -272,7 +284,7 @@ def zoom_photos(
     """
     check_options(out, output)
     network = zoomer.model.config
-    photos = without_twins(inputs, photographs(inputs, out), not network.is_rgb, say)
+    photos = without_twins(inputs, photographs(inputs, out), pictures is not None or not network.is_rgb, say)
     targets = output_paths(photos, out, output.scale or network.scale, output)
     check_outputs(targets, photos, output.overwrite)
     if output.scale not in (None, network.scale):
@@ -280,7 +292,8 @@ def zoom_photos(
     done = []
     for photo, target in zip(photos, targets, strict=True):
         try:
-            done.append(_zoom_one(photo, target, zoomer, output, say))
+            chosen = pictures if pictures and kind_of_photo(photo) == "picture" else zoomer
+            done.append(_zoom_one(photo, target, chosen, output, say))
         except Exception as error:
             line = str(error) if isinstance(error, ValueError) else _unexpected(photo, error)
             if len(photos) == 1:
@@ -303,12 +316,12 @@ def _unexpected(photo: Path, error: Exception) -> str:
 
 def _zoom_one(photo: Path, target: Path, zoomer: Zoomer, output: Output, say: Callable[[str], None]) -> Zoomed:
     decoded = read_photo(photo, zoomer.model.config, output)
-    for note in decoded.notes:
+    for note in (*decoded.notes, *([zoomer.note] if zoomer.note else [])):
         say(f"{shown(photo)}: {note}")
     if not decoded.from_raw and not zoomer.model.config.is_rgb:
         say(
             f"{shown(photo)}: no RAW, so its pixels are converted to a synthetic mosaic; "
-            "expect less detail than from RAW"
+            f"expect more detail from --model {STARTER_RGB}"
         )
     width, height = zoomer.size(decoded, output.scale)
     bits = output.chosen_bits(target)

@@ -29,6 +29,8 @@ from sdan.ops import squared_deform_conv2d
 __all__ = [
     "SDAN",
     "STARTER",
+    "STARTERS",
+    "STARTER_RGB",
     "SDANConfig",
     "load",
     "raw_input",
@@ -38,15 +40,17 @@ __all__ = [
     "zoom_rows",
 ]
 
-STARTER = "starter"
-"""`load(STARTER)` loads the model that is installed with the package."""
+STARTER, STARTER_RGB = "starter", "starter-rgb"
+STARTERS = (STARTER, STARTER_RGB)
+"""The models that are installed with the package, for RAW and for RGB; `load` takes these names."""
 
 
 def load(model: str | Path) -> Network:
     """Load a trained model, ready for `zoom`.
 
     Args:
-        model: "starter" (the model that comes with the package), or a checkpoint folder.
+        model: "starter" or "starter-rgb" (the models for RAW and for RGB that come with the package), or a checkpoint
+            folder.
 
     Returns:
         the network in eval mode, on the GPU if there is one. `model.config` is its SDANConfig;
@@ -55,7 +59,7 @@ def load(model: str | Path) -> Network:
     Raises:
         CheckpointError: the folder is missing or holds no usable checkpoint; one line that says what to do.
     """
-    folder = starter_folder() if model == STARTER else Path(model)
+    folder = starter_folder(str(model)) if model in STARTERS else Path(model)
     return checkpoint.load(folder).model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -149,14 +153,14 @@ def _network_input(model: Network, raw: Tensor, rendering: Tensor) -> tuple[Tens
     return x, model.input_tile_px
 
 
-def starter_folder() -> Path:
-    """Locate the starter model, which is package data of `pipelines`, without importing that package."""
+def starter_folder(name: str = STARTER) -> Path:
+    """Locate a starter model, which is package data of `pipelines`, without importing that package."""
     found = find_spec("pipelines")
-    folders = [Path(place) / "models" / STARTER for place in (found and found.submodule_search_locations) or ()]
+    folders = [Path(place) / "models" / name for place in (found and found.submodule_search_locations) or ()]
     for folder in folders:
         if folder.is_dir():
             return folder
     raise checkpoint.CheckpointError(
-        "starter: expected the model in the installed package `pipelines`, got none; "
+        f"{name}: expected the model in the installed package `pipelines`, got none; "
         "install sdan again or name a checkpoint folder"
     )

@@ -256,21 +256,27 @@ def test_zoom_falls_back_to_the_starter_model(tmp_path, monkeypatch, capsys):
     arguments = ["zoom", tmp_path / "photo.png", "-o", tmp_path / "zoomed.png"]
     assert run_here(monkeypatch, *arguments, data=tmp_path / "data") in (0, None)
     assert Image.open(tmp_path / "zoomed.png").size == (320, 384)
-    assert "starter model, which was trained only on simulated RAW" in capsys.readouterr().out
+    assert "starter models, which saw only simulated photographs" in capsys.readouterr().out
     assert not (tmp_path / "data").exists()  # looking for a champion creates nothing
 
 
-def test_zoom_prefers_the_champion_to_the_starter_model(tmp_path, monkeypatch, capsys):
+def test_a_champion_zooms_what_it_reads(tmp_path, monkeypatch, capsys):
+    """Here it reads RAW, so a PNG gets the starter model for pictures, unless --model says otherwise."""
     from pipelines import registry
 
     uri = registry.default_tracking_uri(tmp_path / "data")
     registry.prepare_database(uri)
     run_id = registry.create_run(uri, "sdan", "seen")
     registry.set_champion(uri, registry.register_model(uri, run_id, starter_folder()))
-    Image.new("RGB", (64, 64), (90, 80, 70)).save(tmp_path / "photo.png")
-    arguments = ["zoom", tmp_path / "photo.png", "-o", tmp_path / "zoomed.png"]
-    assert run_here(monkeypatch, *arguments, data=tmp_path / "data") in (0, None)
-    assert "starter" not in capsys.readouterr().out
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (64, 64), (90, 80, 70)).save(photo)
+    said = []
+    for more in ([], ["--model", "models:/sdan@champion"]):
+        arguments = ["zoom", photo, "-o", tmp_path / f"zoomed{len(more)}.png", *more]
+        assert run_here(monkeypatch, *arguments, data=tmp_path / "data") in (0, None)
+        said.append(capsys.readouterr().out)
+    line = f"{photo}: the champion reads RAW; zoomed with starter-rgb"
+    assert line in said[0] and "no champion" not in said[0] and "starter-rgb" in said[1] and line not in said[1]
 
 
 def test_zoom_sets_a_damaged_photograph_aside(tmp_path, monkeypatch, capsys):

@@ -365,12 +365,22 @@ def test_the_driver_starts_only_with_a_gpu(no_gpu, calls, monkeypatch):
     start.start_driver()
 
 
-def test_the_starter_model_is_chosen_without_a_champion(untrained, tmp_path, monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert zoom.choose_model(tmp_path, None) == (starter_folder(), True)
-    assert zoom.choose_model(tmp_path, str(untrained)) == (untrained, False)
-    assert zoom.choose_model(tmp_path, "starter") == (starter_folder(), False)
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("raw_is_given_first", [True, False])
+def test_raw_and_pictures_get_their_own_model(raw_is_given_first, untrained, tmp_path):
+    """The model for RAW darkens, that for pictures is bicubic."""
+    raw, other = write_photo(tmp_path / "a.dng", 40, 48), write_photo(tmp_path / "b.png", 40, 48)
+    dark = Zoomer.load(untrained, note="darkened")
+    with torch.no_grad():
+        dark.model.super_resolution.last.bias.fill_(-0.2)
+    photos, said = ([raw, other] if raw_is_given_first else [other, raw]), []
+    plain = Zoomer.load(untrained)
+    zoom_photos(photos, tmp_path / "out", dark, pictures=plain, say=said.append, warn=print)
+    shown = torch.from_numpy(picture(40, 48)).permute(2, 0, 1) / 255
+    assert np.abs(written(tmp_path / "out" / "b_4x.png") - enlarged(shown)).max() < TOLERANCE
+    lit = enlarged(torch.from_numpy(decode.load(raw).rendering).permute(2, 0, 1) / 255)
+    unclipped = (lit > 0.25) & (lit < 0.99)
+    assert np.abs(written(tmp_path / "out" / "a_4x.png") - (lit - 0.2))[unclipped].max() < TOLERANCE
+    assert f"{raw}: darkened" in said and f"{other}: darkened" not in said
 
 
 def test_an_output_never_replaces_a_photograph(zoomer, tmp_path):
