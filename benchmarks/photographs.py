@@ -12,6 +12,7 @@ benchmarks/RESULTS.md; pictures, and a page of tables and pictures, are written 
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -42,6 +43,8 @@ BORDER_PX = 16
 CROP_PX = 96
 """Side of the crops of real RAW, mosaic pixels."""
 SHEET_PX = 384
+PERCEPTUAL_PX = 512
+"""Side of the central part of City100's pictures that ST-LPIPS compares."""
 
 
 @cache
@@ -119,19 +122,20 @@ def city100_rows(methods: dict[str, Method], folder: Path, out: Path) -> Iterato
     pairs = sorted(folder.glob("*L.PNG"))
     if not pairs:
         raise SystemExit(f"--city100 {folder}: expected pairs NNNL.PNG and NNNH.PNG, got none")
-    yield "| method | PSNR, dB | SSIM | pairs above bicubic |"
-    yield "|---|---|---|---|"
+    yield "| method | PSNR, dB | SSIM | ST-LPIPS | pairs above bicubic |"
+    yield "|---|---|---|---|---|"
     base: list[float] = []
     whole = {**methods, "the short focal length itself (not reduced)": None}
     for label, method in whole.items():
         scores = np.array([_city_scores(label, method, short, out) for short in pairs])
         base = base or list(scores[:, 0])
         above = int((scores[:, 0] > np.array(base)).sum())
-        yield f"| {label} | {scores[:, 0].mean():.2f} | {scores[:, 1].mean():.4f} | {above} of {len(pairs)} |"
+        psnr, ssim, distance = scores.mean(axis=0)
+        yield f"| {label} | {psnr:.2f} | {ssim:.4f} | {distance:.3f} | {above} of {len(pairs)} |"
 
 
 def _city_scores(label: str, method: Method | None, short: Path, out: Path) -> tuple[float, ...]:
-    """(PSNR, SSIM) of one pair; the picture is kept in `out`."""
+    """(PSNR, SSIM, ST-LPIPS of the central part) of one pair; the picture is kept in `out`."""
     read = [np.asarray(Image.open(short.with_name(short.name.replace("L.", f"{end}."))).convert("RGB")) for end in "LH"]
     height, width = (side // SCALE * SCALE for side in read[0].shape[:2])
     given, target = (picture[:height, :width] for picture in read)
@@ -144,7 +148,11 @@ def _city_scores(label: str, method: Method | None, short: Path, out: Path) -> t
         Image.fromarray(np.rint(zoomed * 255).astype(np.uint8)).save(kept)
     pictures = (zoomed, np.asarray(target / 255, np.float32))
     a, b = (torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1)))[None] for picture in pictures)
-    return float(metrics.psnr(a, b, border_px=BORDER_PX)), float(metrics.ssim(a, b, border_px=BORDER_PX))
+    top, left = ((side - PERCEPTUAL_PX) // 2 for side in (height, width))
+    centre = (..., slice(top, top + PERCEPTUAL_PX), slice(left, left + PERCEPTUAL_PX))
+    distance = metrics.st_lpips_distance(a[centre], b[centre])
+    scores = metrics.psnr(a, b, border_px=BORDER_PX), metrics.ssim(a, b, border_px=BORDER_PX)
+    return *(float(score) for score in scores), math.nan if distance is None else float(distance)
 
 
 def raw_sheet(methods: dict[str, Method], path: Path, out: Path, crops: int = 4) -> Path:

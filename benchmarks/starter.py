@@ -140,10 +140,17 @@ def train_starter(name: str, out: Path, epochs: int | None = None) -> None:
     print(result.model, result.scores)
 
 
-def make_card(name: str, photographs: Path, out: Path, package: Path | None = None) -> None:
-    """Score the model on the test sequences and copy model and card into `package` (None: the installed package)."""
-    package = package or starter_folder().with_name(name)
-    model = run_folder.run_folder(out / "data", name) / run_folder.MODEL
+def make_card(
+    name: str, photographs: Path, out: Path, *, checkpoint_folder: Path | None = None, budget: str | None = None
+) -> None:
+    """Score the model on the test sequences and copy model and card into the installed package.
+
+    Args:
+        checkpoint_folder: the model; None: that of the run `name` below `out`.
+        budget: how it was trained; None: as `train_starter` does.
+    """
+    package = starter_folder().with_name(name)
+    model = checkpoint_folder or run_folder.run_folder(out / "data", name) / run_folder.MODEL
     stored = checkpoint.load(model)
     config = configs.from_dict(stored.config)
     held = held_out(index_split(str(out / "shards"), "test"), config, limit=TEST_CROPS, align=True)
@@ -170,11 +177,11 @@ def make_card(name: str, photographs: Path, out: Path, package: Path | None = No
         sequences=sum(group.sequences for group in groups() if group.split == "train"),
         pairs=len(index.paths),
         tiles=index.num_tiles,
-        crops=config.train.epochs * (config.train.crops_per_epoch or len(index.paths)),
-        crop=f"{config.train.crop_px} packed pixels",
+        budget=budget
+        or f"{config.train.epochs * (config.train.crops_per_epoch or len(index.paths))} crops of "
+        f"{config.train.crop_px} packed pixels. Trained at commit {(stored.commit or 'unknown')[:7]}.",
         network=f"{config.model.features} features, {config.model.blocks} blocks, packing kernel "
         f"{config.model.packing_kernel}, {weights / 1e6:.2f} MB",
-        commit=(stored.commit or "unknown")[:7],
         origin=provenance(f"python benchmarks/starter.py card --photographs {photographs.name}", ("../pipelines",)),
     )
     (package / "CARD.md").write_text(text)
@@ -228,7 +235,7 @@ by `benchmarks/starter.py`. All scores here are simulated, too.
   photographs.
 - Target: the simulator's ideal picture in the input's own view (`loss.self_target=truth`), {tones},
   and the same reference as in use, {{X, X}}.
-- Budget: {crops} crops of {crop}. Trained at commit {commit}.
+- Budget: {budget}
 
 ## Scores on sequences it has never seen
 
@@ -257,6 +264,8 @@ def main() -> None:
     parser.add_argument("step", choices=["data", "train", "card", "all"])
     parser.add_argument("--model", choices=MODELS, help="default: both")
     parser.add_argument("--epochs", type=int, help="of each training; default: the config's")
+    parser.add_argument("--checkpoint", type=Path, help="card: the model; default: that of the run below --out")
+    parser.add_argument("--budget", help="card: how that model was trained")
     parser.add_argument("--photographs", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "starter")
     chosen = parser.parse_args()
@@ -266,7 +275,7 @@ def main() -> None:
     for name in models if chosen.step in ("train", "all") else ():
         train_starter(name, chosen.out, chosen.epochs)
     for name in models if chosen.step in ("card", "all") else ():
-        make_card(name, chosen.photographs, chosen.out)
+        make_card(name, chosen.photographs, chosen.out, checkpoint_folder=chosen.checkpoint, budget=chosen.budget)
 
 
 if __name__ == "__main__":
