@@ -29,7 +29,8 @@ always start; WorkerPlan.readers limits how many run."""
 PROBE_S = 12.0
 """How long RAY_ADDRESS may take to answer."""
 
-_PRINT = worker.print_to_stdstream
+_PRINT = getattr(worker, "print_to_stdstream", print)
+"""Ray's own function. The default is for benchmarks/on_gpu/bare_machine.py, which stands in for a missing Ray."""
 
 Workers = int | tuple[int, int]
 """Number of train workers, or (least, most)."""
