@@ -28,7 +28,13 @@ class Command:
         self.log = folder / "output.txt"
         with self.log.open("wb") as file:
             self.process = subprocess.Popen(
-                [SDAN, *map(str, arguments)], stdout=file, stderr=file, start_new_session=True, cwd=folder
+                [SDAN, *map(str, arguments)],
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+                cwd=folder,
+                # A suite that was started in the background of a shell ignores Ctrl-C, and its children inherit that.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     def __enter__(self):

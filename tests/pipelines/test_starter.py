@@ -28,15 +28,16 @@ def test_the_starter_is_small_and_has_its_config_and_card():
 
 
 @pytest.mark.slow
-def test_the_starter_beats_bicubic_by_3_db_on_unseen_scenes(tmp_path):
+def test_the_starter_beats_bicubic_on_unseen_scenes(tmp_path):
     """True target, self protocol (what a user gets), scenes from a seed that training did not use.
 
-    Measured 3.23 and 5.69 dB; the card has 2.88 and 5.73 dB for this kind of scene, 3.70 and 7.29 dB for all kinds.
+    The card has 2.16 and 1.80 dB for this kind of scene. The starter of version 0.2 had 3.23 dB over the camera JPG
+    here, with halos and other tones.
     """
     simulate(tmp_path / "raw", sequences=2, width_px=1536, preset="default", seed=77)
     curve = checkpoint.load(starter_folder()).model.config.rendering_curve
     options = PreprocessOptions(align="ecc", tile_px=48, stride_px=40, val=("00001", "00002"), curve=curve)
     preprocess(str(tmp_path / "raw"), str(tmp_path / "shards"), options, progress=False, start_ray=cluster.start_ray)
     found = evaluate(str(tmp_path / "shards"), starter_folder(), limit=48, perceptual=False)
-    assert found.gain_db("true", "bicubic of the camera JPG") > 3
-    assert found.gain_db("true", "bicubic of the rendering") > 5
+    assert found.gain_db("true", "bicubic of the camera JPG") > 1.9
+    assert found.gain_db("true", "bicubic of the rendering") > 1.5
