@@ -40,6 +40,34 @@ def no_second_derivative(operator: str, instead: str) -> Callable[..., NoReturn]
     return refuse
 
 
+def single_backward(
+    gradients: Callable[[Any, list[Tensor]], tuple[Tensor | None, ...]], refuse: Callable[..., NoReturn]
+) -> Callable[..., Any]:
+    """The `backward` of an autograd.Function of one output, without derivatives of its own.
+
+    Args:
+        gradients: takes ctx and [the output's gradient, *ctx.saved_tensors]; it may empty the list to free memory.
+        refuse: no_second_derivative's, for a backward pass with create_graph=True.
+    """
+
+    class Gradients(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, of: Any, *tensors: Tensor) -> tuple[Tensor | None, ...]:
+            return gradients(of, list(tensors))
+
+        backward = staticmethod(refuse)
+
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        tensors = [grad, *ctx.saved_tensors]
+        if torch.is_grad_enabled():  # create_graph=True
+            return Gradients.apply(ctx, *tensors)
+        ctx.maybe_clear_saved_tensors()
+        del grad
+        return gradients(ctx, tensors)
+
+    return backward
+
+
 def enabled() -> bool:
     """Whether the caller is inside `portable_form()`."""
     return _portable

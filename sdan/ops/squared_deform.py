@@ -83,42 +83,6 @@ def _is_eager(input: Tensor, offset: Tensor, *others: Tensor | None) -> bool:
     return plain and offset.numel() > 0
 
 
-class SquaredDeformConv2d(torch.autograd.Function):
-    """The whole operator as one step of autograd: `apply(input, offset, weight, bias)`.
-
-    It computes what the custom operator and the convolution compute together. Each call of a custom operator costs 0.3
-    to 0.6 ms of Python on top of the kernels, so eager code does without.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        channels_last = input.is_contiguous(memory_format=torch.channels_last)
-        input, weight = lowered(input, weight)
-        full = convolve(input, weight)
-        ctx.margin, ctx.bias_type = weight.shape[-1] // 2, None if bias is None else bias.dtype
-        ctx.save_for_backward(input, offset, weight, full)
-        output: Tensor = kernels(full).warp(full, offset, bias, ctx.margin, channels_last=channels_last)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = [grad, *ctx.saved_tensors]
-        if torch.is_grad_enabled():  # create_graph=True
-            return _Gradients.apply(ctx, *tensors)
-        ctx.maybe_clear_saved_tensors()
-        return _gradients(ctx, tensors)
-
-
-class _Gradients(torch.autograd.Function):
-    """The gradients, with a backward pass that raises an error."""
-
-    @staticmethod
-    def forward(ctx: Any, of: Any, *tensors: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(of, list(tensors))
-
-    backward = staticmethod(no_second_derivative)
-
-
 def _gradients(ctx: Any, tensors: list[Tensor]) -> tuple[Tensor | None, ...]:
     """The gradients of input, offset, weight and bias; autograd casts them to the types of these.
 
@@ -136,6 +100,26 @@ def _gradients(ctx: Any, tensors: list[Tensor]) -> tuple[Tensor | None, ...]:
     if grad_full is not None:
         grad_input, grad_weight = convolve_backward(grad_full, input, weight, need_input, need_weight)
     return grad_input, grad_offset, grad_weight, grad_bias
+
+
+class SquaredDeformConv2d(torch.autograd.Function):
+    """The whole operator as one step of autograd: `apply(input, offset, weight, bias)`.
+
+    It computes what the custom operator and the convolution compute together. Each call of a custom operator costs 0.3
+    to 0.6 ms of Python on top of the kernels, so eager code does without.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        channels_last = input.is_contiguous(memory_format=torch.channels_last)
+        input, weight = lowered(input, weight)
+        full = convolve(input, weight)
+        ctx.margin, ctx.bias_type = weight.shape[-1] // 2, None if bias is None else bias.dtype
+        ctx.save_for_backward(input, offset, weight, full)
+        output: Tensor = kernels(full).warp(full, offset, bias, ctx.margin, channels_last=channels_last)
+        return output
+
+    backward = staticmethod(portable.single_backward(_gradients, no_second_derivative))
 
 
 def _check_conv(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None) -> None:

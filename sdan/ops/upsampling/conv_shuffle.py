@@ -85,39 +85,6 @@ def _triton_shuffle() -> ModuleType:
     return importlib.import_module("sdan.ops.upsampling.triton_shuffle")
 
 
-class _ConvShuffle(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, factor: int, relu: bool) -> Tensor:
-        ctx.factor, ctx.of_bias, device = factor, None if bias is None else bias.dtype, x.device.type
-        lower = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-        dtype = torch.get_autocast_dtype(device) if lower else weight.dtype
-        x, grouped = x.to(dtype) if lower else x, _grouped(weight, factor, dtype)
-        with torch.autocast(device, enabled=False):
-            y = torch.conv2d(x, grouped, padding=weight.shape[-1] // 2).contiguous(memory_format=torch.channels_last)
-            out: Tensor = _kernels(y).shuffle(y, bias, factor, relu=relu)
-        ctx.save_for_backward(x, grouped, out if relu else None, weight)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = [grad, *ctx.saved_tensors]
-        if torch.is_grad_enabled():  # create_graph=True
-            return _Gradients.apply(ctx, *tensors)
-        ctx.maybe_clear_saved_tensors()
-        del grad
-        return _gradients(ctx, tensors)
-
-
-class _Gradients(torch.autograd.Function):
-    """The gradients, with a backward pass that raises an error."""
-
-    @staticmethod
-    def forward(ctx: Any, of: Any, *tensors: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(of, list(tensors))
-
-    backward = staticmethod(portable.no_second_derivative("conv_shuffle", "`with sdan.ops.portable_form():`"))
-
-
 def _gradients(ctx: Any, tensors: list[Tensor]) -> tuple[Tensor | None, ...]:
     """The gradients of x, weight and bias; autograd casts that of x to its type.
 
@@ -137,3 +104,22 @@ def _gradients(ctx: Any, tensors: list[Tensor]) -> tuple[Tensor | None, ...]:
     if need_weight:
         grad_weight = _ungrouped(grad_weight, ctx.factor, weight.dtype)
     return grad_x, grad_weight, None if grad_bias is None else grad_bias.to(ctx.of_bias), None, None
+
+
+_no_second_derivative = portable.no_second_derivative("conv_shuffle", "`with sdan.ops.portable_form():`")
+
+
+class _ConvShuffle(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, factor: int, relu: bool) -> Tensor:
+        ctx.factor, ctx.of_bias, device = factor, None if bias is None else bias.dtype, x.device.type
+        lower = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(device) if lower else weight.dtype
+        x, grouped = x.to(dtype) if lower else x, _grouped(weight, factor, dtype)
+        with torch.autocast(device, enabled=False):
+            y = torch.conv2d(x, grouped, padding=weight.shape[-1] // 2).contiguous(memory_format=torch.channels_last)
+            out: Tensor = _kernels(y).shuffle(y, bias, factor, relu=relu)
+        ctx.save_for_backward(x, grouped, out if relu else None, weight)
+        return out
+
+    backward = staticmethod(portable.single_backward(_gradients, _no_second_derivative))
