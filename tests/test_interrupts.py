@@ -17,6 +17,8 @@ from pipelines import cli, registry
 from preprocessing.simulator.sequences import simulate
 
 SDAN = str(Path(sys.executable).with_name("sdan"))
+LISTENING = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+"""Starts a program that hears Ctrl-C: a suite started in a shell's background ignores it, and children inherit that."""
 LIMIT_S = 300
 """Far more than a command takes to get to work, or to end; a hang fails the test."""
 
@@ -28,13 +30,11 @@ class Command:
         self.log = folder / "output.txt"
         with self.log.open("wb") as file:
             self.process = subprocess.Popen(
-                [SDAN, *map(str, arguments)],
+                [sys.executable, "-c", LISTENING, SDAN, *map(str, arguments)],
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
                 cwd=folder,
-                # A suite that was started in the background of a shell ignores Ctrl-C, and its children inherit that.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     def __enter__(self):
@@ -122,7 +122,9 @@ def test_an_interrupted_tune_says_how_to_resume(tiny_shards, tmp_path):
         sweep.wait_for("started with")
         client = MlflowClient(registry.default_tracking_uri(tmp_path / "data"))
         experiment = client.get_experiment_by_name("sdan-sweeps").experiment_id
+        deadline = time.monotonic() + LIMIT_S
         while len(client.search_runs([experiment])) < 2:
+            assert sweep.process.poll() is None and time.monotonic() < deadline, sweep.output
             time.sleep(0.2)
         os.killpg(sweep.process.pid, signal.SIGINT)
         line = sweep.last_line(130)
