@@ -68,7 +68,7 @@ class Measured:
 def measure_pair(folder: Path, job: PairJob, truth: Truth) -> Measured:
     """All errors of one pair."""
     source = open_folder(str(folder))
-    assert job.lr_jpg and job.hr_jpg
+    assert job.lr_raw and job.lr_jpg and job.hr_jpg
     image = decode.load(source.read(job.lr_raw), name=job.lr_raw)
     lr, hr = (tiles.decode_jpg(source.read(path), path) for path in (job.lr_jpg, job.hr_jpg))
     found = Measured()

@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
@@ -49,7 +49,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Raw = Annotated[str, typer.Argument(metavar="RAW", help="Folder or s3:// URI of zoom sequences.")]
+Raw = Annotated[
+    str, typer.Argument(metavar="RAW", help="Folder or s3:// URI of zoom sequences: RAW and JPG, or pictures alone.")
+]
 Shards = Annotated[str, typer.Argument(metavar="SHARDS", help="Folder or s3:// URI of Parquet shards.")]
 ConfigName = Annotated[
     str | None,
@@ -255,6 +257,13 @@ def _preprocess_options(
     curve: Annotated[
         str | None, typer.Option(help="Curve of the renderings: srgb or bt709; default: that of SHARDS, else srgb.")
     ] = None,
+    zoom: Annotated[
+        float | None,
+        typer.Option(
+            metavar="F",
+            help="For pictures without RAW and EXIF: long focal length / short one, e.g. 2.9; default: that of SHARDS.",
+        ),
+    ] = None,
 ) -> "PreprocessOptions":
     from preprocessing.frames import read_exclusions
     from preprocessing.ledger import stored_options
@@ -265,19 +274,25 @@ def _preprocess_options(
     except ValueError as error:
         raise PreprocessError(f"--exclude: {error}") from error
     asked = {"scale": scale, "align": align, "tile_px": tile, "stride_px": stride, "missing_jpg": missing_jpg}
-    own = {name: value for name, value in stored_options(shards).items() if name in asked}
-    if tile not in (None, own.get("tile_px")):
-        own.pop("stride_px", None)  # it belongs to the tile of SHARDS
-    shared: dict[str, Any] = own | {name: value for name, value in asked.items() if value is not None}
-    if "tile_px" in shared:
-        shared.setdefault("stride_px", max(1, shared["tile_px"] * 2 // 3))
     return PreprocessOptions(
-        **shared,
+        **_joined_options(stored_options(shards), asked),
         exclude=excluded,
         val=tuple(name.strip() for name in val.split(",") if name.strip()),
         keep_unaligned=keep_unaligned,
         curve=cast("RenderingCurve | None", curve),  # PreprocessOptions refuses other names
+        zoom=zoom,
     )
+
+
+def _joined_options(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were asked for; where there are none, those of SHARDS."""
+    own = {name: value for name, value in stored.items() if name in asked}
+    if asked["tile_px"] not in (None, own.get("tile_px")):
+        own.pop("stride_px", None)  # it belongs to the tile of SHARDS
+    shared = own | {name: value for name, value in asked.items() if value is not None}
+    if "tile_px" in shared:
+        shared.setdefault("stride_px", max(1, shared["tile_px"] * 2 // 3))
+    return shared
 
 
 def _takes_preprocess_options(verb: Callable[..., None]) -> Callable[..., None]:

@@ -177,8 +177,9 @@ def evaluate_model(
     scores = score_model(model, held, plan, perceptual=perceptual)
     per_row: dict[str, PerCrop] = {
         "bicubic of the camera JPG": score_bicubic(model, held, device, "camera", perceptual=perceptual),
-        "bicubic of the rendering": score_bicubic(model, held, device, "rendering", perceptual=perceptual),
     }
+    if "lr_render" in held.batch:
+        per_row["bicubic of the rendering"] = score_bicubic(model, held, device, "rendering", perceptual=perceptual)
     for protocol in PROTOCOLS:
         prefix = f"{protocol}_"
         per_row[f"SDAN ({protocol})"] = {
@@ -202,7 +203,7 @@ def evaluate_model(
 def examples(model: Network, held: HeldOut, count: int = EXAMPLES) -> np.ndarray:
     """One row per crop, from the most detailed crop to the median one; uint8 [H, W, 3].
 
-    Each row shows bicubic of the JPG | bicubic of the rendering | SDAN | target.
+    Each row shows bicubic of the JPG | bicubic of the rendering, for a network of RAW | SDAN | target.
     """
     plan = compute_plan(next(model.parameters()).device)
     target_name = "true_rgb" if "true_rgb" in held.batch else "hr_rgb"
@@ -213,16 +214,13 @@ def examples(model: Network, held: HeldOut, count: int = EXAMPLES) -> np.ndarray
         with plan.inference():
             zoomed = model(inputs.x, inputs.self_reference, inputs.rendering).zoomed
         truth = part.batch[target_name].float() / 255
-        panels = (
-            bicubic(inputs.camera, model.config.scale),
-            bicubic(inputs.rendering, model.config.scale),
-            zoomed,
-            truth,
-        )
-        rows.append([_fit(to_uint8(panel[0])) for panel in panels])
-    labels = ["bicubic, camera JPG", "bicubic, rendering", "SDAN (self)", "target"]
+        panels = {"bicubic, camera JPG": bicubic(inputs.camera, model.config.scale)}
+        if not model.config.is_rgb:
+            panels["bicubic, rendering"] = bicubic(inputs.rendering, model.config.scale)
+        panels |= {"SDAN (self)": zoomed, "target": truth}
+        rows.append([_fit(to_uint8(panel[0])) for panel in panels.values()])
     simulated = " (simulated)" if target_name == "true_rgb" else ""
-    return labelled_grid(rows, labels, f"{model.config.scale}x zoom of held-out crops{simulated}")
+    return labelled_grid(rows, list(panels), f"{model.config.scale}x zoom of held-out crops{simulated}")
 
 
 def _fit(image: np.ndarray, side_px: int = 320) -> np.ndarray:

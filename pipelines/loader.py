@@ -41,7 +41,8 @@ from sdan import augment, raw_input
 from sdan.network import SDANConfig
 from sdan.resample import low_pass
 
-IMAGES = ("lr_render", "lr_rgb", "hr_rgb")
+PICTURES = ("lr_rgb", "hr_rgb")
+IMAGES = ("lr_render", *PICTURES)
 LOOK = (*LOOK_COLUMNS, "lr_source", "hr_source")
 """The columns that `in_rendering_look` reads."""
 LEVELS = ("black_level", "wb", "white_level")
@@ -216,9 +217,12 @@ class CropStream:
     """train.reduced_share, for RGB networks."""
     truth_blur_px: float = 0.0
     """train.truth_blur_px: the blur of true_rgb."""
+    raw: bool = True
+    """Whether crops include the RAW and its rendering; networks of RGB input need neither."""
 
     def crop(self, number: int) -> dict[str, np.ndarray]:
-        """Crop `number`: raw [4,c,c] float32 in [0,1], lr_render and lr_rgb uint8 [3,2c,2c], hr_rgb uint8 [3,2cs,2cs].
+        """Crop `number`: lr_raw [4,c,c] float32 in [0,1], lr_render and lr_rgb uint8 [3,2c,2c], hr_rgb uint8
+        [3,2cs,2cs]; without `raw` only the last two.
 
         Each round of len(pairs) crops visits every pair once, in a new random order.
         """
@@ -227,7 +231,8 @@ class CropStream:
         tile = int(random.integers(self.index.tiles[pair]))
         more = [*(["true_rgb"] if self.truth else []), *(["exposure_ratio"] if self.match_exposure else [])]
         more += LOOK if self.look == "rendering" else ()
-        row = read_tile(self.index, pair, tile, ("lr_raw", *IMAGES, *LEVELS, *more))
+        columns = ("lr_raw", *IMAGES, *LEVELS) if self.raw else PICTURES
+        row = read_tile(self.index, pair, tile, (*columns, *more))
         if self.truth and row["true_rgb"] is None:
             raise ShardsError(
                 f"loss.self_target=truth, {self.index.paths[pair]}: expected a simulated shard with its ideal picture, "
@@ -276,6 +281,7 @@ def training_stream(index: ShardIndex, config: ExperimentConfig) -> CropStream:
         look=train.look,
         reduced_share=train.reduced_share,
         truth_blur_px=train.truth_blur_px,
+        raw=not config.model.is_rgb,
     )
 
 
@@ -307,15 +313,16 @@ def in_rendering_look(
 
 
 def cut_crop(row: dict[str, Any], plan: augment.CropPlan, crop_px: int, scale: int) -> dict[str, np.ndarray]:
-    """Cut one window from a decoded row and normalise its RAW; truth columns, if present, are cut the same way."""
+    """Cut one window from a decoded row and normalise its RAW, if it has one; truth columns are cut the same way."""
     names = ("lr_raw", *IMAGES, "true_rgb", "true_flow")
     sample = {name: torch.from_numpy(row[name].copy()) for name in names if row.get(name) is not None}
-    sample["lr_raw"] = raw_input.normalise(
-        sample["lr_raw"][None].float(),
-        torch.as_tensor(row["black_level"])[None],
-        torch.as_tensor(row["white_level"]).reshape(1),
-        torch.as_tensor(row["wb"])[None],
-    )[0]
+    if "lr_raw" in sample:
+        sample["lr_raw"] = raw_input.normalise(
+            sample["lr_raw"][None].float(),
+            torch.as_tensor(row["black_level"])[None],
+            torch.as_tensor(row["white_level"]).reshape(1),
+            torch.as_tensor(row["wb"])[None],
+        )[0]
     cropped = augment.apply(sample, plan, crop_px, scale)
     return {name: np.ascontiguousarray(value.numpy()) for name, value in cropped.items()}
 
@@ -423,13 +430,13 @@ class Inputs(NamedTuple):
 
 def model_inputs(batch: dict[str, Tensor], config: SDANConfig, device: torch.device) -> Inputs:
     """Convert stacked crops of `CropStream.crop` to the network's inputs on `device`."""
-    names = [*IMAGES, *(["true_rgb"] if "true_rgb" in batch else [])]
+    names = [*(PICTURES if config.is_rgb else IMAGES), *(["true_rgb"] if "true_rgb" in batch else [])]
     images = {name: batch[name].to(device, non_blocking=True).float() / 255 for name in names}
-    raw = batch["lr_raw"].to(device, non_blocking=True)
     if config.is_rgb:
         rendering = images["lr_rgb"]
         x = raw_input.rgb_to_packed(rendering) if config.is_packed else rendering
     else:
+        raw = batch["lr_raw"].to(device, non_blocking=True)
         x = raw if config.input == "packed" else raw_input.packed_to_mosaic(raw)
         rendering = images["lr_render"]
     shrink = config.mosaic_factor
@@ -450,7 +457,7 @@ def with_curve_of(index: ShardIndex, config: ExperimentConfig) -> ExperimentConf
 
 
 def check_fit(index: ShardIndex, config: ExperimentConfig) -> None:
-    """Check that the shards' scale, tile size and rendering curve suit the config.
+    """Check that the shards' scale, tile size, input and rendering curve suit the config.
 
     Raises:
         ShardsError: they do not suit it; the message names both values.
@@ -465,6 +472,11 @@ def check_fit(index: ShardIndex, config: ExperimentConfig) -> None:
             f"train.crop_px, {index.shards}: expected tiles of at least {config.train.crop_px} packed pixels, got "
             f"{index.info.tile_px}; --set train.crop_px={index.info.tile_px // 8 * 8}, or preprocess with "
             "a larger --tile"
+        )
+    if not (index.info.has_raw or config.model.is_rgb):
+        raise ShardsError(
+            f"model.input, {index.shards}: expected pairs with RAW for input={config.model.input}, got pairs of "
+            "pictures alone; train a model of RGB input: --set model.input=rgb, or --config paper_4x_rgb"
         )
     curve, theirs = config.model.rendering_curve, index.info.rendering_curve
     if curve != theirs and not config.model.is_rgb:

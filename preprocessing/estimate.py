@@ -13,7 +13,7 @@ import numpy as np
 
 from preprocessing.plan import PairJob, PreprocessError, PreprocessOptions
 from preprocessing.registration.register import MAX_SCALE_CHANGE
-from preprocessing.schema import ARRAYS, ShardInfo
+from preprocessing.schema import ARRAYS, RAW_ARRAYS, ShardInfo
 from preprocessing.shard_folder.names import RATE, read_stored
 from preprocessing.shard_folder.small_json import SmallJsonError, parse_json
 from preprocessing.storage import Folder
@@ -105,6 +105,8 @@ def tile_bytes(options: PreprocessOptions, *, truth: bool) -> int:
     """Size of one tile's arrays, uncompressed."""
     info = ShardInfo(options.tile_px, options.scale, options.shard_options)
     names = [name for name in ARRAYS if truth or not name.startswith("true_")]
+    if options.pictures:
+        names = [name for name in names if name not in RAW_ARRAYS]
     return sum(np.dtype(ARRAYS[name][0]).itemsize * math.prod(info.shape(name)) for name in names)
 
 

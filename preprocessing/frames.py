@@ -1,7 +1,8 @@
 """Find zoom sequences in a directory listing, and pair their frames by focal length.
 
 Layout, as in SR-RAW: RAW/NNNNN/NNNNN.ARW + NNNNN.JPG, or the same below RAW/train, RAW/val and RAW/test. Any RAW suffix
-in upper or lower case. Other files (e.g. tform.txt) are ignored.
+in upper or lower case. Other files (e.g. tform.txt) are ignored. Where no sequence has a RAW file, frames are JPG, PNG
+or TIFF pictures alone (without_raw/).
 """
 
 from collections import defaultdict
@@ -15,6 +16,8 @@ from preprocessing.schema import SPLITS
 from preprocessing.storage import Folder
 
 JPG_SUFFIXES = frozenset({"jpg", "jpeg"})
+PICTURE_SUFFIXES = JPG_SUFFIXES | {"png", "tif", "tiff"}
+"""Of frames without RAW."""
 TRUTH_FOLDER = "truth"
 
 MAX_ZOOM_EXCESS = 1.3
@@ -46,6 +49,7 @@ class Frame:
     stem: str
     raws: tuple[File, ...]
     jpgs: tuple[File, ...]
+    """In a folder without RAW also PNG and TIFF."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,8 @@ class _Listing:
 def discover(raw: Folder, not_utf_8: list[str] | None = None) -> list[Sequence]:
     """All sequences below `raw`, sorted by folder. Uses one recursive listing and opens no file.
 
+    PNG and TIFF are frames only where no sequence has a RAW file.
+
     `not_utf_8` receives the paths of pictures whose names are not UTF-8, the foreign bytes as \\xNN; they are left out.
     """
     listing = _Listing()
@@ -98,8 +104,9 @@ def discover(raw: Folder, not_utf_8: list[str] | None = None) -> list[Sequence]:
         elif folder.rpartition("/")[2] == TRUTH_FOLDER:
             listing.truth[folder.rpartition("/")[0]].append(file)
     found = []
+    has_raw = any(_suffix(file.name) in RAW_SUFFIXES for files in listing.files.values() for file in files)
     for folder, files in sorted(listing.files.items()):
-        frames = _frames(files)
+        frames = _frames(files, JPG_SUFFIXES if has_raw else PICTURE_SUFFIXES)
         if frames:
             name = (folder or raw.root).rpartition("/")[2]
             split = folder.partition("/")[0] if "/" in folder else None
@@ -178,9 +185,14 @@ def read_exclusions(path: str | Path) -> tuple[str, ...]:
         sequence, _, frame = text.partition("/")
         if not sequence or "/" in frame:
             raise ValueError(f"{path}, line {number}: expected SEQUENCE or SEQUENCE/FRAME (00350/00001), got {text!r}")
-        stem = frame.rpartition(".")[0] if _suffix(frame) in RAW_SUFFIXES | JPG_SUFFIXES else frame
+        stem = frame.rpartition(".")[0] if _suffix(frame) in RAW_SUFFIXES | PICTURE_SUFFIXES else frame
         names.append(f"{sequence}/{stem}" if stem else sequence)
     return tuple(names)
+
+
+def is_jpg(file: File) -> bool:
+    """Whether the file is a JPG by its name."""
+    return _suffix(file.name) in JPG_SUFFIXES
 
 
 def _is_sequence_folder(folder: str) -> bool:
@@ -192,17 +204,17 @@ def _is_sequence_folder(folder: str) -> bool:
 
 def _is_picture(path: str) -> bool:
     folder, _, name = path.rpartition("/")
-    return _is_sequence_folder(folder) and not name.startswith(".") and _suffix(name) in RAW_SUFFIXES | JPG_SUFFIXES
+    return _is_sequence_folder(folder) and not name.startswith(".") and _suffix(name) in RAW_SUFFIXES | PICTURE_SUFFIXES
 
 
-def _frames(files: list[File]) -> tuple[Frame, ...]:
+def _frames(files: list[File], picture_suffixes: frozenset[str]) -> tuple[Frame, ...]:
     raws: dict[str, list[File]] = defaultdict(list)
     jpgs: dict[str, list[File]] = defaultdict(list)
     for file in sorted(files, key=lambda file: file.path):
         stem = file.name.rpartition(".")[0]
         if _suffix(file.name) in RAW_SUFFIXES:
             raws[stem].append(file)
-        elif _suffix(file.name) in JPG_SUFFIXES:
+        elif _suffix(file.name) in picture_suffixes:
             jpgs[stem].append(file)
     stems = sorted(raws.keys() | jpgs.keys())
     return tuple(Frame(stem, tuple(raws[stem]), tuple(jpgs[stem])) for stem in stems)

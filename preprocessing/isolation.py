@@ -59,13 +59,13 @@ class IsolatedProcess:
                 return PairResult(**json.loads(answer))
             if time.monotonic() - began >= self._limit_s:
                 reason = f"took longer than {self._limit_s:g} s; copy the files again or exclude them"
-                return PairResult(job.key, "died", f"{job.lr_raw}: {reason}")
+                return PairResult(job.key, "died", f"{job.input}: {reason}")
         if -code in _CRASHES:
             reason = f"the decoder crashed on it or its JPGs ({signal.Signals(-code).name}); exclude the frame"
-            return PairResult(job.key, "quarantined", f"{job.lr_raw}: {reason}")
+            return PairResult(job.key, "quarantined", f"{job.input}: {reason}")
         ended = f"killed, {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
         reason = f"its process died in {_ATTEMPTS} attempts ({ended}): out of memory, or killed; run again"
-        return PairResult(job.key, "died", f"{job.lr_raw}: {reason}")
+        return PairResult(job.key, "died", f"{job.input}: {reason}")
 
     def close(self) -> None:
         """Kill the child."""

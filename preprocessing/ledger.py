@@ -30,7 +30,7 @@ class _Dataset(TypedDict):
     """_dataset.json"""
 
     schema_version: int
-    options: dict[str, int | str]
+    options: dict[str, int | float | str]
     val: NotRequired[list[str]]
     splits: NotRequired[dict[str, str]]
 
@@ -73,6 +73,11 @@ class Ledger:
     def curve(self) -> RenderingCurve | None:
         """The curve of the renderings in SHARDS; None for a folder without shards."""
         return stated_curve(self.dataset["options"]) if self.dataset and self.has_shards else None
+
+    @property
+    def zoom(self) -> float | None:
+        """The zoom stated for the pictures without EXIF in SHARDS; None if it is not stated or there are no shards."""
+        return self.dataset["options"].get("zoom") if self.dataset and self.has_shards else None
 
     @property
     def has_shards(self) -> bool:
@@ -238,7 +243,7 @@ class Ledger:
             self.target.delete(path)
 
 
-def stored_options(shards: str) -> Mapping[str, int | str]:
+def stored_options(shards: str) -> Mapping[str, int | float | str]:
     """The options of the shards in the folder or URI `shards`.
 
     {} if it holds no shards, and for what Ledger.read will refuse: a folder that cannot be read, a damaged file.
@@ -254,7 +259,10 @@ def stored_options(shards: str) -> Mapping[str, int | str]:
 
 
 def _require_same_options(target: Folder, made: Mapping[str, Any], options: PreprocessOptions) -> None:
-    was, now = ({"curve": stated_curve(each)} | each for each in (made.get("options", {}), options.shard_options))
+    was, now = (
+        {"curve": stated_curve(each), "raw": "files"} | each
+        for each in (made.get("options", {}), options.shard_options)
+    )
     asked = [name for name in now if name != "curve" or options.curve is not None]
     different = [name for name in asked if was.get(name) != now[name]]
     if different:

@@ -19,6 +19,7 @@ from preprocessing.schema import ShardInfo, encode
 from preprocessing.storage import Folder, one_line
 from preprocessing.tiles import Jpg, TileError, UnalignedError, cut_tiles, decode_jpg
 from preprocessing.truth.reader import Truth, load_truth
+from preprocessing.without_raw.picture_tiles import cut_picture_tiles, read_colour
 
 
 class _Unreadable(Exception):
@@ -68,9 +69,9 @@ def process(job: PairJob, source: Folder, target: Folder, options: PreprocessOpt
     except _Unreadable as error:
         return PairResult(job.key, "unreadable", one_line(error))
     except MemoryError:
-        return PairResult(job.key, "died", f"{job.lr_raw}: out of memory; run again with more memory")
+        return PairResult(job.key, "died", f"{job.input}: out of memory; run again with more memory")
     except Exception as error:  # damaged files raise all kinds of errors in decoders
-        return PairResult(job.key, "quarantined", f"{job.lr_raw}: {type(error).__name__}: {one_line(error)}")
+        return PairResult(job.key, "quarantined", f"{job.input}: {type(error).__name__}: {one_line(error)}")
     try:
         target.put(job.shard, data)
     except (OSError, pa.ArrowException) as error:
@@ -94,39 +95,56 @@ def pair_rows(
 
     Raises RawError or TileError if the pair cannot be used, _Unreadable if storage fails.
     """
-    raw = raw_files.load(_read(source, job.lr_raw), name=job.lr_raw, curve=options.rendering_curve)
-    lr_jpg = _picture(source, job.lr_jpg, job.lr_raw, options)
-    hr_jpg = _picture(source, job.hr_jpg, job.hr_raw, options)
-    if notes is not None:
-        notes += [f"RAW: {remark}" for remark in raw.remarks]
-        notes += sorted({f"camera JPG: {note}" for note in (*lr_jpg.notes, *hr_jpg.notes)})
-    tiles = cut_tiles(
-        raw,
-        lr_jpg,
-        hr_jpg,
-        job.zoom,
-        scale=options.scale,
-        tile_px=options.tile_px,
-        stride_px=options.stride_px,
-        ecc=options.align == "ecc",
-        keep_unaligned=options.keep_unaligned,
-    )
+    cut = _cut_pictures if job.lr_raw is None else _cut_raw
+    tiles, measured = cut(source, job, options, [] if notes is None else notes)
     of_pair = {
         "sequence": job.sequence,
         "pair": job.pair,
         "focal_lr_mm": job.lr_exif.focal_mm,
         "focal_hr_mm": job.hr_exif.focal_mm,
-        "iso_lr": raw.iso or job.lr_exif.iso,
+        "iso_lr": job.lr_exif.iso,
         "iso_hr": job.hr_exif.iso,
-        "exposure_lr_s": raw.exposure_s or job.lr_exif.exposure_s,
+        "exposure_lr_s": job.lr_exif.exposure_s,
         "exposure_hr_s": job.hr_exif.exposure_s,
         "f_number_lr": job.lr_exif.f_number,
         "f_number_hr": job.hr_exif.f_number,
-    }
+    } | measured
     of_pair["exposure_ratio_exif"] = _exposure_ratio(of_pair)
-    camera = {"camera": job.lr_exif.camera} if raw.camera == "unknown" and job.lr_exif.camera else {}
     truth = _truth(source, job) if job.has_truth else None
-    return [tile | of_pair | camera | _true_columns(truth, job, tile, options) for tile in tiles]
+    return [tile | of_pair | _true_columns(truth, job, tile, options) for tile in tiles]
+
+
+def _cut_raw(
+    source: Folder, job: PairJob, options: PreprocessOptions, notes: list[str]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """(the tiles' columns, columns of the pair that the RAW knows better than the tags) of a pair with RAW."""
+    assert job.lr_raw is not None
+    raw = raw_files.load(_read(source, job.lr_raw), name=job.lr_raw, curve=options.rendering_curve)
+    lr_jpg = _picture(source, job.lr_jpg, job.lr_raw, options)
+    hr_jpg = _picture(source, job.hr_jpg, job.hr_raw, options)
+    notes += [f"RAW: {remark}" for remark in raw.remarks]
+    notes += sorted({f"camera JPG: {note}" for note in (*lr_jpg.notes, *hr_jpg.notes)})
+    tiles = cut_tiles(raw, lr_jpg, hr_jpg, job.zoom, **_how(options))
+    known: dict[str, Any] = {"iso_lr": raw.iso, "exposure_lr_s": raw.exposure_s}
+    if raw.camera == "unknown":
+        known["camera"] = job.lr_exif.camera
+    return tiles, {name: value for name, value in known.items() if value}
+
+
+def _cut_pictures(
+    source: Folder, job: PairJob, options: PreprocessOptions, notes: list[str]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The same of a pair of pictures without RAW."""
+    assert job.lr_jpg is not None and job.hr_jpg is not None
+    lr, hr = (read_colour(_read(source, path), path) for path in (job.lr_jpg, job.hr_jpg))
+    notes += sorted({f"pictures: {note}" for note in (*lr.notes, *hr.notes)})
+    return cut_picture_tiles(lr, hr, job.zoom, **_how(options)), {"camera": job.lr_exif.camera or "unknown"}
+
+
+def _how(options: PreprocessOptions) -> dict[str, Any]:
+    """The options of `cut_tiles` and `cut_picture_tiles`."""
+    names = ("scale", "tile_px", "stride_px", "keep_unaligned")
+    return {name: getattr(options, name) for name in names} | {"ecc": options.align == "ecc"}
 
 
 def _read(source: Folder, path: str) -> bytes:

@@ -21,18 +21,23 @@ from preprocessing.frames import (
     Shot,
     discover,
     is_excluded,
+    is_jpg,
     pair,
     ratio,
 )
 from preprocessing.raw.exif import Exif, read_exif
 from preprocessing.raw.libraw_tags import libraw_exif
-from preprocessing.raw.picture import colour_space
+from preprocessing.raw.picture import colour_space, picture_tags
 from preprocessing.schema import SCHEMA_VERSION
 from preprocessing.shard_folder.names import QUARANTINE
 from preprocessing.storage import Folder
+from preprocessing.without_raw.names import by_scene
+from preprocessing.without_raw.pairing import UnpairedError, pair_pictures
 
 _READERS = 16
 """Threads that read tags."""
+ZOOMS = (1.1, 32.0)
+"""Least and largest value of --zoom."""
 _MORE_TAGS_BYTES = 1 << 20
 """Bytes searched for tags if the first 64 KB hold none."""
 
@@ -64,6 +69,10 @@ class PreprocessOptions:
 
     keep_unaligned: bool = False
     """Keep pairs that neither correlate nor register, flagged "unaligned". They are otherwise quarantined."""
+    zoom: float | None = None
+    """HR focal length / LR focal length of pictures without RAW and without focal lengths in EXIF."""
+    pictures: bool = False
+    """Whether the sequences are pictures without RAW; `preprocess` finds out."""
 
     def __post_init__(self) -> None:
         limits = (("--scale", self.scale, 2, 16), ("--tile", self.tile_px, 8, 2048),
@@ -71,6 +80,8 @@ class PreprocessOptions:
         for name, value, low, high in limits:
             if type(value) is not int or not low <= value <= high:
                 raise PreprocessError(f"{name}: expected a whole number from {low} to {high}, got {value!r}")
+        if self.zoom is not None and not ZOOMS[0] <= self.zoom <= ZOOMS[1]:
+            raise PreprocessError(f"--zoom: expected a number from {ZOOMS[0]:g} to {ZOOMS[1]:g}, got {self.zoom:g}")
         if self.align not in ("scale", "ecc"):
             raise PreprocessError(f"--align: expected scale or ecc, got {self.align!r}")
         if self.missing_jpg not in ("quarantine", "render"):
@@ -80,17 +91,21 @@ class PreprocessOptions:
 
     @property
     def rendering_curve(self) -> RenderingCurve:
-        """`curve`, where None has become the default."""
-        return self.curve or "srgb"
+        """`curve`, where None has become the default. Pictures are sRGB."""
+        return "srgb" if self.pictures else self.curve or "srgb"
 
     @property
-    def shard_options(self) -> dict[str, int | str]:
+    def shard_options(self) -> dict[str, int | float | str]:
         """The options that all shards of a folder must share.
 
-        bt709 is not named: shards of version 0.2, which knew no other curve, keep their fingerprints.
+        bt709, RAW and no zoom are not named: shards of versions that knew nothing else keep their fingerprints.
         """
         names = ("scale", "align", "tile_px", "stride_px", "missing_jpg")
         shared = {name: getattr(self, name) for name in names}
+        if self.zoom is not None:
+            shared["zoom"] = self.zoom
+        if self.pictures:
+            shared["raw"] = "none"
         return shared if self.rendering_curve == "bt709" else shared | {"curve": self.rendering_curve}
 
 
@@ -114,7 +129,8 @@ class PairJob:
     split: str
     fingerprint: str
     """Hash of the input files, the options and the schema version; part of the shard's name."""
-    lr_raw: str
+    lr_raw: str | None
+    """None: a pair of pictures without RAW, lr_jpg and hr_jpg, which may be PNG or TIFF, too."""
     lr_jpg: str | None
     """None: use LibRaw's rendering of lr_raw."""
     hr_jpg: str | None
@@ -138,6 +154,11 @@ class PairJob:
     @property
     def pair(self) -> str:
         return f"{self.lr}-{self.hr}"
+
+    @property
+    def input(self) -> str:
+        """The file that the network's input comes from, for messages."""
+        return self.lr_raw or self.lr_jpg or ""
 
     @property
     def key(self) -> str:
@@ -170,13 +191,37 @@ class Plan:
     """Excluded frames, as "sequence/frame"."""
 
 
-def make_plan(raw: Folder, options: PreprocessOptions, splits: Mapping[str, str]) -> Plan:
-    """List RAW, read the frames' tags and pair them. `splits`: the split that earlier runs gave each sequence.
+@dataclass(frozen=True)
+class Listing:
+    """The sequences in RAW."""
+
+    sequences: list[Sequence]
+    not_utf_8: list[str]
+    """Paths of pictures whose names are not UTF-8."""
+
+    @property
+    def pictures(self) -> bool:
+        """Whether no frame has a RAW file."""
+        return bool(self.sequences) and not any(frame.raws for sequence in self.sequences for frame in sequence.frames)
+
+
+def list_sequences(raw: Folder) -> Listing:
+    """List RAW. Raises OSError if it cannot be read."""
+    not_utf_8: list[str] = []
+    listing = Listing(discover(raw, not_utf_8), not_utf_8)
+    return replace(listing, sequences=by_scene(listing.sequences)) if listing.pictures else listing
+
+
+def make_plan(
+    raw: Folder, options: PreprocessOptions, splits: Mapping[str, str], listing: Listing | None = None
+) -> Plan:
+    """Read the frames' tags and pair them. `splits`: the split that earlier runs gave each sequence.
 
     Raises PreprocessError if RAW holds no sequence, or if two sequences or two pairs would get the same shard names.
     """
-    not_utf_8: list[str] = []
-    sequences = discover(raw, not_utf_8)
+    listing = listing or list_sequences(raw)
+    options = replace(options, pictures=listing.pictures)
+    sequences, not_utf_8 = listing.sequences, listing.not_utf_8
     if not sequences:
         got = "no zoom sequence" if raw.exists() else "none"
         if not_utf_8:
@@ -238,7 +283,7 @@ def _plan_sequence(raw: Folder, sequence: Sequence, options: PreprocessOptions, 
                 raise  # all retries failed: the storage is at fault, not this frame
             plan.faults.append(QuarantineEntry(sequence.name, frame.stem, f"cannot be read: {error}"))
             continue
-        reasons = list(_faults(shot, render_missing=render_missing))
+        reasons = list(_faults(shot, render_missing=render_missing, pictures=options.pictures))
         if reasons:
             plan.faults.append(QuarantineEntry(sequence.name, frame.stem, "; ".join(reasons)))
         shots.append(shot)
@@ -246,18 +291,30 @@ def _plan_sequence(raw: Folder, sequence: Sequence, options: PreprocessOptions, 
         split = "val"
     else:
         split = splits.get(sequence.name) or sequence.split or split_of(sequence.name)
-    pairs = pair(shots, options.scale, render_missing=render_missing)
-    if not pairs and shots:
-        plan.faults.append(QuarantineEntry(sequence.name, "-", _why_no_pair(shots, options.scale)))
-    for lr, hr in pairs:
+    try:
+        pairs = _pairs(shots, options)
+    except UnpairedError as error:
+        plan.faults.append(QuarantineEntry(sequence.name, "-", str(error)))
+        return plan
+    for lr, hr, zoom in pairs:
         try:
-            plan.jobs.append(_job(raw, sequence, lr, hr, split, options, digests))
+            plan.jobs.append(_job(raw, sequence, lr, hr, zoom, split, options, digests))
         except OSError as error:
             if not raw.is_local:
                 raise
             name = f"{lr.frame.stem}-{hr.frame.stem}"
             plan.faults.append(QuarantineEntry(sequence.name, name, f"cannot be read: {error}"))
     return plan
+
+
+def _pairs(shots: list[Shot], options: PreprocessOptions) -> list[tuple[Shot, Shot, float]]:
+    """(LR, HR, focal ratio) of one sequence. Raises UnpairedError if there are frames but no pair."""
+    if options.pictures:
+        return pair_pictures(shots, options.scale, options.zoom) if shots else []
+    pairs = pair(shots, options.scale, render_missing=options.missing_jpg == "render")
+    if not pairs and shots:
+        raise UnpairedError(_why_no_pair(shots, options.scale))
+    return [(lr, hr, ratio(lr, hr)) for lr, hr in pairs]
 
 
 def _read_tags(raw: Folder, frame: Frame, digests: dict[str, str]) -> Shot:
@@ -268,6 +325,11 @@ def _read_tags(raw: Folder, frame: Frame, digests: dict[str, str]) -> Shot:
             first, last = raw.read_ends(file.path)
             digests[file.path] = _digest(first, last)
             colours = colours or (colour_space(first) if file in frame.jpgs else None)
+            if file in frame.jpgs and not is_jpg(file):
+                found = _joined(found, picture_tags(first))
+                if found.focal_mm is None and file.size > len(first):  # PNG and TIFF may have them at their ends
+                    found = _joined(found, picture_tags(raw.read(file.path)))
+                continue
             found = _joined(found, read_exif(first))
             if found.focal_mm is None and file.size > len(first):
                 found = _joined(found, read_exif(raw.read(file.path, _MORE_TAGS_BYTES)))
@@ -285,9 +347,13 @@ def _joined(found: Exif, more: Exif) -> Exif:
     return replace(more, **{name: value for name, value in asdict(found).items() if value is not None})
 
 
-def _faults(shot: Shot, *, render_missing: bool) -> Iterator[str]:
+def _faults(shot: Shot, *, render_missing: bool, pictures: bool) -> Iterator[str]:
     """Reasons why the frame cannot be used, or can be used only in part."""
     frame = shot.frame
+    if pictures:
+        if len(frame.jpgs) > 1:
+            yield f"expected one picture, got {', '.join(file.name for file in frame.jpgs)}; keep one"
+        return
     for kind, files in (("RAW", frame.raws), ("JPG", frame.jpgs)):
         if not files and not (kind == "JPG" and render_missing):
             remedy = "add it, or exclude the frame" + (", or use --missing-jpg render" if kind == "JPG" else "")
@@ -316,12 +382,11 @@ def _job(
     sequence: Sequence,
     lr: Shot,
     hr: Shot,
+    zoom: float,
     split: str,
     options: PreprocessOptions,
     digests: dict[str, str],
 ) -> PairJob:
-    assert lr.exif.focal_mm and hr.exif.focal_mm
-    zoom = ratio(lr, hr)
     inputs = (*lr.frame.raws, *lr.frame.jpgs, *(hr.frame.jpgs or hr.frame.raws))
     identity: dict[str, Any] = {
         "schema": SCHEMA_VERSION,
@@ -334,8 +399,8 @@ def _job(
     }
     if lr.colour_space or hr.colour_space:
         identity["colour_spaces"] = [lr.colour_space, hr.colour_space]  # version 0.2 took them for sRGB
-    if zoom != hr.exif.focal_mm / lr.exif.focal_mm:
-        identity["zoom"] = zoom  # from the 35 mm equivalents
+    if not (lr.exif.focal_mm and hr.exif.focal_mm) or zoom != hr.exif.focal_mm / lr.exif.focal_mm:
+        identity["zoom"] = zoom  # stated, or from the 35 mm equivalents
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     return PairJob(
         sequence=sequence.name,
@@ -343,7 +408,7 @@ def _job(
         hr=hr.frame.stem,
         split=split,
         fingerprint=digest,
-        lr_raw=lr.frame.raws[0].path,
+        lr_raw=lr.frame.raws[0].path if lr.frame.raws else None,
         lr_jpg=lr.frame.jpgs[0].path if lr.frame.jpgs else None,
         hr_jpg=hr.frame.jpgs[0].path if hr.frame.jpgs else None,
         hr_raw=None if hr.frame.jpgs else hr.frame.raws[0].path,
@@ -351,7 +416,7 @@ def _job(
         hr_exif=hr.exif,
         zoom=zoom,
         folder=sequence.folder,
-        has_truth=bool(sequence.truth),
+        has_truth=bool(sequence.truth) and bool(lr.frame.raws),
         pixels=max(_pixels(lr), _pixels(hr)),
     )
 
@@ -376,4 +441,6 @@ def _digest(first: bytes, last: bytes) -> str:
 def _pixels(shot: Shot) -> int:
     """Upper estimate: the size in the tags or one pixel per two bytes of RAW; without a size, one pixel per byte."""
     from_raw = max((file.size for file in shot.frame.raws), default=0)
-    return max(math.prod(shot.exif.size), from_raw // 2) if shot.exif.size else from_raw
+    if shot.exif.size:
+        return max(math.prod(shot.exif.size), from_raw // 2)
+    return from_raw or max((file.size for file in shot.frame.jpgs), default=0)

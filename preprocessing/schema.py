@@ -30,16 +30,21 @@ ARRAYS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "true_rgb": ("uint8", ("3", "2ts", "2ts")),
     "true_flow": ("float16", ("2", "t", "t")),
 }
-"""Binary columns: dtype (little-endian) and shape. true_rgb and true_flow are null except for simulated pairs."""
+"""Binary columns: dtype (little-endian) and shape. true_rgb and true_flow are null except for simulated pairs,
+lr_raw and lr_render for pairs of pictures without RAW."""
+
+RAW_ARRAYS = ("lr_raw", "lr_render")
+"""Arrays that only pairs with RAW have."""
 
 _LEVELS = pa.list_(pa.float32(), 4)
 COLUMNS: Mapping[str, tuple[pa.DataType, str]] = {
     "sequence": (pa.string(), 'folder of the zoom sequence, e.g. "00134"'),
     "pair": (pa.string(), 'stems of the LR and the HR frame, e.g. "00006-00002"'),
-    "lr_raw": (pa.binary(), "uint16 [4, t, t]: R, G1, G2, B sensor counts, not normalised, phase always RGGB"),
+    "lr_raw": (pa.binary(), "uint16 [4, t, t] or null: R, G1, G2, B sensor counts, not normalised, phase always RGGB"),
     "lr_render": (
         pa.binary(),
-        "uint8 [3, 2t, 2t]: LibRaw's rendering of the tile, sRGB; in files whose options have no curve, BT.709's curve",
+        "uint8 [3, 2t, 2t] or null: LibRaw's rendering of the tile, sRGB; in files whose options have no curve,"
+        " BT.709's curve",
     ),
     "lr_rgb": (pa.binary(), "uint8 [3, 2t, 2t]: the camera JPG of the same area (see lr_source)"),
     "hr_rgb": (pa.binary(), "uint8 [3, 2ts, 2ts]: the long-focal JPG on the LR grid at exactly scale (see hr_source)"),
@@ -51,7 +56,7 @@ COLUMNS: Mapping[str, tuple[pa.DataType, str]] = {
     ),
     "lr_source": (pa.string(), "camera (lr_rgb is the camera's JPG) or rendering (no JPG: LibRaw's rendering)"),
     "hr_source": (pa.string(), "camera or rendering, the same for hr_rgb"),
-    "black_level": (_LEVELS, "counts, R G1 G2 B, from the file"),
+    "black_level": (_LEVELS, "counts, R G1 G2 B, from the file; NaN without RAW"),
     "wb": (_LEVELS, "white balance gains, R G1 G2 B, green = 1, from the file"),
     "wb_source": (
         pa.string(),
@@ -63,8 +68,8 @@ COLUMNS: Mapping[str, tuple[pa.DataType, str]] = {
         "colour matrix of lr_render: file (in the DNG), libraw (LibRaw's for the camera) or none (camera unknown)",
     ),
     "white_level": (pa.float32(), "counts at which the sensor clips, from the file"),
-    "focal_lr_mm": (pa.float32(), "EXIF focal length of the LR frame"),
-    "focal_hr_mm": (pa.float32(), "EXIF focal length of the HR frame"),
+    "focal_lr_mm": (pa.float32(), "EXIF focal length of the LR frame; null if unknown"),
+    "focal_hr_mm": (pa.float32(), "EXIF focal length of the HR frame; null if unknown"),
     "scale": (pa.int32(), "s: hr_rgb has s times the mosaic's resolution"),
     "iso_lr": (pa.float32(), "ISO of the LR frame; null if not in the file"),
     "iso_hr": (pa.float32(), "ISO of the HR frame; null if not in the file"),
@@ -165,6 +170,11 @@ class ShardInfo:
     options: Mapping[str, Any]
     """The options of `preprocess` that made the shards (`PreprocessOptions.shard_options`)."""
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def has_raw(self) -> bool:
+        """Whether the pairs have RAW; without it only networks of RGB input can use them."""
+        return self.options.get("raw") != "none"
 
     @property
     def rendering_curve(self) -> RenderingCurve:

@@ -1,4 +1,4 @@
-"""The preprocessing job: RAW sequences -> one Parquet file per pair, with Ray Data.
+"""The preprocessing job: RAW sequences, or sequences of pictures -> one Parquet file per pair, with Ray Data.
 
 A pair's file is named by a fingerprint of its inputs and written atomically. So a run that was killed can be restarted
 without repeating finished pairs, and concurrent runs overwrite each other's files with identical bytes.
@@ -28,7 +28,15 @@ from preprocessing.estimate import Estimate, Rate, estimate, memory_bytes, requi
 from preprocessing.isolation import IsolatedProcess
 from preprocessing.ledger import Ledger
 from preprocessing.pairs import PairResult
-from preprocessing.plan import PairJob, Plan, PreprocessError, PreprocessOptions, QuarantineEntry, make_plan
+from preprocessing.plan import (
+    PairJob,
+    Plan,
+    PreprocessError,
+    PreprocessOptions,
+    QuarantineEntry,
+    list_sequences,
+    make_plan,
+)
 from preprocessing.storage import Folder, one_line, open_folder
 
 __all__ = ["PreprocessError", "PreprocessOptions", "PreprocessReport", "QuarantineEntry", "preprocess"]
@@ -115,20 +123,15 @@ def preprocess(
     """
     began = time.monotonic()
     source, target = _open(raw), _open(shards)
-    with _storage_errors(target, "read"):
-        ledger = Ledger.read(target, options)
-    # A sequence once held out with --val must not return to training in a later run without that option.
     asked_val = options.val
-    options = replace(
-        options, val=tuple(sorted({*options.val, *ledger.val})), curve=options.curve or ledger.curve or "srgb"
-    )
-    with _storage_errors(source, "read"):
-        plan = make_plan(source, options, ledger.splits)
+    ledger, plan, options = _planned(source, target, options)
     if not ledger.has_shards:
         require_room_for_a_tile(plan.jobs, options)
     todo, done, quarantined = ledger.classify(plan, keep_unaligned=options.keep_unaligned)
     had_shards = {job.sequence for job in plan.jobs if ledger.shards[job.key]}
     report = PreprocessReport(pairs=len(plan.jobs), todo=len(todo), skipped=len(done), notes=list(plan.notes))
+    if options.pictures:
+        report.notes.append("pictures without RAW: only models of RGB input (--set model.input=rgb) can use them")
     report.quarantined = [*plan.faults, *quarantined]
     if dry_run:
         cpus = _cpus(start_ray)
@@ -151,6 +154,24 @@ def preprocess(
     report.notes += _val_advice(report, plan, asked_val, dry_run=dry_run)
     report.seconds = time.monotonic() - began
     return report
+
+
+def _planned(source: Folder, target: Folder, options: PreprocessOptions) -> tuple[Ledger, Plan, PreprocessOptions]:
+    """(the state of SHARDS, what there is to do, the options with what SHARDS and the files decide)"""
+    with _storage_errors(source, "read"):
+        listing = list_sequences(source)
+    options = replace(options, pictures=listing.pictures)
+    with _storage_errors(target, "read"):
+        ledger = Ledger.read(target, options)
+    options = replace(
+        options,
+        # A sequence once held out with --val must not return to training in a later run without that option.
+        val=tuple(sorted({*options.val, *ledger.val})),
+        curve=options.curve or ledger.curve or "srgb",
+        zoom=options.zoom or ledger.zoom,
+    )
+    with _storage_errors(source, "read"):
+        return ledger, make_plan(source, options, ledger.splits, listing), options
 
 
 def _run_jobs(
@@ -196,7 +217,7 @@ def _run_jobs(
             record(waiting.pop(result.key), result)
         for job in waiting.values():
             reason = f"its Ray worker died in {1 + _RETRIES} attempts: out of memory, or killed; run again"
-            record(job, PairResult(job.key, "died", f"{job.lr_raw}: {reason}"))
+            record(job, PairResult(job.key, "died", f"{job.input}: {reason}"))
     return written
 
 

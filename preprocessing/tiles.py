@@ -6,7 +6,7 @@ Areas are (top, left, height, width) in packed pixels unless stated otherwise; a
 import contextlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -38,6 +38,18 @@ class TileError(ValueError):
 
 class UnalignedError(TileError):
     """The pictures of a pair neither correlate nor register: they do not show the same thing."""
+
+
+class Grid(Protocol):
+    """The short-focal frame's packed pixels: a RAW's, or those of a picture without RAW."""
+
+    @property
+    def size(self) -> Size:
+        """(rows, columns)."""
+
+    @property
+    def origin(self) -> Size:
+        """(row, column), in mosaic pixels, of the first packed pixel."""
 
 
 @dataclass(frozen=True)
@@ -114,11 +126,11 @@ def pair_maps(raw: RawImage, lr: Jpg, hr: Jpg, zoom: float, *, ecc: bool) -> Pai
     return PairMaps(to_lr, lens.affine_over(*affine.footprint(lens.affine, hr.size)), "ecc", lens)
 
 
-def shared_area(raw: RawImage, maps: PairMaps, lr_size: Size, hr_size: Size) -> Area:
-    """The packed area covered by the RAW and both JPGs; height or width is 0 or less if they do not overlap."""
-    rows, cols = raw.size
+def shared_area(grid: Grid, maps: PairMaps, lr_size: Size, hr_size: Size) -> Area:
+    """The packed area covered by the grid and both JPGs; height or width is 0 or less if they do not overlap."""
+    rows, cols = grid.size
     boxes = [affine.footprint(maps.lr_to_lr_jpg, lr_size), _hr_footprint(maps, hr_size)]
-    top, left = raw.origin
+    top, left = grid.origin
     first_col = max(0.0, *((box[0] - left) / 2 for box in boxes))
     first_row = max(0.0, *((box[1] - top) / 2 for box in boxes))
     end_col = min(float(cols), *((box[2] - left) / 2 for box in boxes))
@@ -137,9 +149,9 @@ def _hr_footprint(maps: PairMaps, hr_size: Size) -> tuple[float, float, float, f
     return left + inset, top + inset, right - inset, bottom - inset
 
 
-def mosaic_origin(raw: RawImage, area: Area) -> Map:
+def mosaic_origin(grid: Grid, area: Area) -> Map:
     """Map from mosaic pixels counted from the area's corner to LibRaw's visible area."""
-    return affine.translation(raw.origin[1] + 2 * area[1], raw.origin[0] + 2 * area[0])
+    return affine.translation(grid.origin[1] + 2 * area[1], grid.origin[0] + 2 * area[0])
 
 
 def tile_starts(length: int, tile: int, stride: int) -> list[int]:
@@ -148,6 +160,17 @@ def tile_starts(length: int, tile: int, stride: int) -> list[int]:
         return []
     count = -(-(length - tile) // stride) + 1
     return [round(start) for start in np.linspace(0, length - tile, count).tolist()]
+
+
+def starts_in(area: Area, tile_px: int, stride_px: int) -> tuple[list[int], list[int]]:
+    """(rows, columns) at which the area's tiles start. Raises TileError if it holds none."""
+    rows, cols = tile_starts(area[2], tile_px, stride_px), tile_starts(area[3], tile_px, stride_px)
+    if not rows or not cols:
+        shared = f"{max(area[3], 0)}x{max(area[2], 0)}"
+        raise TileError(
+            f"expected a shared area of at least {tile_px}x{tile_px} packed pixels, got {shared}; use a smaller --tile"
+        )
+    return rows, cols
 
 
 def cut_tiles(
@@ -169,22 +192,17 @@ def cut_tiles(
     """
     maps = pair_maps(raw, lr, hr, zoom, ecc=ecc)
     area = shared_area(raw, maps, lr.size, hr.size)
-    rows, cols = tile_starts(area[2], tile_px, stride_px), tile_starts(area[3], tile_px, stride_px)
-    if not rows or not cols:
-        shared = f"{max(area[3], 0)}x{max(area[2], 0)}"
-        raise TileError(
-            f"expected a shared area of at least {tile_px}x{tile_px} packed pixels, got {shared}; use a smaller --tile"
-        )
+    rows, cols = starts_in(area, tile_px, stride_px)
     place = mosaic_origin(raw, area)
     size = (2 * area[2], 2 * area[3])
     lr_HWC = affine.sample(lr.stored, affine.compose(maps.lr_to_lr_jpg, place), size)
     hr_place = affine.compose(place, affine.scaling(1 / scale))
-    hr_HWC = _resample_hr(maps, hr, hr_place, (scale * size[0], scale * size[1]))
+    hr_HWC = resample_hr(maps, hr, hr_place, (scale * size[0], scale * size[1]))
     low_HWC = np.asarray(cv2.resize(hr_HWC, size[::-1], interpolation=cv2.INTER_AREA), np.uint8)
     counts_4HW, render_HWC = raw.counts(*area), raw.render(*area)
     wrong = _wrong_scene(raw, lr, hr, maps, zoom, (render_HWC, lr_HWC, low_HWC))
-    aligned_by = _flagged(maps.aligned_by, wrong, keep_unaligned=keep_unaligned)
-    quality = _Quality(lr_HWC, low_HWC, scale, tile_px)
+    aligned_by = flagged(maps.aligned_by, wrong, keep_unaligned=keep_unaligned)
+    quality = Quality(lr_HWC, low_HWC, scale, tile_px)
     shared_columns = _of_frames(raw, lr, hr) | {"scale": scale, "aligned_by": aligned_by}
     shared_columns |= _corrections(raw, render_HWC, lr, hr, maps, area, lr_HWC, low_HWC)
     shared_columns |= _look_columns(raw, lr, lr_HWC, render_HWC)
@@ -200,9 +218,9 @@ def cut_tiles(
                     "row": area[0] + row,
                     "col": area[1] + col,
                     "lr_raw": counts_4HW[:, row : row + tile_px, col : col + tile_px],
-                    "lr_render": _window(render_HWC, row, col, 2, tile_px),
-                    "lr_rgb": _window(lr_HWC, row, col, 2, tile_px),
-                    "hr_rgb": _window(hr_HWC, row, col, 2 * scale, tile_px),
+                    "lr_render": window(render_HWC, row, col, 2, tile_px),
+                    "lr_rgb": window(lr_HWC, row, col, 2, tile_px),
+                    "hr_rgb": window(hr_HWC, row, col, 2 * scale, tile_px),
                     "lr_to_hr": maps.over(left, top, left + side, top + side).ravel(),
                     "lr_to_hr_lens": maps.lens.numbers(),
                     "align_score": score,
@@ -212,7 +230,7 @@ def cut_tiles(
     return tiles
 
 
-def _flagged(aligned_by: str, wrong: str | None, *, keep_unaligned: bool) -> str:
+def flagged(aligned_by: str, wrong: str | None, *, keep_unaligned: bool) -> str:
     """The column aligned_by of a pair. `wrong`: why its pictures do not show the same thing; raises UnalignedError
     unless such pairs are kept."""
     if wrong is None:
@@ -249,7 +267,7 @@ def _wrong_scene(
     return f"expected two pictures of one scene, got a correlation of {score:.2f} {least} and no registration"
 
 
-def _resample_hr(maps: PairMaps, hr: Jpg, to_mosaic: Map, size: Size) -> NDArray[np.uint8]:
+def resample_hr(maps: PairMaps, hr: Jpg, to_mosaic: Map, size: Size) -> NDArray[np.uint8]:
     """Resample HR, once, onto a grid of `size`; `to_mosaic` maps that grid to the LR mosaic."""
     if maps.found is None:
         return affine.sample(hr.stored, affine.compose(maps.lr_to_hr, to_mosaic), size)
@@ -272,7 +290,7 @@ def _of_frames(raw: RawImage, lr: Jpg, hr: Jpg) -> dict[str, Any]:
     }
 
 
-class _Quality:
+class Quality:
     """Registration quality of each tile: correlation and residual shift of the low-passed HR picture against LR's."""
 
     def __init__(self, lr_HWC: NDArray[np.uint8], low_HWC: NDArray[np.uint8], scale: int, tile_px: int) -> None:
@@ -339,7 +357,7 @@ def _nominal(raw: RawImage, jpg: Jpg, zoom: float) -> Map:
     return affine.compose(affine.frame_to_jpg(zoom, frame_size, jpg.size, flip), affine.translation(-left, -top))
 
 
-def _window(image_HWC: NDArray[np.uint8], row: int, col: int, factor: int, tile_px: int) -> NDArray[np.uint8]:
+def window(image_HWC: NDArray[np.uint8], row: int, col: int, factor: int, tile_px: int) -> NDArray[np.uint8]:
     """One tile [C, factor t, factor t] of a picture that has `factor` pixels per packed pixel."""
     top, left, side = factor * row, factor * col, factor * tile_px
     return image_HWC[top : top + side, left : left + side].transpose(2, 0, 1)

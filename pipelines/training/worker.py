@@ -219,7 +219,8 @@ class TrainWorker:
 
     def _bicubic(self) -> dict[str, float]:
         """PSNR of the bicubic enlargement of the picture whose tones the network learns (verdict.py)."""
-        source = "rendering" if self.config.train.look == "rendering" else "camera"
+        has_rendering = "lr_render" in self.validation.batch
+        source = "rendering" if self.config.train.look == "rendering" and has_rendering else "camera"
         scores = self._means(score_bicubic(self.training.averaged, self.validation, self.device, source))
         return {f"{BICUBIC}_{name}": value for name, value in scores.items() if name.endswith("_psnr")}
 

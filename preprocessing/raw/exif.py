@@ -47,7 +47,7 @@ class Exif:
     interoperability: str | None = None
     """InteroperabilityIndex: R98 sRGB, R03 Adobe RGB."""
     size: tuple[int, int] | None = None
-    """(height, width) of a JPG as stored."""
+    """(height, width) of a JPG, PNG or TIFF as stored."""
 
 
 def read_exif(data: bytes) -> Exif:

@@ -132,6 +132,14 @@ def declared_size(data: bytes, name: str, kinds: tuple[str, ...] = tuple(KINDS))
         raise _unreadable(error, data, name, kinds) from error
 
 
+def picture_tags(head: bytes) -> Exif:
+    """The tags and the size of a JPG, PNG or TIFF by its first bytes; no size if they hold no readable header."""
+    with contextlib.suppress(Exception), _opened(head, ("JPG", "PNG", "TIFF")) as picture:
+        width, height = picture.size
+        return replace(_tags(picture, head), size=(height, width))
+    return Exif()
+
+
 def kind_of(data: bytes) -> str | None:
     """The kind of file by its first bytes, e.g. "HEIC"; "TIFF or RAW" for both; None if unknown."""
     return next((kind for start, magic, kind in _MAGIC if data[start:].startswith(magic)), None)

@@ -177,7 +177,7 @@ def _render(inventory: Inventory, worst: list[ShownPair], rest: list[ShownPair])
     pages = jinja2.Environment(
         loader=jinja2.FileSystemLoader(here), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    pages.filters |= {"number": _number, "count": _count, "size": _size}
+    pages.filters |= {"number": _number, "count": _count, "size": _size, "focals": _focals}
     return pages.get_template("inspect.html.j2").render(
         inventory=inventory,
         schema_version=SCHEMA_VERSION,
@@ -189,7 +189,7 @@ def _render(inventory: Inventory, worst: list[ShownPair], rest: list[ShownPair])
         histogram=histogram(residual),
         splits=_groups(pairs, lambda pair: pair.split, SPLITS),
         cameras=_groups(pairs, lambda pair: pair.columns["camera"] or "unknown"),
-        focals=_groups(pairs, lambda pair: (pair.columns["focal_hr_mm"], pair.columns["focal_lr_mm"])),
+        focals=_groups(pairs, lambda pair: (pair.columns["focal_hr_mm"] or 0, pair.columns["focal_lr_mm"] or 0)),
         isos=_groups(pairs, lambda pair: pair.columns["iso_lr"] or 0),
         aligned=Counter(pair.columns["aligned_by"] for pair in pairs),
         rendered=sum("rendering" in (pair.columns["lr_source"], pair.columns["hr_source"]) for pair in pairs),
@@ -246,6 +246,11 @@ def _number(value: float | None) -> str:
         return "–"
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
     return f"{value:.{digits}f}"
+
+
+def _focals(pair: tuple[float | None, float | None]) -> str:
+    """(HR, LR) -> "240 / 50 mm"; without them "unknown"."""
+    return "{:g} / {:g} mm".format(*pair) if all(pair) else "unknown"
 
 
 def _count(value: float) -> str:
