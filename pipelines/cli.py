@@ -466,7 +466,7 @@ def evaluate(
         csv.write_text(_as_csv(result.rows), encoding="utf-8")
         _say(f"\nwritten: {csv}")
     if out:
-        _say(f"\nwritten: {out / 'table.md'}, {out / 'evaluation.json'}, {out / 'examples.png'}")
+        _say(f"\nwritten to {out}: table.md, groups.md, evaluation.json, tiles.parquet, examples.png")
 
 
 @app.command()

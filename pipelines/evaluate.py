@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from PIL import Image
 
 from pipelines import config as configs
 from pipelines.loader import ShardIndex, index_split, model_inputs
+from pipelines.scoring.bootstrap import LEVEL, Interval, difference_interval, mean_interval
 from pipelines.scoring.held_out import HeldOut, held_out
 from pipelines.scoring.pictures import labelled_grid, to_uint8
 from pipelines.scoring.scores import BORDER_PX, PROTOCOLS, TARGETS, PerCrop, mean_scores, score_bicubic, score_model
+from pipelines.scoring.tile_scores import FILE, group_tables, tile_rows, write_tiles
 from preprocessing.schema import SPLITS
 from sdan import checkpoint, metrics
 from sdan.baselines import Network
@@ -29,6 +31,13 @@ from sdan.resample import bicubic
 
 METRICS = ("psnr", "ssim", "lpips", "st_lpips")
 EXAMPLES = 4
+BASELINE = "bicubic of the camera JPG"
+"""The row that the others are compared with, tile by tile."""
+CONVENTIONS = (
+    f"RGB in [0, 1], clipped. PSNR and SSIM: all channels, without {BORDER_PX} target px at each border; SSIM: 11-tap "
+    "Gaussian window, sigma 1.5, K 0.01 and 0.03, whole windows only, mean over the channels."
+)
+PERCEPTUAL_CONVENTIONS = "{}: AlexNet, whole crops; n/a for the aligned target, which has a mask."
 
 
 class EvaluateError(ValueError):
@@ -54,6 +63,12 @@ class Evaluation:
     """Metric that was asked for and could not be computed -> why, in one line."""
     precision: str = "fp32"
     """What the network computed in."""
+    intervals: dict[str, dict[str, Interval]] = field(default_factory=dict)
+    """Row label -> <target>_<metric> -> mean and confidence interval over sequences."""
+    differences: dict[str, dict[str, Interval]] = field(default_factory=dict)
+    """The same of the differences from BASELINE, tile by tile; without its own row."""
+    tiles: list[dict[str, Any]] = field(default_factory=list)
+    """The scores of single tiles (scoring/tile_scores.py)."""
 
     @property
     def gap_db(self) -> dict[str, float]:
@@ -63,7 +78,7 @@ class Evaluation:
             for target in self.targets
         }
 
-    def gain_db(self, target: str, over: str = "bicubic of the camera JPG") -> float:
+    def gain_db(self, target: str, over: str = BASELINE) -> float:
         """SDAN (self) - bicubic, in dB."""
         return self.rows["SDAN (self)"][f"{target}_psnr"] - self.rows[over][f"{target}_psnr"]
 
@@ -79,21 +94,53 @@ class Evaluation:
                 _cell(self.rows[name].get(f"{target}_{metric}"), metric) for target in self.targets for metric in shown
             ]
             lines.append("| " + " | ".join([name, *cells]) + " |")
-        return "\n".join(lines) + "\n\n" + self.notes()
+        parts = ["\n".join(lines), self._difference_table(names, shown), self.notes()]
+        return "\n\n".join(filter(None, parts))
+
+    def _difference_table(self, names: Sequence[str], shown: Sequence[str]) -> str:
+        """The differences of the rows `names` from BASELINE, with their intervals; "" if there are none."""
+        rows = [name for name in names if name in self.differences]
+        if not rows:
+            return ""
+        head = [f"minus {BASELINE}", *(f"{t} {m.upper().replace('_', '-')}" for t in self.targets for m in shown)]
+        lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+        for name in rows:
+            found = self.differences[name]
+            cells = [_interval(found.get(f"{target}_{m}"), m) for target in self.targets for m in shown]
+            lines.append("| " + " | ".join([name, *cells]) + " |")
+        return "\n".join(lines)
 
     def notes(self) -> str:
         """What the numbers depend on: data, crops, border, valid pixels, gap between the protocols."""
         gaps = ", ".join(f"{target} {gap:+.2f} dB" for target, gap in self.gap_db.items())
         lines = [
             f"{'Simulated data. ' if self.simulated else ''}{self.crops} crops of {self.crop_px} packed pixels, "
-            f"split {self.split}, RGB in [0, 1], border {BORDER_PX} px; "
-            f"aligned: {100 * self.valid_share:.1f} % of pixels valid; network in {self.precision}.",
+            f"split {self.split}; aligned: {100 * self.valid_share:.1f} % of pixels valid; "
+            f"network in {self.precision}.",
             f"Oracle - self gap: {gaps}.",
         ]
         if math.isfinite(self.epe_px):
             lines.append(f"End-point error of the oracle offsets: {self.epe_px:.2f} mosaic px.")
+        count = max((found.sequences for row in self.intervals.values() for found in row.values()), default=0)
+        if self.differences:
+            how = "bootstrap of whole sequences" if count > 1 else "none, which takes two sequences or more"
+            lines.append(f"Differences are means over tiles; {100 * LEVEL:.0f} % interval: {how} ({count}).")
+        lines.append(CONVENTIONS)
+        scored = {name.partition("_")[2] for row in self.rows.values() for name in row}
+        if used := [metric.upper().replace("_", "-") for metric in metrics.PERCEPTUAL if metric in scored]:
+            lines.append(PERCEPTUAL_CONVENTIONS.format(" and ".join(used)))
         lines += [f"{reason}." for reason in self.missing.values()]
         return "\n".join(lines)
+
+
+def _interval(found: Interval | None, metric: str) -> str:
+    """E.g. "+0.52 (+0.31 to +0.77)"."""
+    if found is None or math.isnan(found.mean):
+        return "n/a"
+    digits = 2 if metric == "psnr" else 4
+    if math.isnan(found.low):
+        return f"{found.mean:+.{digits}f}"
+    return f"{found.mean:+.{digits}f} ({found.low:+.{digits}f} to {found.high:+.{digits}f})"
 
 
 def _cell(value: float | None, metric: str) -> str:
@@ -112,7 +159,8 @@ def evaluate(
     out: Path | None = None,
     perceptual: bool = True,
 ) -> Evaluation:
-    """Score a checkpoint on a split and, with `out`, write table.md, evaluation.json and examples.png there.
+    """Score a checkpoint on a split and, with `out`, write table.md, groups.md, evaluation.json, tiles.parquet and
+    examples.png there.
 
     Args:
         shards: folder or URI; or an index of the split, so that several models are scored on the same pairs.
@@ -176,7 +224,7 @@ def evaluate_model(
     model = model.to(device).to(memory_format=plan.memory_format)
     scores = score_model(model, held, plan, perceptual=perceptual)
     per_row: dict[str, PerCrop] = {
-        "bicubic of the camera JPG": score_bicubic(model, held, device, "camera", perceptual=perceptual),
+        BASELINE: score_bicubic(model, held, device, "camera", perceptual=perceptual),
     }
     if "lr_render" in held.batch:
         per_row["bicubic of the rendering"] = score_bicubic(model, held, device, "rendering", perceptual=perceptual)
@@ -186,6 +234,7 @@ def evaluate_model(
             name.removeprefix(prefix): values for name, values in scores.items() if name.startswith(prefix)
         }
     present = tuple(target for target in TARGETS if f"{target}_psnr" in per_row["SDAN (self)"])
+    intervals, differences = _intervals(per_row, held.sequences)
     return Evaluation(
         rows={name: mean_scores(values) for name, values in per_row.items()},
         targets=tuple(targets) if targets else present,
@@ -197,7 +246,29 @@ def evaluate_model(
         epe_px=mean_scores(scores).get("oracle_epe_px", math.nan),
         missing={name: said for name, (_, why) in metrics.PERCEPTUAL.items() if perceptual and (said := why())},
         precision=plan.precision,
+        intervals=intervals,
+        differences=differences,
+        tiles=tile_rows(per_row, held),
     )
+
+
+def _intervals(
+    per_row: dict[str, PerCrop], sequences: list[str]
+) -> tuple[dict[str, dict[str, Interval]], dict[str, dict[str, Interval]]]:
+    """(Evaluation.intervals, Evaluation.differences)"""
+    means = {
+        row: {name: mean_interval(values, sequences) for name, values in scores.items()}
+        for row, scores in per_row.items()
+    }
+    base = per_row[BASELINE]
+    differences = {
+        row: {
+            name: difference_interval(values, base[name], sequences) for name, values in scores.items() if name in base
+        }
+        for row, scores in per_row.items()
+        if row != BASELINE
+    }
+    return means, differences
 
 
 def examples(model: Network, held: HeldOut, count: int = EXAMPLES) -> np.ndarray:
@@ -239,6 +310,9 @@ def _by_detail(images: torch.Tensor, count: int) -> list[int]:
 
 def _write(out: Path, result: Evaluation, model: Network, held: HeldOut) -> None:
     (out / "table.md").write_text(result.table() + "\n")
-    stored: dict[str, Any] = {**result.__dict__, "gap_db": result.gap_db}
+    (out / "groups.md").write_text(group_tables(result.tiles, f"{result.targets[0]}_psnr"))
+    write_tiles(out / FILE, result.tiles)
+    stored: dict[str, Any] = {**asdict(result), "gap_db": result.gap_db}
+    del stored["tiles"]  # in their own file
     (out / "evaluation.json").write_text(json.dumps(stored, indent=2))
     Image.fromarray(examples(model, held)).save(out / "examples.png")

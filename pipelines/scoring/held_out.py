@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +14,9 @@ from pipelines.config import ExperimentConfig
 from pipelines.loader import ShardIndex, check_fit, cut_crop, in_rendering_look, read_tile
 from preprocessing.registration.aligned_target import align_to
 from sdan import augment
+
+OF_TILE = ("sequence", "pair", "row", "col", "camera", "focal_lr_mm", "focal_hr_mm", "iso_lr", "aligned_by")
+"""The columns of the shards by which scores are grouped (preprocessing/schema.py)."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,8 @@ class HeldOut:
     every crop has them."""
     names: tuple[str, ...]
     """sequence/pair@row,col of each crop."""
+    columns: tuple[dict[str, Any], ...]
+    """The columns OF_TILE of each crop's tile, as plain values; None where unknown."""
     aligned: Tensor | None
     """[N,3,sH,sW] uint8: the target registered to the bicubically enlarged camera JPG; None unless requested."""
     aligned_mask: Tensor | None
@@ -37,7 +44,13 @@ class HeldOut:
         rest = {name: value[picked] for name, value in self.batch.items()}
         aligned = None if self.aligned is None else self.aligned[picked]
         mask = None if self.aligned_mask is None else self.aligned_mask[picked]
-        return replace(self, batch=rest, names=tuple(self.names[n] for n in picked), aligned=aligned, aligned_mask=mask)
+        names, columns = tuple(self.names[n] for n in picked), tuple(self.columns[n] for n in picked)
+        return replace(self, batch=rest, names=names, columns=columns, aligned=aligned, aligned_mask=mask)
+
+    @property
+    def sequences(self) -> list[str]:
+        """The sequence of each crop."""
+        return [columns["sequence"] for columns in self.columns]
 
 
 def held_out(index: ShardIndex, config: ExperimentConfig, *, limit: int | None, align: bool) -> HeldOut:
@@ -57,12 +70,13 @@ def held_out(index: ShardIndex, config: ExperimentConfig, *, limit: int | None, 
     margin = 2 * ((index.info.tile_px - config.train.crop_px) // 2)
     plan = augment.CropPlan(row=margin, col=margin, flip_rows=False, flip_cols=False, transpose=False)
     window = slice(margin * config.model.scale, (margin + 2 * config.train.crop_px) * config.model.scale)
-    names, samples, aligned = [], [], []
+    names, columns, samples, aligned = [], [], [], []
     for pair, tile in tiles:
         row = read_tile(index, pair, tile)
         if config.train.look == "rendering":
             row |= in_rendering_look(index, pair, row, row)
         names.append(f"{row['sequence']}/{row['pair']}@{row['row']},{row['col']}")
+        columns.append({name: _plain(row.get(name)) for name in OF_TILE})
         samples.append(cut_crop(row, plan, config.train.crop_px, index.info.scale))
         if align:  # register the whole tile, which has more detail than the crop
             target, mask = align_to(row["hr_rgb"], row["lr_rgb"], index.info.scale)
@@ -71,6 +85,13 @@ def held_out(index: ShardIndex, config: ExperimentConfig, *, limit: int | None, 
     return HeldOut(
         batch={name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in present},
         names=tuple(names),
+        columns=tuple(columns),
         aligned=torch.from_numpy(np.stack([target for target, _ in aligned])) if align else None,
         aligned_mask=torch.from_numpy(np.stack([mask for _, mask in aligned]))[:, None] if align else None,
     )
+
+
+def _plain(value: Any) -> Any:
+    """A decoded scalar as a Python value; None for NaN."""
+    plain = value.item() if isinstance(value, np.ndarray | np.generic) else value
+    return None if isinstance(plain, float) and math.isnan(plain) else plain

@@ -5,6 +5,7 @@ import math
 import shutil
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -74,6 +75,15 @@ def test_the_files_have_the_same_numbers(scored):
         assert f"| {name} | {result.rows[name]['raw_psnr']:.2f} | " in table
     stored = json.loads((out / "evaluation.json").read_text())
     assert stored["rows"] == result.rows and stored["gap_db"] == result.gap_db
+    assert stored["differences"]["SDAN (self)"]["raw_psnr"]["mean"] == pytest.approx(result.gain_db("raw"))
+    tiles = pq.read_table(out / "tiles.parquet").to_pylist()
+    assert len(tiles) == len(ROWS) * result.crops and "tiles" not in stored
+    for name in ROWS:
+        scores = [tile["raw_psnr"] for tile in tiles if tile["method"] == name]
+        assert np.mean(scores) == pytest.approx(result.rows[name]["raw_psnr"])
+    assert {(tile["sequence"], tile["camera"], tile["focal_hr_mm"]) for tile in tiles} == {("00005", "test", 240.0)}
+    assert "| 00005 / 00005-00001 | 2 |" in (out / "groups.md").read_text()
+    assert "11-tap Gaussian window" in table and "95 % interval: none, which takes two sequences or more (1)" in table
     assert stored["targets"] == ["raw", "aligned", "true"]
 
 

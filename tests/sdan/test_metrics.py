@@ -6,6 +6,7 @@ import math
 import lpips
 import pytest
 import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torchvision.models import alexnet
 
 from sdan import metrics
@@ -44,6 +45,19 @@ def test_psnr_equals_its_definition_for_each_image():
     for n in range(2):
         errors = [(float(a) - float(b)) ** 2 for a, b in zip(image[n].flatten(), target[n].flatten(), strict=True)]
         assert float(psnr(image, target)[n]) == pytest.approx(10 * math.log10(len(errors) / sum(errors)), abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [(11, 11), (64, 47), (128, 128)])
+def test_psnr_and_ssim_agree_with_scikit_image(size):
+    image, target = pair(*size)
+    for n in range(2):
+        ours, theirs = (picture[n].permute(1, 2, 0).double().numpy() for picture in (image, target))
+        expected = structural_similarity(
+            ours, theirs, data_range=1, channel_axis=-1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+        )
+        assert float(ssim(image, target)[n]) == pytest.approx(expected, abs=1e-4)
+        expected = peak_signal_noise_ratio(theirs, ours, data_range=1)
+        assert float(psnr(image, target)[n]) == pytest.approx(expected, abs=1e-4)
 
 
 def test_psnr_counts_pixels_in_the_mask_and_the_border():
