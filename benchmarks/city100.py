@@ -58,25 +58,23 @@ JUDGED = 3
 RATES = {"SDAN": 1e-4, "SRResNet": 4e-4}
 
 
-def make_shards(data: Path, shards: Path) -> None:
-    """Preprocess the pairs; finished ones are skipped."""
+def make_shards(data: Path, out: Path) -> Path:
+    """Link the pairs into folders train and val, and preprocess them; finished ones are skipped."""
     names = sorted(path.stem[:-1] for path in data.iterdir() if path.stem.endswith("H"))
-    judged = names[JUDGED - 1 :: JUDGED]
-    options = PreprocessOptions(scale=4, align="ecc", tile_px=TILE_PX, stride_px=32, zoom=ZOOM, val=tuple(judged))
-    report = preprocess(str(data), str(shards), options, start_ray=cluster.start_ray)
+    for number, name in enumerate(names, 1):
+        folder = out / "pairs" / ("train" if number % JUDGED else "val")
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in data.glob(f"{name}[HL].*"):
+            if not (folder / path.name).exists():
+                (folder / path.name).symlink_to(path.resolve())
+    shards = out / "shards"
+    options = PreprocessOptions(scale=4, align="ecc", tile_px=TILE_PX, stride_px=32, zoom=ZOOM)
+    report = preprocess(str(out / "pairs"), str(shards), options, start_ray=cluster.start_ray)
     print(f"{report.written} pairs written, {report.fallbacks} not registered", flush=True)
     for entry in report.quarantined:
         print(f"set aside: {entry.sequence} {entry.pair}: {entry.reason}", flush=True)
     ray.shutdown()
-
-
-def training_pairs(shards: Path) -> ShardIndex:
-    """The pairs that are not judged; the hash of their names has put some into the split test."""
-    train, rest = index_split(str(shards), "train"), shards / "split=test"
-    if not rest.is_dir():
-        return train
-    test = index_split(str(shards), "test")
-    return replace(train, paths=train.paths + test.paths, tiles=train.tiles + test.tiles)
+    return shards
 
 
 def config_of(name: str, seed: int) -> ExperimentConfig:
@@ -113,7 +111,7 @@ def trained(name: str, index: ShardIndex, out: Path, steps: int, seed: int) -> N
         optimizer.step()
         schedule.step()
         if step % 10 == 0:
-            print(f"{name}: step {step} of {steps}, loss {float(loss):.4f}", flush=True)
+            print(f"{name}: step {step} of {steps}, loss {float(loss.detach()):.4f}", flush=True)
     checkpoint.save(folder, model, config=configs.to_dict(config), scores={})
     return model.eval()
 
@@ -173,11 +171,10 @@ def main() -> None:
     origin = provenance(
         f"python benchmarks/city100.py --steps {asked.steps} --seed {asked.seed}", ("../sdan", "../pipelines")
     )
-    shards = asked.out / "shards"
-    make_shards(asked.data, shards)
+    shards = make_shards(asked.data, asked.out)
     if not asked.steps:
         return
-    index = training_pairs(shards)
+    index = index_split(str(shards), "train")
     networks: dict[str, Network] = {
         "SRResNet (L1)": trained("SRResNet", index, asked.out, asked.steps, asked.seed),
         f"{START}, as it is": checkpoint.load(starter_folder(START)).model,

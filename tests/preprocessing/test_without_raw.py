@@ -113,6 +113,12 @@ def test_names_decide_where_exif_is_silent():
         paired(shot("2H.png"), zoom=2.9)
 
 
+@pytest.mark.parametrize("zoom", [1.0, 40, float("nan")])
+def test_a_zoom_that_is_none_is_refused(zoom):
+    with pytest.raises(PreprocessError, match=r"^--zoom: expected a number from 1.1 to 32, got"):
+        PreprocessOptions(zoom=zoom)
+
+
 def test_a_folder_of_many_scenes_is_split_by_names(tmp_path):
     for name in (
         "002H.PNG",
