@@ -165,6 +165,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of NNNL.PNG and NNNH.PNG")
     parser.add_argument("--out", type=Path, required=True, help="folder for shards, networks, table and pictures")
     parser.add_argument("--steps", type=int, default=2000, help="steps of each training; 0: only make the shards")
+    parser.add_argument("--tiles", type=int, help="the largest number of judged tiles; default: all")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -182,7 +183,7 @@ def main() -> None:
     }
     config = config_of("SDAN", asked.seed)
     config = replace(config, train=replace(config.train, crop_px=TILE_PX))
-    held = held_out(index_split(str(shards), "val"), config, limit=None, align=False)
+    held = held_out(index_split(str(shards), "val"), config, limit=asked.tiles, align=False)
     footer = (
         f"Real photographs: {len(index.paths)} pairs for training, {len(set(held.sequences))} judged, "
         f"{len(held)} tiles; {asked.steps} steps of {BATCH} crops each, seed {asked.seed}."

@@ -18,7 +18,7 @@ from pipelines.scoring.held_out import HeldOut
 from sdan import metrics
 from sdan.baselines import Network
 from sdan.ops.precision import ComputePlan
-from sdan.resample import bicubic
+from sdan.resample import bicubic, enlarge_offset, sample
 
 BORDER_PX = 8
 """Target pixels excluded from the scores along each side of a crop."""
@@ -46,7 +46,7 @@ def score_model(
         perceptual: also compute the metrics of metrics.PERCEPTUAL whose weights are there.
 
     Returns:
-        scores by name; those of offsets are in mosaic pixels.
+        scores by name; those of offsets are in mosaic pixels, and of the oracle protocol also `alignment_gain`.
     """
     collected: PerCrop = {}
     model.eval()
@@ -58,6 +58,8 @@ def score_model(
             px_per_offset = inputs.rendering.shape[-1] / output.offset.shape[-1]
             scores = score_images(output.zoomed, part, perceptual=perceptual)
             scores |= metrics.offset_statistics(output.offset, output.mask, px_per_offset)
+            if protocol == "oracle":
+                scores["alignment_gain_db"] = alignment_gain(inputs.camera, output.offset, inputs.target).tolist()
             if protocol == "oracle" and "true_flow" in part.batch:
                 error = metrics.resized_end_point_error(output.offset.float().cpu(), part.batch["true_flow"])
                 scores["epe_px"] = (2 * error).tolist()  # true_flow is in packed pixels, two mosaic pixels each
@@ -75,6 +77,29 @@ def score_bicubic(
         enlarged = bicubic(picture, model.config.scale)
         _extend(collected, score_images(enlarged, part, perceptual=perceptual))
     return collected
+
+
+def alignment_gain(camera: Tensor, offset: Tensor, target: Tensor) -> Tensor:
+    """How much nearer the bicubic picture, moved by learnt offsets, comes to the target than the picture unmoved.
+
+    An oracle score can be bought by passing the reference through to the output; the bicubic picture has nothing of the
+    reference, so only offsets that align can raise this.
+
+    Args:
+        camera: [N,3,H,W] in [0, 1], the input's camera JPG.
+        offset: [N,2,h,w], (dy, dx) in pixels of its own grid, a whole fraction of the target's.
+        target: [N,3,sH,sW] in [0, 1].
+
+    Returns:
+        [N] float64, dB of PSNR; NaN for offsets of single points of the window ([N,18,h,w]), which move no picture.
+    """
+    if offset.shape[1] != 2:
+        return torch.full((len(offset),), math.nan, dtype=torch.float64)
+    enlarged = bicubic(camera.float(), target.shape[-1] // camera.shape[-1]).clamp(0, 1)
+    field = enlarge_offset(offset.float(), target.shape[-1] // offset.shape[-1])
+    moved = sample(enlarged, field, mode="bicubic").clamp(0, 1)
+    before, after = (metrics.psnr(picture, target, border_px=BORDER_PX) for picture in (enlarged, moved))
+    return (after - before).cpu()
 
 
 def score_images(images: Tensor, part: HeldOut, *, perceptual: bool = False) -> PerCrop:

@@ -5,9 +5,12 @@ import math
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from pipelines.scoring.bootstrap import LEVEL, difference_interval, mean_interval
+from pipelines.scoring.scores import alignment_gain
 from pipelines.scoring.tile_scores import group_tables, write_tiles
+from sdan.resample import bicubic, low_pass
 
 
 def test_intervals_cover_the_true_mean_as_often_as_they_say():
@@ -81,3 +84,17 @@ def test_the_seed_decides_the_interval(seed):
     values, names = np.random.default_rng(2).normal(size=10).tolist(), list("abcdefghij")
     assert mean_interval(values, names, seed=seed) == mean_interval(values, names, seed=seed)
     assert mean_interval(values, names, seed=seed) != mean_interval(values, names, seed=seed + 1)
+
+
+@pytest.mark.parametrize("cells", [1, 2])
+def test_only_offsets_that_align_have_an_alignment_gain(cells):
+    """The target is the scene moved by (3, -2) input pixels; `cells`: input pixels per offset pixel."""
+    noise = torch.randn(1, 3, 320, 320, generator=torch.Generator().manual_seed(0))
+    wide = (0.5 + 0.5 * bicubic(low_pass(noise, 8), 8)).clamp(0, 1)
+    camera, target = low_pass(wide[..., 32:288, 32:288], 4), wide[..., 44:300, 24:280]
+    offset = torch.tensor([3.0, -2.0]).view(1, 2, 1, 1).expand(1, 2, 64 // cells, 64 // cells) / cells
+    assert float(alignment_gain(camera, offset, target)) > 10
+    assert float(alignment_gain(camera, -offset, target)) < 1
+    none = alignment_gain(camera, torch.zeros_like(offset), target)
+    assert float(none) == pytest.approx(0, abs=1e-4)  # whatever a network's output copies
+    assert math.isnan(float(alignment_gain(camera, offset.repeat(1, 9, 1, 1), target)))

@@ -4,15 +4,20 @@ import json
 import math
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from pipelines import config as configs
+from pipelines import registry
 from pipelines.evaluate import evaluate
 from pipelines.loader import ShardsError, check_fit, index_split, model_inputs, training_stream, with_curve_of
+from pipelines.retrain import retrain
 from pipelines.scoring.held_out import held_out
+from preprocessing.shards import PreprocessOptions
 from sdan import checkpoint
 from sdan.network import SDAN
 
@@ -67,3 +72,32 @@ def test_evaluate_has_no_row_for_a_rendering(pictures, tmp_path):
     assert result.targets == ("raw", "aligned") and math.isnan(result.epe_px)
     assert result.gain_db("raw") == pytest.approx(0, abs=0.01)  # untrained, with its skip: bicubic
     assert (tmp_path / "out" / "examples.png").is_file()
+
+
+@pytest.mark.slow
+def test_retrain_takes_new_pictures(tmp_path):
+    """From pictures to a champion, and again with a new scene; --zoom need not be repeated."""
+
+    def add(*names):
+        for name in names:
+            cells = np.random.default_rng(int(name)).integers(30, 220, (96, 96, 3), dtype=np.uint8)
+            high = cv2.GaussianBlur(cells.repeat(4, 0).repeat(4, 1), (0, 0), 1)
+            low = cv2.resize(high, (192, 192), interpolation=cv2.INTER_AREA)
+            cv2.imwrite(str(tmp_path / f"raw/{name}H.png"), high)
+            cv2.imwrite(str(tmp_path / f"raw/{name}L.png"), cv2.resize(low, (384, 384), interpolation=cv2.INTER_CUBIC))
+
+    (tmp_path / "raw").mkdir()
+    add("001", "002", "003")
+    raw, shards, data = (str(tmp_path / name) for name in ("raw", "shards", "data"))
+    place = {"data": Path(data), "workers": 1, "progress": False}
+    size = {"scale": 2, "tile_px": 24, "stride_px": 24, "align": "ecc"}
+    options = PreprocessOptions(**size, zoom=2, val=("003",))
+    first = retrain(raw, shards, config=config_of(**{"model.scale": 2}), options=options, **place)
+    assert first.preprocessed.written == 3 and any("RGB input" in note for note in first.preprocessed.notes)
+    uri = registry.default_tracking_uri(Path(data))
+    if not first.promoted:
+        registry.set_champion(uri, "1")
+    add("004")
+    second = retrain(raw, shards, options=PreprocessOptions(**size), **place)
+    assert (second.preprocessed.written, second.preprocessed.skipped) == (1, 3)
+    assert second.challenger is not None and "bicubic of the rendering" not in second.challenger.rows
