@@ -445,6 +445,9 @@ def evaluate(
     target: Annotated[str | None, typer.Option(help="raw, aligned or true; default: all.")] = None,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "val",
     crops: Annotated[int, typer.Option(metavar="N", help="Score at most N crops, spread over the split.")] = 512,
+    pair: Annotated[
+        str | None, typer.Option(metavar="LR-HR", help="One pair of frames only; SR-RAW's test: 00006-00002.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("-o", metavar="DIR", help="Write table and examples here.")] = None,
     csv: Annotated[
         Path | None, typer.Option(metavar="FILE.csv", help="Write the rows of both protocols as CSV.")
@@ -460,7 +463,7 @@ def evaluate(
         csv.parent.mkdir(parents=True, exist_ok=True)
         csv.open("a").close()  # fail before the work, not after it
     folder = registry.resolve_model(registry.default_tracking_uri(_data()), model)
-    result = verb.evaluate(shards, folder, split=split, targets=targets, limit=crops, out=out)
+    result = verb.evaluate(shards, folder, split=split, targets=targets, limit=crops, pair=pair, out=out)
     _say(f"{model} on {shards}\n\n{result.table([protocol])}")
     if csv:
         csv.write_text(_as_csv(result.rows), encoding="utf-8")

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from pipelines import config as configs
-from pipelines.loader import ShardIndex, index_split, model_inputs
+from pipelines.loader import ShardIndex, index_split, model_inputs, of_pair
 from pipelines.scoring.bootstrap import LEVEL, Interval, difference_interval, mean_interval
 from pipelines.scoring.held_out import HeldOut, held_out
 from pipelines.scoring.pictures import labelled_grid, to_uint8
@@ -165,6 +165,7 @@ def evaluate(
     split: str = "val",
     targets: Sequence[str] | None = None,
     limit: int | None = None,
+    pair: str | None = None,
     out: Path | None = None,
     perceptual: bool = True,
 ) -> Evaluation:
@@ -175,6 +176,7 @@ def evaluate(
         shards: folder or URI; or an index of the split, so that several models are scored on the same pairs.
         targets: raw, aligned, true; None: all that the shards have.
         limit: the largest number of crops, spread evenly over the split; None: one per tile.
+        pair: score one pair of frames only, e.g. "00006-00002".
         perceptual: also LPIPS and ST-LPIPS, which on a CPU take longer than all the rest.
 
     Raises:
@@ -182,6 +184,8 @@ def evaluate(
     """
     check_request(split, targets, limit)
     index = shards if isinstance(shards, ShardIndex) else index_split(shards, split)
+    if pair:
+        index = of_pair(index, pair)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)  # fail before the work, not after it
     stored = checkpoint.load(model_folder)

@@ -105,6 +105,23 @@ def index_split(shards: str, split: str) -> ShardIndex:
     return ShardIndex(shards, split, tuple(paths), tiles, info)
 
 
+def of_pair(index: ShardIndex, pair: str) -> ShardIndex:
+    """The part of the index with one pair of frames, e.g. "00006-00002", SR-RAW's published test pairs.
+
+    Raises:
+        ShardsError: no sequence has that pair.
+    """
+    kept = [number for number, path in enumerate(index.paths) if path.rpartition("_")[0].endswith(f"_{pair}")]
+    if not kept:
+        known = sorted({path.rpartition("_")[0].rpartition("_")[2] for path in index.paths})
+        raise ShardsError(f"--pair, {index.shards}: expected one of {', '.join(known[:20])}, got {pair!r}")
+    return replace(
+        index,
+        paths=tuple(index.paths[number] for number in kept),
+        tiles=tuple(index.tiles[number] for number in kept),
+    )
+
+
 def _unreadable(shards: str, error: Exception) -> ShardsError:
     return ShardsError(
         f"SHARDS, {shards}: expected a folder or s3:// URI of readable shards, got {one_line(error)}; check the path"

@@ -20,6 +20,7 @@ from pipelines.loader import (
     index_split,
     model_inputs,
     num_steps,
+    of_pair,
     read_tile,
     training_batches,
     training_stream,
@@ -63,6 +64,16 @@ def test_the_shares_of_alignment_are_of_tiles(tiny_shards, tmp_path):
     note = "of the tiles 14.3 % are of pairs that do not show the same thing (unaligned), and 28.6 % are of pairs that "
     assert alignment_note(index) == f"{note}could not be registered (scale_fallback); `sdan inspect` shows them"
     assert alignment_note(index_split(str(tiny_shards), "train")) is None
+
+
+def test_one_pair_of_frames_can_be_chosen(tiny_shards):
+    index = index_split(str(tiny_shards), "train")
+    assert of_pair(index, "00005-00001") == index
+    with pytest.raises(ShardsError, match=r"--pair, .*: expected one of 00005-00001, got '00006-00002'"):
+        of_pair(index, "00006-00002")
+    other = index.paths[0].replace("00005-00001", "00006-00002")
+    mixed = replace(index, paths=(other, *index.paths[1:]))
+    assert (of_pair(mixed, "00006-00002").paths, of_pair(mixed, "00006-00002").tiles) == ((other,), (2,))
 
 
 def test_each_round_visits_every_pair_once(stream):
