@@ -169,9 +169,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
-    origin = provenance(
-        f"python benchmarks/city100.py --steps {asked.steps} --seed {asked.seed}", ("../sdan", "../pipelines")
-    )
+    options = f"--steps {asked.steps} --seed {asked.seed}" + (f" --tiles {asked.tiles}" if asked.tiles else "")
+    origin = provenance(f"python benchmarks/city100.py {options}", ("../sdan", "../pipelines", "../preprocessing"))
     shards = make_shards(asked.data, asked.out)
     if not asked.steps:
         return
