@@ -92,7 +92,7 @@ def test_retrain_takes_new_pictures(tmp_path):
     place = {"data": Path(data), "workers": 1, "progress": False}
     size = {"scale": 2, "tile_px": 24, "stride_px": 24, "align": "ecc"}
     options = PreprocessOptions(**size, zoom=2, val=("003",))
-    first = retrain(raw, shards, config=config_of(**{"model.scale": 2}), options=options, **place)
+    first = retrain(raw, shards, config=config_of(**{"model.scale": 2, "loss.border_px": 8}), options=options, **place)
     assert first.preprocessed.written == 3 and any("RGB input" in note for note in first.preprocessed.notes)
     uri = registry.default_tracking_uri(Path(data))
     if not first.promoted:
