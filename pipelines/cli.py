@@ -528,7 +528,7 @@ def zoom(
         list[Path], typer.Argument(metavar="PHOTO...", help="RAW (ARW, DNG, NEF, ...), JPG, PNG, TIFF, or a folder.")
     ],
     out: Annotated[
-        Path, typer.Option("-o", metavar="OUT", help="A .png, .tif or .jpg, or a folder for several photographs.")
+        Path, typer.Option("-o", metavar="OUT", help="A .png, .tif, .jpg or .dng, or a folder for several.")
     ],
     model: Annotated[
         str | None,
@@ -537,9 +537,11 @@ def zoom(
         ),
     ] = None,
     picture_format: Annotated[
-        str | None, typer.Option("--format", metavar="FORMAT", help="png, tiff or jpg; default: by OUT, or png.")
+        str | None, typer.Option("--format", metavar="FORMAT", help="png, tiff, jpg or dng; default: by OUT, or png.")
     ] = None,
-    bits: Annotated[int | None, typer.Option(help="8 or 16 bits per channel; default: 16 for tiff, else 8.")] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="8 or 16 bits per channel; default: 16 for tiff and dng, else 8.")
+    ] = None,
     quality: Annotated[int, typer.Option(help="Of jpg, 1 to 100.")] = 95,
     scale: Annotated[int | None, typer.Option(help="2, 3, 4 or 8; default: the model's.")] = None,
     crop: Annotated[

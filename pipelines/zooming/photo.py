@@ -6,11 +6,13 @@ mosaic from its linearised pixels; an RGB model takes it directly.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -18,6 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.formats import tags
+from pipelines.formats.dng import Camera
+from pipelines.zooming.negative import camera_of
 from pipelines.zooming.request import DEFAULTS, Output, ZoomError, available_memory, kind_of_photo, shown
 from preprocessing.raw import decode
 from preprocessing.raw.picture import declared_size, read_picture
@@ -49,6 +53,19 @@ class Photo:
     """What was done to it besides decoding."""
     grey: bool = False
     exif: Image.Exif = field(default_factory=Image.Exif)
+    crop_factor: float = 1.0
+    """The photograph's diagonal in units of that of the part to enlarge."""
+    camera: Camera | None = None
+    """Of RAW."""
+
+    def reduced(self, longest_px: int) -> NDArray[np.uint8]:
+        """The window's rendering [h, w, 3], reduced to `longest_px` on its longer side if that is longer."""
+        top, left, height, width = self.window
+        shrink = min(1.0, longest_px / max(height, width))
+        size = max(1, round(shrink * width)), max(1, round(shrink * height))
+        planes = self.rendering[:, top : top + height, left : left + width].numpy()
+        small = [cv2.resize(plane, size, interpolation=cv2.INTER_AREA) for plane in planes]
+        return np.rint(255 * np.stack(small, axis=-1)).clip(0, 255).astype(np.uint8)
 
 
 def read_photo(path: Path, network: SDANConfig, output: Output = DEFAULTS) -> Photo:
@@ -83,7 +100,16 @@ def _from_raw(path: Path, network: SDANConfig, output: Output) -> Photo:
     raw, rendering = raw_input.from_photo(part)
     with path.open("rb") as file:
         exif = tags.read(file.read(_HEAD_BYTES))
-    return Photo(raw, rendering, True, window, image.remarks, exif=_completed(exif, image))
+    return Photo(
+        raw,
+        rendering,
+        True,
+        window,
+        image.remarks,
+        exif=_completed(exif, image),
+        crop_factor=math.hypot(height, width) / math.hypot(*inner[2:]),
+        camera=camera_of(path, image),
+    )
 
 
 @dataclass(frozen=True)
@@ -157,7 +183,8 @@ def _from_picture(path: Path, network: SDANConfig, output: Output) -> Photo:
         part = np.pad(part, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     levels = np.float32(np.iinfo(part.dtype).max)
     rendering = torch.from_numpy(np.divide(part, levels, dtype=np.float32)).permute(2, 0, 1).contiguous()
-    photo = Photo(rendering, rendering, False, window, picture.notes, picture.grey, tags.read(data))
+    crop_factor = math.hypot(*pixels.shape[:2]) / math.hypot(*window[2:])
+    photo = Photo(rendering, rendering, False, window, picture.notes, picture.grey, tags.read(data), crop_factor)
     if network.is_rgb:
         return photo
     mosaic = raw_input.mosaic_from_srgb(rendering[None])[0]
