@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.formats import tiff
-from pipelines.formats.tiff import ASCII, BYTE, LONG, RATIONAL, SHORT, SIGNED_RATIONAL, Directory, entry
+from pipelines.formats.tiff import ASCII, BYTE, LONG, RATIONAL, SHORT, SIGNED_RATIONAL, Directory, Entry, entry
 from preprocessing.colour import srgb_to_linear
 from preprocessing.raw.dng import JPEG, PHOTOMETRIC_LINEAR_RAW, PHOTOMETRIC_YCBCR, UNCOMPRESSED, Tag
 from preprocessing.raw.dng_colour import DngColour
@@ -157,8 +157,11 @@ def _root(camera: Camera, jpg: bytes, size: Sequence[int], exif: bytes) -> Direc
     if isinstance(shot, dict):
         shot[_COLOUR_SPACE] = entry(SHORT, [_UNCALIBRATED])
     make, model = (_text(directory, tag) for tag in (Tag.MAKE, Tag.MODEL))
-    name = camera.colour.camera or f"{make} {model}".strip() or "unknown"
+    name = camera.colour.camera or f"{make} {model}".strip() or "Unknown"
     directory |= {
+        # darktable reads no DNG without these two.
+        Tag.MAKE: _ascii(make or name.split()[0]),
+        Tag.MODEL: _ascii(model or name),
         Tag.NEW_SUBFILE_TYPE: entry(LONG, [1]),  # a preview
         Tag.IMAGE_WIDTH: entry(LONG, [size[1]]),
         Tag.IMAGE_LENGTH: entry(LONG, [size[0]]),
@@ -176,7 +179,7 @@ def _root(camera: Camera, jpg: bytes, size: Sequence[int], exif: bytes) -> Direc
         Tag.PREVIEW_COLOR_SPACE: entry(LONG, [_SRGB_PREVIEW]),
         Tag.DNG_VERSION: entry(BYTE, [1, 4, 0, 0]),
         Tag.DNG_BACKWARD_VERSION: entry(BYTE, [1, 1, 0, 0]),
-        Tag.UNIQUE_CAMERA_MODEL: entry(ASCII, name.encode("ascii", "replace") + b"\0"),
+        Tag.UNIQUE_CAMERA_MODEL: _ascii(name),
         Tag.AS_SHOT_NEUTRAL: entry(RATIONAL, _rationals(camera.gains.min() / camera.gains)),
         Tag.BASELINE_EXPOSURE: entry(SIGNED_RATIONAL, [0, 1]),
     }
@@ -191,6 +194,10 @@ def _rationals(values: Iterable[float]) -> list[int]:
     """Numerator, denominator, numerator, ..."""
     fractions = [Fraction(float(value)).limit_denominator(1_000_000) for value in values]
     return [number for each in fractions for number in each.as_integer_ratio()]
+
+
+def _ascii(text: str) -> Entry:
+    return entry(ASCII, text.encode("ascii", "replace") + b"\0")
 
 
 def _text(directory: Directory, tag: int) -> str:
