@@ -552,13 +552,16 @@ def zoom(
     ] = 1.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs.")] = False,
     no_gps: Annotated[bool, typer.Option("--no-gps", help="Leave the place out of the tags.")] = False,
+    like_camera: Annotated[
+        bool, typer.Option("--like-camera", help="Give a RAW the tones of the JPG beside it, or else inside it.")
+    ] = False,
 ) -> None:
     """Zoom photographs; writes them upright, in sRGB, with their EXIF tags."""
     from pipelines.zooming import request, start
 
     _INTERRUPTS.kept = "the files named above are complete, nothing else was left"
     area = request.parse_crop(crop) if crop is not None else None
-    output = request.Output(picture_format, bits, quality, scale, area, overwrite, not no_gps)
+    output = request.Output(picture_format, bits, quality, scale, area, overwrite, not no_gps, like_camera)
     request.check_request(photos, out, output)
     with start.large_imports():
         from pipelines import zoom as verb

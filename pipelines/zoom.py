@@ -341,7 +341,11 @@ def _zoom_one(photo: Path, target: Path, zoomer: Zoomer, output: Output, say: Ca
     bits = output.chosen_bits(target)
     scale = output.scale or zoomer.model.config.scale
     exif = tags.written(decoded.exif, width, height, gps=output.gps, scale=scale, crop_factor=decoded.crop_factor)
-    finish = decoded.camera.light if decoded.camera and output.chosen_format(target) == "dng" else None
+    finish: Callable[[np.ndarray], np.ndarray] | None = None
+    if decoded.camera and output.chosen_format(target) == "dng":
+        finish = decoded.camera.light
+    elif decoded.look:
+        finish = partial(decoded.look.add, bits=bits)
     with tqdm(desc=shown(Path(photo.name)), unit="tile") as bar:
         parts = zoomer.levels(decoded, bits, partial(move_bar, bar), scale=output.scale, finish=finish)
         write_levels(parts, target, (width, height), bits, output=output, exif=exif, photo=decoded)

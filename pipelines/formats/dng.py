@@ -57,8 +57,8 @@ class Camera:
     def light(self, levels: NDArray[np.uint16]) -> NDArray[np.uint16]:
         """The camera's own light, levels from black 0 to clipping 65535, of sRGB levels [rows, W, 3].
 
-        The inverse of LibRaw's way from balanced camera light to its rendering. No balanced light is above clipping, so nothing
-        clips at 65535; what would be below 0 becomes 0.
+        The inverse of LibRaw's way from balanced camera light to its rendering. No balanced light is above clipping,
+        so nothing clips at 65535; what would be below 0 becomes 0.
         """
         matrix = (WHITE * self.srgb_to_camera / self.gains[:, None]).T.astype(np.float32)
         light = np.empty_like(levels)

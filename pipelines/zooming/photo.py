@@ -21,8 +21,10 @@ from torch import Tensor
 
 from pipelines.formats import tags
 from pipelines.formats.dng import Camera
+from pipelines.zooming.like_camera import COMPARED_PX, camera_look
 from pipelines.zooming.negative import camera_of
 from pipelines.zooming.request import DEFAULTS, Output, ZoomError, available_memory, kind_of_photo, shown
+from preprocessing.photometry.look import Look
 from preprocessing.raw import decode
 from preprocessing.raw.picture import declared_size, read_picture
 from sdan import SDANConfig, raw_input
@@ -57,15 +59,22 @@ class Photo:
     """The photograph's diagonal in units of that of the part to enlarge."""
     camera: Camera | None = None
     """Of RAW."""
+    look: Look | None = None
+    """Of the camera's JPG, if it is asked for."""
 
     def reduced(self, longest_px: int) -> NDArray[np.uint8]:
         """The window's rendering [h, w, 3], reduced to `longest_px` on its longer side if that is longer."""
         top, left, height, width = self.window
-        shrink = min(1.0, longest_px / max(height, width))
-        size = max(1, round(shrink * width)), max(1, round(shrink * height))
         planes = self.rendering[:, top : top + height, left : left + width].numpy()
-        small = [cv2.resize(plane, size, interpolation=cv2.INTER_AREA) for plane in planes]
+        small = [_reduced(plane, longest_px) for plane in planes]
         return np.rint(255 * np.stack(small, axis=-1)).clip(0, 255).astype(np.uint8)
+
+
+def _reduced(picture: NDArray[Any], longest_px: int) -> NDArray[Any]:
+    height, width = picture.shape[:2]
+    shrink = min(1.0, longest_px / max(height, width))
+    size = max(1, round(shrink * width)), max(1, round(shrink * height))
+    return np.asarray(cv2.resize(picture, size, interpolation=cv2.INTER_AREA))
 
 
 def read_photo(path: Path, network: SDANConfig, output: Output = DEFAULTS) -> Photo:
@@ -100,7 +109,7 @@ def _from_raw(path: Path, network: SDANConfig, output: Output) -> Photo:
     raw, rendering = raw_input.from_photo(part)
     with path.open("rb") as file:
         exif = tags.read(file.read(_HEAD_BYTES))
-    return Photo(
+    photo = Photo(
         raw,
         rendering,
         True,
@@ -110,6 +119,13 @@ def _from_raw(path: Path, network: SDANConfig, output: Output) -> Photo:
         crop_factor=math.hypot(height, width) / math.hypot(*inner[2:]),
         camera=camera_of(path, image),
     )
+    if not output.like_camera:
+        return photo
+    if output.crop is None:
+        small = photo.reduced(COMPARED_PX)
+    else:  # a part may lack the tones to compare
+        small = _reduced(decode.upright(image.sensor.render(top, left, height, width), image.flip), COMPARED_PX)
+    return replace(photo, look=camera_look(path, source, small, network.rendering_curve))
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,8 @@ class Output:
     """Whether existing outputs are replaced."""
     gps: bool = True
     """Whether the place is kept."""
+    like_camera: bool = False
+    """Whether a RAW gets the tones of its camera's JPG."""
 
     def chosen_format(self, out: Path) -> str:
         named = next((name for name, suffixes in FORMATS.items() if out.suffix.lower() in suffixes), None)
@@ -88,6 +90,8 @@ def check_options(out: Path, output: Output) -> None:
         raise ZoomError("--bits: expected 8 for a JPG, got 16; use --format tiff or png")
     if kind == "dng" and output.bits == 8:
         raise ZoomError("--bits: expected 16 for a DNG, got 8; leave --bits out")
+    if kind == "dng" and output.like_camera:
+        raise ZoomError("--like-camera: expected png, tiff or jpg, got dng, which has no tones yet; use one of the two")
     if not 1 <= output.quality <= 100:
         raise ZoomError(f"--quality: expected 1 to 100, got {output.quality}")
     if output.scale not in (None, *SCALES):
@@ -262,6 +266,11 @@ def require_raw(photo: Path, out: Path, output: Output) -> None:
         raise ZoomError(
             f"{shown(photo)}: expected RAW for a DNG, got a finished picture, which has no camera light; "
             "use --format tiff"
+        )
+    if kind == "picture" and output.like_camera:
+        raise ZoomError(
+            f"{shown(photo)}: expected RAW for --like-camera, got a picture, which has its camera's tones; "
+            "leave out --like-camera"
         )
 
 
