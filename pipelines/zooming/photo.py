@@ -26,6 +26,8 @@ from pipelines.zooming.negative import camera_of
 from pipelines.zooming.request import DEFAULTS, Output, ZoomError, available_memory, kind_of_photo, shown
 from preprocessing.photometry.look import Look
 from preprocessing.raw import decode
+from preprocessing.raw.dng import cfa_channels
+from preprocessing.raw.hot_pixels import without_defects
 from preprocessing.raw.picture import declared_size, read_picture
 from sdan import SDANConfig, raw_input
 
@@ -98,7 +100,7 @@ def _from_raw(path: Path, network: SDANConfig, output: Output) -> Photo:
     source = path if _is_utf_8(path) else path.read_bytes()
     size = decode.declared_size(source, name=shown(path))
     _require_memory(path, size, output, turned=True)
-    image = decode.load(source, name=shown(path), curve=network.rendering_curve)
+    image = _repaired(decode.load(source, name=shown(path), curve=network.rendering_curve))
     crop_top, crop_left, crop_height, crop_width = image.camera_crop
     top, left = max(crop_top, 0), max(crop_left, 0)
     height = min(crop_top + crop_height, image.visible_size[0]) - top
@@ -126,6 +128,14 @@ def _from_raw(path: Path, network: SDANConfig, output: Output) -> Photo:
     else:  # a part may lack the tones to compare
         small = _reduced(decode.upright(image.sensor.render(top, left, height, width), image.flip), COMPARED_PX)
     return replace(photo, look=camera_look(path, source, small, network.rendering_curve))
+
+
+def _repaired(image: decode.RawImage) -> decode.RawImage:
+    """The RAW without hot and dead pixels."""
+    sensor = image.sensor
+    gains = sensor.wb[cfa_channels(sensor.cfa)].reshape(2, 2)
+    mosaic, _ = without_defects(sensor.mosaic_HW, float(sensor.black_level.mean()), sensor.white_level, gains)
+    return replace(image, sensor=replace(sensor, mosaic_HW=mosaic))
 
 
 @dataclass(frozen=True)
