@@ -555,6 +555,9 @@ def zoom(
     like_camera: Annotated[
         bool, typer.Option("--like-camera", help="Give a RAW the tones of the JPG beside it, or else inside it.")
     ] = False,
+    device: Annotated[
+        str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, or cuda:N for the GPU of that number.")
+    ] = "auto",
 ) -> None:
     """Zoom photographs; writes them upright, in sRGB, with their EXIF tags."""
     from pipelines.zooming import request, start
@@ -563,12 +566,13 @@ def zoom(
     area = request.parse_crop(crop) if crop is not None else None
     output = request.Output(picture_format, bits, quality, scale, area, overwrite, not no_gps, like_camera)
     request.check_request(photos, out, output)
-    with start.large_imports():
+    request.check_device(device)
+    with start.large_imports(driver=device in ("auto", "cuda", "cuda:0")):
         from pipelines import zoom as verb
         from pipelines.zooming.models import choose_models
 
     chosen = choose_models(_data(), model)
-    verb.zoom_with(chosen, photos, out, strength=strength, output=output, say=_say, warn=_warn)
+    verb.zoom_with(chosen, photos, out, strength=strength, output=output, device=device, say=_say, warn=_warn)
 
 
 @app.command()

@@ -60,14 +60,21 @@ class Zoomer:
     """The start of the GPU in the background; None: the model is where it computes."""
 
     @classmethod
-    def load(cls, folder: Path, strength: float = 1.0, note: str = "") -> Zoomer:
-        """Load a checkpoint folder onto the GPU, or the CPU if there is none.
+    def load(cls, folder: Path, strength: float = 1.0, note: str = "", device: str = "auto") -> Zoomer:
+        """Load a checkpoint folder onto the device.
 
         A GPU starts in the background, so that a photograph can be read meanwhile.
+
+        Args:
+            device: auto (the first GPU, or the CPU if there is none), cpu, cuda or cuda:N.
+
+        Raises:
+            ZoomError: no such GPU.
         """
+        chosen = _device(device)
         model = checkpoint.load(folder).model
         thread = ThreadPoolExecutor(1)
-        start = thread.submit(_start, model)
+        start = thread.submit(_start, model, chosen)
         thread.shutdown(wait=False)
         return cls(model, strength, note, start)
 
@@ -142,10 +149,23 @@ class Zoomer:
         return tuple(self.model.config.scale * value for value in photo.window)
 
 
-def _start(model: Network) -> None:
-    """Move the model to the GPU, if there is one, and load the libraries and kernels that it needs."""
-    if torch.cuda.is_available():
-        model.to("cuda")
+def _device(name: str) -> torch.device:
+    available = torch.cuda.device_count() if name != "cpu" and torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if available else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= available:
+        raise ZoomError(
+            f"--device: expected a GPU that PyTorch finds ({available} here), got {name}; use auto or cpu, "
+            "or see sdan doctor"
+        )
+    return device
+
+
+def _start(model: Network, device: torch.device) -> None:
+    """Move the model to a GPU, and load the libraries and kernels that it needs."""
+    if device.type == "cuda":
+        model.to(device)
         if model.input_tile_px is not None:
             inference.warm_up(model, input_tile_px=model.input_tile_px)
 
@@ -261,15 +281,16 @@ def zoom_with(
     *,
     strength: float,
     output: Output,
+    device: str = "auto",
     say: Callable[[str], None],
     warn: Callable[[str], None],
 ) -> list[Zoomed]:
-    """`zoom_photos` with the chosen models."""
+    """`zoom_photos` with the chosen models on a device, as `Zoomer.load` takes it."""
     if chosen.note:
         say(chosen.note)
-    raw = Zoomer.load(chosen.for_raw, strength, chosen.raw_note)
+    raw = Zoomer.load(chosen.for_raw, strength, chosen.raw_note, device)
     same = chosen.for_pictures == chosen.for_raw
-    pictures = None if same else Zoomer.load(chosen.for_pictures, strength, chosen.picture_note)
+    pictures = None if same else Zoomer.load(chosen.for_pictures, strength, chosen.picture_note, device)
     return zoom_photos(inputs, out, raw, pictures=pictures, output=output, say=say, warn=warn)
 
 

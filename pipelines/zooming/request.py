@@ -6,6 +6,7 @@ Nothing here imports torch, so that a mistake on the command line is answered at
 from __future__ import annotations
 
 import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -71,6 +72,12 @@ def parse_crop(text: str) -> tuple[int, int, int, int]:
     if min(left, top) < 0 or min(width, height) < 1:
         raise ZoomError(f"--crop: expected a corner from 0,0 on and a size of at least 1x1, got {text}")
     return left, top, width, height
+
+
+def check_device(name: str) -> None:
+    """Raise ZoomError for a name that no device has."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
+        raise ZoomError(f"--device: expected auto, cpu, cuda or cuda:N, got {name}")
 
 
 def check_options(out: Path, output: Output) -> None:
