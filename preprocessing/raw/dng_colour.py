@@ -16,6 +16,7 @@ _MATRICES = (
     *(Tag.FORWARD_MATRIX_1, Tag.FORWARD_MATRIX_2),
 )
 _ILLUMINANTS = (Tag.CALIBRATION_ILLUMINANT_1, Tag.CALIBRATION_ILLUMINANT_2)
+_MAX_NAME = 127
 _LAST_ILLUMINANT = 24
 """Of EXIF's LightSource; 255 ("other") needs tags that are not copied."""
 
@@ -58,7 +59,7 @@ def _checked(ifd: ImageFileDirectory_v2) -> DngColour:
     for tag, count in ((Tag.ANALOG_BALANCE, 3), (Tag.BASELINE_EXPOSURE, 1)):
         if tag in ifd:
             numbers[int(tag)] = _floats(ifd, tag, count)
-    return DngColour(numbers, illuminants, str(ifd.get(Tag.UNIQUE_CAMERA_MODEL, "")).strip("\0 "))
+    return DngColour(numbers, illuminants, str(ifd.get(Tag.UNIQUE_CAMERA_MODEL, ""))[:_MAX_NAME].strip("\0 "))
 
 
 def _floats(ifd: ImageFileDirectory_v2, tag: int, count: int) -> tuple[float, ...]:
