@@ -19,7 +19,7 @@ from pipelines.zooming.negative import camera_of
 from pipelines.zooming.request import check_options
 from preprocessing.colour import linear_to_srgb, srgb_to_linear
 from preprocessing.raw import decode
-from preprocessing.raw.dng import ShotTags, Tag, write_dng
+from preprocessing.raw.dng import ShotTags, Tag, write_arw, write_dng
 from preprocessing.raw.dng_colour import DngColour, dng_colour
 from preprocessing.raw.rendering import render_options
 from preprocessing.simulator.sequences import simulate
@@ -41,12 +41,12 @@ def zoomer(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def simulated(tmp_path_factory):
-    """One frame each of the simulated Sony (ARW) and of a drawn camera (DNG)."""
-    root = tmp_path_factory.mktemp("simulated")
-    (sony,) = simulate(root / "sony", sequences=1, width_px=384, raw_format="arw")
+def photographs(tmp_path_factory):
+    """An ARW, whose matrix LibRaw knows, and a simulated frame of a drawn camera, whose DNG states it."""
+    root = tmp_path_factory.mktemp("photographs")
+    write_arw(root / "sony.ARW", colourful_counts(512, 16383), wb=(2.2, 1, 1.6))
     (drawn,) = simulate(root / "drawn", sequences=1, width_px=384, preset="wide", seed=4)
-    return {"sony": next(sony.glob("*7.ARW")), "drawn": next(drawn.glob("*7.dng"))}
+    return {"sony": root / "sony.ARW", "drawn": next(drawn.glob("*7.dng"))}
 
 
 def rendered(path, **options):
@@ -54,14 +54,19 @@ def rendered(path, **options):
         return raw.postprocess(use_camera_wb=True, **render_options("srgb"), **options)
 
 
-def colourful_raw(path, **more):
-    """A RAW of smooth colours, from black to clipped, measured by a camera with MATRIX and strong gains."""
-    coarse = np.random.default_rng(0).random((8, 10, 4))
+def colourful_counts(black, white):
+    """Smooth colours, RGGB, from black to clipped, of a camera with strong gains."""
+    coarse = np.random.default_rng(0).random((5, 6, 3))
     planes = cv2.resize(coarse, (48, 32), interpolation=cv2.INTER_CUBIC) * 1.3 - 0.1
-    mosaic = np.empty((64, 96))
-    for place in range(4):
-        mosaic[place // 2 :: 2, place % 2 :: 2] = planes[..., place]
-    counts = (500 + 15500 * mosaic * np.tile([[0.5, 1], [1, 0.6]], (32, 48))).clip(0, 16000).astype(np.uint16)
+    light = np.empty((64, 96))
+    for place, colour in enumerate((0, 1, 1, 2)):
+        light[place // 2 :: 2, place % 2 :: 2] = planes[..., colour]
+    light *= np.tile([[0.5, 1], [1, 0.6]], (32, 48))
+    return (black + (white - black) * light).clip(0, white).astype(np.uint16)
+
+
+def colourful_raw(path, **more):
+    counts = colourful_counts(500, 16000)
     write_dng(
         path, counts, black_level=(500,) * 4, white_level=16000, wb=(2.2, 1, 1.6), xyz_to_camera_33=MATRIX, **more
     )
@@ -69,10 +74,10 @@ def colourful_raw(path, **more):
 
 
 @pytest.mark.parametrize("kind", ["sony", "drawn"])
-def test_mean_colours_are_the_raws(kind, simulated, zoomer, tmp_path):
+def test_mean_colours_are_the_raws(kind, photographs, zoomer, tmp_path):
     """Colours that sRGB cannot hold are in both renderings what LibRaw makes of them."""
-    zoom_photos([simulated[kind]], tmp_path / "out.dng", zoomer, say=print, warn=print)
-    ours, raws = rendered(tmp_path / "out.dng"), decode.render(simulated[kind])
+    zoom_photos([photographs[kind]], tmp_path / "out.dng", zoomer, say=print, warn=print)
+    ours, raws = rendered(tmp_path / "out.dng"), decode.render(photographs[kind])
     assert ours.shape == (4 * raws.shape[0], 4 * raws.shape[1], 3)
     for values in (lambda image: image / 255, lambda image: srgb_to_linear(image / 255)):
         mean = values(raws).mean((0, 1))
