@@ -546,7 +546,7 @@ def zoom(
         list[Path], typer.Argument(metavar="PHOTO...", help="RAW (ARW, DNG, NEF, ...), JPG, PNG, TIFF, or a folder.")
     ],
     out: Annotated[
-        Path, typer.Option("-o", metavar="OUT", help="A .png, .tif or .jpg, or a folder for several photographs.")
+        Path, typer.Option("-o", metavar="OUT", help="A .png, .tif, .jpg or .dng, or a folder for several.")
     ],
     model: Annotated[
         str | None,
@@ -555,9 +555,11 @@ def zoom(
         ),
     ] = None,
     picture_format: Annotated[
-        str | None, typer.Option("--format", metavar="FORMAT", help="png, tiff or jpg; default: by OUT, or png.")
+        str | None, typer.Option("--format", metavar="FORMAT", help="png, tiff, jpg or dng; default: by OUT, or png.")
     ] = None,
-    bits: Annotated[int | None, typer.Option(help="8 or 16 bits per channel; default: 16 for tiff, else 8.")] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="8 or 16 bits per channel; default: 16 for tiff and dng, else 8.")
+    ] = None,
     quality: Annotated[int, typer.Option(help="Of jpg, 1 to 100.")] = 95,
     scale: Annotated[int | None, typer.Option(help="2, 3, 4 or 8; default: the model's.")] = None,
     crop: Annotated[
@@ -568,20 +570,27 @@ def zoom(
     ] = 1.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs.")] = False,
     no_gps: Annotated[bool, typer.Option("--no-gps", help="Leave the place out of the tags.")] = False,
+    like_camera: Annotated[
+        bool, typer.Option("--like-camera", help="Give a RAW the tones of the JPG beside it, or else inside it.")
+    ] = False,
+    device: Annotated[
+        str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, or cuda:N for the GPU of that number.")
+    ] = "auto",
 ) -> None:
     """Zoom photographs; writes them upright, in sRGB, with their EXIF tags."""
     from pipelines.zooming import request, start
 
     _INTERRUPTS.kept = "the files named above are complete, nothing else was left"
     area = request.parse_crop(crop) if crop is not None else None
-    output = request.Output(picture_format, bits, quality, scale, area, overwrite, not no_gps)
+    output = request.Output(picture_format, bits, quality, scale, area, overwrite, not no_gps, like_camera)
     request.check_request(photos, out, output)
-    with start.large_imports():
+    request.check_device(device)
+    with start.large_imports(driver=device in ("auto", "cuda", "cuda:0")):
         from pipelines import zoom as verb
         from pipelines.zooming.models import choose_models
 
     chosen = choose_models(_data(), model)
-    verb.zoom_with(chosen, photos, out, strength=strength, output=output, say=_say, warn=_warn)
+    verb.zoom_with(chosen, photos, out, strength=strength, output=output, device=device, say=_say, warn=_warn)
 
 
 @app.command()

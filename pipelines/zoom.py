@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import sdan
-from pipelines.formats import jpg, png, tags, tiff
+from pipelines.formats import dng, jpg, png, tags, tiff
 from pipelines.zooming import rows
 from pipelines.zooming.models import Chosen
 from pipelines.zooming.photo import Photo, read_photo
@@ -33,6 +33,7 @@ from pipelines.zooming.request import (
     kind_of_photo,
     output_paths,
     photographs,
+    require_raw,
     shown,
     without_twins,
 )
@@ -59,14 +60,21 @@ class Zoomer:
     """The start of the GPU in the background; None: the model is where it computes."""
 
     @classmethod
-    def load(cls, folder: Path, strength: float = 1.0, note: str = "") -> Zoomer:
-        """Load a checkpoint folder onto the GPU, or the CPU if there is none.
+    def load(cls, folder: Path, strength: float = 1.0, note: str = "", device: str = "auto") -> Zoomer:
+        """Load a checkpoint folder onto the device.
 
         A GPU starts in the background, so that a photograph can be read meanwhile.
+
+        Args:
+            device: auto (the first GPU, or the CPU if there is none), cpu, cuda or cuda:N.
+
+        Raises:
+            ZoomError: no such GPU.
         """
+        chosen = _device(device)
         model = checkpoint.load(folder).model
         thread = ThreadPoolExecutor(1)
-        start = thread.submit(_start, model)
+        start = thread.submit(_start, model, chosen)
         thread.shutdown(wait=False)
         return cls(model, strength, note, start)
 
@@ -101,11 +109,13 @@ class Zoomer:
         progress: Callable[[int, int], None] | None = None,
         *,
         scale: int | None = None,
+        finish: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> Iterator[np.ndarray]:
         """The same as levels, uint8 or uint16 [rows, s W, 3], in parts from top to bottom.
 
         Args:
             scale: resample to this scale; None: the model's.
+            finish: makes what is returned of each part, of levels as uint16; `bits` are what it returns.
         """
         # 16 bits need more than the 8 bits of mantissa that bf16 has.
         precision = "fp32" if bits == 16 else "auto"
@@ -116,7 +126,7 @@ class Zoomer:
                 self.model,
                 photo.raw,
                 photo.rendering,
-                bits=bits,
+                bits=16 if finish else bits,
                 precision=precision,
                 strength=self.strength,
                 progress=progress,
@@ -128,7 +138,7 @@ class Zoomer:
                 parts = rows.grey(parts)
             if scale is not None and scale != own:
                 parts = rows.resampled(parts, width, own, scale)
-            yield from parts
+            yield from map(finish, parts) if finish else parts
 
     def size(self, photo: Photo, scale: int | None = None) -> tuple[int, int]:
         """(width, height) of the enlarged photograph, upright."""
@@ -139,10 +149,23 @@ class Zoomer:
         return tuple(self.model.config.scale * value for value in photo.window)
 
 
-def _start(model: Network) -> None:
-    """Move the model to the GPU, if there is one, and load the libraries and kernels that it needs."""
-    if torch.cuda.is_available():
-        model.to("cuda")
+def _device(name: str) -> torch.device:
+    available = torch.cuda.device_count() if name != "cpu" and torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if available else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= available:
+        raise ZoomError(
+            f"--device: expected a GPU that PyTorch finds ({available} here), got {name}; use auto or cpu, "
+            "or see sdan doctor"
+        )
+    return device
+
+
+def _start(model: Network, device: torch.device) -> None:
+    """Move the model to a GPU, and load the libraries and kernels that it needs."""
+    if device.type == "cuda":
+        model.to(device)
         if model.input_tile_px is not None:
             inference.warm_up(model, input_tile_px=model.input_tile_px)
 
@@ -186,17 +209,19 @@ def write_levels(
     *,
     output: Output = DEFAULTS,
     exif: bytes = b"",
+    photo: Photo | None = None,
 ) -> None:
-    """Write RGB levels in sRGB while they arrive; the file appears complete or not at all.
+    """Write RGB levels in sRGB (for a DNG: camera light) while they arrive; the file appears complete or not at all.
 
     Args:
         parts: uint8 or uint16 [rows, width, 3] by `bits`, from top to bottom.
         size: (width, height).
         output: its format and quality.
         exif: a block as `formats.tags.written` gives it.
+        photo: a RAW that is written as a DNG.
 
     Raises:
-        ZoomError: the path cannot be written, or the picture is too large for a JPG.
+        ZoomError: the path cannot be written, or the picture is too large for a JPG or DNG.
     """
     kind = output.chosen_format(path)
     if kind == "jpg" and max(size) > jpg.MAX_SIDE:
@@ -204,10 +229,18 @@ def write_levels(
             f"-o {shown(path)}: expected at most {jpg.MAX_SIDE} pixels a side for a JPG, got {size[0]}x{size[1]}; "
             "use --format tiff or png"
         )
+    if kind == "dng" and dng.size_bytes(*size) > dng.MAX_BYTES:
+        raise ZoomError(
+            f"-o {shown(path)}: expected at most 4.29 GB for a DNG, got {size[0]}x{size[1]} pixels of 6 bytes; "
+            "use --crop, a smaller --scale or --format tiff"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with new_file(path) as file:
-            _write(file, kind, parts, size, bits, output.quality, exif)
+            if kind == "dng" and photo is not None and photo.camera is not None:
+                dng.write(file, parts, *size, photo.camera, photo.reduced(dng.PREVIEW_PX), exif=exif)
+            else:
+                _write(file, kind, parts, size, bits, output.quality, exif)
     except OSError as error:
         raise ZoomError(
             f"-o {shown(path)}: expected a writable place, got {error.strerror or error}; choose another"
@@ -248,15 +281,16 @@ def zoom_with(
     *,
     strength: float,
     output: Output,
+    device: str = "auto",
     say: Callable[[str], None],
     warn: Callable[[str], None],
 ) -> list[Zoomed]:
-    """`zoom_photos` with the chosen models."""
+    """`zoom_photos` with the chosen models on a device, as `Zoomer.load` takes it."""
     if chosen.note:
         say(chosen.note)
-    raw = Zoomer.load(chosen.for_raw, strength, chosen.raw_note)
+    raw = Zoomer.load(chosen.for_raw, strength, chosen.raw_note, device)
     same = chosen.for_pictures == chosen.for_raw
-    pictures = None if same else Zoomer.load(chosen.for_pictures, strength, chosen.picture_note)
+    pictures = None if same else Zoomer.load(chosen.for_pictures, strength, chosen.picture_note, device)
     return zoom_photos(inputs, out, raw, pictures=pictures, output=output, say=say, warn=warn)
 
 
@@ -315,6 +349,7 @@ def _unexpected(photo: Path, error: Exception) -> str:
 
 
 def _zoom_one(photo: Path, target: Path, zoomer: Zoomer, output: Output, say: Callable[[str], None]) -> Zoomed:
+    require_raw(photo, target, output)
     decoded = read_photo(photo, zoomer.model.config, output)
     for note in (*decoded.notes, *([zoomer.note] if zoomer.note else [])):
         say(f"{shown(photo)}: {note}")
@@ -325,10 +360,16 @@ def _zoom_one(photo: Path, target: Path, zoomer: Zoomer, output: Output, say: Ca
         )
     width, height = zoomer.size(decoded, output.scale)
     bits = output.chosen_bits(target)
-    exif = tags.written(decoded.exif, width, height, gps=output.gps)
+    scale = output.scale or zoomer.model.config.scale
+    exif = tags.written(decoded.exif, width, height, gps=output.gps, scale=scale, crop_factor=decoded.crop_factor)
+    finish: Callable[[np.ndarray], np.ndarray] | None = None
+    if decoded.camera and output.chosen_format(target) == "dng":
+        finish = decoded.camera.light
+    elif decoded.look:
+        finish = partial(decoded.look.add, bits=bits)
     with tqdm(desc=shown(Path(photo.name)), unit="tile") as bar:
-        parts = zoomer.levels(decoded, bits, partial(move_bar, bar), scale=output.scale)
-        write_levels(parts, target, (width, height), bits, output=output, exif=exif)
+        parts = zoomer.levels(decoded, bits, partial(move_bar, bar), scale=output.scale, finish=finish)
+        write_levels(parts, target, (width, height), bits, output=output, exif=exif, photo=decoded)
     say(f"{shown(target)} ({width}x{height})")
     return Zoomed(target, width, height)
 

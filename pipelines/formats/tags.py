@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
+from collections.abc import Mapping
+from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
 from PIL import Image, ImageCms
+from PIL.TiffImagePlugin import IFDRational
 
 _EXIF_HEADER = b"Exif\x00\x00"
 _EXIF_IFD, _GPS_IFD = 0x8769, 0x8825
@@ -17,10 +21,11 @@ _EXIF_TAGS = (
     *(0x829A, 0x829D, 0x8822, 0x8827, 0x8830, 0x8831, 0x8832),  # exposure, aperture, program, sensitivity
     *(0x9003, 0x9004, 0x9010, 0x9011, 0x9012, 0x9290, 0x9291, 0x9292),  # dates and time zones
     *(0x9201, 0x9202, 0x9203, 0x9204, 0x9205, 0x9206, 0x9207, 0x9208, 0x9209, 0x920A),  # exposure, light, focal length
-    *(0xA402, 0xA403, 0xA405, 0xA406, 0xA432, 0xA433, 0xA434),  # exposure mode, white balance, lens
+    *(0xA402, 0xA403, 0xA406, 0xA432, 0xA433, 0xA434),  # exposure mode, white balance, lens
 )
 """Tags of the EXIF directory that are true of the enlarged photograph, too. Maker notes are not: they hold addresses
 within the source."""
+_DIGITAL_ZOOM, _FOCAL_35MM, _MAX_SHORT = 0xA404, 0xA405, 65_535
 _MAX_BYTES = 60_000
 """A JPG's segment holds 65,533 bytes."""
 
@@ -40,11 +45,15 @@ def read(head: bytes) -> Image.Exif:
     return found
 
 
-def written(source: Image.Exif, width: int, height: int, *, gps: bool = True) -> bytes:
+def written(
+    source: Image.Exif, width: int, height: int, *, gps: bool = True, scale: int = 1, crop_factor: float = 1.0
+) -> bytes:
     """An EXIF block (a small TIFF file, no header before it) for an upright sRGB picture of this size.
 
     Args:
         gps: whether to keep the place.
+        scale: how many times the source's pixels were enlarged, a side.
+        crop_factor: the source's diagonal in units of that of the part that was enlarged.
     """
     tags = Image.Exif()
     shot = tags.get_ifd(_EXIF_IFD)
@@ -55,6 +64,7 @@ def written(source: Image.Exif, width: int, height: int, *, gps: bool = True) ->
         tags.update({tag: source[tag] for tag in _ROOT_TAGS if tag in source})
         if gps and (place := source.get_ifd(_GPS_IFD)):
             tags.get_ifd(_GPS_IFD).update(place)
+        shot |= _zoom_tags(more, scale, crop_factor)
     with contextlib.suppress(Exception):
         block = _block(tags, width, height)
         if len(block) <= _MAX_BYTES:
@@ -62,13 +72,31 @@ def written(source: Image.Exif, width: int, height: int, *, gps: bool = True) ->
     return _block(Image.Exif(), width, height)
 
 
+def _zoom_tags(source: Mapping[int, Any], scale: int, crop_factor: float) -> dict[int, Any]:
+    """DigitalZoomRatio, and FocalLengthIn35mmFilm if the source has it, after the zoom."""
+    found: dict[int, Any] = {}
+    before = float(source.get(_DIGITAL_ZOOM) or 0)  # 0: no digital zoom
+    if scale != 1 or before > 0:
+        found[_DIGITAL_ZOOM] = scale * (before if before > 0 else 1.0)
+    focal = round(float(source.get(_FOCAL_35MM) or 0) * crop_factor)
+    return found | ({_FOCAL_35MM: focal} if 0 < focal <= _MAX_SHORT else {})
+
+
 def _block(tags: Image.Exif, width: int, height: int) -> bytes:
     tags[0x0112] = 1
     tags[0x0131] = "SDAN"
-    tags.get_ifd(_EXIF_IFD).update({0x9000: b"0232", 0xA001: 1, 0xA002: width, 0xA003: height})
+    shot = tags.get_ifd(_EXIF_IFD)
+    shot.update({0x9000: b"0232", 0xA001: 1, 0xA002: width, 0xA003: height})
+    # Pillow writes floats as doubles, which EXIF does not have.
+    shot.update({tag: _rational(value) for tag, value in shot.items() if isinstance(value, float)})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return tags.tobytes().removeprefix(_EXIF_HEADER)
+
+
+def _rational(value: float) -> IFDRational:
+    fraction = Fraction(value).limit_denominator(1_000_000)
+    return IFDRational(fraction.numerator, fraction.denominator)
 
 
 @lru_cache(maxsize=1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -25,19 +25,25 @@ BIG_BYTES = 4_000_000_000
 """Files that may become larger than this have 8-byte addresses."""
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 16: 8}
 """TIFF's types: bytes per value."""
-_SHORT, _LONG, _UNDEFINED, _LONG_8 = 3, 4, 7, 16
+BYTE, ASCII, SHORT, LONG, RATIONAL, SIGNED_RATIONAL = 1, 2, 3, 4, 5, 10
+_UNDEFINED, _LONG_8 = 7, 16
+_LETTERS = {BYTE: "B", ASCII: "B", SHORT: "H", LONG: "I", RATIONAL: "I", SIGNED_RATIONAL: "i", _LONG_8: "Q"}
+_PAIRS = (RATIONAL, SIGNED_RATIONAL)
 _DIRECTORIES = (0x8769, 0x8825)
 """Tags that hold the address of a directory: EXIF and GPS."""
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
+    """A tag's value: its type, the number of values, and their bytes, the low byte first."""
+
     kind: int
     count: int
     data: bytes
 
 
-Directory = dict[int, "_Entry | Directory"]
+Directory = dict[int, "Entry | Directory"]
+"""Tag -> value, or the directory whose address is the value."""
 
 
 def write(
@@ -58,27 +64,27 @@ def write(
         offsets.append(at)
         sizes.append(len(data))
         at += len(data)
-    address = _LONG_8 if big else _LONG
-    directory = _parsed(exif) if exif else {}
+    address = _LONG_8 if big else LONG
+    directory = parsed(exif) if exif else {}
     values: dict[int, tuple[int, list[int]]] = {
-        256: (_LONG, [width]),
-        257: (_LONG, [height]),
-        258: (_SHORT, [bits] * 3),
-        259: (_SHORT, [8]),
-        262: (_SHORT, [2]),
-        277: (_SHORT, [3]),
-        284: (_SHORT, [1]),
-        317: (_SHORT, [2]),
-        322: (_SHORT, [TILE_PX]),
-        323: (_SHORT, [TILE_PX]),
+        256: (LONG, [width]),
+        257: (LONG, [height]),
+        258: (SHORT, [bits] * 3),
+        259: (SHORT, [8]),
+        262: (SHORT, [2]),
+        277: (SHORT, [3]),
+        284: (SHORT, [1]),
+        317: (SHORT, [2]),
+        322: (SHORT, [TILE_PX]),
+        323: (SHORT, [TILE_PX]),
         324: (address, offsets),
         325: (address, sizes),
     }
-    directory |= {tag: _entry(kind, numbers) for tag, (kind, numbers) in values.items()}
+    directory |= {tag: entry(kind, numbers) for tag, (kind, numbers) in values.items()}
     if icc:
-        directory[34675] = _Entry(_UNDEFINED, len(icc), icc)
+        directory[34675] = Entry(_UNDEFINED, len(icc), icc)
     file.write(bytes(at % 2))
-    first, block = _serialised(directory, at + at % 2, big)
+    first, block = serialised(directory, at + at % 2, big)
     file.write(block)
     file.seek(8 if big else 4)
     file.write(struct.pack("<Q" if big else "<I", first))
@@ -101,12 +107,13 @@ def _compress(tile: Pixels) -> bytes:
     return zlib.compress(little.tobytes(), 3)
 
 
-def _entry(kind: int, numbers: list[int]) -> _Entry:
-    letter = {_SHORT: "H", _LONG: "I", _LONG_8: "Q"}[kind]
-    return _Entry(kind, len(numbers), struct.pack(f"<{len(numbers)}{letter}", *numbers))
+def entry(kind: int, numbers: Sequence[int]) -> Entry:
+    """A value of one of TIFF's types; of rationals `numbers` are numerator, denominator, numerator, ..."""
+    count = len(numbers) // 2 if kind in _PAIRS else len(numbers)
+    return Entry(kind, count, struct.pack(f"<{len(numbers)}{_LETTERS[kind]}", *numbers))
 
 
-def _parsed(block: bytes) -> Directory:
+def parsed(block: bytes) -> Directory:
     """The directories of an EXIF block, which Pillow writes with the low byte first or last."""
     order = "<" if block[:2] == b"II" else ">"
 
@@ -121,7 +128,7 @@ def _parsed(block: bytes) -> Directory:
                 found[tag] = directory(pointer)
                 continue
             data = block[place + 8 : place + 8 + size] if size <= 4 else block[pointer : pointer + size]
-            found[tag] = _Entry(kind, number, _little(data, kind) if order == ">" else data)
+            found[tag] = Entry(kind, number, _little(data, kind) if order == ">" else data)
         return found
 
     (first,) = struct.unpack_from(f"{order}I", block, 4)
@@ -130,20 +137,20 @@ def _parsed(block: bytes) -> Directory:
 
 def _little(data: bytes, kind: int) -> bytes:
     """Values with the low byte first."""
-    size = 4 if kind in (5, 10) else _SIZES[kind]
+    size = 4 if kind in _PAIRS else _SIZES[kind]
     return np.frombuffer(data, np.uint8).reshape(-1, size)[:, ::-1].tobytes()
 
 
-def _serialised(directory: Directory, start: int, big: bool) -> tuple[int, bytes]:
+def serialised(directory: Directory, start: int, big: bool) -> tuple[int, bytes]:
     """(address of the directory, bytes from the even address `start` on: values, then the directory)."""
     inline, head, pointer = (8, "<HHQ", "<Q") if big else (4, "<HHI", "<I")
     blob, entries = b"", b""
     for tag in sorted(directory):
         item = directory[tag]
         if isinstance(item, dict):
-            address, block = _serialised(item, start + len(blob), big)
+            address, block = serialised(item, start + len(blob), big)
             blob += block
-            item = _entry(_LONG_8 if big else _LONG, [address])
+            item = entry(_LONG_8 if big else LONG, [address])
         if len(item.data) <= inline:
             value = item.data.ljust(inline, b"\0")
         else:

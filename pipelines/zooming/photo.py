@@ -6,11 +6,13 @@ mosaic from its linearised pixels; an RGB model takes it directly.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -18,8 +20,14 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.formats import tags
+from pipelines.formats.dng import Camera
+from pipelines.zooming.like_camera import COMPARED_PX, camera_look
+from pipelines.zooming.negative import camera_of
 from pipelines.zooming.request import DEFAULTS, Output, ZoomError, available_memory, kind_of_photo, shown
+from preprocessing.photometry.look import Look
 from preprocessing.raw import decode
+from preprocessing.raw.dng import cfa_channels
+from preprocessing.raw.hot_pixels import without_defects
 from preprocessing.raw.picture import declared_size, read_picture
 from sdan import SDANConfig, raw_input
 
@@ -49,6 +57,26 @@ class Photo:
     """What was done to it besides decoding."""
     grey: bool = False
     exif: Image.Exif = field(default_factory=Image.Exif)
+    crop_factor: float = 1.0
+    """The photograph's diagonal in units of that of the part to enlarge."""
+    camera: Camera | None = None
+    """Of RAW."""
+    look: Look | None = None
+    """Of the camera's JPG, if it is asked for."""
+
+    def reduced(self, longest_px: int) -> NDArray[np.uint8]:
+        """The window's rendering [h, w, 3], reduced to `longest_px` on its longer side if that is longer."""
+        top, left, height, width = self.window
+        planes = self.rendering[:, top : top + height, left : left + width].numpy()
+        small = [_reduced(plane, longest_px) for plane in planes]
+        return np.rint(255 * np.stack(small, axis=-1)).clip(0, 255).astype(np.uint8)
+
+
+def _reduced(picture: NDArray[Any], longest_px: int) -> NDArray[Any]:
+    height, width = picture.shape[:2]
+    shrink = min(1.0, longest_px / max(height, width))
+    size = max(1, round(shrink * width)), max(1, round(shrink * height))
+    return np.asarray(cv2.resize(picture, size, interpolation=cv2.INTER_AREA))
 
 
 def read_photo(path: Path, network: SDANConfig, output: Output = DEFAULTS) -> Photo:
@@ -72,7 +100,7 @@ def _from_raw(path: Path, network: SDANConfig, output: Output) -> Photo:
     source = path if _is_utf_8(path) else path.read_bytes()
     size = decode.declared_size(source, name=shown(path))
     _require_memory(path, size, output, turned=True)
-    image = decode.load(source, name=shown(path), curve=network.rendering_curve)
+    image = _repaired(decode.load(source, name=shown(path), curve=network.rendering_curve))
     crop_top, crop_left, crop_height, crop_width = image.camera_crop
     top, left = max(crop_top, 0), max(crop_left, 0)
     height = min(crop_top + crop_height, image.visible_size[0]) - top
@@ -83,7 +111,31 @@ def _from_raw(path: Path, network: SDANConfig, output: Output) -> Photo:
     raw, rendering = raw_input.from_photo(part)
     with path.open("rb") as file:
         exif = tags.read(file.read(_HEAD_BYTES))
-    return Photo(raw, rendering, True, window, image.remarks, exif=_completed(exif, image))
+    photo = Photo(
+        raw,
+        rendering,
+        True,
+        window,
+        image.remarks,
+        exif=_completed(exif, image),
+        crop_factor=math.hypot(height, width) / math.hypot(*inner[2:]),
+        camera=camera_of(path, image),
+    )
+    if not output.like_camera:
+        return photo
+    if output.crop is None:
+        small = photo.reduced(COMPARED_PX)
+    else:  # a part may lack the tones to compare
+        small = _reduced(decode.upright(image.sensor.render(top, left, height, width), image.flip), COMPARED_PX)
+    return replace(photo, look=camera_look(path, source, small, network.rendering_curve))
+
+
+def _repaired(image: decode.RawImage) -> decode.RawImage:
+    """The RAW without hot and dead pixels."""
+    sensor = image.sensor
+    gains = sensor.wb[cfa_channels(sensor.cfa)].reshape(2, 2)
+    mosaic, _ = without_defects(sensor.mosaic_HW, float(sensor.black_level.mean()), sensor.white_level, gains)
+    return replace(image, sensor=replace(sensor, mosaic_HW=mosaic))
 
 
 @dataclass(frozen=True)
@@ -157,7 +209,8 @@ def _from_picture(path: Path, network: SDANConfig, output: Output) -> Photo:
         part = np.pad(part, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     levels = np.float32(np.iinfo(part.dtype).max)
     rendering = torch.from_numpy(np.divide(part, levels, dtype=np.float32)).permute(2, 0, 1).contiguous()
-    photo = Photo(rendering, rendering, False, window, picture.notes, picture.grey, tags.read(data))
+    crop_factor = math.hypot(*pixels.shape[:2]) / math.hypot(*window[2:])
+    photo = Photo(rendering, rendering, False, window, picture.notes, picture.grey, tags.read(data), crop_factor)
     if network.is_rgb:
         return photo
     mosaic = raw_input.mosaic_from_srgb(rendering[None])[0]

@@ -6,6 +6,7 @@ Nothing here imports torch, so that a mistake on the command line is answered at
 from __future__ import annotations
 
 import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from preprocessing.raw.checks import RAW_SUFFIXES
 from preprocessing.raw.picture import kind_of
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".tif", ".tiff", ".webp", ".avif")
-FORMATS = {"png": (".png",), "tiff": (".tif", ".tiff"), "jpg": (".jpg", ".jpeg")}
+FORMATS = {"png": (".png",), "tiff": (".tif", ".tiff"), "jpg": (".jpg", ".jpeg"), "dng": (".dng",)}
 """Format -> suffixes that name it; the first is that of outputs in a folder."""
 SCALES = (2, 3, 4, 8)
 _HEAD_BYTES = 4096
@@ -35,9 +36,9 @@ class Output:
     """How results are written."""
 
     format: str | None = None
-    """png, tiff or jpg; None: by -o's suffix, or else png."""
+    """png, tiff, jpg or dng; None: by -o's suffix, or else png."""
     bits: int | None = None
-    """Per channel; None: 16 for tiff, else 8."""
+    """Per channel; None: 16 for tiff and dng, else 8."""
     quality: int = 95
     """Of jpg, 1 to 100."""
     scale: int | None = None
@@ -48,13 +49,15 @@ class Output:
     """Whether existing outputs are replaced."""
     gps: bool = True
     """Whether the place is kept."""
+    like_camera: bool = False
+    """Whether a RAW gets the tones of its camera's JPG."""
 
     def chosen_format(self, out: Path) -> str:
         named = next((name for name, suffixes in FORMATS.items() if out.suffix.lower() in suffixes), None)
         return self.format or named or "png"
 
     def chosen_bits(self, out: Path) -> int:
-        return self.bits or (16 if self.chosen_format(out) == "tiff" else 8)
+        return self.bits or (16 if self.chosen_format(out) in ("tiff", "dng") else 8)
 
 
 DEFAULTS = Output()
@@ -71,21 +74,31 @@ def parse_crop(text: str) -> tuple[int, int, int, int]:
     return left, top, width, height
 
 
+def check_device(name: str) -> None:
+    """Raise ZoomError for a name that no device has."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
+        raise ZoomError(f"--device: expected auto, cpu, cuda or cuda:N, got {name}")
+
+
 def check_options(out: Path, output: Output) -> None:
     """Raise ZoomError for a value that can never work."""
     if output.format not in (None, *FORMATS):
-        raise ZoomError(f"--format: expected png, tiff or jpg, got {output.format}")
+        raise ZoomError(f"--format: expected png, tiff, jpg or dng, got {output.format}")
     kind = output.chosen_format(out)
     suffix = out.suffix.lower()
     known = [ending for suffixes in FORMATS.values() for ending in suffixes]
     if suffix in (*PICTURE_SUFFIXES, ".heic", ".dng") and not out.is_dir() and suffix not in FORMATS[kind]:
         what = f"a {suffix} file" if suffix in known else f"{suffix}, which sdan does not write"
-        wanted = " or ".join(FORMATS[kind]) if output.format else ".png, .tif or .jpg"
+        wanted = " or ".join(FORMATS[kind]) if output.format else ".png, .tif, .jpg or .dng"
         raise ZoomError(f"-o {shown(out)}: expected {wanted}, or a folder, got {what}; change -o or --format")
     if output.bits not in (None, 8, 16):
         raise ZoomError(f"--bits: expected 8 or 16, got {output.bits}")
     if kind == "jpg" and output.bits == 16:
         raise ZoomError("--bits: expected 8 for a JPG, got 16; use --format tiff or png")
+    if kind == "dng" and output.bits == 8:
+        raise ZoomError("--bits: expected 16 for a DNG, got 8; leave --bits out")
+    if kind == "dng" and output.like_camera:
+        raise ZoomError("--like-camera: expected png, tiff or jpg, got dng, which has no tones yet; use one of the two")
     if not 1 <= output.quality <= 100:
         raise ZoomError(f"--quality: expected 1 to 100, got {output.quality}")
     if output.scale not in (None, *SCALES):
@@ -129,7 +142,7 @@ def check_request(inputs: Sequence[Path], out: Path, output: Output) -> None:
     check_options(out, output)
     photos = photographs(inputs, out)
     if len(photos) == 1:
-        kind_of_photo(photos[0])
+        require_raw(photos[0], out, output)
     named = output.scale is not None or out.suffix.lower() in FORMATS[output.chosen_format(out)]
     # Without a scale the final names are known only after the model is; their length hardly differs.
     targets = output_paths(photos, out, output.scale or 4, output)
@@ -251,6 +264,21 @@ def kind_of_photo(path: Path) -> str:
         what = "text" if _is_text(head) else "other data"
         raise ZoomError(f"{shown(path)}: expected a photograph (RAW, JPG or PNG), got {what}: not a photograph")
     return "raw"
+
+
+def require_raw(photo: Path, out: Path, output: Output) -> None:
+    """Raise ZoomError for a picture where only RAW has what the output needs, and for what is no photograph."""
+    kind = kind_of_photo(photo)
+    if kind == "picture" and output.chosen_format(out) == "dng":
+        raise ZoomError(
+            f"{shown(photo)}: expected RAW for a DNG, got a finished picture, which has no camera light; "
+            "use --format tiff"
+        )
+    if kind == "picture" and output.like_camera:
+        raise ZoomError(
+            f"{shown(photo)}: expected RAW for --like-camera, got a picture, which has its camera's tones; "
+            "leave out --like-camera"
+        )
 
 
 def _is_text(head: bytes) -> bool:

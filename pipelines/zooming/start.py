@@ -10,13 +10,17 @@ from threading import Thread
 
 
 @contextmanager
-def large_imports() -> Iterator[None]:
+def large_imports(*, driver: bool = True) -> Iterator[None]:
     """Import torch inside: nothing is collected meanwhile, and never what was imported; a GPU's driver starts.
 
     The collector would look through all of torch's objects several times during the import and again at the end of the
     process, which adds tenths of a second to both.
+
+    Args:
+        driver: whether to start it.
     """
-    Thread(target=start_driver).start()
+    if driver:
+        Thread(target=start_driver).start()
     collects = gc.isenabled()
     gc.disable()
     try:

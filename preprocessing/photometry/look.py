@@ -42,6 +42,12 @@ _STEPS = np.float32(65535)
 """Steps of light in the table that encodes it. Of the darkest bytes, each spans 20 of them."""
 
 
+_LEVEL_TO_LINEAR = srgb_to_linear(np.arange(2**16) / (2**16 - 1)).astype(np.float32)
+_ROWS = 64
+"""Rows that `Look.add` converts at a time."""
+_LEAST_SLOPE, _SMOOTHINGS = 0.1 / (KNOTS - 1), 2
+
+
 @lru_cache
 def _encoding(curve: RenderingCurve) -> NDArray[np.uint8]:
     """The byte that encodes each step of light, [_STEPS + 1]. Interpolation takes ten times as long as a table."""
@@ -64,6 +70,33 @@ class Look:
         light = (_STEPS * self.matrix) @ table[picture_3HW].reshape(3, -1)
         step = np.clip(light + np.float32(0.5), 0, _STEPS).astype(np.uint16)
         return _encoding(curve)[step].reshape(picture_3HW.shape)
+
+    def add(self, levels_HW3: NDArray[np.uint16], bits: int) -> NDArray[Any]:
+        """A picture in the rendering's look, sRGB in 16 bits, with the JPG's look: the inverse of `remove`.
+
+        Returns:
+            uint8 or uint16 by `bits` [H, W, 3].
+        """
+        table = self._of_light(bits)
+        matrix = (_STEPS * np.linalg.inv(self.matrix.astype(np.float64))).T.astype(np.float32)
+        done = np.empty(levels_HW3.shape, table.dtype)
+        for first in range(0, len(levels_HW3), _ROWS):
+            light = _LEVEL_TO_LINEAR[levels_HW3[first : first + _ROWS]] @ matrix
+            done[first : first + _ROWS] = table[np.clip(light + np.float32(0.5), 0, _STEPS).astype(np.uint16)]
+        return done
+
+    def _of_light(self, bits: int) -> NDArray[Any]:
+        """The JPG's level for each step of light before `matrix`, [_STEPS + 1].
+
+        The curve's knots are medians, so their slopes are smoothed, and kept above zero, which an inverse needs.
+        """
+        slopes = np.maximum(np.diff(self.curve.astype(np.float64)), _LEAST_SLOPE)
+        for _ in range(_SMOOTHINGS):
+            slopes = np.convolve(np.pad(slopes, 1, mode="edge"), (0.25, 0.5, 0.25), mode="valid")
+        curve = np.concatenate(([0], np.cumsum(slopes))) / slopes.sum()
+        encoded = linear_to_srgb(np.arange(int(_STEPS) + 1) / float(_STEPS))
+        level = (2**bits - 1) * np.interp(encoded, curve, _PLACES)
+        return np.rint(level).astype(np.uint8 if bits == 8 else np.uint16)
 
     def columns(self) -> dict[str, Any]:
         """The values of COLUMNS."""

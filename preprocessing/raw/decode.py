@@ -161,6 +161,15 @@ def declared_size(source: str | Path | bytes, *, name: str | None = None) -> tup
         return int(raw.sizes.height), int(raw.sizes.width)
 
 
+def embedded_jpg(source: str | Path | bytes, *, name: str | None = None) -> tuple[bytes | None, int]:
+    """(the preview in a RAW file, None if there is no JPG; how a viewer turns the RAW, as `upright` takes it).
+
+    Raises RawError.
+    """
+    with _opened(source, name) as (raw, _):
+        return _preview(raw), int(raw.sizes.flip)
+
+
 def render(source: str | Path | bytes, *, name: str | None = None, curve: RenderingCurve = "srgb") -> NDArray[np.uint8]:
     """LibRaw's rendering of the camera's crop: uint8 [H, W, 3], sensor's orientation.
 

@@ -25,9 +25,9 @@ from preprocessing.raw.tiff import BYTE, LONG, SHORT, SSHORT, UNDEFINED, Ifd, se
 
 Mosaic = npt.NDArray[np.uint16]
 
-_UNCOMPRESSED, _JPEG = 1, 7
-_PHOTOMETRIC_YCBCR, _PHOTOMETRIC_CFA = 6, 32803
-_D65 = 21
+UNCOMPRESSED, JPEG = 1, 7
+PHOTOMETRIC_YCBCR, _PHOTOMETRIC_CFA, PHOTOMETRIC_LINEAR_RAW = 6, 32803, 34892
+D65 = 21
 
 CFA_CODES = {"RGGB": (0, 1, 1, 2), "GRBG": (1, 0, 2, 1), "GBRG": (1, 2, 0, 1), "BGGR": (2, 1, 1, 0)}
 
@@ -57,6 +57,9 @@ class Tag(IntEnum):
     SUB_IFDS = 330
     JPEG_OFFSET = 513
     JPEG_BYTE_COUNT = 514
+    YCBCR_SUBSAMPLING = 530
+    YCBCR_POSITIONING = 531
+    REFERENCE_BLACK_WHITE = 532
     SONY_BLACK_LEVEL = 0x7310
     SONY_WHITE_BALANCE = 0x7313
     CFA_REPEAT = 33421
@@ -75,10 +78,20 @@ class Tag(IntEnum):
     BLACK_LEVEL_REPEAT = 50713
     BLACK_LEVEL = 50714
     WHITE_LEVEL = 50717
+    DEFAULT_CROP_ORIGIN = 50719
+    DEFAULT_CROP_SIZE = 50720
     COLOR_MATRIX_1 = 50721
+    COLOR_MATRIX_2 = 50722
     CAMERA_CALIBRATION_1 = 50723
+    CAMERA_CALIBRATION_2 = 50724
+    ANALOG_BALANCE = 50727
     AS_SHOT_NEUTRAL = 50728
+    BASELINE_EXPOSURE = 50730
     CALIBRATION_ILLUMINANT_1 = 50778
+    CALIBRATION_ILLUMINANT_2 = 50779
+    FORWARD_MATRIX_1 = 50964
+    FORWARD_MATRIX_2 = 50965
+    PREVIEW_COLOR_SPACE = 50970
 
 
 def cfa_channels(cfa: str) -> list[int]:
@@ -136,7 +149,7 @@ def write_dng(
     root.text(Tag.UNIQUE_CAMERA_MODEL, f"{make} {model}")
     root.rational(Tag.COLOR_MATRIX_1, *xyz_to_camera_33.ravel().tolist(), signed=True)
     root.rational(Tag.AS_SHOT_NEUTRAL, *(1.0 / gain for gain in wb))
-    root.set(Tag.CALIBRATION_ILLUMINANT_1, SHORT, _D65)
+    root.set(Tag.CALIBRATION_ILLUMINANT_1, SHORT, D65)
     root.children[Tag.SUB_IFDS] = raw
     root.children[Tag.EXIF_IFD] = _exif_ifd(shot)
     Path(path).write_bytes(serialise(root))
@@ -208,7 +221,7 @@ def bare_dng(
         rest = matrix @ np.linalg.inv(rounded)
         ifd.signed_rationals(Tag.COLOR_MATRIX_1, rounded)
         ifd.signed_rationals(Tag.CAMERA_CALIBRATION_1, rest / np.diag(rest)[:, None])
-        ifd.set(Tag.CALIBRATION_ILLUMINANT_1, SHORT, _D65)
+        ifd.set(Tag.CALIBRATION_ILLUMINANT_1, SHORT, D65)
     return serialise(ifd)
 
 
@@ -244,7 +257,7 @@ def _mosaic_ifd(mosaic_HW: Mosaic, cfa: str, bits: int) -> Ifd:
     ifd.set(Tag.IMAGE_WIDTH, LONG, width)
     ifd.set(Tag.IMAGE_LENGTH, LONG, height)
     ifd.set(Tag.BITS_PER_SAMPLE, SHORT, bits)
-    ifd.set(Tag.COMPRESSION, SHORT, _UNCOMPRESSED)
+    ifd.set(Tag.COMPRESSION, SHORT, UNCOMPRESSED)
     ifd.set(Tag.PHOTOMETRIC, SHORT, _PHOTOMETRIC_CFA)
     ifd.blobs[Tag.STRIP_OFFSETS] = data
     ifd.set(Tag.SAMPLES_PER_PIXEL, SHORT, 1)
@@ -265,8 +278,8 @@ def _root_ifd(mosaic_HW: Mosaic, cfa: str, thumbnail: bytes | None, make: str, m
     ifd.set(Tag.IMAGE_WIDTH, LONG, width)
     ifd.set(Tag.IMAGE_LENGTH, LONG, height)
     ifd.set(Tag.BITS_PER_SAMPLE, SHORT, 8, 8, 8)
-    ifd.set(Tag.COMPRESSION, SHORT, _JPEG)
-    ifd.set(Tag.PHOTOMETRIC, SHORT, _PHOTOMETRIC_YCBCR)
+    ifd.set(Tag.COMPRESSION, SHORT, JPEG)
+    ifd.set(Tag.PHOTOMETRIC, SHORT, PHOTOMETRIC_YCBCR)
     ifd.text(Tag.MAKE, make)
     ifd.text(Tag.MODEL, model)
     ifd.blobs[Tag.STRIP_OFFSETS] = thumbnail

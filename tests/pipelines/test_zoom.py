@@ -19,7 +19,7 @@ from pipelines import zoom
 from pipelines.zoom import Output, Zoomer, ZoomError, read_photo, zoom_photos
 from pipelines.zooming import photo as photo_module
 from pipelines.zooming import start
-from pipelines.zooming.request import check_options, check_output, output_paths
+from pipelines.zooming.request import check_device, check_options, check_output, output_paths
 from preprocessing.raw import decode
 from preprocessing.raw.dng import ShotTags, write_dng
 from sdan import checkpoint, inference, raw_input, starter_folder
@@ -220,7 +220,7 @@ def test_outputs_that_cannot_be_written_are_refused(tmp_path):
         ("a.png", {"bits": 10}, "--bits: expected 8 or 16, got 10"),
         ("a.jpg", {"bits": 16}, "--bits: expected 8 for a JPG, got 16"),
         ("a.png", {"scale": 5}, "--scale: expected 2, 3, 4 or 8, got 5"),
-        ("a.png", {"format": "bmp"}, "--format: expected png, tiff or jpg, got bmp"),
+        ("a.png", {"format": "bmp"}, "--format: expected png, tiff, jpg or dng, got bmp"),
         ("a.png", {"format": "tiff"}, "expected .tif or .tiff, or a folder, got a .png file"),
         ("a.jpg", {"quality": 0}, "--quality: expected 1 to 100, got 0"),
         ("a.heic", {}, "got .heic, which sdan does not write"),
@@ -229,6 +229,39 @@ def test_outputs_that_cannot_be_written_are_refused(tmp_path):
 def test_options_that_never_work_are_refused(name, options, message):
     with pytest.raises(ZoomError, match=message):
         check_options(Path(name), Output(**options))
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cpu:0"])
+def test_devices_that_never_exist_are_refused(name):
+    with pytest.raises(ZoomError, match=f"--device: expected auto, cpu, cuda or cuda:N, got {name}"):
+        check_device(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "chosen"),
+    [
+        ("auto", 0, "cpu"),
+        ("auto", 2, "cuda"),
+        ("cuda:1", 2, "cuda:1"),
+        ("cpu", 2, "cpu"),
+        ("cuda", 0, None),
+        ("cuda:2", 2, None),
+    ],
+)
+def test_the_model_runs_on_the_asked_device(name, there, chosen, untrained, monkeypatch):
+    """`there`: how many GPUs PyTorch finds; None: one line, before anything is loaded."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    started = []
+    monkeypatch.setattr(zoom, "_start", lambda model, device: started.append(str(device)))
+    if chosen is None:
+        with pytest.raises(
+            ZoomError, match=rf"--device: expected a GPU that PyTorch finds \({there} here\), got {name}"
+        ):
+            Zoomer.load(untrained, device=name)
+    else:
+        Zoomer.load(untrained, device=name).wait()
+        assert started == [chosen]
 
 
 def test_a_full_disk_leaves_no_file(tmp_path):
@@ -298,7 +331,7 @@ def test_a_written_row_is_freed_before_the_next(zoomer, tmp_path, monkeypatch):
 
 def test_a_photograph_is_read_while_the_gpu_starts(untrained, tmp_path, monkeypatch):
     started = threading.Event()
-    monkeypatch.setattr(zoom, "_start", lambda model: started.wait(60))
+    monkeypatch.setattr(zoom, "_start", lambda *_: started.wait(60))
     zoomer = Zoomer.load(untrained)
     photo = read_photo(write_photo(tmp_path / "photo.dng"), zoomer.model.config)
     rows = zoomer.levels(photo, 8)
@@ -309,7 +342,7 @@ def test_a_photograph_is_read_while_the_gpu_starts(untrained, tmp_path, monkeypa
 
 
 def test_a_gpu_that_holds_no_model_is_one_line(untrained, tmp_path, monkeypatch):
-    def fail(model):
+    def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(zoom, "_start", fail)

@@ -12,6 +12,10 @@ import pytest
 from PIL import Image, ImageCms
 
 from pipelines.formats import jpg, png, tags, tiff
+from pipelines.zooming.photo import read_photo
+from pipelines.zooming.request import Output
+from preprocessing.raw.dng import ShotTags, write_dng
+from sdan.network import SDANConfig
 
 SIZES = [(1, 1), (7, 5), (300, 170), (513, 257), (129, 300)]
 
@@ -127,3 +131,34 @@ def test_tags_cut_off_with_the_head_give_no_warning(left):
 def test_damaged_tags_count_as_none():
     for head in (b"", b"II*\0\xff\xff\xff\xff", b"II*\0\x08\0\0\0\xff\xff" + bytes(50), b"\xff\xd8\xff\xe1"):
         assert tags.written(tags.read(head), 3, 2)[:2] in (b"II", b"MM")
+
+
+@pytest.mark.parametrize(
+    ("before", "scale", "crop_factor", "zoom", "focal"),
+    [
+        ({}, 4, 1.0, 4, None),
+        ({0xA405: 75}, 4, 1.0, 4, 75),
+        ({0xA404: 2.0, 0xA405: 75}, 4, 4.0, 8, 300),
+        ({0xA404: 0.0, 0xA405: 0}, 2, 3.0, 2, None),  # 0: no digital zoom, unknown
+        ({0xA405: 60000}, 4, 2.0, 4, None),  # more than the tag holds
+    ],
+)
+def test_the_digital_zoom_is_in_the_tags(before, scale, crop_factor, zoom, focal):
+    """A crop to a quarter enlarged 4x has the tags of a camera's own 4x digital zoom; FocalLength stays."""
+    source = source_exif()
+    source.get_ifd(0x8769).update(before)
+    found = tags.read(tags.written(source, 60, 40, scale=scale, crop_factor=crop_factor)).get_ifd(0x8769)
+    assert (found[0xA404], found.get(0xA405), found[0x920A]) == (zoom, focal, 50)
+    assert all(type(value) is not float for value in found.values())  # rationals, which EXIF has
+
+
+@pytest.mark.parametrize("name", ["a.dng", "a.png"])
+def test_a_crop_narrows_the_view_by_its_diagonal(name, tmp_path):
+    if name == "a.png":
+        Image.new("RGB", (96, 64)).save(tmp_path / name)
+    else:
+        write_dng(tmp_path / name, np.full((64, 96), 2000, np.uint16), shot=ShotTags(orientation=6))
+    crop = (4, 6, 48, 32) if name == "a.png" else (4, 6, 32, 48)
+    config = SDANConfig(input="packed")
+    assert read_photo(tmp_path / name, config, Output(crop=crop)).crop_factor == pytest.approx(2)
+    assert read_photo(tmp_path / name, config).crop_factor == 1
