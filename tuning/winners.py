@@ -5,8 +5,8 @@ and are not independent: the bootstrap draws whole sequences. If settings were t
 between their seeds is added. The intervals hold for all pairs of trials at once (95 %): the best of many trials was
 chosen because it scored highest, and an interval for a single pair would call noise a difference.
 
-Intervals of a percentile bootstrap are too narrow for few sequences. They are widened as Hesterberg (2015, "What
-Teachers Should Know About the Bootstrap") does: by t / z and by sqrt(n / (n - 1)).
+The bootstrap's intervals are too narrow for few sequences. They are widened as Hesterberg (2015, "What Teachers Should
+Know About the Bootstrap") does: quantiles of Student's t in place of the normal ones, times sqrt(n / (n - 1)).
 """
 
 import math
@@ -115,7 +115,7 @@ def compare(
     settings = settings[:MOST_COMPARED] + [each for each in settings[MOST_COMPARED:] if each.trial_id == keep]
     spread = _seed_spread(settings, names)
     deviations = _deviations(settings, names, groups, spread, np.random.default_rng(seed))
-    halves = _simultaneous_halves(deviations) * _widening(len(groups))
+    halves = _simultaneous_halves(deviations, len(groups))
     means = tuple(_mean(each, names) for each in settings)
     return Comparison(tuple(settings), means, halves, len(groups), sign, spread[0] if spread else None)
 
@@ -163,7 +163,7 @@ def _deviations(
     return deviations
 
 
-def _simultaneous_halves(deviations: NDArray[np.float64]) -> NDArray[np.float64]:
+def _simultaneous_halves(deviations: NDArray[np.float64], sequences: int) -> NDArray[np.float64]:
     """[K, K]: half widths that hold for all pairs at once: each pair's standard error times one factor."""
     count = deviations.shape[1]
     first, second = np.triu_indices(count, 1)
@@ -171,20 +171,22 @@ def _simultaneous_halves(deviations: NDArray[np.float64]) -> NDArray[np.float64]
     errors = np.maximum(pairs.std(axis=0), 1e-12)
     factor = float(np.quantile(np.abs(pairs / errors).max(axis=1), CONFIDENCE))
     halves = np.zeros((count, count))
-    halves[first, second] = halves[second, first] = factor * errors
+    halves[first, second] = halves[second, first] = _widened(factor, sequences) * errors
     return halves
 
 
-def _widening(sequences: int) -> float:
-    """Hesterberg's correction for few sequences; the t quantile by its Cornish-Fisher series (0.8 % off at 4)."""
-    z, degrees = NormalDist().inv_cdf((1 + CONFIDENCE) / 2), sequences - 1
-    t = (
-        z
-        + (z**3 + z) / (4 * degrees)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3)
-    )
-    return t / z * math.sqrt(sequences / degrees)
+def _widened(factor: float, sequences: int) -> float:
+    """The factor for standard errors that were themselves estimated from few sequences: the quantile of Student's t
+    where the normal distribution has `factor`, times sqrt(n / (n - 1)).
+
+    With t = sqrt(d) tan(angle) the density of t at d degrees of freedom is cos(angle)^(d - 1), up to a constant.
+    """
+    degrees = sequences - 1
+    coverage = 2 * NormalDist().cdf(factor) - 1
+    angles = np.linspace(0, math.pi / 2, 200_001)
+    mass = np.cumsum(np.cos(angles) ** (degrees - 1))
+    angle = float(np.interp(coverage * mass[-1], mass, angles))
+    return math.sqrt(degrees) * math.tan(angle) * math.sqrt(sequences / degrees)
 
 
 @dataclass(frozen=True)

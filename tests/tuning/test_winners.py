@@ -68,6 +68,14 @@ def test_noise_is_seldom_called_a_difference():
     assert wrong <= 5  # 2 expected at 95 %
 
 
+def test_few_sequences_widen_the_intervals():
+    """Student's t: 2.776 is its 97.5 % quantile at 4 degrees of freedom."""
+    assert winners._widened(1.95996, 5) == pytest.approx(2.776 * np.sqrt(5 / 4), rel=1e-3)
+    assert winners._widened(1.95996, 1000) == pytest.approx(1.9634, rel=1e-3)
+    random = np.random.default_rng(5)
+    assert sum(compare(sweep([0.0] * 8, random=random, sequences=5), seed=n).told_apart for n in range(40)) <= 5
+
+
 def test_real_differences_are_found():
     random = np.random.default_rng(2)
     found = sum(
