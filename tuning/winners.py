@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from tuning.space import Value
 
-LEAST_SEQUENCES = 4
+LEAST_SEQUENCES = 5
 """With fewer held-out sequences nothing is said about noise."""
 MOST_COMPARED = 24
 """The best trials that are compared with each other, the default setting included."""
@@ -168,8 +168,10 @@ def _simultaneous_halves(deviations: NDArray[np.float64], sequences: int) -> NDA
     count = deviations.shape[1]
     first, second = np.triu_indices(count, 1)
     pairs = deviations[:, first] - deviations[:, second]
-    errors = np.maximum(pairs.std(axis=0), 1e-12)
-    factor = float(np.quantile(np.abs(pairs / errors).max(axis=1), CONFIDENCE))
+    own = np.maximum(pairs.std(axis=0), 1e-12)
+    factor = float(np.quantile(np.abs(pairs / own).max(axis=1), CONFIDENCE))
+    # Among many pairs some standard errors come out too small by chance: none counts as less than the median.
+    errors = np.maximum(own, np.median(own))
     halves = np.zeros((count, count))
     halves[first, second] = halves[second, first] = _widened(factor, sequences) * errors
     return halves
