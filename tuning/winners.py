@@ -10,7 +10,6 @@ Know About the Bootstrap") does: quantiles of Student's t in place of the normal
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -260,9 +259,7 @@ def _cheapest(level: Sequence[Scored]) -> Scored:
     return next(each for each in level if (each.seconds or 0.0) <= 1.1 * min(seconds))
 
 
-def _main_sentence(
-    found: Comparison, level: Sequence[int], noise: float, chosen: Scored, unit: str, seeds: int
-) -> str:
+def _main_sentence(found: Comparison, level: Sequence[int], noise: float, chosen: Scored, unit: str, seeds: int) -> str:
     counted = f"{seeds} seed{'s' if seeds > 1 else ''}, {found.sequences} sequences"
     advice = f"choose the cheapest, {setting(chosen)}"
     if not found.told_apart:

@@ -63,7 +63,7 @@ def plan_trials(
     if gpus_per_trial is None and gpus < 1:
         gpus_each = 0.0
     count = workers or max(1, math.ceil(gpus_each))
-    plans = []
+    plans: list[tuple[int, float, TrialNeeds]] = []
     for worker_cpus in (1.0, 0.5):  # as cluster.plan_workers: half a CPU each where whole ones do not suffice
         needs = TrialNeeds(count, worker_cpus + cluster.READER_CPUS, gpus_each / count)
         try:

@@ -64,7 +64,9 @@ def test_the_plan_says_trials_time_and_the_winners_training():
     assert "2 trials, one after the other" in unknown and "not known before the first trial" in unknown
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("2h", 7200), ("1h30m", 5400), ("0.5d", 43200)])
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("30m", 1800), ("2h", 7200), ("1h30m", 5400), ("0.5d", 43200)]
+)
 def test_durations_are_read(text, seconds):
     assert parse_duration(text) == seconds
 
