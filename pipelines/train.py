@@ -413,7 +413,8 @@ def _trainer(
             num_workers=plan.workers,
             elastic_resize_monitor_interval_s=RESIZE_CHECK_S,
             use_gpu=plan.use_gpu,
-            resources_per_worker={"CPU": plan.cpus_per_worker} | ({"GPU": plan.gpus_per_worker} if plan.use_gpu else {}),
+            resources_per_worker={"CPU": plan.cpus_per_worker}
+            | ({"GPU": plan.gpus_per_worker} if plan.use_gpu else {}),
         ),
         run_config=RunConfig(
             name=folder.name,
@@ -472,7 +473,7 @@ def _finish(
     aside = folder / f"{run_folder.MODEL}.partial"
     with best.as_directory() as source:
         shutil.rmtree(aside, ignore_errors=True)
-        shutil.copytree(source, aside, ignore=shutil.ignore_patterns(checkpoint.TRAINER, ".*"))
+        shutil.copytree(source, aside, ignore=shutil.ignore_patterns(checkpoint.TRAINER, run_folder.HELD_OUT, ".*"))
     scores = {name: float(value) for name, value in metrics.items() if name.startswith("val_")}
     verdict = judge(folder, metrics)
     version, champion = None, False

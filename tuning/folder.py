@@ -20,7 +20,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from tuning.space import SweepError
 
-RECORD, LIMITS, LIVE, REFUSED, CROPS = "sweep.json", "limits.json", "live.json", "refused.json", "crops"
+RECORD, LIMITS, LIVE, REFUSED = "sweep.json", "limits.json", "live.json", "refused.json"
+CROPS, PAGE = "crops", "sweep.html"
 _MOST_BYTES = 16_000_000
 D = TypeVar("D")
 

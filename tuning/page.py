@@ -14,14 +14,13 @@ import jinja2
 from matplotlib.figure import Figure
 
 from tuning import summary
-from tuning.folder import Record, Refused
+from tuning.folder import PAGE, Record, Refused
 from tuning.importance import importance, pareto_front
 from tuning.search import optuna_space
 from tuning.space import Space, Value
 from tuning.tracking import SECONDS, TrialRow, best_trial
 from tuning.winners import Verdict, setting_text
 
-PAGE = "sweep.html"
 _SHOWN = 40
 """Most rows of a table."""
 _PICTURE_BYTES = 3_000_000

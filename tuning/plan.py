@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from tuning.space import SweepError
 
 MOST_AT_ONCE = 64
-"""Largest number of trials at once. Each has a process of its own on the head, with about 0.3 GB of memory."""
+"""Largest number of trials at once. Each has a process of its own on the head, which uses no CPU."""
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _ROUNDING = 1e-6
 

@@ -99,6 +99,9 @@ class SweepResult:
     """Whether the best is better than chance, in words."""
     chosen: TrialRow
     """The trial to use: the best, or the cheapest of those that cannot be told from it."""
+    metric: str
+    command: str
+    """Trains the chosen setting at full length; '' if unknown."""
     ended: str
     """'' if all trials ended; else why not, and how to go on."""
 
@@ -306,7 +309,9 @@ def _finish(run: SweepRun, folder: Path, space: Space, options: SweepOptions, *,
         )
     _mark(run, trials, best, chosen, verdict, command)
     write_live(folder, len(trials), 0, done=in_time)
-    return SweepResult(best.overrides, best.score, trials, run.parent_run_id, folder, verdict, chosen, short)
+    return SweepResult(
+        best.overrides, best.score, trials, run.parent_run_id, folder, verdict, chosen, run.metric, command, short
+    )
 
 
 def _ended_trials(run: SweepRun, folder: Path, options: SweepOptions, *, in_time: bool) -> list[TrialRow]:

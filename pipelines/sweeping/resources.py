@@ -10,7 +10,7 @@ from pipelines import cluster
 from pipelines import config as configs
 from pipelines.config import ExperimentConfig
 from pipelines.training import run_folder
-from tuning.plan import TrialNeeds, trials_at_once
+from tuning.plan import MOST_AT_ONCE, TrialNeeds, trials_at_once
 from tuning.space import SweepError
 
 _RATE_DEPENDS_ON = ("train.crop_px", "train.batch_per_worker", "train.precision", "train.deterministic")
@@ -42,6 +42,7 @@ def plan_trials(
     gpus_per_trial: float | None,
     concurrent: int | None,
     num_trials: int,
+    slots: int = MOST_AT_ONCE,
 ) -> tuple[cluster.WorkerPlan, TrialNeeds, int]:
     """Divide the cluster among trials.
 
@@ -50,6 +51,7 @@ def plan_trials(
         workers: train workers of a trial; None: one per GPU of the trial, or one.
         gpus_per_trial: None: one if there are GPUs, shared by `workers`; 0: train on CPUs.
         concurrent: trials at once; None: as many as there is room for, or one without GPUs.
+        slots: the head's processes for trials (the resource trial_slot).
 
     Returns:
         the workers of each trial, what a trial needs, and how many trials run at once.
@@ -58,6 +60,11 @@ def plan_trials(
         SweepError: the cluster has no room for that.
     """
     check_request(workers, gpus_per_trial)
+    if concurrent is not None and slots < concurrent <= MOST_AT_ONCE:
+        raise SweepError(
+            f"--concurrent {concurrent}: expected as many of the resource trial_slot, got {slots}; use --concurrent "
+            f"{slots}, or start Ray's head with more"
+        )
     cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
     gpus_each = float(workers or 1) if gpus_per_trial is None else gpus_per_trial
     if gpus_per_trial is None and gpus < 1:
@@ -67,7 +74,7 @@ def plan_trials(
     for worker_cpus in (1.0, 0.5):  # as cluster.plan_workers: half a CPU each where whole ones do not suffice
         needs = TrialNeeds(count, worker_cpus + cluster.READER_CPUS, gpus_each / count)
         try:
-            at_once = trials_at_once(nodes, needs, concurrent=concurrent, num_trials=num_trials)
+            at_once = trials_at_once(nodes, needs, concurrent=concurrent, num_trials=min(num_trials, slots))
         except SweepError:
             if worker_cpus == 0.5 and not plans:
                 raise

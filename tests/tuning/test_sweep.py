@@ -162,7 +162,7 @@ def test_failed_trials_have_a_reason_and_do_not_stop_others(sweep):
 
 def test_summary_is_in_the_folder_and_at_the_parent_run(sweep):
     result, client, folder = sweep
-    names = {"trials.txt", "epochs.png", "parameters.png"}
+    names = {"trials.txt", "sweep.html"}
     assert result.folder == folder / "sweeps" / "first"
     assert names <= {path.name for path in result.folder.iterdir()}
     logged = client.list_artifacts(result.parent_run_id, "sweep")
@@ -197,7 +197,7 @@ def test_all_trials_failed_gives_the_first_reason(slots, sweep):
 
 
 def test_an_interrupted_sweep_asks_for_resume_and_is_killed(slots, sweep, monkeypatch):
-    monkeypatch.setattr("tuning.sweep.search", lambda *arguments: None)  # as if it ended before its first trial
+    monkeypatch.setattr("tuning.sweep.search", lambda *arguments: True)  # as if it ended before its first trial
     with pytest.raises(SweepError, match="expected 2 ended trials, got 0 when interrupted; resume it"):
         run_other(sweep[2], name="cut")
     (parent,) = [run for run in runs(sweep) if run.data.tags.get("mlflow.runName") == "cut"]
@@ -219,12 +219,15 @@ def test_resuming_a_finished_sweep_redoes_nothing(slots, sweep):
     assert [row.epochs for row in first.trials] == [1, 1]
     assert run_other(folder, **same, resume=True) == first
     assert (folder / "calls").read_text() == "xx"
-    with pytest.raises(SweepError, match=r"num_trials: expected 2 \(as at its start\), got 3"):
-        run_other(folder, **same, resume=True, num_trials=3)
+    with pytest.raises(SweepError, match=r"num_trials: expected 2 \(as at its start\), got 1"):
+        run_other(folder, **same, resume=True, num_trials=1)
     with pytest.raises(SweepError, match=r"space: expected .*uniform\(0, 1\).*, got .*uniform\(0, 2\)"):
         run_other(folder, {"a": uniform(0, 2)}, **same, resume=True)
     with pytest.raises(SweepError, match="expected no sweep 'again', got an existing one"):
         run_other(folder, **same)
+    more = run_other(folder, **same, resume=True, num_trials=3)
+    assert (folder / "calls").read_text() == "xxx"
+    assert len(more.trials) == 3 and {row.trial_id for row in first.trials} < {row.trial_id for row in more.trials}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ def sweep(gains, *, seeds=1, tile_noise=0.05, seed_noise=0.0, random=None, seque
     """Settings whose true score is 28 dB + gain; sequences differ by decibels, as real ones do."""
     random = random or np.random.default_rng(0)
     names = [f"{sequence:05}/pair@{tile},0" for sequence in range(sequences) for tile in range(TILES)]
-    scene = {name: level for name, level in zip(names, random.normal(28, 3, len(names)), strict=True)}
+    scene = dict(zip(names, random.normal(28, 3, len(names)), strict=True))
     settings = []
     for number, gain in enumerate(gains):
         reaction = random.normal(0, tile_noise, sequences)  # of a sequence to a setting, the same for all seeds
