@@ -19,6 +19,8 @@ _COLOURS = {"finished": "#4a7fc1", "stopped": "#d98a3d"}
 _OTHER = "#8a8f98"
 _INK = "#7d8187"
 """Readable on white and on black: a picture does not follow the page's colour scheme."""
+_FEW = 6
+"""An axis of at most this many values shows each of them."""
 _SIZE = (4.6, 3.3)
 """Inches. One picture fills a phone's width, and two or three a screen's."""
 
@@ -57,7 +59,7 @@ def table(trials: Sequence[TrialRow], *, metric: str) -> str:
 def plot_epochs(trials: Sequence[TrialRow], *, metric: str) -> Figure:
     """The metric over epochs, one curve per trial: the best one is thick, those that ASHA stopped are orange."""
     with _style():
-        figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+        figure = Figure(figsize=(5.4, 3.3), layout="constrained")
         axes = figure.add_subplot()
         best = best_trial(trials)
         for row in reversed(trials):  # the best ones on top
@@ -145,6 +147,9 @@ def _plot_values(axes: Axes, name: str, trials: Sequence[TrialRow], best: TrialR
         positions = [float(value) for value in values]
         if positions and min(positions) > 0 and max(positions) >= 8 * min(positions):
             axes.set_xscale("log")
+        if 0 < len(set(positions)) <= _FEW:
+            axes.set_xticks(sorted(set(positions)), [f"{position:g}" for position in sorted(set(positions))])
+            axes.minorticks_off()
     else:
         texts = sorted({str(value) for value in values})
         positions = [float(texts.index(str(value))) for value in values]
