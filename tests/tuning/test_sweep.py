@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from random import Random
 
 import psutil
 import pytest
@@ -14,7 +15,7 @@ from ray import cloudpickle
 
 from tuning.search import SLOT
 from tuning.space import SweepError, choice, uniform
-from tuning.sweep import run_sweep
+from tuning.sweep import SweepOptions, run_sweep
 from tuning.tracking import PARENT_TAG, STATUS_TAG
 
 EPOCHS = 4
@@ -23,10 +24,10 @@ SEED = 2949
 
 @pytest.fixture(scope="module")
 def slots():
-    """One local Ray with a trial slot, shared by all tests of this module."""
+    """One local Ray with trial slots and eight GPUs that do not exist, shared by all tests of this module."""
     ray.shutdown()
-    resources = {SLOT: 1.0}
-    ray.init(address="local", num_cpus=2, resources=resources, log_to_driver=False, _node_ip_address="127.0.0.1")
+    fake = {"num_cpus": 2, "num_gpus": 8, "resources": {SLOT: 8.0}}
+    ray.init(address="local", log_to_driver=False, _node_ip_address="127.0.0.1", **fake)
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
     yield
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
@@ -254,6 +255,80 @@ def test_unwritable_storage_is_refused(slots, tmp_path):
     (tmp_path / "sweeps").write_text("a file where the folder should be")
     with pytest.raises(SweepError, match="sweeps/s: expected a writable folder, got"):
         run_other(tmp_path, name="s", experiment_id="0")
+
+
+@pytest.mark.slow
+def test_eight_trials_run_at_once_on_eight_gpus(slots, tmp_path, monkeypatch):
+    """Each waits until all eight have a GPU. The plan that says eight is tested in test_plan.py."""
+    monkeypatch.chdir(tmp_path)
+
+    @ray.remote(num_gpus=1, num_cpus=0)
+    def on_a_gpu(folder, trial_id):
+        (folder / trial_id).touch()
+        end = time.monotonic() + 240
+        while len(list(folder.iterdir())) < 8 and time.monotonic() < end:
+            time.sleep(0.1)
+        return len(list(folder.iterdir()))
+
+    def waits(overrides, report):
+        folder = Path("started")
+        folder.mkdir(exist_ok=True)
+        return {"val_psnr": float(ray.get(on_a_gpu.remote(folder.resolve(), report.trial_id)))}
+
+    result = run_other(tmp_path, name="eight", train=waits, num_trials=8, max_epochs=1, max_concurrent=8)
+    assert [row.score for row in result.trials] == [8.0] * 8
+
+
+def known(overrides, report):
+    """Best at kernel 4 by 1 dB over 8; 2 and 16 are far behind. Two scenes differ by more than that."""
+    random = Random(f"{report.repeat} {overrides['kernel']}")
+    quality = {2: -3.0, 4: 0.0, 8: -1.0, 16: -4.0}[overrides["kernel"]] + random.gauss(0, 0.02)
+    tiles = {
+        f"{scene:05}/p@{n},0": 25 + scene + quality + random.gauss(0, 0.05) for scene in range(8) for n in range(4)
+    }
+    report({"epoch": 1, "val_psnr": sum(tiles.values()) / len(tiles)}, tiles)
+
+
+@pytest.mark.slow
+def test_a_known_optimum_gives_the_right_sentence(slots, tmp_path):
+    space = {"kernel": choice([2, 4, 8, 16])}
+    options = SweepOptions(
+        method="grid", default={"kernel": 8}, repeats=2, command=lambda values: f"train {values['kernel']}"
+    )
+    result = run_other(tmp_path, space, name="known", train=known, num_trials=4, max_epochs=1, options=options)
+    first, second = result.verdict.sentences
+    assert first.startswith("kernel=4 is better than 8 by 1.0") or first.startswith("kernel=4 is better than 8 by 0.9")
+    assert ", 2 seeds, 8 sequences)." in first and "better than the default setting" in second
+    assert result.chosen.overrides == {"kernel": 4} and result.ended == ""
+    repeats = [row for row in result.trials if row.repeat]
+    assert sorted(row.overrides["kernel"] for row in repeats) == [2, 4, 8]  # the best three; one is the default
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    parent = client.get_run(result.parent_run_id)
+    assert parent.data.tags["mlflow.note.content"] == f"{result.verdict}\n\n`train 4`"
+    every = client.search_runs([client.get_experiment_by_name("sweeps").experiment_id])
+    assert {run.info.status for run in every} == {"FINISHED"} and len(every) == 8
+    assert all("best_val_psnr" in run.data.metrics for run in every)
+    assert first in (result.folder / "sweep.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_time_budget_keeps_what_it_has_and_goes_on(slots, tmp_path):
+    """The first budget is shorter than a trial, the second ends within the sweep, the third suffices."""
+
+    def slow(overrides, report):
+        for epoch in range(1, 4):
+            time.sleep(1.5)
+            report({"epoch": epoch, "val_psnr": overrides["a"] + epoch})
+
+    same = {"name": "budget", "train": slow, "num_trials": 3, "max_epochs": 3, "grace_epochs": 3}
+    with pytest.raises(SweepError, match="expected a finished trial within 2 s, got none .*larger --time-budget"):
+        run_other(tmp_path, **same, options=SweepOptions(time_budget_s=2.0))
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    every = client.search_runs([client.get_experiment_by_name("sweeps").experiment_id])
+    assert {run.info.status for run in every} == {"KILLED"}
+    result = run_other(tmp_path, **same, resume=True, options=SweepOptions(time_budget_s=600.0))
+    assert result.ended == "" and [row.status for row in result.trials] == ["finished"] * 3
+    assert {run.info.run_id for run in every} <= {result.parent_run_id, *(row.run_id for row in result.trials)}
 
 
 def experiment_id(uri):
