@@ -18,8 +18,8 @@ def importance(
     *,
     mode: str,
 ) -> dict[str, float]:
-    """Share of each parameter in the variance of the score, by fANOVA (Hutter et al. 2014): a random forest predicts the
-    score, and its variance is divided among the parameters.
+    """Share of each parameter in the variance of the score, by fANOVA (Hutter et al. 2014): a random forest predicts
+    the score, and its variance is divided among the parameters.
 
     PED-ANOVA, which needs no forest, named the wrong one of two parameters in sweeps of 12 trials.
 

@@ -321,7 +321,7 @@ def test_a_time_budget_keeps_what_it_has_and_goes_on(slots, tmp_path):
             report({"epoch": epoch, "val_psnr": overrides["a"] + epoch})
 
     same = {"name": "budget", "train": slow, "num_trials": 3, "max_epochs": 3, "grace_epochs": 3}
-    with pytest.raises(SweepError, match="expected a finished trial within 2 s, got none .*larger --time-budget"):
+    with pytest.raises(SweepError, match=r"expected a finished trial within 2 s, got none .*larger --time-budget"):
         run_other(tmp_path, **same, options=SweepOptions(time_budget_s=2.0))
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
     every = client.search_runs([client.get_experiment_by_name("sweeps").experiment_id])
