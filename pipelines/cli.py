@@ -502,18 +502,11 @@ def tune(
     from tuning.plan import parse_duration
 
     _INTERRUPTS.kept = lambda: verb.kept(_data(), name)
+    metrics = tuple(metric) if metric else verb.Options.metrics
+    budget_s = parse_duration(time_budget) if time_budget else None
     options = verb.Options(
-        trials=trials,
-        space=space,
-        search=search,
-        metrics=tuple(metric) if metric else verb.Options.metrics,
-        grace=grace,
-        repeats=repeats,
-        time_budget_s=parse_duration(time_budget) if time_budget else None,
-        concurrent=concurrent,
-        workers=workers,
-        gpus_per_trial=gpus_per_trial,
-    )
+        trials, space, search, metrics, grace, repeats, budget_s, concurrent, workers, gpus_per_trial
+    )  # fmt: skip
     chosen = configs.chosen(config, assignments or ())
     result = verb.tune(shards, chosen, options, data=_data(), vgg_weights=vgg_weights, name=name, resume=resume)
     _say(verb.summary(result))

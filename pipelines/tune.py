@@ -52,6 +52,11 @@ class Options:
     """Train workers of a trial; None: one per GPU of the trial, or one."""
     gpus_per_trial: float | None = None
 
+    @property
+    def objectives(self) -> list[tuple[str, str]]:
+        """(metric, min or max) of each."""
+        return [_objective(metric) for metric in self.metrics]
+
 
 def tune(
     shards: str,
@@ -75,31 +80,28 @@ def tune(
     check_request(options.workers, options.gpus_per_trial)
     check_sweep(name, data / SWEEPS, num_trials=options.trials, resume=resume)
     searched, constraint = _space(options.space, config)
-    objectives = dict(_objective(metric) for metric in options.metrics)
     if "://" not in shards:
         shards = str(Path(shards).resolve())
-    flat = configs.flatten(config)
     sweep = SweepOptions(
         method=options.search,
-        also=dict(list(objectives.items())[1:]),
+        also=dict(options.objectives[1:]),
         constraint=constraint,
-        default={key: flat[key] for key in searched},
+        default={key: value for key, value in configs.flatten(config).items() if key in searched},
         repeats=options.repeats,
         time_budget_s=options.time_budget_s,
         command=partial(command, shards, config),
     )
     searched, trials = check_search(searched, sweep, options.trials)
+    vgg_weights = vgg_weights and vgg_weights.resolve()
     pairs = _check_data(shards, config, searched, vgg_weights)
     uri = registry.default_tracking_uri(data)
     registry.prepare_database(uri)
     cluster.start_ray(resources={SLOT: float(MOST_AT_ONCE)})
     plan, at_once = _plan(config, options, trials, data, pairs)
-    metric, mode = next(iter(objectives.items()))
-    folder = data / SWEEPS / name
+    crops = (data / SWEEPS / name / CROPS).resolve()
     trainer = TrialTrainer(
-        shards, config, data.resolve(), plan, name, vgg_weights and vgg_weights.resolve(), folder.resolve() / CROPS,
-        COST in objectives,
-    )  # fmt: skip
+        shards, config, data.resolve(), plan, name, vgg_weights, crops, COST in dict(options.objectives)
+    )
     with _trial_lines():
         return run_sweep(
             trainer,
@@ -110,8 +112,8 @@ def tune(
             experiment_id=registry.open_experiment(uri, "sdan-sweeps"),
             num_trials=options.trials,
             max_epochs=config.train.epochs,
-            metric=metric,
-            mode=mode,
+            metric=options.objectives[0][0],
+            mode=options.objectives[0][1],
             max_concurrent=at_once,
             seed=config.train.seed,
             resume=resume,

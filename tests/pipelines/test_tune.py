@@ -67,7 +67,6 @@ def test_a_wrong_space_is_refused_before_ray_starts(space, message, tiny_shards,
         ({"name": "../sweep"}, r"sweep name: expected letters, digits.*got '\.\./sweep'"),
         ({"trials": 0}, "trials: expected at least 1, got 0"),
         ({"resume": True}, "expected a sweep 'sweep' to resume, got none"),
-        ({"space": "sizes"}, "--space: expected one of default, paper, size, offsets, or a file FILE.py, got 'sizes'"),
         ({"search": "best"}, "--search: expected one of tpe, random, grid, got 'best'"),
         ({"search": "grid"}, "--search grid: expected only choice and integer, got loss.align_weight: loguniform"),
         ({"metrics": ("val_psnr:up",)}, "--metric val_psnr:up: expected NAME, NAME:min or NAME:max"),
@@ -77,6 +76,11 @@ def test_a_wrong_space_is_refused_before_ray_starts(space, message, tiny_shards,
 )
 def test_wrong_options_are_refused_before_ray_starts(options, message, tiny_shards, no_ray, tmp_path):
     refuse(tiny_shards, tmp_path / "data", message, **options)
+
+
+def test_an_unknown_space_names_those_that_exist(tiny_shards, no_ray, tmp_path):
+    with pytest.raises(ValueError, match=r"--space: expected one of default, paper, size, offsets, or a file FILE.py"):
+        tune.tune(str(tiny_shards), CONFIG, tune.Options(space="sizes"), data=tmp_path / "data")
 
 
 def test_shards_that_do_not_fit_are_refused_before_ray_starts(tiny_shards, no_ray, tmp_path):
