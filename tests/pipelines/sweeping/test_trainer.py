@@ -48,6 +48,6 @@ def test_per_crop_scores_come_from_the_checkpoint(tmp_path):
 
 
 def test_a_stopped_winner_cannot_be_registered(tmp_path):
-    with pytest.raises(RegistryError, match="--register, .*: expected the model of trial t1, got none") as caught:
+    with pytest.raises(RegistryError, match=r"--register, .*: expected the model of trial t1, got none") as caught:
         register_winner(tmp_path, "sweep", "t1", "run")
     assert "\n" not in str(caught.value)
