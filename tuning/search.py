@@ -253,6 +253,21 @@ class Proposals(OptunaSearch):
         super().on_trial_complete(trial_id, result, error)
         self.note()
 
+    def save(self, checkpoint_path: str) -> None:
+        """Write the state, as the base class does, without the constraint: a function of the user's file, which plain
+        pickle cannot write. A restored sweep has it from Tune's own state."""
+        constraint, self.constraint = self.constraint, None
+        try:
+            super().save(checkpoint_path)
+        finally:
+            self.constraint = constraint
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Read what `save` wrote."""
+        constraint = self.constraint
+        super().restore(checkpoint_path)
+        self.constraint = constraint
+
     def note(self) -> None:
         """Write refused.json."""
         if self.refused or self.exhausted:

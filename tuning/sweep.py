@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from mlflow import MlflowClient
+from mlflow.entities import Metric, RunTag
 from mlflow.exceptions import MlflowException
 
 from tuning import page, summary
@@ -364,9 +365,10 @@ def _mark(
     """Write the outcome to MLflow: scores of the trials to sort by, the parent's description, its end."""
     client = run.client()
     for row in trials:
-        client.set_tag(row.run_id, BEST_TAG, str(row is best).lower())
-        if row.score is not None and row.score != row.values.get(f"best_{run.metric}"):
-            client.log_metric(row.run_id, f"best_{run.metric}", row.score)
+        tags = [RunTag(BEST_TAG, str(row is best).lower())]
+        now = int(time.time() * 1000)
+        scores = [] if row.score is None else [Metric(f"best_{run.metric}", row.score, now, 0)]
+        client.log_batch(row.run_id, metrics=scores, tags=tags)
     client.log_metric(run.parent_run_id, f"best_{run.metric}", best.score or 0.0)
     client.set_tag(run.parent_run_id, "sdan.best_run_id", best.run_id)
     client.set_tag(run.parent_run_id, "sdan.best_overrides", json.dumps(best.overrides, sort_keys=True))

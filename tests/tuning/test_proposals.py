@@ -1,6 +1,7 @@
 """Which settings a search proposes: constraints, grids, finite spaces. Ray is not started."""
 
 import pytest
+from ray import cloudpickle
 from ray.tune.search import Searcher
 
 from tuning.folder import LIMITS, Limits, read_refused, setting_key, write_json
@@ -73,6 +74,25 @@ def test_several_objectives_may_miss_in_stopped_trials(tmp_path):
     search.on_trial_complete("a", {"val_psnr": 20.0, "ms_per_megapixel": 3.0})
     search.on_trial_complete("b", {"val_psnr": 19.0})
     assert search.running == 0 and search.suggest("c")
+
+
+def test_a_restored_search_goes_on_with_its_constraint(tmp_path):
+    """As Ray Tune does: the object by cloudpickle, once; its state by `save`, again and again."""
+    limit = 4
+
+    def constraint(values):
+        return "too large" if values["kernel"] > limit else None
+
+    search = proposals(tmp_path, GRID, constraint=constraint)
+    stored = cloudpickle.dumps(search)
+    first = search.suggest("a")
+    search.on_trial_complete("a", {"val_psnr": 1.0})
+    search.save(str(tmp_path / "state.pkl"))
+    assert search.constraint is constraint
+    again = cloudpickle.loads(stored)
+    again.restore(str(tmp_path / "state.pkl"))
+    rest = all_of(again)
+    assert len(rest) == 3 and first not in rest and all(values["kernel"] <= limit for values in rest)
 
 
 def test_limits_that_a_resume_changes_are_read_anew(tmp_path):
