@@ -82,15 +82,7 @@ def tune(
     searched, constraint = _space(options.space, config)
     if "://" not in shards:
         shards = str(Path(shards).resolve())
-    sweep = SweepOptions(
-        method=options.search,
-        also=dict(options.objectives[1:]),
-        constraint=constraint,
-        default={key: value for key, value in configs.flatten(config).items() if key in searched},
-        repeats=options.repeats,
-        time_budget_s=options.time_budget_s,
-        command=partial(command, shards, config),
-    )
+    sweep = _sweep_options(shards, config, options, searched, constraint)
     searched, trials = check_search(searched, sweep, options.trials)
     vgg_weights = vgg_weights and vgg_weights.resolve()
     pairs = _check_data(shards, config, searched, vgg_weights)
@@ -121,6 +113,20 @@ def tune(
             grace_epochs=options.grace,
             options=sweep,
         )
+
+
+def _sweep_options(
+    shards: str, config: ExperimentConfig, options: Options, searched: Space, constraint: Constraint
+) -> SweepOptions:
+    return SweepOptions(
+        method=options.search,
+        also=dict(options.objectives[1:]),
+        constraint=constraint,
+        default={key: value for key, value in configs.flatten(config).items() if key in searched},
+        repeats=options.repeats,
+        time_budget_s=options.time_budget_s,
+        command=partial(command, shards, config),
+    )
 
 
 def _space(space: str, config: ExperimentConfig) -> tuple[Space, Constraint]:
