@@ -59,7 +59,8 @@ class SweepPlan:
         at_once = f"{self.at_once} at once" if self.at_once > 1 else "one after the other"
         lines = [f"plan: {self.num_trials} trials, {at_once}, each with {self.needs}"]
         if self.repeats > 1:
-            lines.append(f"then the best three and the default setting with {self.repeats - 1} more seeds each")
+            more = f"{self.repeats - 1} more seed{'s' if self.repeats > 2 else ''}"
+            lines.append(f"then the best three and the default setting again, with {more} each")
         if self.longest_s is None or self.trial_s is None:
             lines.append("time: not known before the first trial has ended; each later line says what is left")
         else:

@@ -55,7 +55,7 @@ def test_the_plan_says_trials_time_and_the_winners_training():
     plan = SweepPlan(9, 8, ONE_GPU, repeats=2, trial_s=600.0, winner_s=36000.0, time_budget_s=7200.0)
     assert str(plan).splitlines() == [
         "plan: 9 trials, 8 at once, each with 1 GPU and 1.25 CPUs in 1 worker",
-        "then the best three and the default setting with 1 more seeds each",
+        "then the best three and the default setting again, with 1 more seed each",
         "time: at most 30 min (10 min a trial, by the rate of an earlier run; trials that are stopped early take less)",
         "training the winner at full length takes about 10.0 h",
         "time budget: 2.0 h",

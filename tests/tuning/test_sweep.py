@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from random import Random
 
 import psutil
 import pytest
@@ -279,36 +278,20 @@ def test_eight_trials_run_at_once_on_eight_gpus(slots, tmp_path, monkeypatch):
     assert [row.score for row in result.trials] == [8.0] * 8
 
 
-def known(overrides, report):
-    """Best at kernel 4 by 1 dB over 8; 2 and 16 are far behind. Two scenes differ by more than that."""
-    random = Random(f"{report.repeat} {overrides['kernel']}")
-    quality = {2: -3.0, 4: 0.0, 8: -1.0, 16: -4.0}[overrides["kernel"]] + random.gauss(0, 0.02)
-    tiles = {
-        f"{scene:05}/p@{n},0": 25 + scene + quality + random.gauss(0, 0.05) for scene in range(8) for n in range(4)
-    }
-    report({"epoch": 1, "val_psnr": sum(tiles.values()) / len(tiles)}, tiles)
-
-
 @pytest.mark.slow
-def test_a_known_optimum_gives_the_right_sentence(slots, tmp_path):
-    space = {"kernel": choice([2, 4, 8, 16])}
-    options = SweepOptions(
-        method="grid", default={"kernel": 8}, repeats=2, command=lambda values: f"train {values['kernel']}"
-    )
-    result = run_other(tmp_path, space, name="known", train=known, num_trials=4, max_epochs=1, options=options)
-    first, second = result.verdict.sentences
-    assert first.startswith("kernel=4 is better than 8 by 1.0") or first.startswith("kernel=4 is better than 8 by 0.9")
-    assert ", 2 seeds, 8 sequences)." in first and "better than the default setting" in second
-    assert result.chosen.overrides == {"kernel": 4} and result.ended == ""
-    repeats = [row for row in result.trials if row.repeat]
-    assert sorted(row.overrides["kernel"] for row in repeats) == [2, 4, 8]  # the best three; one is the default
-    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
-    parent = client.get_run(result.parent_run_id)
-    assert parent.data.tags["mlflow.note.content"] == f"{result.verdict}\n\n`train 4`"
-    every = client.search_runs([client.get_experiment_by_name("sweeps").experiment_id])
-    assert {run.info.status for run in every} == {"FINISHED"} and len(every) == 8
-    assert all("best_val_psnr" in run.data.metrics for run in every)
-    assert first in (result.folder / "sweep.html").read_text()
+def test_repeats_are_trained_with_other_seeds(slots, tmp_path):
+    """What they say together is tested in test_sweep_in_process.py."""
+
+    def seeded(overrides, report):
+        report({"val_psnr": overrides["kernel"] + report.repeat / 10}, {"00001/a": float(report.repeat)})
+
+    space, options = {"kernel": choice([2, 4])}, SweepOptions(method="grid", repeats=2)
+    result = run_other(tmp_path, space, name="seeds", train=seeded, max_epochs=1, options=options, max_concurrent=2)
+    found = {(row.overrides["kernel"], row.repeat, row.score) for row in result.trials}
+    assert found == {(2, 0, 2.0), (2, 1, 2.1), (4, 0, 4.0), (4, 1, 4.1)}
+    names = {row.trial_id for row in result.trials}
+    assert {f"{row.repeat_of}-r1" for row in result.trials if row.repeat} < names
+    assert {path.stem for path in (result.folder / "tiles").iterdir()} == names
 
 
 @pytest.mark.slow
