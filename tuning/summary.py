@@ -19,6 +19,8 @@ _COLOURS = {"finished": "#4a7fc1", "stopped": "#d98a3d"}
 _OTHER = "#8a8f98"
 _INK = "#7d8187"
 """Readable on white and on black: a picture does not follow the page's colour scheme."""
+_MOST_CURVES = 100
+"""Learning curves of the best trials; more could not be told apart."""
 _FEW = 6
 """An axis of at most this many values shows each of them."""
 _SIZE = (4.6, 3.3)
@@ -62,7 +64,7 @@ def plot_epochs(trials: Sequence[TrialRow], *, metric: str) -> Figure:
         figure = Figure(figsize=(5.4, 3.3), layout="constrained")
         axes = figure.add_subplot()
         best = best_trial(trials)
-        for row in reversed(trials):  # the best ones on top
+        for row in reversed(trials[:_MOST_CURVES]):  # the best ones on top
             if row.history:
                 epochs, values = zip(*row.history, strict=True)
                 width, shade = (2.5, 1.0) if row is best else (1.0, 0.7)
@@ -154,14 +156,14 @@ def _plot_values(axes: Axes, name: str, trials: Sequence[TrialRow], best: TrialR
         texts = sorted({str(value) for value in values})
         positions = [float(texts.index(str(value))) for value in values]
         axes.set_xticks(range(len(texts)), texts)
-    for position, (row, score) in zip(positions, scored, strict=True):
-        axes.plot(
-            position,
-            score,
-            marker="*" if row is best else "o",
-            markersize=13 if row is best else 5,
-            color=_COLOURS.get(row.status, _OTHER),
-        )
+    points = list(zip(positions, scored, strict=True))
+    for status in sorted({row.status for row, _ in scored}):
+        group = [(x, score) for x, (row, score) in points if row.status == status and row is not best]
+        xs, ys = [x for x, _ in group], [y for _, y in group]
+        axes.plot(xs, ys, "o", markersize=5, color=_COLOURS.get(status, _OTHER))
+    for x, (row, score) in points:
+        if row is best:
+            axes.plot(x, score, "*", markersize=13, color=_COLOURS.get(row.status, _OTHER))
 
 
 @contextmanager

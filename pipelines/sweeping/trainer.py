@@ -84,7 +84,9 @@ class TrialTrainer:
         held = held_out(index, with_curve_of(index, config), limit=CROPS, align=False)
         save_crops(result.model, held, self.crops / f"{report.trial_id}.jpg")
         if self.measure_cost:
-            task = ray.remote(num_cpus=0, num_gpus=self.plan.gpus_per_worker if self.plan.use_gpu else 0)(cost)
+            gpus = self.plan.gpus_per_worker if self.plan.use_gpu else 0
+            # DEFAULT: outside the trial's own placement group, which has no GPU.
+            task = ray.remote(num_cpus=0, num_gpus=gpus, scheduling_strategy="DEFAULT")(cost)
             scores[COST] = ray.get(task.remote(checkpoint.load(result.model).model, held))
         return scores
 

@@ -261,7 +261,7 @@ def test_eight_trials_run_at_once_on_eight_gpus(slots, tmp_path, monkeypatch):
     """Each waits until all eight have a GPU. The plan that says eight is tested in test_plan.py."""
     monkeypatch.chdir(tmp_path)
 
-    @ray.remote(num_gpus=1, num_cpus=0)
+    @ray.remote(num_gpus=1, num_cpus=0, scheduling_strategy="DEFAULT")
     def on_a_gpu(folder, trial_id):
         (folder / trial_id).touch()
         end = time.monotonic() + 240
