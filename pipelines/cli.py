@@ -475,32 +475,61 @@ def evaluate(
 @app.command()
 def tune(
     shards: Shards,
-    trials: Annotated[int, typer.Option(metavar="N", help="Number of settings to try.")] = 8,
-    space: Annotated[Path | None, typer.Option(metavar="FILE.py", help="Your own search space.")] = None,
+    trials: Annotated[int, typer.Option(metavar="N", help="Number of settings to try; --resume may raise it.")] = 8,
+    space: Annotated[
+        str, typer.Option(metavar="NAME|FILE.py", help="default, paper, size, offsets, or your own search space.")
+    ] = "default",
+    search: Annotated[str, typer.Option(help="tpe, random, or grid: every setting of a finite space.")] = "tpe",
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:min|:max]", help="val_psnr; give several for a Pareto front, e.g. ms_per_megapixel."
+        ),
+    ] = None,
+    grace: Annotated[int, typer.Option(metavar="N", help="Stop no trial before this epoch.")] = 1,
+    repeats: Annotated[
+        int, typer.Option(metavar="N", help="Seeds of the best three and the default setting: measures the noise.")
+    ] = 1,
+    time_budget: Annotated[
+        str | None, typer.Option(metavar="TIME", help="End after e.g. 30m or 2h; --resume goes on.")
+    ] = None,
+    concurrent: Annotated[
+        int | None, typer.Option(metavar="N", help="Trials at once; default: one per GPU, or one.")
+    ] = None,
+    gpus_per_trial: Annotated[
+        float | None, typer.Option(metavar="N", help="0.5, 1, 2, ...; default: one per worker, if there are GPUs.")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers-per-trial", "--workers", metavar="N", help="Default: one per GPU of the trial, or one."
+        ),
+    ] = None,
+    register: Annotated[
+        bool, typer.Option("--register", help="Register the chosen trial's model as challenger, not as champion.")
+    ] = False,
     config: ConfigName = None,
     assignments: Assignments = None,
-    workers: Workers = None,
     vgg_weights: VggWeights = None,
     name: Annotated[str, typer.Option(metavar="SWEEP", help="The sweep's name.")] = "sweep",
     resume: Annotated[bool, typer.Option("--resume", help="Continue the sweep of that name.")] = False,
 ) -> None:
-    """Sweep the packing kernel and the aligned image's weight; MLflow gets one run with a child run per trial."""
+    """Try settings, say which is better by more than noise, and write a page; MLflow gets a child run per trial."""
     from pipelines import config as configs
     from pipelines import tune as verb
+    from tuning.plan import parse_duration
 
     _INTERRUPTS.kept = lambda: verb.kept(_data(), name)
-    result = verb.tune(
-        shards,
-        configs.chosen(config, assignments or ()),
-        data=_data(),
-        trials=trials,
-        space=space,
-        workers=workers,
-        vgg_weights=vgg_weights,
-        name=name,
-        resume=resume,
-    )
+    metrics = tuple(metric) if metric else verb.Options.metrics
+    budget_s = parse_duration(time_budget) if time_budget else None
+    options = verb.Options(
+        trials, space, search, metrics, grace, repeats, budget_s, concurrent, workers, gpus_per_trial
+    )  # fmt: skip
+    chosen = configs.chosen(config, assignments or ())
+    result = verb.tune(shards, chosen, options, data=_data(), vgg_weights=vgg_weights, name=name, resume=resume)
     _say(verb.summary(result))
+    if register:
+        _say(verb.register(result, _data(), name))
 
 
 @app.command()

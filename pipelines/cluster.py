@@ -21,6 +21,7 @@ from typing import Any
 import grpc
 import ray
 from ray._private import services, worker
+from ray._private.state import state
 
 READER_CPUS = 0.25
 """Logical CPUs reserved per train worker for its reader tasks. The tasks themselves request 0 CPUs, so that they can
@@ -31,6 +32,9 @@ PROBE_S = 12.0
 
 _PRINT = getattr(worker, "print_to_stdstream", print)
 """Ray's own function. The default is for benchmarks/on_gpu/bare_machine.py, which stands in for a missing Ray."""
+
+MOST_NODES = 64
+"""Nodes that are counted of a kind of which the autoscaler may start any number."""
 
 Workers = int | tuple[int, int]
 """Number of train workers, or (least, most)."""
@@ -195,6 +199,8 @@ class WorkerPlan:
     """PyTorch's intra-op threads per worker."""
     readers: int
     """Tasks that read crops for each worker at the same time."""
+    gpus_per_worker: float = 1.0
+    """With use_gpu: less than 1 only if several trials of a sweep share a GPU."""
 
 
 def parse_workers(text: str) -> Workers:
@@ -217,6 +223,27 @@ def check_workers(workers: Workers | None) -> None:
     least = workers[0] if isinstance(workers, tuple) else workers
     if least is not None and least < 1:
         raise ClusterError(f"--workers: expected at least 1, got {least}")
+
+
+def node_resources() -> list[dict[str, float]]:
+    """Resources of each node that Ray has, and of each that its autoscaler may still start."""
+    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    return nodes + _nodes_to_come(state.get_cluster_config(), nodes)
+
+
+def _nodes_to_come(config: Any, nodes: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Nodes that the autoscaler may start beyond those that run: empty without an autoscaler.
+
+    Args:
+        config: the cluster's config, as its autoscaler reported it to Ray; None: there is none.
+    """
+    found: list[dict[str, float]] = []
+    for group in config.node_group_configs if config is not None else ():
+        resources = {name: float(amount) for name, amount in group.resources.items()}
+        running = sum(all(node.get(name, 0.0) >= amount for name, amount in resources.items()) for node in nodes)
+        most = MOST_NODES if group.max_count < 0 else group.max_count
+        found += [resources] * max(0, min(most, MOST_NODES) - running)
+    return found
 
 
 def plan_workers(workers: Workers | None, resources: dict[str, float] | None = None) -> WorkerPlan:

@@ -42,6 +42,8 @@ T = TypeVar("T")
 
 MODEL = "sdan"
 CHAMPION = "champion"
+CHALLENGER = "challenger"
+"""Alias of the version that a sweep registered last; `sdan promote` makes it champion."""
 CHAMPION_URI = f"models:/{MODEL}@{CHAMPION}"
 PREVIOUS_TAG = "sdan.previous_champion"
 """Tag of a champion's version: the version that was champion before it."""

@@ -1,4 +1,4 @@
-"""`sdan status`: runs, champion, shards and the last retraining on one screen."""
+"""`sdan status`: runs, sweeps, champion, shards and the last retraining on one screen."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tqdm import tqdm
 from typing_extensions import TypedDict
 
 from pipelines import registry
+from pipelines.sweeping.state import SweepStatus, sweeps
 from pipelines.training import progress, run_folder
 from preprocessing.shard_folder.small_json import SmallJsonError, read_json
 from preprocessing.storage import write_atomically
@@ -44,6 +45,8 @@ class Status:
     """Newest first."""
     champion: str
     retrain: str
+    sweeps: tuple[SweepStatus, ...] = ()
+    """Newest first."""
 
     def __str__(self) -> str:
         width = max((len(run.name) for run in self.runs), default=0)
@@ -54,12 +57,13 @@ class Status:
             shown.append(f"and {len(self.runs) - MOST_RUNS} older runs")
         blocks = {
             "runs": shown or ["none yet; start one with `sdan train SHARDS`"],
+            "sweeps": [f"{sweep.name}  {sweep.state}  {sweep.detail}" for sweep in self.sweeps[:MOST_RUNS]],
             "champion": [self.champion],
             "shards": list(dict.fromkeys(run.shards for run in self.runs if run.shards)) or ["none used by a run yet"],
             "retrain": [self.retrain],
         }
         lines = []
-        for title, block in blocks.items():
+        for title, block in blocks.items():  # without sweeps there is no block for them
             lines += [f"{title if number == 0 else '':10}{line}" for number, line in enumerate(block)]
         return "\n".join(lines)
 
@@ -74,7 +78,8 @@ class _Noted(TypedDict):
 def status(data: Path) -> Status:
     """Read the data folder and the registry; starts nothing and writes nothing."""
     runs = tuple(_run(folder) for folder in run_folder.all_runs(data))
-    return Status(runs, _champion(registry.default_tracking_uri(data)), _retrain(data / RETRAIN))
+    uri = registry.default_tracking_uri(data)
+    return Status(runs, _champion(uri), _retrain(data / RETRAIN), tuple(sweeps(data)))
 
 
 def note_retrain(data: Path, reason: str) -> None:

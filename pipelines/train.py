@@ -191,6 +191,7 @@ def train(
     register: str | None = registry.MODEL,
     progress: bool = True,
     max_failures: int = 3,
+    plan: cluster.WorkerPlan | None = None,
 ) -> TrainResult:
     """Train `config` on `shards`.
 
@@ -208,6 +209,7 @@ def train(
         register: the registered model that gets the best checkpoint as a new version, if it beats the run's start and
             bicubic; None: not registered.
         max_failures: maximum number of restarts from the last checkpoint after a worker or machine is lost.
+        plan: the workers' resources, in place of `workers`; None: planned from all that Ray has.
 
     Raises:
         TrainError, ConfigError, ShardsError, RunFolderError, PerceptualError: before Ray is started.
@@ -224,7 +226,7 @@ def train(
     if progress and not ray.is_initialized():
         print("train: starting Ray", file=sys.stderr, flush=True)
     cluster.start_ray()
-    plan = cluster.plan_workers(workers or (stored.workers if stored else None))
+    plan = plan or cluster.plan_workers(workers or (stored.workers if stored else None))
     _check_speed(config, plan)
     tracking_uri = registry.default_tracking_uri(data)
     run = _record(folder, stored, config, pairs, run_id, init_from, plan, storage, tracking_uri)
@@ -411,7 +413,8 @@ def _trainer(
             num_workers=plan.workers,
             elastic_resize_monitor_interval_s=RESIZE_CHECK_S,
             use_gpu=plan.use_gpu,
-            resources_per_worker={"CPU": plan.cpus_per_worker} | ({"GPU": 1} if plan.use_gpu else {}),
+            resources_per_worker={"CPU": plan.cpus_per_worker}
+            | ({"GPU": plan.gpus_per_worker} if plan.use_gpu else {}),
         ),
         run_config=RunConfig(
             name=folder.name,
@@ -470,7 +473,7 @@ def _finish(
     aside = folder / f"{run_folder.MODEL}.partial"
     with best.as_directory() as source:
         shutil.rmtree(aside, ignore_errors=True)
-        shutil.copytree(source, aside, ignore=shutil.ignore_patterns(checkpoint.TRAINER, ".*"))
+        shutil.copytree(source, aside, ignore=shutil.ignore_patterns(checkpoint.TRAINER, run_folder.HELD_OUT, ".*"))
     scores = {name: float(value) for name, value in metrics.items() if name.startswith("val_")}
     verdict = judge(folder, metrics)
     version, champion = None, False

@@ -6,14 +6,22 @@ The names are those of `sdan train --set NAME=VALUE`. This module does not know 
 checks them.
 """
 
+import itertools
 import math
 import re
 import runpy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
+from typing import Any
 
 Value = bool | int | float | str
+Constraint = Callable[[dict[str, Any]], str | None]
+"""The reason why a setting cannot be built; None if it can."""
+MOST_COMBINATIONS = 10_000
+"""A space of more settings is treated as if it were continuous."""
+SAMPLED = 200
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
@@ -95,13 +103,10 @@ def logint(low: int, high: int) -> IntUniform:
     return IntUniform(low, high, log=True)
 
 
-def default_space() -> dict[str, Distribution]:
-    """The paper's two open questions: CPA's packing kernel and the weight of the aligned image X' in eq. 6."""
-    return {"model.packing_kernel": choice([2, 4, 8]), "loss.align_weight": loguniform(0.1, 10.0)}
+def load_space(path: str | Path) -> tuple[dict[str, Distribution], Constraint | None]:
+    """Run the user's Python file and return the SPACE that it defines, and its CONSTRAINT if it has one.
 
-
-def load_space(path: str | Path) -> dict[str, Distribution]:
-    """Run the user's Python file and return the SPACE that it defines.
+    `CONSTRAINT(values)` returns None, or the reason why a trial with these values is not to be started.
 
     Raises:
         SweepError: the file is missing, fails to run, or defines no valid SPACE.
@@ -118,10 +123,91 @@ def load_space(path: str | Path) -> dict[str, Distribution]:
         raise SweepError(f"{path}: {_where(error, path)}{type(error).__name__}: {_first_line(error)}") from error
     if "SPACE" not in names:
         raise SweepError(f"{path}: expected SPACE = {{'loss.align_weight': loguniform(0.1, 10.0)}}, got no SPACE")
+    constraint = names.get("CONSTRAINT")
+    if constraint is not None and not callable(constraint):
+        raise SweepError(f"{path}: expected a function CONSTRAINT(values) -> None or a reason, got {constraint!r}")
     try:
-        return check_space(names["SPACE"])
+        return check_space(names["SPACE"]), constraint and _checked(constraint, path)
     except SweepError as error:
         raise SweepError(f"{path}: {error}") from error
+
+
+def _checked(constraint: Callable[[dict[str, Any]], Any], path: Path) -> Constraint:
+    """The user's CONSTRAINT, with errors in one line."""
+
+    def checked(values: dict[str, Any]) -> str | None:
+        try:
+            reason = constraint(dict(values))
+        except Exception as error:
+            raise SweepError(
+                f"{path}: CONSTRAINT({values}): {_where(error, path)}{type(error).__name__}: {_first_line(error)}"
+            ) from error
+        if reason is not None and not isinstance(reason, str):
+            raise SweepError(f"{path}: CONSTRAINT({values}): expected None or a reason, got {reason!r}")
+        return reason
+
+    return checked
+
+
+def combinations(space: Space) -> list[dict[str, Value]] | None:
+    """Every setting of a finite space, in a fixed order; None if a value is continuous or there are too many."""
+    axes: list[Sequence[Value]] = []
+    for distribution in space.values():
+        if isinstance(distribution, Choice):
+            axes.append(distribution.values)
+        elif isinstance(distribution, IntUniform):
+            axes.append(range(distribution.low, distribution.high + 1))
+        else:
+            return None
+    if math.prod(len(axis) for axis in axes) > MOST_COMBINATIONS:
+        return None
+    return [dict(zip(space, point, strict=True)) for point in itertools.product(*axes)]
+
+
+def contains(space: Space, values: Mapping[str, Value]) -> bool:
+    """Whether a search in `space` could propose these values."""
+    for name, distribution in space.items():
+        value = values.get(name)
+        if isinstance(distribution, Choice):
+            if value not in distribution.values:
+                return False
+        elif isinstance(value, bool | str | None) or not distribution.low <= value <= distribution.high:
+            return False
+    return True
+
+
+def check_buildable(space: Space, constraint: Constraint, *, seed: int = 0) -> int | None:
+    """Check that something can be started.
+
+    Returns:
+        the number of settings that can be built; None for a space that is not finite.
+
+    Raises:
+        SweepError: no setting of a finite space, or none of SAMPLED random ones, can be built; with the first reasons.
+    """
+    finite = combinations(space)
+    random = Random(seed)
+    points = finite if finite is not None else [draw(space, random) for _ in range(SAMPLED)]
+    reasons = [reason for reason in map(constraint, points) if reason is not None]
+    if len(reasons) == len(points):
+        shown = "; ".join(dict.fromkeys(reasons[:3]))
+        raise SweepError(f"SPACE: expected a setting that can be built, got none among {len(points)}: {shown}")
+    return len(points) - len(reasons) if finite is not None else None
+
+
+def draw(space: Space, random: Random) -> dict[str, Value]:
+    """A random setting."""
+    return {name: _draw(distribution, random) for name, distribution in space.items()}
+
+
+def _draw(distribution: Distribution, random: Random) -> Value:
+    if isinstance(distribution, Choice):
+        return random.choice(distribution.values)
+    low, high = distribution.low, distribution.high
+    value = math.exp(random.uniform(math.log(low), math.log(high))) if distribution.log else random.uniform(low, high)
+    if isinstance(distribution, IntUniform):
+        return min(distribution.high, max(distribution.low, round(value)))
+    return min(max(value, low), high)
 
 
 def check_space(space: object) -> dict[str, Distribution]:

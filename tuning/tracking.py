@@ -1,21 +1,35 @@
 """What a sweep writes to MLflow: one parent run, and one child run per trial, which a restarted trial reuses."""
 
+import functools
 import json
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
 from ray import tune
 
+from tuning.folder import read_limits, write_live
+from tuning.plan import duration, rounds
 from tuning.space import Value
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+REPEAT = "sdan_repeat"
+"""The only entry of the config that Ray Tune hands to the trial of a repeat."""
+BEAT_S = 2.0
+"""How often a sweep writes live.json."""
+_NO_ANSWER = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
+"""MLflow's codes for a server that does not answer, or a database that is locked or away."""
 
 PARENT_TAG = "mlflow.parentRunId"
 SWEEP_TAG = "sdan.sweep"
@@ -24,6 +38,14 @@ OVERRIDES_TAG = "sdan.overrides"
 STATUS_TAG = "sdan.status"
 REASON_TAG = "sdan.reason"
 BEST_TAG = "sdan.best"
+REPEAT_TAG = "sdan.repeat"
+OF_TAG = "sdan.repeat_of"
+NOTE_TAG = "mlflow.note.content"
+"""MLflow shows this tag as the run's description."""
+SECONDS = "trial_seconds"
+PATIENCE_S = 300.0
+"""How long a sweep waits for an MLflow that does not answer."""
+RETRY_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -41,9 +63,82 @@ class SweepRun:
     metric: str
     mode: str
     max_epochs: int
+    also: tuple[tuple[str, str], ...] = ()
+    """Further objectives: (metric, mode)."""
+
+    @property
+    def objectives(self) -> dict[str, str]:
+        """Metric -> mode, the main one first."""
+        return {self.metric: self.mode, **dict(self.also)}
 
     def client(self) -> MlflowClient:
-        return MlflowClient(tracking_uri=self.tracking_uri)
+        """A client that waits while MLflow does not answer."""
+        return cast("MlflowClient", PatientClient(self.tracking_uri))
+
+
+class PatientClient:
+    """An MlflowClient whose calls are repeated, for at most PATIENCE_S, while the server or database does not answer:
+    a sweep of hours must not lose a trial because MLflow restarts."""
+
+    def __init__(self, tracking_uri: str) -> None:
+        self._client = MlflowClient(tracking_uri=tracking_uri)
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._client, name)
+        if not callable(call):
+            return call
+
+        @functools.wraps(call)
+        def patient(*arguments: Any, **options: Any) -> Any:
+            return patiently(lambda: call(*arguments, **options))
+
+        return patient
+
+
+def patiently(call: Callable[[], T], *, patience_s: float = PATIENCE_S, retry_s: float = RETRY_S) -> T:
+    """The result of `call`, which is repeated while MLflow does not answer.
+
+    Raises:
+        MlflowException: it still does not answer after `patience_s`, or it refuses the call.
+    """
+    give_up = time.monotonic() + patience_s
+    while True:
+        try:
+            return call()
+        except MlflowException as error:
+            if error.error_code not in _NO_ANSWER or time.monotonic() > give_up:
+                raise
+            logger.warning("MLflow does not answer; trying again: %s", str(error).partition("\n")[0][:200])
+        except OSError as error:  # an artifact store that does not answer
+            if time.monotonic() > give_up:
+                raise
+            logger.warning("MLflow's store does not answer; trying again: %s", error)
+        time.sleep(retry_s)
+
+
+@dataclass(frozen=True)
+class TrialKey:
+    """Which trial, and with which seed."""
+
+    trial_id: str
+    repeat: int = 0
+    """0: in the search; 1, 2, ...: the setting trained again with another seed."""
+    repeat_of: str = ""
+    """The trial_id in the search whose setting a repeat trains."""
+
+
+def identify(config: Mapping[str, Any], trial_id: str) -> tuple[TrialKey, dict[str, Value]]:
+    """(key, overrides) of a trial, from what Ray Tune hands it; those of repeats are below REPEAT (`repeat_config`)."""
+    if REPEAT not in config:
+        return TrialKey(trial_id), dict(config)
+    again = config[REPEAT]
+    key = TrialKey(f"{again['of']}-r{again['repeat']}", int(again["repeat"]), str(again["of"]))
+    return key, dict(again["overrides"])
+
+
+def repeat_config(of: str, repeat: int, overrides: Mapping[str, Value]) -> dict[str, Any]:
+    """What Ray Tune hands to the trial that trains the setting of trial `of` again."""
+    return {"of": of, "repeat": repeat, "overrides": dict(overrides)}
 
 
 @dataclass(frozen=True)
@@ -62,12 +157,16 @@ class TrialRow:
     """(epoch, metric) in order."""
     reason: str
     """Why the trial failed, one line; empty if it did not."""
+    repeat: int = 0
+    repeat_of: str = ""
+    values: Mapping[str, float] = field(default_factory=dict)
+    """The last value of each objective of the sweep, and SECONDS."""
 
 
-def open_child(run: SweepRun, trial_id: str, overrides: Mapping[str, Value]) -> Run:
+def open_child(run: SweepRun, key: TrialKey, overrides: Mapping[str, Value]) -> Run:
     """The trial's child run: the existing one after a restart, else a new one with its overrides as params."""
     client = run.client()
-    found = find_child(run, trial_id)
+    found = find_child(run, key.trial_id)
     if found is not None:
         if found.data.tags.get(STATUS_TAG) != "finished":
             client.update_run(found.info.run_id, status="RUNNING")
@@ -77,11 +176,13 @@ def open_child(run: SweepRun, trial_id: str, overrides: Mapping[str, Value]) -> 
     tags = {
         PARENT_TAG: run.parent_run_id,
         SWEEP_TAG: run.name,
-        TRIAL_TAG: trial_id,
+        TRIAL_TAG: key.trial_id,
         OVERRIDES_TAG: json.dumps(dict(overrides), sort_keys=True),
         STATUS_TAG: "running",
     }
-    child = client.create_run(run.experiment_id, tags=tags, run_name=f"{run.name}-{trial_id}")
+    if key.repeat:
+        tags |= {REPEAT_TAG: str(key.repeat), OF_TAG: key.repeat_of}
+    child = client.create_run(run.experiment_id, tags=tags, run_name=f"{run.name}-{key.trial_id}")
     for name, value in sorted(overrides.items()):
         client.log_param(child.info.run_id, name, value)
     return child
@@ -113,31 +214,105 @@ def close_child(client: MlflowClient, run_id: str, status: str, reason: str = ""
     client.set_terminated(run_id, "FINISHED" if ended_well else "FAILED" if status == "failed" else "KILLED")
 
 
-class EndOfTrial(tune.Callback):
-    """Ends the MLflow runs of trials that cannot do so themselves because ASHA stopped them or their process died."""
+class TimeIsUpError(Exception):
+    """The sweep's time budget is spent."""
 
-    def __init__(self, run: SweepRun) -> None:
+
+class EndOfTrial(tune.Callback):
+    """Runs in the sweep's own process, in Ray Tune's loop: ends the MLflow runs of trials that cannot do so themselves
+    because ASHA stopped them or their process died, prints a line per trial, and ends the sweep in time."""
+
+    folder: Path | None = None
+    """The sweep's; sweeps of older versions were pickled without it."""
+
+    def __init__(self, run: SweepRun, folder: Path | None = None) -> None:
         self.run = run
+        self.folder = folder
+
+    def setup(self, *arguments: Any, **info: Any) -> None:
+        """Once per start or resume, before the first trial."""
+        self.pace = Pace(time.monotonic())
+        self.limits = read_limits(self.folder)
+        self.limits_read = 0.0
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """End the sweep if its time is up, and show `sdan status` that it lives."""
+        now = time.monotonic()
+        if self.folder is not None and now - self.limits_read > BEAT_S:
+            self.limits_read = now
+            states = Counter(str(trial.status) for trial in trials)
+            write_live(self.folder, states["TERMINATED"] + states["ERROR"], states["RUNNING"])
+        if self.limits.ends_at is not None and time.time() > self.limits.ends_at:
+            raise TimeIsUpError
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        logger.info("%s started with %s", _label(trials, trial), _settings(trial.config))
+        key, overrides = identify(trial.config, trial.trial_id)
+        self.pace.start(key.trial_id, time.monotonic())
+        logger.info("%s started with %s", _label(trials, trial), _settings(overrides))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        child = find_child(self.run, trial.trial_id)
+        key, _ = identify(trial.config, trial.trial_id)
+        child = find_child(self.run, key.trial_id)
         if child is not None and child.data.tags.get(STATUS_TAG) != "finished":
             close_child(self.run.client(), child.info.run_id, "stopped")
-        _log_end(self.run, _label(trials, trial), trial)
+        self._log_end(trials, trial, key)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         # A trial that died before it opened its run gets one here.
-        child = find_child(self.run, trial.trial_id) or open_child(self.run, trial.trial_id, trial.config)
+        key, overrides = identify(trial.config, trial.trial_id)
+        child = find_child(self.run, key.trial_id) or open_child(self.run, key, overrides)
         if child.data.tags.get(STATUS_TAG) != "failed":
             close_child(self.run.client(), child.info.run_id, "failed", f"the trial's process died: {_cause(trial)}")
-        _log_end(self.run, _label(trials, trial), trial)
+        self._log_end(trials, trial, key)
+
+    def _log_end(self, trials: Sequence[Any], trial: Any, key: TrialKey) -> None:
+        """Log one line: how the trial ended, its best epoch, its settings, and the time left."""
+        self.pace.end(key.trial_id, time.monotonic())
+        child = find_child(self.run, key.trial_id)
+        if child is None:
+            return
+        row, label = _row(self.run.client(), self.run, child), _label(trials, trial)
+        total = len(trials) if key.repeat else max(self.limits.num_trials, len(trials))
+        left = self.pace.left(total, self.limits.at_once)
+        if row.score is None:
+            logger.info("%s %s: %s%s", label, row.status, row.reason or "no result", left)
+            return
+        epoch = next(epoch for epoch, value in row.history if value == row.score)
+        shown = _settings(row.overrides)
+        logger.info(
+            "%s %s: %s %.4f at epoch %d, with %s%s", label, row.status, self.run.metric, row.score, epoch, shown, left
+        )
+
+
+@dataclass
+class Pace:
+    """How long trials take, for the time that is left; one for each start or resume."""
+
+    began: float
+    starts: dict[str, float] = field(default_factory=dict)
+    spent: dict[str, float] = field(default_factory=dict)
+
+    def start(self, trial_id: str, now: float) -> None:
+        self.starts[trial_id] = now
+
+    def end(self, trial_id: str, now: float) -> None:
+        if trial_id in self.starts:
+            self.spent[trial_id] = now - self.starts[trial_id]
+
+    def left(self, total: int, at_once: int) -> str:
+        """E.g. "; 3 of 8 ended, about 12 min left"; '' before the first has ended, and after the last."""
+        ended = len(self.spent)
+        if not 0 < ended < total:
+            return ""
+        mean = sum(self.spent.values()) / ended
+        return f"; {ended} of {total} ended, about {duration(mean * rounds(total - ended, at_once))} left"
 
 
 def _label(trials: Sequence[Any], trial: Any) -> str:
     """E.g. "trial 3 (1f2a_00002)", counted from 1 in the order of the sweep."""
+    key, _ = identify(trial.config, trial.trial_id)
+    if key.repeat:
+        return f"trial {key.repeat_of} with seed {key.repeat + 1} ({key.trial_id})"
     numbers = {each.trial_id: number for number, each in enumerate(trials, 1)}
     return f"trial {numbers.get(trial.trial_id, len(numbers) + 1)} ({trial.trial_id})"
 
@@ -148,23 +323,13 @@ def _settings(overrides: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in shown.items())
 
 
-def _log_end(run: SweepRun, label: str, trial: Any) -> None:
-    """Log one line: how the trial ended, its best epoch, and its settings."""
-    child = find_child(run, trial.trial_id)
-    if child is None:
-        return
-    row = _row(run.client(), run, child)
-    if row.score is None:
-        logger.info("%s %s: %s", label, row.status, row.reason or "no result")
-        return
-    epoch = next(epoch for epoch, value in row.history if value == row.score)
-    settings = _settings(row.overrides)
-    logger.info("%s %s: %s %.4f at epoch %d, with %s", label, row.status, run.metric, row.score, epoch, settings)
+def read_trials(run: SweepRun, client: MlflowClient | None = None) -> list[TrialRow]:
+    """All trials of a sweep, repeats included, best first; trials without a score come last.
 
-
-def read_trials(run: SweepRun) -> list[TrialRow]:
-    """All trials of a sweep, best first; trials without a score come last."""
-    client = run.client()
+    Args:
+        client: None: one that waits while MLflow does not answer.
+    """
+    client = client or run.client()
     query = f"tags.`{PARENT_TAG}` = '{run.parent_run_id}' and tags.`{SWEEP_TAG}` = '{run.name}'"
     rows: list[TrialRow] = []
     page = client.search_runs([run.experiment_id], filter_string=query)
@@ -178,8 +343,10 @@ def read_trials(run: SweepRun) -> list[TrialRow]:
 
 
 def best_trial(trials: Sequence[TrialRow]) -> TrialRow | None:
-    """The first trial with a score that finished or was stopped by ASHA. `trials` is sorted by read_trials."""
-    return next((row for row in trials if row.score is not None and row.status in ("finished", "stopped")), None)
+    """The first trial of the search with a score that finished or was stopped by ASHA. `trials` is sorted by
+    read_trials."""
+    ended = (row for row in trials if row.status in ("finished", "stopped") and not row.repeat)
+    return next((row for row in ended if row.score is not None), None)
 
 
 def _row(client: MlflowClient, run: SweepRun, child: Run) -> TrialRow:
@@ -198,6 +365,9 @@ def _row(client: MlflowClient, run: SweepRun, child: Run) -> TrialRow:
         epochs=history[-1][0] if history else 0,
         history=history,
         reason=tags.get(REASON_TAG, ""),
+        repeat=int(tags.get(REPEAT_TAG, "0")),
+        repeat_of=tags.get(OF_TAG, ""),
+        values={name: child.data.metrics[name] for name in (*run.objectives, SECONDS) if name in child.data.metrics},
     )
 
 

@@ -38,6 +38,8 @@ from preprocessing.storage import write_atomically
 RUNS = "runs"
 RUN, SHARDS, PROGRESS, LIVE, MODEL = "run.json", "shards.json", "progress.jsonl", "live.json", "model"
 UNSENT = "unsent.jsonl"
+HELD_OUT = "held_out.json"
+"""In a checkpoint: {crop: PSNR} of its validation, the values whose mean is SELECT_BY. Sweeps compare runs by them."""
 _MOST_SHARDS_BYTES = 1_000_000_000
 """Far more than the names of a million pairs take."""
 _TAIL_BYTES = 1_000_000

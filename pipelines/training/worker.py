@@ -6,6 +6,7 @@ the training loop: read it first, then step.py.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import tempfile
@@ -31,7 +32,7 @@ from pipelines.scoring.scores import PerCrop, mean_scores, score_bicubic, score_
 from pipelines.training import step
 from pipelines.training.meter import EpochMeter, LiveFile
 from pipelines.training.progress import SELECT_BY
-from pipelines.training.run_folder import RunShards
+from pipelines.training.run_folder import HELD_OUT, RunShards
 from pipelines.training.run_log import RunLog, machine_metrics
 from pipelines.training.verdict import BICUBIC
 from preprocessing.schema import SCHEMA_VERSION
@@ -208,30 +209,41 @@ class TrainWorker:
                 scores=metrics,
                 trainer_state=self.training.state(),
             )
+            (saved / HELD_OUT).write_text(json.dumps(self.per_crop))
             ray.train.report(reported, checkpoint=ray.train.Checkpoint.from_directory(str(saved)))
 
     def _validate(self) -> dict[str, float]:
         """Scores of the averaged weights by both protocols, over all ranks' crops."""
-        per_crop = score_model(self.training.averaged, self.validation, self.training.plan)
-        means = {f"val_{name}": value for name, value in self._means(per_crop).items()}
-        aligned = means.get("val_self_aligned_psnr", math.nan)
-        return means | {SELECT_BY: aligned if math.isfinite(aligned) else means["val_self_raw_psnr"]}
+        scores = self._of_all_ranks(score_model(self.training.averaged, self.validation, self.training.plan))
+        means = {f"val_{name}": value for name, value in mean_scores(scores).items()}
+        target = "aligned" if math.isfinite(means.get("val_self_aligned_psnr", math.nan)) else "raw"
+        selected = zip(self._crop_names, scores[f"self_{target}_psnr"], strict=True)
+        self.per_crop = {name: value for name, value in selected if math.isfinite(value)}
+        return means | {SELECT_BY: means[f"val_self_{target}_psnr"]}
 
     def _bicubic(self) -> dict[str, float]:
         """PSNR of the bicubic enlargement of the picture whose tones the network learns (verdict.py)."""
         has_rendering = "lr_render" in self.validation.batch
         source = "rendering" if self.config.train.look == "rendering" and has_rendering else "camera"
-        scores = self._means(score_bicubic(self.training.averaged, self.validation, self.device, source))
-        return {f"{BICUBIC}_{name}": value for name, value in scores.items() if name.endswith("_psnr")}
+        scores = self._of_all_ranks(score_bicubic(self.training.averaged, self.validation, self.device, source))
+        return {f"{BICUBIC}_{name}": value for name, value in mean_scores(scores).items() if name.endswith("_psnr")}
 
-    def _means(self, per_crop: PerCrop) -> dict[str, float]:
-        """Means over all ranks' crops."""
+    @cached_property
+    def _crop_names(self) -> list[str]:
+        """Names of all ranks' crops, in the order of `_of_all_ranks`."""
+        parts: list[tuple[str, ...]] = [self.validation.names] * self.world
         if self.world > 1:
-            parts: list[PerCrop] = [{} for _ in range(self.world)]
-            dist.all_gather_object(parts, per_crop)
-            names = sorted({name for part in parts for name in part})  # a rank without crops has no scores
-            per_crop = {name: [value for part in parts for value in part.get(name, [])] for name in names}
-        return mean_scores(per_crop)
+            dist.all_gather_object(parts, self.validation.names)
+        return [name for part in parts for name in part]
+
+    def _of_all_ranks(self, per_crop: PerCrop) -> PerCrop:
+        """The scores of all ranks' crops, rank by rank."""
+        if self.world == 1:
+            return per_crop
+        parts: list[PerCrop] = [{} for _ in range(self.world)]
+        dist.all_gather_object(parts, per_crop)
+        names = sorted({name for part in parts for name in part})  # a rank without crops has no scores
+        return {name: [value for part in parts for value in part.get(name, [])] for name in names}
 
 
 def train_worker(config: dict[str, TrainJob]) -> None:

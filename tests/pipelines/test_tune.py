@@ -24,14 +24,20 @@ def no_ray(monkeypatch):
     monkeypatch.setattr("pipelines.cluster.start_ray", start_ray)
 
 
+def asked(options):
+    """Keyword arguments of `tune`: those that are fields of Options are put into one."""
+    own = {name: value for name, value in options.items() if name in tune.Options.__dataclass_fields__}
+    return {"options": tune.Options(**{"trials": 2} | own)} | {k: v for k, v in options.items() if k not in own}
+
+
 def refuse(shards, data, message, space=None, config=CONFIG, **options):
     """Check that tune raises one line with `message` and writes nothing to `data`."""
     if space is not None:
         path = data.parent / "space.py"
         path.write_text(IMPORTS + space)
-        options["space"] = path
+        options["space"] = str(path)
     with pytest.raises(ValueError, match=message) as caught:
-        tune.tune(str(shards), config, data=data, **{"trials": 2} | options)
+        tune.tune(str(shards), config, data=data, **asked(options))
     assert "\n" not in str(caught.value)
     assert type(caught.value).__module__.partition(".")[0] in ("preprocessing", "sdan", "tuning", "pipelines")
     assert not data.exists()
@@ -47,6 +53,8 @@ def refuse(shards, data, message, space=None, config=CONFIG, **options):
         ("SPACE = {'loss.align_weight': choice([])}", "space.py: .*expected at least one"),
         ("OTHER = {}", "space.py: .*SPACE"),
         ("1 / 0", "space.py: .*ZeroDivisionError"),
+        ("SPACE = {'model.packing_kernel': choice([3, 5])}", "got none among 2: .*packing_kernel.*"),
+        ("SPACE = {'model.blocks': choice([1, 2])}\ndef CONSTRAINT(values): return 'too slow'", "among 2: too slow"),
     ],
 )
 def test_a_wrong_space_is_refused_before_ray_starts(space, message, tiny_shards, no_ray, tmp_path):
@@ -59,10 +67,20 @@ def test_a_wrong_space_is_refused_before_ray_starts(space, message, tiny_shards,
         ({"name": "../sweep"}, r"sweep name: expected letters, digits.*got '\.\./sweep'"),
         ({"trials": 0}, "trials: expected at least 1, got 0"),
         ({"resume": True}, "expected a sweep 'sweep' to resume, got none"),
+        ({"search": "best"}, "--search: expected one of tpe, random, grid, got 'best'"),
+        ({"search": "grid"}, "--search grid: expected only choice and integer, got loss.align_weight: loguniform"),
+        ({"metrics": ("val_psnr:up",)}, "--metric val_psnr:up: expected NAME, NAME:min or NAME:max"),
+        ({"repeats": 0}, "--repeats: expected at least 1, got 0"),
+        ({"gpus_per_trial": 1.5}, "--gpus-per-trial: expected a share of a GPU"),
     ],
 )
 def test_wrong_options_are_refused_before_ray_starts(options, message, tiny_shards, no_ray, tmp_path):
     refuse(tiny_shards, tmp_path / "data", message, **options)
+
+
+def test_an_unknown_space_names_those_that_exist(tiny_shards, no_ray, tmp_path):
+    with pytest.raises(ValueError, match=r"--space: expected one of default, paper, size, offsets, or a file FILE.py"):
+        tune.tune(str(tiny_shards), CONFIG, tune.Options(space="sizes"), data=tmp_path / "data")
 
 
 def test_shards_that_do_not_fit_are_refused_before_ray_starts(tiny_shards, no_ray, tmp_path):
@@ -89,7 +107,7 @@ def test_a_searched_feature_loss_needs_its_weights(tiny_shards, no_ray, tmp_path
 def swept(tiny_shards, tmp_path_factory):
     """(data folder, options, result) of a sweep of two trials."""
     data = tmp_path_factory.mktemp("tune") / "data"
-    options = {"data": data, "trials": 2, "workers": 1, "name": "two"}
+    options = asked({"data": data, "trials": 2, "workers": 1, "name": "two", "space": "paper"})
     with (data.parent / "stderr.txt").open("w") as stderr, pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.stderr", stderr)
         return data, options, tune.tune(str(tiny_shards), CONFIG, **options)

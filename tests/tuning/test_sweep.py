@@ -14,7 +14,7 @@ from ray import cloudpickle
 
 from tuning.search import SLOT
 from tuning.space import SweepError, choice, uniform
-from tuning.sweep import run_sweep
+from tuning.sweep import SweepOptions, run_sweep
 from tuning.tracking import PARENT_TAG, STATUS_TAG
 
 EPOCHS = 4
@@ -23,10 +23,10 @@ SEED = 2949
 
 @pytest.fixture(scope="module")
 def slots():
-    """One local Ray with a trial slot, shared by all tests of this module."""
+    """One local Ray with trial slots and eight GPUs that do not exist, shared by all tests of this module."""
     ray.shutdown()
-    resources = {SLOT: 1.0}
-    ray.init(address="local", num_cpus=2, resources=resources, log_to_driver=False, _node_ip_address="127.0.0.1")
+    fake = {"num_cpus": 2, "num_gpus": 8, "resources": {SLOT: 8.0}}
+    ray.init(address="local", log_to_driver=False, _node_ip_address="127.0.0.1", **fake)
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
     yield
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
@@ -162,7 +162,7 @@ def test_failed_trials_have_a_reason_and_do_not_stop_others(sweep):
 
 def test_summary_is_in_the_folder_and_at_the_parent_run(sweep):
     result, client, folder = sweep
-    names = {"trials.txt", "epochs.png", "parameters.png"}
+    names = {"trials.txt", "sweep.html"}
     assert result.folder == folder / "sweeps" / "first"
     assert names <= {path.name for path in result.folder.iterdir()}
     logged = client.list_artifacts(result.parent_run_id, "sweep")
@@ -197,7 +197,7 @@ def test_all_trials_failed_gives_the_first_reason(slots, sweep):
 
 
 def test_an_interrupted_sweep_asks_for_resume_and_is_killed(slots, sweep, monkeypatch):
-    monkeypatch.setattr("tuning.sweep.search", lambda *arguments: None)  # as if it ended before its first trial
+    monkeypatch.setattr("tuning.sweep.search", lambda *arguments: True)  # as if it ended before its first trial
     with pytest.raises(SweepError, match="expected 2 ended trials, got 0 when interrupted; resume it"):
         run_other(sweep[2], name="cut")
     (parent,) = [run for run in runs(sweep) if run.data.tags.get("mlflow.runName") == "cut"]
@@ -219,12 +219,15 @@ def test_resuming_a_finished_sweep_redoes_nothing(slots, sweep):
     assert [row.epochs for row in first.trials] == [1, 1]
     assert run_other(folder, **same, resume=True) == first
     assert (folder / "calls").read_text() == "xx"
-    with pytest.raises(SweepError, match=r"num_trials: expected 2 \(as at its start\), got 3"):
-        run_other(folder, **same, resume=True, num_trials=3)
+    with pytest.raises(SweepError, match=r"num_trials: expected 2 \(as at its start\), got 1"):
+        run_other(folder, **same, resume=True, num_trials=1)
     with pytest.raises(SweepError, match=r"space: expected .*uniform\(0, 1\).*, got .*uniform\(0, 2\)"):
         run_other(folder, {"a": uniform(0, 2)}, **same, resume=True)
     with pytest.raises(SweepError, match="expected no sweep 'again', got an existing one"):
         run_other(folder, **same)
+    more = run_other(folder, **same, resume=True, num_trials=3)
+    assert (folder / "calls").read_text() == "xxx"
+    assert len(more.trials) == 3 and {row.trial_id for row in first.trials} < {row.trial_id for row in more.trials}
 
 
 @pytest.mark.parametrize(
@@ -251,6 +254,64 @@ def test_unwritable_storage_is_refused(slots, tmp_path):
     (tmp_path / "sweeps").write_text("a file where the folder should be")
     with pytest.raises(SweepError, match="sweeps/s: expected a writable folder, got"):
         run_other(tmp_path, name="s", experiment_id="0")
+
+
+@pytest.mark.slow
+def test_eight_trials_run_at_once_on_eight_gpus(slots, tmp_path, monkeypatch):
+    """Each waits until all eight have a GPU. The plan that says eight is tested in test_plan.py."""
+    monkeypatch.chdir(tmp_path)
+
+    @ray.remote(num_gpus=1, num_cpus=0, scheduling_strategy="DEFAULT")
+    def on_a_gpu(folder, trial_id):
+        (folder / trial_id).touch()
+        end = time.monotonic() + 240
+        while len(list(folder.iterdir())) < 8 and time.monotonic() < end:
+            time.sleep(0.1)
+        return len(list(folder.iterdir()))
+
+    def waits(overrides, report):
+        folder = Path("started")
+        folder.mkdir(exist_ok=True)
+        return {"val_psnr": float(ray.get(on_a_gpu.remote(folder.resolve(), report.trial_id)))}
+
+    result = run_other(tmp_path, name="eight", train=waits, num_trials=8, max_epochs=1, max_concurrent=8)
+    assert [row.score for row in result.trials] == [8.0] * 8
+
+
+@pytest.mark.slow
+def test_repeats_are_trained_with_other_seeds(slots, tmp_path):
+    """What they say together is tested in test_sweep_in_process.py."""
+
+    def seeded(overrides, report):
+        report({"val_psnr": overrides["kernel"] + report.repeat / 10}, {"00001/a": float(report.repeat)})
+
+    space, options = {"kernel": choice([2, 4])}, SweepOptions(method="grid", repeats=2)
+    result = run_other(tmp_path, space, name="seeds", train=seeded, max_epochs=1, options=options, max_concurrent=2)
+    found = {(row.overrides["kernel"], row.repeat, row.score) for row in result.trials}
+    assert found == {(2, 0, 2.0), (2, 1, 2.1), (4, 0, 4.0), (4, 1, 4.1)}
+    names = {row.trial_id for row in result.trials}
+    assert {f"{row.repeat_of}-r1" for row in result.trials if row.repeat} < names
+    assert {path.stem for path in (result.folder / "tiles").iterdir()} == names
+
+
+@pytest.mark.slow
+def test_a_time_budget_keeps_what_it_has_and_goes_on(slots, tmp_path):
+    """The first budget is shorter than a trial, the second ends within the sweep, the third suffices."""
+
+    def slow(overrides, report):
+        for epoch in range(1, 4):
+            time.sleep(1.5)
+            report({"epoch": epoch, "val_psnr": overrides["a"] + epoch})
+
+    same = {"name": "budget", "train": slow, "num_trials": 3, "max_epochs": 3, "grace_epochs": 3}
+    with pytest.raises(SweepError, match=r"expected a finished trial within 2 s, got none .*larger --time-budget"):
+        run_other(tmp_path, **same, options=SweepOptions(time_budget_s=2.0))
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    every = client.search_runs([client.get_experiment_by_name("sweeps").experiment_id])
+    assert {run.info.status for run in every} == {"KILLED"}
+    result = run_other(tmp_path, **same, resume=True, options=SweepOptions(time_budget_s=600.0))
+    assert result.ended == "" and [row.status for row in result.trials] == ["finished"] * 3
+    assert {run.info.run_id for run in every} <= {result.parent_run_id, *(row.run_id for row in result.trials)}
 
 
 def experiment_id(uri):
