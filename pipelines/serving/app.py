@@ -6,7 +6,7 @@ import base64
 import hashlib
 import re
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -85,6 +85,7 @@ def create_app(models: Models, limits: Limits, folder: Path) -> FastAPI:
         redoc_url=None,
         lifespan=lifespan,
     )
+    app.state.desk = desk
     app.add_exception_handler(Refused, _refuse)
     app.add_exception_handler(RequestValidationError, _refuse_option)
     app.add_exception_handler(HTTPException, _refuse_route)
@@ -100,12 +101,15 @@ def _add_pages(app: FastAPI) -> None:
     style = folder.joinpath("style.css").read_text(encoding="utf-8")
     for route, name in (("/", "page.html"), ("/docs", "docs.html")):
         page = folder.joinpath(name).read_text(encoding="utf-8").replace("{{style}}", style)
-        response = HTMLResponse(page, headers={"Content-Security-Policy": _policy(page), **_SAFE})
+        app.add_api_route(route, _shows(page), include_in_schema=False)
 
-        def get(response: Response = response) -> Response:
-            return response
 
-        app.add_api_route(route, get, include_in_schema=False, response_model=None)
+def _shows(page: str) -> Callable[[], Response]:
+    def show() -> Response:
+        return HTMLResponse(page, headers={"Content-Security-Policy": policy, **_SAFE})
+
+    policy = _policy(page)
+    return show
 
 
 _SAFE = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}

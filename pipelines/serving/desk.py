@@ -184,10 +184,8 @@ class Desk:
             async with asyncio.timeout(max(0.0, ticket.deadline - time.monotonic())):
                 return await asyncio.wrap_future(work)
         except (TimeoutError, _Stopped):
-            got = "no result: the service is busy, or the photograph is large"
-            line = (
-                f"{path.name}: expected a result within {self.limits.timeout_s:g} s, got {got}; send it again, or crop"
-            )
+            limit = f"{self.limits.timeout_s:g} s"
+            line = f"{path.name}: expected to be ready within {limit}, got no result; send it again later, or crop it"
             raise Refused(503, line, self._retry_s()) from None
 
     def _retry_s(self) -> int:

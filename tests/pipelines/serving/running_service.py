@@ -14,7 +14,8 @@ from PIL import Image
 from pipelines import config as configs
 from pipelines.serving.app import create_app
 from pipelines.serving.limits import Limits
-from sdan import checkpoint
+from preprocessing.raw.dng import write_dng
+from sdan import checkpoint, raw_input
 from sdan.network import SDAN
 
 
@@ -71,3 +72,12 @@ def opened(answer):
     image = Image.open(io.BytesIO(answer.content))
     image.load()
     return image
+
+
+def dng(path, height=48, width=64):
+    """Write a small RAW; returns its path."""
+    image = Image.open(io.BytesIO(picture(height, width)))
+    packed = raw_input.mosaic_from_srgb(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255)
+    mosaic = 512 + 15000 * raw_input.packed_to_mosaic(packed)[0, 0].numpy()
+    write_dng(path, mosaic.round().astype(np.uint16), wb=(1.0, 1.0, 1.0))
+    return path
