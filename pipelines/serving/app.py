@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 from urllib.parse import quote
 
+import fastapi
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
@@ -38,6 +39,8 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
     422: {"description": "A photograph that cannot be decoded, or not written as asked.", **_ONE_LINE},
     503: {"description": "Too many requests or too little memory or time; Retry-After says when to send it again."},
 }
+_JSON: dict[int | str, dict[str, Any]] = {200: {"description": "JSON."}}
+_UNKNOWN: dict[int | str, dict[str, Any]] = {**_JSON, 404: {"description": "No request has this id.", **_ONE_LINE}}
 _BODY = {
     "requestBody": {
         "required": True,
@@ -129,7 +132,7 @@ def _policy(page: str) -> str:
 
 
 def _add_state(app: FastAPI, desk: Desk) -> None:
-    @app.get("/healthz", summary="Whether the service works, its model and its limits")
+    @app.get("/healthz", summary="Whether the service works, its model and its limits", responses=_JSON)
     async def healthz() -> dict[str, Any]:
         limits = desk.limits
         return {
@@ -142,16 +145,16 @@ def _add_state(app: FastAPI, desk: Desk) -> None:
             "timeout_s": limits.timeout_s,
         }
 
-    @app.get("/progress/{identifier}", summary="How far a request is", responses={404: _ONE_LINE | {"description": ""}})
-    async def progress(identifier: str) -> dict[str, Any]:
+    @app.get("/progress/{id}", summary="How far the request with this id is", responses=_UNKNOWN)
+    async def progress(identifier: Annotated[str, fastapi.Path(alias="id")]) -> dict[str, Any]:
         ticket = desk.ticket(identifier)
         if ticket is None:
             raise Refused(404, f"/progress/{identifier[:64]}: expected the id of a request, got another")
         share = ticket.done / ticket.total if ticket.total else 0.0
         return {"stage": ticket.stage, "share": round(share, 4), "preview": ticket.preview is not None}
 
-    @app.get("/preview/{identifier}", include_in_schema=False)
-    async def preview(identifier: str) -> Response:
+    @app.get("/preview/{id}", include_in_schema=False)
+    async def preview(identifier: Annotated[str, fastapi.Path(alias="id")]) -> Response:
         ticket = desk.ticket(identifier)
         if ticket is None or ticket.preview is None:
             raise Refused(

@@ -232,7 +232,7 @@ def test_a_small_photo_overtakes_a_large_one(service):
         assert service.zoom(picture(side, side), id=f"order-{name}").status_code == 200
         ends[name] = time.monotonic()
 
-    large = threading.Thread(target=send, args=("large", 1100))
+    large = threading.Thread(target=send, args=("large", 800))
     large.start()
     wait_until(lambda: '"zooming"' in service.get("/progress/order-large").text)
     send("small", 40)
@@ -293,7 +293,7 @@ def test_the_pages_load_nothing_from_elsewhere(service, path):
 def test_unknown_addresses_get_one_line(service):
     assert refused(service.get("/other"), 404).startswith("GET /other: expected POST /zoom, ")
     refused(service.get("/zoom"), 405)
-    assert set(service.get("/openapi.json").json()["paths"]) == {"/zoom", "/healthz", "/progress/{identifier}"}
+    assert set(service.get("/openapi.json").json()["paths"]) == {"/zoom", "/healthz", "/progress/{id}"}
 
 
 def register(tracking_uri, folder):
