@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import logging
+import os
 import tempfile
 import time
 import urllib.error
@@ -67,9 +68,13 @@ def run(
     Raises:
         RegistryError: no such model, or the port is taken.
         CheckpointError: a model that cannot be loaded.
-        ServeError: an address that is not this machine's, or a service that does not start.
+        ServeError: a cluster's address in RAY_ADDRESS, a host that is no address, or a service that does not start.
         ClusterError: Ray does not start.
     """
+    if cluster := os.environ.get("RAY_ADDRESS"):
+        raise ServeError(
+            f"RAY_ADDRESS: expected none, because the service starts a Ray of its own, got {cluster}; unset it"
+        )
     loopback = _is_loopback(host)
     registry.check_port(port, host)
     choose_models(data, model)
@@ -106,9 +111,7 @@ def _start(data: Path, model: str | None, host: str, port: int, limits: Limits, 
         serve.run(bound, name=_NAME, route_prefix="/", logging_config=quiet)
     except (RuntimeError, TimeoutError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ServeError(
-            f"Ray Serve: expected the service to start, got {reason}; see /tmp/ray/session_latest"
-        ) from error
+        raise ServeError(f"Ray Serve: expected to start, got {reason}; see `sdan doctor`") from error
 
 
 def _follow(address: str, say: Callable[[str], None]) -> None:

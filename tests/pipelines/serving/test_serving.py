@@ -1,5 +1,6 @@
 """The service over HTTP, without Ray: answers, limits, hostile uploads, and the exchange of its model."""
 
+import asyncio
 import io
 import re
 import socket
@@ -21,6 +22,7 @@ from running_service import dng, opened, picture, running, write_model
 
 from pipelines import registry
 from pipelines.serving import service as service_module
+from pipelines.serving.desk import Wish
 from pipelines.serving.limits import SEATS, Limits, Refused, ServeError
 from pipelines.serving.models import Models
 from pipelines.serving.uploads import safe_name
@@ -241,6 +243,27 @@ def test_a_small_photo_overtakes_a_large_one(service):
     assert ends["small"] < ends["large"]
 
 
+def test_a_client_that_leaves_ends_its_work(service):
+    """Ray Serve cancels the request's task then."""
+    desk = service.app.state.desk
+    path = desk.new_folder() / "photo.png"
+    path.write_bytes(picture(1100, 1100))
+
+    async def leave():
+        with desk.place(None) as ticket:
+            task = asyncio.create_task(desk.zoom(ticket, path, Wish(Output("png"))))
+            while ticket.stage != "zooming":
+                await asyncio.sleep(0.02)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        return ticket
+
+    ticket = asyncio.run(leave())
+    wait_until(lambda: list(service.work.iterdir()) == [])
+    assert 0 < ticket.done < ticket.total and desk.inside == 0
+
+
 def test_a_full_queue_is_a_503(service, limited):
     limited(queue=1)
     desk = service.app.state.desk
@@ -364,6 +387,12 @@ def test_a_wrong_start_is_refused_before_ray(options, expected, tmp_path):
     arguments = {"host": "127.0.0.1", "port": 9999, "model": None} | options
     with pytest.raises(ValueError, match=re.escape(expected)):
         service_module.run(tmp_path, **arguments, limits=Limits(), say=print, warn=print)
+
+
+def test_a_cluster_is_not_joined(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(ServeError, match=r"RAY_ADDRESS: expected none, .*, got 10\.0\.0\.1:6379; unset it"):
+        service_module.run(tmp_path, None, host="127.0.0.1", port=9999, limits=Limits(), say=print, warn=print)
 
 
 def test_a_wrong_limit_ends_the_command_in_one_line(tmp_path):
