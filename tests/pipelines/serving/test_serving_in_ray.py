@@ -19,7 +19,7 @@ from pipelines import registry
 
 pytestmark = pytest.mark.slow
 CLIENTS = 32
-REQUESTS = int(os.environ.get("SDAN_SERVE_REQUESTS", "200"))
+REQUESTS = 200
 LIMIT_S = 300
 MOST_GROWTH_BYTES = 100e6
 """Of all processes of the service together, between the first quarter of the requests and the last."""
