@@ -31,7 +31,7 @@ PACKAGES = ("preprocessing", "sdan", "tuning", "pipelines")
 CHAMPION = "models:/sdan@champion"
 TRAIN_PACKAGES = (
     *("ray", "mlflow", "optuna", "matplotlib", "pyarrow", "boto3", "botocore", "jinja2", "psutil", "lpips"),
-    "torchvision",
+    *("torchvision", "fastapi", "starlette", "uvicorn", "python_multipart"),
 )
 """Third-party packages that only the extra `train` installs."""
 GRACE_S = 7.0
@@ -620,6 +620,29 @@ def zoom(
 
     chosen = choose_models(_data(), model)
     verb.zoom_with(chosen, photos, out, strength=strength, output=output, device=device, say=_say, warn=_warn)
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str | None, typer.Option(metavar="URI", help="As for zoom; by default it follows the champion.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 opens it to other machines.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port on HOST.")] = 8000,
+    max_upload: Annotated[float, typer.Option(metavar="MB", help="Largest photograph that is taken.")] = 200,
+    max_megapixels: Annotated[float, typer.Option(metavar="N", help="Most megapixels of a photograph.")] = 50,
+    queue: Annotated[int, typer.Option(metavar="N", help="Photographs that may wait; others get a 503.")] = 32,
+    timeout: Annotated[float, typer.Option(metavar="S", help="Most seconds from a request to its answer.")] = 600,
+    upload_timeout: Annotated[float, typer.Option(metavar="S", help="Most seconds for a photograph to arrive.")] = 60,
+) -> None:
+    """Zoom photographs over HTTP: a page for browsers at /, POST /zoom for programs, /docs, /healthz."""
+    from pipelines.serving.limits import Limits
+
+    _INTERRUPTS.kept = "photographs in work were given up"
+    limits = Limits(max_upload, max_megapixels, queue, timeout, upload_timeout)
+    from pipelines.serving import service as verb
+
+    verb.run(_data(), model, host=host, port=port, limits=limits, say=_say, warn=_warn)
 
 
 @app.command()

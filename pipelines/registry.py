@@ -7,6 +7,7 @@ is needed: the base installation resolves checkpoint folders and the starter mod
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -161,22 +162,31 @@ def open_experiment(tracking_uri: str, name: str) -> str:
     return str(found.experiment_id)
 
 
-def check_port(port: int) -> None:
-    """Check that `sdan ui` can listen on 127.0.0.1:port.
+def check_port(port: int, host: str = "127.0.0.1") -> None:
+    """Check that `sdan ui` or `sdan serve` can listen on host:port.
+
+    Args:
+        host: an IP address or name of this machine.
 
     Raises:
-        RegistryError: not a port, or taken by another program; the message names a free one.
+        RegistryError: not a port, taken by another program (the message names a free one), or an address of another
+            machine.
     """
     if not 1 <= port < 2**16:
         raise RegistryError(f"--port: expected 1 to 65535, got {port}")
-    with socket.socket() as probe, socket.socket() as other:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe, socket.socket() as other:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         other.bind(("127.0.0.1", 0))
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((host, port))
         except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise RegistryError(
+                    f"--host: expected an address of this machine, got {host}; use 127.0.0.1"
+                ) from error
             raise RegistryError(
-                f"--port {port}: expected a free port on 127.0.0.1, got {(error.strerror or str(error)).lower()}; "
+                f"--port {port}: expected a free port on {host}, got {(error.strerror or str(error)).lower()}; "
                 f"use --port {other.getsockname()[1]}"
             ) from error
 

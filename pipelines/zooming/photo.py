@@ -42,6 +42,10 @@ photographs of 20 MP: JPG and PNG 64 bytes a pixel for packed input, 37 for RGB 
 _HEAD_BYTES = 1 << 20
 
 
+class TooLittleMemory(ZoomError):
+    """A photograph that needs more memory than is free now."""
+
+
 @dataclass(frozen=True)
 class Photo:
     """A photograph as the network's input, upright."""
@@ -83,8 +87,9 @@ def read_photo(path: Path, network: SDANConfig, output: Output = DEFAULTS) -> Ph
     """Read RAW, JPG, PNG, TIFF, WebP or AVIF for a model of this config.
 
     Raises:
-        ZoomError, RawError, PictureError: no such file, not a picture, not a Bayer RAW, a crop outside the photograph,
-            or more pixels than there is memory for (checked before it is taken).
+        ZoomError, RawError, PictureError: no such file, not a picture, not a Bayer RAW, or a crop outside the
+            photograph.
+        TooLittleMemory: more pixels than there is memory for (checked before it is taken).
     """
     if kind_of_photo(path) == "picture":
         return _from_picture(path, network, output)
@@ -255,7 +260,7 @@ def _require_memory(path: Path, size: tuple[int, int], output: Output, *, turned
         need += _DECODED_BYTES * pixels
     have = available_memory()
     if have is not None and need > have:
-        raise ZoomError(
+        raise TooLittleMemory(
             f"{shown(path)}: expected {need / 1e9:.1f} GB of free memory for {width}x{height} pixels, "
             f"got {have / 1e9:.1f} GB; use --crop or reduce it"
         )

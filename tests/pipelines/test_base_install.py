@@ -59,7 +59,9 @@ def test_zoom_imports_no_compiler(tmp_path):
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("verb", [["train", "shards"], ["preprocess", "raw", "shards"], ["tune", "shards"], ["demo"]])
+@pytest.mark.parametrize(
+    "verb", [["train", "shards"], ["preprocess", "raw", "shards"], ["tune", "shards"], ["demo"], ["serve"]]
+)
 def test_other_verbs_name_the_extra(verb, tmp_path):
     done = run("from pipelines import cli\ncli.main()", *verb, folder=tmp_path)
     assert done.returncode == 2, done.stderr
