@@ -235,7 +235,7 @@ class AlignmentModule(nn.Module):
         return aligned_features, self.to_rgb(aligned_features), offset_mask(centre.detach()), centre
 
     def find_offset(self, features_NCHW: Tensor, reference_N3HW: Tensor, x: Tensor) -> Tensor:
-        """(F^X, Y', x) -> the offsets of the window, [N, 2, H, W]; for per_point those of its taps, [N, 2 K^2, H, W]."""
+        """(F^X, Y', x) -> the offsets of the window, [N, 2, H, W]; per_point: those of its taps, [N, 2 K^2, H, W]."""
         if isinstance(self.offset_learner, PyramidOffsetLearner):
             pyramid: Tensor = self.offset_learner(x, reference_N3HW)
             return pyramid

@@ -66,7 +66,7 @@ class PyramidOffsetLearner(nn.Module):
 
 
 def cost_volume(features: Tensor, reference: Tensor) -> Tensor:
-    """Similarity of reference(p) with features(p + d) for every d within RADIUS; [N, (2 RADIUS + 1)^2, H, W] in [-1, 1].
+    """Similarity of reference(p) with features(p + d), d within RADIUS: [N, (2 RADIUS + 1)^2, H, W] in [-1, 1].
 
     Each similarity is the cosine between vectors of channels from which their local mean was subtracted; 0 where p + d
     is outside. Displacements are in row-major order, from (-RADIUS, -RADIUS).
