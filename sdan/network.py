@@ -226,17 +226,18 @@ class AlignmentModule(nn.Module):
         self.to_rgb = nn.Conv2d(c, 3, 3, padding=1)
 
     def forward(
-        self, features_NCHW: Tensor, reference_N3HW: Tensor, x: Tensor
+        self, features_NCHW: Tensor, reference_N3HW: Tensor, x: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(F^X, Y', x) -> (F^X', X', M, Theta), in the paper's symbols."""
+        """(F^X, Y', x) -> (F^X', X', M, Theta), in the paper's symbols. Only the pyramid needs x."""
         offset = self.find_offset(features_NCHW, reference_N3HW, x)
         aligned_features = self.move(features_NCHW, offset)
         centre = self.centre(offset)
         return aligned_features, self.to_rgb(aligned_features), offset_mask(centre.detach()), centre
 
-    def find_offset(self, features_NCHW: Tensor, reference_N3HW: Tensor, x: Tensor) -> Tensor:
+    def find_offset(self, features_NCHW: Tensor, reference_N3HW: Tensor, x: Tensor | None = None) -> Tensor:
         """(F^X, Y', x) -> the offsets of the window, [N, 2, H, W]; per_point: those of its taps, [N, 2 K^2, H, W]."""
         if isinstance(self.offset_learner, PyramidOffsetLearner):
+            assert x is not None
             pyramid: Tensor = self.offset_learner(x, reference_N3HW)
             return pyramid
         views = with_flips(reference_N3HW) if self.flips else reference_N3HW
