@@ -54,6 +54,9 @@ class LossConfig:
     """Weight of |X' - Y'| M."""
     offset_smoothness_weight: float = 0.0
     """Weight of the offsets' mean slope (Charbonnier, pixels per pixel) in the {X, Y'} pass (ours)."""
+    known_shift_weight: float = 0.0
+    """Weight of the error, in pixels of x, of offsets to the input's own picture moved by a known random field of up to
+    model.max_shift_px (sdan/known_shift.py, ours). 0: no such pass."""
     reference_weight: float = 1.0
     """Weight of the {X, Y'} pass, as in the paper. 0: the pass is not run (requires self_target=truth)."""
     self_reference_weight: float = 0.0
@@ -96,8 +99,9 @@ class LossConfig:
                 f"self_target: expected one of {', '.join(get_args(SelfTarget))}, got {self.self_target!r}"
             )
         terms = ("pixel_weight", *VGG_WEIGHTS, "cobi_rgb_weight", "st_lpips_weight")
-        passes = ("align_weight", "offset_smoothness_weight", "reference_weight", "self_reference_weight")
-        for name in (*terms, *passes, "halo_weight", "cobi_spatial_weight", "border_px"):
+        passes = ("align_weight", "reference_weight", "self_reference_weight")
+        offsets = ("offset_smoothness_weight", "known_shift_weight")
+        for name in (*terms, *passes, *offsets, "halo_weight", "cobi_spatial_weight", "border_px"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)!r}")
         if not any(getattr(self, name) > 0 for name in terms):

@@ -216,9 +216,7 @@ class AlignmentModule(nn.Module):
         self.flips, self.per_point = config.flips, config.offset == "per_point"
         self.offset_learner: OffsetLearner | PyramidOffsetLearner
         if config.offset_learner == "pyramid":
-            self.offset_learner = PyramidOffsetLearner(
-                CHANNELS[config.input], -(-config.max_shift_px // config.mosaic_factor)
-            )
+            self.offset_learner = PyramidOffsetLearner(config.input, -(-config.max_shift_px // config.mosaic_factor))
         else:
             self.reference_conv = nn.Conv2d(12 if config.flips else 3, c, 3, padding=1)
             self.offset_learner = OffsetLearner(config, 2 * self.kernel**2 if self.per_point else 2)
@@ -245,12 +243,15 @@ class AlignmentModule(nn.Module):
         return self.offset_learner(torch.cat((features_NCHW, reference_features), dim=1))
 
     def move(self, features_NCHW: Tensor, offset: Tensor) -> Tensor:
-        """(F^X, the offsets of `find_offset`) -> F^X'."""
+        """(F^X, the offsets of `find_offset`, or none: zero) -> F^X'."""
+        if offset.shape[1] == 0:
+            padding = self.kernel // 2
+            return F.relu(F.conv2d(features_NCHW, self.deform.weight, self.deform.bias, padding=padding))
         deform = per_point_deform_conv2d if self.per_point else squared_deform_conv2d
         return F.relu(deform(features_NCHW, offset, self.deform.weight, self.deform.bias))
 
     def centre(self, offset: Tensor) -> Tensor:
-        """Theta [N, 2, H, W]: the offset of the window's centre."""
+        """Theta [N, 2, H, W]: the offset of the window's centre; without offsets [N, 0, H, W]."""
         centre = self.kernel**2 // 2
         return offset[:, 2 * centre : 2 * centre + 2] if self.per_point else offset
 
@@ -336,23 +337,34 @@ class SDAN(nn.Module):
         aligned_features, aligned, mask, offset = self.alignment(self._features(x), reference, x)
         return SDANOutput(self._zoomed(aligned_features, offset, rendering), as_picture(aligned), mask, offset)
 
+    def offset_to(self, x: Tensor, reference: Tensor) -> Tensor:
+        """Theta [N,2,H,W] of `forward` alone, to any reference."""
+        return self.alignment.centre(self.alignment.find_offset(self._features(x), reference, x))
+
     def find_offset(self, x: Tensor, reference: Tensor) -> Tensor:
-        """The part of `forward` that depends on the input's size, through the attention and the flips.
+        """The offsets of the deployed pass {X, X}; they depend on the input's size, through attention and flips.
+
+        The pyramid's are not computed: a picture has no offset to itself, so there are no channels.
 
         Returns:
             the offsets for `zoom_at`, [N, offset_channels, H, W].
         """
+        if not self.offset_channels:
+            return x.new_empty((x.shape[0], 0, *x.shape[2:]))
         return self.alignment.find_offset(self._features(x), reference, x)
 
     def zoom_at(self, x: Tensor, offset: Tensor, rendering: Tensor | None = None) -> Tensor:
-        """The rest of `forward`: `zoomed`, with these offsets. A pixel depends on its neighbourhood in x only."""
+        """The rest of `forward`: `zoomed`, with these offsets (zero if the tensor has no channels).
+
+        A pixel depends on its neighbourhood in x only.
+        """
         aligned_features = self.alignment.move(self._features(x), offset)
         return self._zoomed(aligned_features, self.alignment.centre(offset), rendering)
 
     @property
     def offset_channels(self) -> int:
-        """Channels of `find_offset`."""
-        return self.alignment.offset_learner.offset_channels
+        """Channels of `find_offset`; 0 if the deployed pass needs no offsets."""
+        return 0 if self.config.offset_learner == "pyramid" else self.alignment.offset_learner.offset_channels
 
     def _features(self, x: Tensor) -> Tensor:
         return F.relu(self.head(x.clamp_min(0).sqrt() if self.config.encoding == "sqrt" else x))
@@ -382,9 +394,11 @@ def add_skip(detail: Tensor, rendering: Tensor, offset: Tensor, config: SDANConf
     Args:
         detail: the trunk's output [N,3,upscale H,upscale W]; without its low frequencies for tones="kept".
         rendering: [N,3,mosaic H,mosaic W].
-        offset: [N,2,H,W] in pixels of x; enlarged to the rendering's grid first.
+        offset: [N,2,H,W] in pixels of x; enlarged to the rendering's grid first. [N,0,H,W]: zero.
     """
-    moved = sample(rendering, enlarge_offset(offset.float(), config.mosaic_factor))
+    moved = rendering.float()
+    if offset.shape[1]:
+        moved = sample(moved, enlarge_offset(offset.float(), config.mosaic_factor))
     if config.tones == "kept":
         moved = moved - blur(low_pass(detail, config.scale), TONE_SIGMA_PX)
     return detail + bicubic(moved, config.scale)

@@ -38,7 +38,11 @@ def score_model(
     *,
     perceptual: bool = False,
 ) -> PerCrop:
-    """Score a model's outputs, and its offsets: their statistics and, for simulated data, their end-point error.
+    """Score a model's outputs, and its offsets: their statistics, their alignment gain and, for simulated data, their
+    end-point error.
+
+    The outputs of the self protocol are those of a deployed model, which may skip its offsets (`find_offset`). The
+    statistics of offsets are those of `forward`.
 
     Args:
         model: on the plan's device, in its layout.
@@ -56,13 +60,32 @@ def score_model(
             with plan.inference():
                 output = model(inputs.x, reference, inputs.rendering)
             px_per_offset = inputs.rendering.shape[-1] / output.offset.shape[-1]
-            scores = score_images(output.zoomed, part, perceptual=perceptual)
+            zoomed = output.zoomed
+            if protocol == "self" and not model.offset_channels:
+                with plan.inference():
+                    zoomed = model.zoom_at(inputs.x, model.find_offset(inputs.x, reference), inputs.rendering)
+            scores = score_images(zoomed, part, perceptual=perceptual)
             scores |= metrics.offset_statistics(output.offset, output.mask, px_per_offset)
-            if protocol == "oracle" and "true_flow" in part.batch:
-                error = metrics.resized_end_point_error(output.offset.float().cpu(), part.batch["true_flow"])
-                scores["epe_px"] = (2 * error).tolist()  # true_flow is in packed pixels, two mosaic pixels each
+            if protocol == "oracle":
+                scores |= _offset_scores(output.offset.float().cpu(), part)
             _extend(collected, {f"{protocol}_{name}": values for name, values in scores.items()})
     return collected
+
+
+def _offset_scores(offset: Tensor, part: HeldOut) -> PerCrop:
+    """What the oracle's offsets are worth; for simulated data, beside the true ones. Lengths in mosaic pixels."""
+    camera, target = (part.batch[name].float() / 255 for name in ("lr_rgb", "hr_rgb"))
+
+    def gain(field: Tensor) -> list[float]:
+        return metrics.alignment_gain(camera, field, target, border_px=BORDER_PX).tolist()
+
+    scores = {"alignment_gain": gain(offset)}
+    if "true_flow" in part.batch:
+        flow = part.batch["true_flow"].float()  # in packed pixels, two mosaic pixels each
+        scores["true_alignment_gain"] = gain(flow)
+        scores["epe_px"] = (2 * metrics.resized_end_point_error(offset, flow)).tolist()
+        scores["epe_inside_px"] = (2 * metrics.resized_end_point_error(offset, flow, inside=True)).tolist()
+    return scores
 
 
 def score_bicubic(
