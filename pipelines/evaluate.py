@@ -20,7 +20,16 @@ from pipelines import config as configs
 from pipelines.loader import ShardIndex, index_split, model_inputs
 from pipelines.scoring.held_out import HeldOut, held_out
 from pipelines.scoring.pictures import labelled_grid, to_uint8
-from pipelines.scoring.scores import BORDER_PX, PROTOCOLS, TARGETS, PerCrop, mean_scores, score_bicubic, score_model
+from pipelines.scoring.scores import (
+    BORDER_PX,
+    PROTOCOLS,
+    TARGETS,
+    PerCrop,
+    deployed,
+    mean_scores,
+    score_bicubic,
+    score_model,
+)
 from preprocessing.schema import SPLITS
 from sdan import checkpoint, metrics
 from sdan.baselines import Network
@@ -54,6 +63,10 @@ class Evaluation:
     """Metric that was asked for and could not be computed -> why, in one line."""
     precision: str = "fp32"
     """What the network computed in."""
+    alignment_gain: float = math.nan
+    """Mean alignment gain of the oracle offsets (metrics.alignment_gain), dB."""
+    true_alignment_gain: float = math.nan
+    """That of the true offsets; NaN for real data."""
 
     @property
     def gap_db(self) -> dict[str, float]:
@@ -92,6 +105,9 @@ class Evaluation:
         ]
         if math.isfinite(self.epe_px):
             lines.append(f"End-point error of the oracle offsets: {self.epe_px:.2f} mosaic px.")
+        if math.isfinite(self.alignment_gain):
+            true = f" (the true ones: {self.true_alignment_gain:+.2f} dB)" if self.simulated else ""
+            lines.append(f"Alignment gain of the oracle offsets: {self.alignment_gain:+.2f} dB{true}.")
         lines += [f"{reason}." for reason in self.missing.values()]
         return "\n".join(lines)
 
@@ -184,6 +200,7 @@ def evaluate_model(
         per_row[f"SDAN ({protocol})"] = {
             name.removeprefix(prefix): values for name, values in scores.items() if name.startswith(prefix)
         }
+    means = mean_scores(scores)
     present = tuple(target for target in TARGETS if f"{target}_psnr" in per_row["SDAN (self)"])
     return Evaluation(
         rows={name: mean_scores(values) for name, values in per_row.items()},
@@ -193,7 +210,9 @@ def evaluate_model(
         split=split,
         simulated="true_rgb" in held.batch,
         valid_share=float(held.aligned_mask.float().mean()) if held.aligned_mask is not None else math.nan,
-        epe_px=mean_scores(scores).get("oracle_epe_px", math.nan),
+        epe_px=means.get("oracle_epe_px", math.nan),
+        alignment_gain=means["oracle_alignment_gain"],
+        true_alignment_gain=means.get("oracle_true_alignment_gain", math.nan),
         missing={name: said for name, (_, why) in metrics.PERCEPTUAL.items() if perceptual and (said := why())},
         precision=plan.precision,
     )
@@ -211,7 +230,7 @@ def examples(model: Network, held: HeldOut, count: int = EXAMPLES) -> np.ndarray
         part = held.select(range(number, number + 1))
         inputs = model_inputs(part.batch, model.config, plan.device)
         with plan.inference():
-            zoomed = model(inputs.x, inputs.self_reference, inputs.rendering).zoomed
+            zoomed = deployed(model, inputs)
         truth = part.batch[target_name].float() / 255
         panels = (
             bicubic(inputs.camera, model.config.scale),

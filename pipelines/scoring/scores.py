@@ -63,13 +63,18 @@ def score_model(
             zoomed = output.zoomed
             if protocol == "self" and not model.offset_channels:
                 with plan.inference():
-                    zoomed = model.zoom_at(inputs.x, model.find_offset(inputs.x, reference), inputs.rendering)
+                    zoomed = deployed(model, inputs)
             scores = score_images(zoomed, part, perceptual=perceptual)
             scores |= metrics.offset_statistics(output.offset, output.mask, px_per_offset)
             if protocol == "oracle":
                 scores |= _offset_scores(output.offset.float().cpu(), part)
             _extend(collected, {f"{protocol}_{name}": values for name, values in scores.items()})
     return collected
+
+
+def deployed(model: Network, inputs: Inputs) -> Tensor:
+    """The zoomed picture as `sdan zoom` makes it, {X, X}: [N,3,sH,sW]."""
+    return model.zoom_at(inputs.x, model.find_offset(inputs.x, inputs.self_reference), inputs.rendering)
 
 
 def _offset_scores(offset: Tensor, part: HeldOut) -> PerCrop:
