@@ -29,12 +29,16 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from PIL import Image  # noqa: E402
 from results import provenance, update_section  # noqa: E402
+from torchvision.utils import flow_to_image  # noqa: E402
 
 from pipelines import config as configs  # noqa: E402
 from pipelines.config import ExperimentConfig  # noqa: E402
 from pipelines.loader import CropStream, index_split, model_inputs, training_stream  # noqa: E402
 from pipelines.scoring.held_out import HeldOut, held_out  # noqa: E402
+from pipelines.scoring.pictures import labelled_grid, to_uint8  # noqa: E402
 from pipelines.scoring.scores import BORDER_PX, mean_scores, score_bicubic, score_model  # noqa: E402
 from pipelines.training import step  # noqa: E402
 from preprocessing.pairs import process  # noqa: E402
@@ -200,6 +204,37 @@ def read_curves(out: Path) -> dict[str, list[dict[str, float]]]:
     return {file.stem: [json.loads(line) for line in file.read_text().splitlines()] for file in files}
 
 
+@torch.no_grad()
+def picture(out: Path, held: HeldOut, file: Path, count: int = 3) -> None:
+    """Offsets of the rows' last checkpoints as colours, beside the true ones; the crops with median true shifts."""
+    lengths = held.batch["true_flow"].float().norm(dim=1).mean((1, 2))
+    chosen = lengths.argsort()[len(held) // 2 : len(held) // 2 + count].sort().values
+    batch = {name: value[chosen] for name, value in held.batch.items()}
+    config = row_config("paper", 1, 1, 0, {})
+    inputs = model_inputs(batch, config.model, CPU)
+    fields = {"true": 2 * batch["true_flow"].float()}  # mosaic pixels, as all below
+    moved = {}
+    for folder in sorted((out / "checkpoints").iterdir()):
+        stored = checkpoint.load(folder)
+        if stored.model.offset_channels or stored.model.config.offset_learner == "pyramid":
+            output = stored.model(inputs.x, inputs.oracle_reference, inputs.rendering)
+            fields[folder.name], moved[folder.name] = 2 * output.offset.float(), output.aligned
+    largest = fields["true"].norm(dim=1).max()
+    # flow_to_image takes (dx, dy) and scales each batch to its largest value, so all fields are one batch.
+    scaled = [
+        (field * (largest / field.norm(dim=1, keepdim=True).clamp_min(1e-6)).clamp(max=1)).flip(1)
+        for field in fields.values()
+    ]
+    colours = (flow_to_image(torch.cat(scaled)).float() / 255).chunk(len(scaled))
+    cells = {"input": inputs.rendering, "reference Y'": inputs.oracle_reference}
+    cells |= {f"offsets, {name}": each for name, each in zip(fields, colours, strict=True)}
+    cells |= {f"X', {name}": each for name, each in moved.items()}
+    cells = {name: F.interpolate(images, size=160, mode="nearest") for name, images in cells.items()}
+    rows = [[to_uint8(images[number]) for images in cells.values()] for number in range(count)]
+    title = f"simulated, preset {out.name}; colour: direction, saturation: length up to {float(largest):.1f} mosaic px"
+    Image.fromarray(labelled_grid(rows, list(cells), title)).save(file)
+
+
 COLUMNS = {
     "crops": ("crops", "{:.0f}"),
     "offsets' error, px": ("oracle_epe_inside_px", "{:.2f}"),
@@ -263,6 +298,7 @@ def main() -> int:
     parser.add_argument("--label", help="name of the curve, with one row")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="change single values of the rows")
     parser.add_argument("--report-only", action="store_true", help="write the report of the curves that there are")
+    parser.add_argument("--picture", type=Path, metavar="PNG", help="also draw the rows' offsets beside the true ones")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     out = chosen.out / chosen.preset
@@ -273,6 +309,8 @@ def main() -> int:
     for row, config in () if chosen.report_only else configs_of.items():
         label = chosen.label or (row if chosen.seed == 0 else f"{row}-seed{chosen.seed}")
         train_row(label, row, config, shards, held, out, chosen.every)
+    if chosen.picture:
+        picture(out, held, chosen.picture)
     if chosen.rows is None:
         command = " ".join(["python benchmarks/alignment.py", *sys.argv[1:]])
         lines = [provenance(command, ("../sdan", "../pipelines")), "", f"### Preset {chosen.preset}", ""]

@@ -364,7 +364,8 @@ class SDAN(nn.Module):
     @property
     def offset_channels(self) -> int:
         """Channels of `find_offset`; 0 if the deployed pass needs no offsets."""
-        return 0 if self.config.offset_learner == "pyramid" else self.alignment.offset_learner.offset_channels
+        learner = self.alignment.offset_learner
+        return learner.offset_channels if isinstance(learner, OffsetLearner) else 0
 
     def _features(self, x: Tensor) -> Tensor:
         return F.relu(self.head(x.clamp_min(0).sqrt() if self.config.encoding == "sqrt" else x))

@@ -101,6 +101,7 @@ def _known_shift(model: nn.Module, inputs: Inputs, config: LossConfig) -> Tensor
     assert inputs.motion is not None  # CropStream(max_shift_px=...) provides it
     # Around DDP's forward, which has run already in this step: its hooks are on the weights' gradients.
     network = model.module if isinstance(model, DistributedDataParallel) else model
+    assert isinstance(network, SDAN)
     moved, known = moved_reference(inputs.camera, inputs.motion, inputs.camera.shape[-1] // inputs.x.shape[-1])
     border = -(-config.border_px * inputs.x.shape[-1] // inputs.target.shape[-1])
     return known_shift_loss(network.offset_to(inputs.x, moved), known, border)
