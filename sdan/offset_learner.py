@@ -1,11 +1,13 @@
 """The pyramid: an offset learner that compares pictures, coarse to fine (ours; the idea of PWC-Net, Sun et al. 2018).
 
 Features of x and of the reference, by the same weights, are compared on grids from coarse to fine. On each, the
-features of x are moved by the offset so far and compared with the reference's in a window. The similarities' centre of
+features of x are moved by the offset so far and compared with the reference's in a window of displacements. The
+similarities are averaged over a wide neighbourhood, because the motion between two frames is smooth; their centre of
 mass corrects the offset, and a few convolutions correct it further. The offset is then enlarged for the next grid.
 
-The convolutions see similarities and the offset so far, never the reference's own features, and the offsets have half
-of the finest grid's resolution. So the offsets cannot carry the reference's picture, except through where they point.
+The convolutions see averaged similarities and the offset so far, never the reference's own features, and the offsets
+have half of the finest grid's resolution. So the offsets cannot carry the reference's picture, except through where
+they point.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sdan.ops import offset_mask
 from sdan.raw_input import mosaic_to_packed
 from sdan.resample import enlarge_offset, low_pass, sample
 
@@ -21,8 +24,13 @@ CHANNELS = (24, 32, 48, 64)
 """Channels of the features on the grids of 1/1, 1/2, 1/4 and 1/8 of the compared pictures; the last also on coarser."""
 RADII = (2, 4)
 """Similarities are computed for displacements of up to this many pixels of the finest grid, and of the others."""
-SHARPNESS = 16.0
-"""Initial factor of the similarities before their softmax; it is learnt for each grid."""
+REACHES = (6, 8)
+"""Similarities are averaged over windows that reach this many offsets of the finest grid, and of the others."""
+ROUNDS = 2
+"""Corrections by the centre of mass on each grid."""
+SHARPNESS = 8.0
+"""Initial factor of the similarities before their softmax; it is learnt for each grid. A large one would round the
+centre of mass to whole pixels."""
 CONTRAST_PX = 8
 """The pictures' local mean and contrast are taken over windows that reach this many pixels."""
 FEATURE_MEAN_PX = 4
@@ -60,8 +68,12 @@ class PyramidOffsetLearner(nn.Module):
             offset = mine[-1].new_zeros(x.shape[0], 2, coarsest[-2] // 4, coarsest[-1] // 4)
             for stage in reversed(range(len(mine))):
                 offset = enlarge_offset(offset, 2)
-                moved = sample(mine[stage], enlarge_offset(offset, 2).detach())
-                offset = offset + self._correction(stage, moved, theirs[stage], offset)
+                for number in range(ROUNDS):
+                    # The last round teaches the features; gradients of the others would double a step's cost.
+                    with torch.set_grad_enabled(torch.is_grad_enabled() and number == ROUNDS - 1):
+                        cost, centre = self._compare(stage, mine[stage], theirs[stage], offset.detach())
+                    offset = offset + 0.5 * centre  # the offsets' grid is half as dense as the features'
+                offset = offset + self.heads[stage](torch.cat((cost, centre, offset), dim=1))
             return enlarge_offset(offset, 2 * self.shrink)[:, :, :height, :width]
 
     def _pyramid(self, picture: Tensor) -> list[Tensor]:
@@ -71,12 +83,18 @@ class PyramidOffsetLearner(nn.Module):
             features.append(picture)
         return features
 
-    def _correction(self, stage: int, moved: Tensor, reference: Tensor, offset: Tensor) -> Tensor:
-        """[N, 2, h/2, w/2] in pixels of that grid, of features [N, C, h, w]."""
-        radius = self.radii[stage]
-        cost = low_pass(cost_volume(moved, reference, radius), 2)
-        centre = centre_of_mass(cost, self.sharpness[stage], radius)
-        return 0.5 * (centre + self.heads[stage](torch.cat((cost, centre, offset), dim=1)))
+    def _compare(self, stage: int, mine: Tensor, theirs: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+        """(averaged similarities, their centre of mass) at half the features' size, [N, ., h/2, w/2].
+
+        The centre is in pixels of the features. Points outside the picture do not count.
+        """
+        radius, reach = self.radii[stage], REACHES[min(stage, 1)]
+        fine = enlarge_offset(offset, 2)
+        inside = _windows(offset_mask(fine), radius).flatten(1, 3)
+        cost = low_pass(cost_volume(sample(mine, fine), theirs, radius) * inside, 2)
+        # The small constant takes weight from displacements that hardly any point has.
+        cost = _local_mean(cost, reach) / (_local_mean(low_pass(inside, 2), reach) + 0.05)
+        return cost, centre_of_mass(cost, self.sharpness[stage], radius)
 
     def _padded(self, picture: Tensor) -> Tensor:
         """The picture with sides that are multiples of twice the coarsest grid's stride."""
@@ -93,9 +111,15 @@ def cost_volume(features: Tensor, reference: Tensor, radius: int) -> Tensor:
     side = 2 * radius + 1
     n, _, height, width = features.shape
     a, b = _directions(features), _directions(reference)
-    windows = F.pad(a, (radius,) * 4).unfold(2, side, 1).unfold(3, side, 1)
-    cost = torch.einsum("nchw,nchwij->nijhw", b, windows)
+    cost = torch.einsum("nchw,ncijhw->nijhw", b, _windows(a, radius))
     return cost.reshape(n, side * side, height, width)
+
+
+def _windows(picture: Tensor, radius: int) -> Tensor:
+    """The values at every displacement within radius, 0 outside: [N, C, rows, columns of the window, H, W]."""
+    side = 2 * radius + 1
+    windows = F.pad(picture, (radius,) * 4).unfold(2, side, 1).unfold(3, side, 1)
+    return windows.permute(0, 1, 4, 5, 2, 3)
 
 
 def centre_of_mass(cost: Tensor, sharpness: Tensor, radius: int) -> Tensor:
@@ -129,6 +153,8 @@ def _normalised(picture: Tensor) -> Tensor:
 
 def _local_mean(picture: Tensor, reach: int) -> Tensor:
     """Mean of the window of (2 reach + 1)^2 pixels, of those inside the picture; along one axis, then the other."""
+    if reach >= max(picture.shape[-2:]) - 1:  # every window is the whole picture
+        return picture.mean((2, 3), keepdim=True).expand_as(picture)
     side = 2 * reach + 1
     columns = F.avg_pool2d(picture, (side, 1), stride=1, padding=(reach, 0), count_include_pad=False)
     return F.avg_pool2d(columns, (1, side), stride=1, padding=(0, reach), count_include_pad=False)
