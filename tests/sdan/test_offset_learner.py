@@ -61,7 +61,7 @@ def test_the_pyramid_takes_every_input_at_odd_sizes(layout):
 
 
 @pytest.mark.parametrize("layout", CHANNELS)
-def test_an_untrained_pyramid_finds_part_of_a_shift(layout):
+def test_an_untrained_pyramid_finds_most_of_a_shift(layout):
     whole = picture(96, 96)
     shift = 4  # of the mosaic
     x = as_input(whole[..., :80, :80], layout)
@@ -70,7 +70,7 @@ def test_an_untrained_pyramid_finds_part_of_a_shift(layout):
     with torch.no_grad():
         found = PyramidOffsetLearner(layout, 24)(x, reference)[0, :, 8:-8, 8:-8].mean((1, 2))
     wanted = shift * x.shape[-1] / 80
-    assert 0.3 * wanted < found[0] < 1.5 * wanted and abs(found[1]) < 0.3 * wanted
+    assert 0.6 * wanted < found[0] < 1.2 * wanted and abs(found[1]) < 0.2 * wanted
 
 
 def test_exposure_and_colour_change_no_pyramid_offset():
