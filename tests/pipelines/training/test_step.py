@@ -281,13 +281,19 @@ def alone(tmp_path):
     torch.distributed.destroy_process_group()
 
 
+KNOWN_SHIFTS = {"model.offset_learner": "pyramid", "model.max_shift_px": 8, "loss.known_shift_weight": 1.0}
+
+
+@pytest.mark.parametrize("more", [{}, KNOWN_SHIFTS], ids=["", "known_shifts"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_distributed_training_takes_the_same_steps(smoke, alone, accumulate):
+def test_distributed_training_takes_the_same_steps(smoke, alone, accumulate, more):
     """With the bucket options of a worker: a static graph, unless only the last part's gradients are exchanged."""
     config, inputs = smoke
     changes = {"train.batch_per_worker": 2, "train.accumulate": accumulate}
-    config = configs.override(config, changes)
+    config = configs.override(config, changes | more)
     batches = [together([inputs(number), inputs(number + 1)]) for number in (0, 2, 4)]
+    torch.manual_seed(0)
+    batches = [batch._replace(motion=torch.randn(2, 2, 3, 3)) for batch in batches]
     losses = []
     for wrap in (_same, lambda model: DistributedDataParallel(model, **step.bucket_options(config.train))):
         training = step.start(config, None, torch.device("cpu"), wrap)
