@@ -35,7 +35,7 @@ from pipelines.config import ExperimentConfig
 from pipelines.loader import CropStream, Inputs, index_split, model_inputs, training_batches
 from pipelines.training import step
 from sdan.losses import sdan_loss
-from sdan.network import SDAN, SDANOutput, with_flips
+from sdan.network import SDAN, OffsetLearner, SDANOutput, with_flips
 from sdan.ops import offset_mask
 from sdan.ops.precision import autocast
 
@@ -118,6 +118,7 @@ def network_parts(model: SDAN, inputs: Inputs, config: ExperimentConfig) -> dict
     """Name -> the part's function, its inputs in a step of `inputs`, and its parameters."""
     alignment, trunk = model.alignment, model.super_resolution
     learner = alignment.offset_learner
+    assert isinstance(learner, OffsetLearner)  # paper_4x's
 
     def head(x: Tensor) -> Tensor:
         return model.head(x).relu()

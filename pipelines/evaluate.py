@@ -21,7 +21,16 @@ from pipelines.loader import ShardIndex, index_split, model_inputs, of_pair
 from pipelines.scoring.bootstrap import LEVEL, Interval, difference_interval, mean_interval
 from pipelines.scoring.held_out import HeldOut, held_out
 from pipelines.scoring.pictures import labelled_grid, to_uint8
-from pipelines.scoring.scores import BORDER_PX, PROTOCOLS, TARGETS, PerCrop, mean_scores, score_bicubic, score_model
+from pipelines.scoring.scores import (
+    BORDER_PX,
+    PROTOCOLS,
+    TARGETS,
+    PerCrop,
+    deployed,
+    mean_scores,
+    score_bicubic,
+    score_model,
+)
 from pipelines.scoring.tile_scores import FILE, group_tables, tile_rows, write_tiles
 from preprocessing.schema import SPLITS
 from sdan import checkpoint, metrics
@@ -63,6 +72,10 @@ class Evaluation:
     """Metric that was asked for and could not be computed -> why, in one line."""
     precision: str = "fp32"
     """What the network computed in."""
+    alignment_gain: float = math.nan
+    """Mean alignment gain of the oracle offsets (metrics.alignment_gain), dB."""
+    true_alignment_gain: float = math.nan
+    """That of the true offsets; NaN for real data."""
     intervals: dict[str, dict[str, Interval]] = field(default_factory=dict)
     """Row label -> <target>_<metric> -> mean and confidence interval over sequences."""
     differences: dict[str, dict[str, Interval]] = field(default_factory=dict)
@@ -112,10 +125,10 @@ class Evaluation:
 
     def _offset_note(self) -> str:
         """What the oracle row's offsets are worth: a score that was bought by copying the reference has no gain."""
-        found = self.rows["SDAN (oracle)"]
-        gain, roughness = found.get("alignment_gain_db", math.nan), found.get("offset_roughness", math.nan)
-        gained = f"{gain:+.2f} dB" if math.isfinite(gain) else "n/a"
-        parts = [f"alignment gain {gained} (bicubic moved by them, against raw)", f"roughness {roughness:.3f}"]
+        roughness = self.rows["SDAN (oracle)"].get("offset_roughness", math.nan)
+        gained = f"{self.alignment_gain:+.2f} dB" if math.isfinite(self.alignment_gain) else "n/a"
+        true = f"; the true ones: {self.true_alignment_gain:+.2f} dB" if math.isfinite(self.true_alignment_gain) else ""
+        parts = [f"alignment gain {gained} (bicubic moved by them, against raw{true})", f"roughness {roughness:.3f}"]
         if math.isfinite(self.epe_px):
             parts.append(f"end-point error {self.epe_px:.2f} mosaic px")
         return f"Oracle offsets: {', '.join(parts)}."
@@ -246,6 +259,7 @@ def evaluate_model(
         per_row[f"SDAN ({protocol})"] = {
             name.removeprefix(prefix): values for name, values in scores.items() if name.startswith(prefix)
         }
+    means = mean_scores(scores)
     present = tuple(target for target in TARGETS if f"{target}_psnr" in per_row["SDAN (self)"])
     intervals, differences = _intervals(per_row, held.sequences)
     return Evaluation(
@@ -256,7 +270,9 @@ def evaluate_model(
         split=split,
         simulated="true_rgb" in held.batch,
         valid_share=float(held.aligned_mask.float().mean()) if held.aligned_mask is not None else math.nan,
-        epe_px=mean_scores(scores).get("oracle_epe_px", math.nan),
+        epe_px=means.get("oracle_epe_px", math.nan),
+        alignment_gain=means["oracle_alignment_gain"],
+        true_alignment_gain=means.get("oracle_true_alignment_gain", math.nan),
         missing={name: said for name, (_, why) in metrics.PERCEPTUAL.items() if perceptual and (said := why())},
         precision=plan.precision,
         intervals=intervals,
@@ -296,7 +312,7 @@ def examples(model: Network, held: HeldOut, count: int = EXAMPLES) -> np.ndarray
         part = held.select(range(number, number + 1))
         inputs = model_inputs(part.batch, model.config, plan.device)
         with plan.inference():
-            zoomed = model(inputs.x, inputs.self_reference, inputs.rendering).zoomed
+            zoomed = deployed(model, inputs)
         truth = part.batch[target_name].float() / 255
         panels = {"bicubic, camera JPG": bicubic(inputs.camera, model.config.scale)}
         if not model.config.is_rgb:

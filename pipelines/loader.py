@@ -38,6 +38,7 @@ from preprocessing.photometry.reduction import reduced
 from preprocessing.shard_folder.set_aside import why_no_shards
 from preprocessing.storage import one_line, open_folder
 from sdan import augment, raw_input
+from sdan.known_shift import CONTROL_POINTS, random_motion
 from sdan.network import SDANConfig
 from sdan.resample import low_pass
 
@@ -236,6 +237,9 @@ class CropStream:
     """train.truth_blur_px: the blur of true_rgb."""
     raw: bool = True
     """Whether crops include the RAW and its rendering; networks of RGB input need neither."""
+    max_shift_px: int = 0
+    """Above 0, crops include `motion` [2,3,3], a random field for known_shift.moved_reference of up to this many mosaic
+    pixels."""
 
     def crop(self, number: int) -> dict[str, np.ndarray]:
         """Crop `number`: lr_raw [4,c,c] float32 in [0,1], lr_render and lr_rgb uint8 [3,2c,2c], hr_rgb uint8
@@ -263,12 +267,20 @@ class CropStream:
             crop |= in_rendering_look(self.index, pair, row, crop)
         if random.random() < self.reduced_share:
             crop |= self._reduced(crop, random)
+        if self.max_shift_px:
+            crop["motion"] = self._motion(number)
         return crop | self._soft_truth(crop) if self.truth and self.truth_blur_px else crop
 
     def _soft_truth(self, crop: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The ideal picture, blurred."""
         planes = [cv2.GaussianBlur(plane, (0, 0), self.truth_blur_px) for plane in crop["true_rgb"]]
         return {"true_rgb": np.stack(planes)}
+
+    def _motion(self, number: int) -> np.ndarray:
+        random = np.random.default_rng((self.seed, 3, number))
+        uniform = torch.from_numpy(random.random(2, dtype=np.float32))
+        normal = torch.from_numpy(random.standard_normal((2, CONTROL_POINTS, CONTROL_POINTS), dtype=np.float32))
+        return random_motion(uniform, normal, self.max_shift_px).numpy()
 
     def _reduced(self, crop: Mapping[str, np.ndarray], random: np.random.Generator) -> dict[str, np.ndarray]:
         """The pictures of a crop whose input is its reduced target: half of the time the long-focal JPG, half of the
@@ -299,6 +311,7 @@ def training_stream(index: ShardIndex, config: ExperimentConfig) -> CropStream:
         reduced_share=train.reduced_share,
         truth_blur_px=train.truth_blur_px,
         raw=not config.model.is_rgb,
+        max_shift_px=config.model.max_shift_px if loss.known_shift_weight > 0 else 0,
     )
 
 
@@ -438,6 +451,8 @@ class Inputs(NamedTuple):
     """[B,3,sH,sW]: the long-focal JPG."""
     truth: Tensor | None
     """[B,3,sH,sW]: the ideal picture in the input's own view and tone; None for real data."""
+    motion: Tensor | None = None
+    """[B,2,3,3]: a random field, mosaic pixels, for loss.known_shift_weight; else None."""
 
     def parts(self, count: int) -> list[Inputs]:
         """The batch split into `count` parts of equal size."""
@@ -465,6 +480,7 @@ def model_inputs(batch: dict[str, Tensor], config: SDANConfig, device: torch.dev
         camera=images["lr_rgb"],
         target=images["hr_rgb"],
         truth=images.get("true_rgb"),
+        motion=batch["motion"].to(device, non_blocking=True) if "motion" in batch else None,
     )
 
 

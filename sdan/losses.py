@@ -52,6 +52,11 @@ class LossConfig:
     nearly L1)."""
     align_weight: float = 1.0
     """Weight of |X' - Y'| M."""
+    offset_smoothness_weight: float = 0.0
+    """Weight of the offsets' mean slope (Charbonnier, pixels per pixel) in the {X, Y'} pass (ours)."""
+    known_shift_weight: float = 0.0
+    """Weight of the error, in pixels of x, of offsets to the input's own picture moved by a known random field of up to
+    model.max_shift_px (sdan/known_shift.py, ours). 0: no such pass."""
     reference_weight: float = 1.0
     """Weight of the {X, Y'} pass, as in the paper. 0: the pass is not run (requires self_target=truth)."""
     self_reference_weight: float = 0.0
@@ -95,7 +100,8 @@ class LossConfig:
             )
         terms = ("pixel_weight", *VGG_WEIGHTS, "cobi_rgb_weight", "st_lpips_weight")
         passes = ("align_weight", "reference_weight", "self_reference_weight")
-        for name in (*terms, *passes, "halo_weight", "cobi_spatial_weight", "border_px"):
+        offsets = ("offset_smoothness_weight", "known_shift_weight")
+        for name in (*terms, *passes, *offsets, "halo_weight", "cobi_spatial_weight", "border_px"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)!r}")
         if not any(getattr(self, name) > 0 for name in terms):
@@ -163,7 +169,16 @@ def sdan_loss(
     mask = output.mask.detach()
     align = _masked_mean(output.aligned, reference, mask, -(-config.border_px // factor), config)
     zoom, parts = _target_loss(output.zoomed, target, _enlarge_mask(mask, factor), config, vgg)
-    return LossTerms(config.align_weight * align + zoom, align, zoom, parts)
+    total = config.align_weight * align + zoom
+    if config.offset_smoothness_weight > 0:
+        total = total + config.offset_smoothness_weight * _slope(output.offset, config.epsilon)
+    return LossTerms(total, align, zoom, parts)
+
+
+def _slope(offset: Tensor, epsilon: float) -> Tensor:
+    """The mean Charbonnier distance between neighbouring offsets, along rows and along columns."""
+    slopes = [(offset.float().diff(dim=axis).square() + epsilon**2).sqrt().mean() for axis in (2, 3)]
+    return torch.stack(slopes).mean() - epsilon
 
 
 def self_reference_loss(output: SDANOutput, low: Tensor, config: LossConfig) -> LossTerms:

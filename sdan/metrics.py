@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sdan.ops import offset_mask
 from sdan.perceptual.st_lpips import st_lpips_on
 from sdan.perceptual.weights import PerceptualError
+from sdan.resample import bicubic, enlarge_offset, sample
 
 BACKBONE = "alexnet-owt-7be5be79.pth"
 """The backbone of LPIPS v0.1 (alex): torchvision's AlexNet (IMAGENET1K_V1). The name ends with the first digits of the
@@ -137,12 +139,13 @@ def end_point_error(offset: Tensor, true_flow: Tensor, *, mask: Tensor | None = 
     return _mean((offset - true_flow).square().sum(1, keepdim=True).sqrt(), mask)
 
 
-def resized_end_point_error(offset: Tensor, true_flow: Tensor) -> Tensor:
+def resized_end_point_error(offset: Tensor, true_flow: Tensor, *, inside: bool = False) -> Tensor:
     """End-point error between offsets and a true flow on grids of different density.
 
     Args:
         offset: [N,2,h,w], (dy, dx) in pixels of its own grid.
         true_flow: [N,2,H,W] over the same area, (dy, dx) in pixels of its own grid; resized bilinearly to [h,w].
+        inside: only where the true flow points inside the image, so that it can be found; NaN if nowhere.
 
     Returns:
         [N] float64, pixels of `true_flow`'s grid.
@@ -151,7 +154,27 @@ def resized_end_point_error(offset: Tensor, true_flow: Tensor) -> Tensor:
         check_floating(f"resized_end_point_error, {what}", values)
     per_pixel = true_flow.shape[-1] / offset.shape[-1]
     flow = F.interpolate(true_flow.float(), size=offset.shape[-2:], mode="bilinear", align_corners=False)
-    return end_point_error(offset.float() * per_pixel, flow)
+    mask = offset_mask(flow / per_pixel) if inside else None
+    return end_point_error(offset.float() * per_pixel, flow, mask=mask)
+
+
+def alignment_gain(picture: Tensor, offset: Tensor, target: Tensor, *, border_px: int = 0) -> Tensor:
+    """What offsets are worth: PSNR of the bicubic picture moved by them minus PSNR of the same picture unmoved.
+
+    Only alignment can raise it: nothing of the target reaches the moved picture but where its pixels come from.
+
+    Args:
+        picture: [N,3,h,w] in [0, 1], a picture of the input, e.g. its camera JPG.
+        offset: [N,2,H,W], (dy, dx) in pixels of its own grid, over the same area.
+        target: [N,3,sh,sw] in [0, 1], as shot.
+        border_px: cropped from each side, target pixels.
+
+    Returns:
+        [N] float64, dB.
+    """
+    enlarged = bicubic(picture, target.shape[-1] // picture.shape[-1]).clamp(0, 1)
+    moved = sample(enlarged, enlarge_offset(offset.float(), target.shape[-1] // offset.shape[-1]))
+    return psnr(moved, target, border_px=border_px) - psnr(enlarged, target, border_px=border_px)
 
 
 def offset_statistics(offset: Tensor, mask: Tensor, px_per_offset: float) -> dict[str, list[float]]:

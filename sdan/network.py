@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdan.attention import ChannelAttention, CrossPackingAttention, check_packing
+from sdan.offset_learner import PyramidOffsetLearner
 from sdan.ops import offset_mask, per_point_deform_conv2d, squared_deform_conv2d
 from sdan.ops.narrow_conv import narrow_conv2d
 from sdan.ops.upsampling import conv_shuffle
@@ -30,6 +31,7 @@ from sdan.resample import bicubic, blur, enlarge_offset, low_pass, sample
 
 Input = Literal["mosaic", "packed", "rgb", "packed_rgb"]
 Offset = Literal["squared", "per_point"]
+Learner = Literal["paper", "pyramid"]
 Attention = Literal["none", "channel", "cross_packing"]
 Skip = Literal["none", "rendering"]
 Tones = Literal["free", "kept"]
@@ -47,12 +49,13 @@ _CHOICES = {
     "encoding": Encoding,
     "rendering_curve": RenderingCurve,
     "offset": Offset,
+    "offset_learner": Learner,
     "attention": Attention,
     "skip": Skip,
     "tones": Tones,
     "upsampling": Upsampling,
 }
-_MOST = {"features": 1024, "blocks": 256, "packing_kernel": 256}
+_MOST = {"features": 1024, "blocks": 256, "packing_kernel": 256, "max_shift_px": 1024}
 """Bounds well above every known network, so that a wrong number is refused before layers are built."""
 
 
@@ -82,6 +85,11 @@ class SDANConfig:
     """K of cross packing attention; must divide the input's height and width."""
     offset: Offset = "squared"
     """squared: one offset for the whole window (SDCN). per_point: one per window tap (vanilla DCN)."""
+    offset_learner: Learner = "paper"
+    """paper: figure 2's. pyramid: similarities of x and the reference, coarse to fine (sdan/offset_learner.py; ours).
+    The attention, the packing kernel and the flips are parts of the paper's only."""
+    max_shift_px: int = 24
+    """Largest shift that the pyramid looks for, mosaic pixels."""
     attention: Attention = "cross_packing"
     """Attention of the offset learner. none; channel: squeeze-and-excitation; cross_packing: CPA."""
     flips: bool = True
@@ -103,6 +111,8 @@ class SDANConfig:
             raise ValueError(f"encoding: expected linear for rgb input, which is already sRGB, got {self.encoding!r}")
         if self.tones == "kept" and self.skip != "rendering":
             raise ValueError(f'tones: expected free without skip="rendering", got {self.tones!r}')
+        if self.offset_learner == "pyramid" and self.offset != "squared":
+            raise ValueError(f'offset: expected squared with offset_learner="pyramid", got {self.offset!r}')
         for name, most in _MOST.items():
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= most:
@@ -145,6 +155,11 @@ class SDANConfig:
         """Side of the mosaic (and of the rendering) over side of the input x."""
         return 2 if self.is_packed else 1
 
+    @property
+    def needs_fixed_tile(self) -> bool:
+        """Whether the offsets depend on the tile's size, so that zoom's tiles must have the training crops' size."""
+        return self.offset_learner == "paper" and self.attention == "cross_packing"
+
     def input_px(self, packed_px: int) -> int:
         """Convert a side in packed pixels (2x2 cells) to pixels of the input x."""
         return packed_px if self.is_packed else 2 * packed_px
@@ -153,7 +168,7 @@ class SDANConfig:
         """Raise ValueError unless the network accepts crops of crop_px x crop_px input pixels."""
         if self.input == "mosaic" and crop_px % 2:
             raise ValueError(f"mosaic crop: expected an even side, for whole RGGB cells, got {crop_px}")
-        if self.attention == "cross_packing":
+        if self.needs_fixed_tile:
             check_packing(self.packing_kernel, crop_px, crop_px)
 
 
@@ -176,7 +191,7 @@ class OffsetLearner(nn.Module):
 
     def __init__(self, config: SDANConfig, offset_channels: int) -> None:
         super().__init__()
-        c = config.features
+        c, self.offset_channels = config.features, offset_channels
         self.conv1, self.attention1 = nn.Conv2d(2 * c, c, 3, padding=1), _attention(config)
         self.conv2, self.attention2 = nn.Conv2d(c, c, 3, padding=1), _attention(config)
         self.conv3 = nn.Conv2d(c, offset_channels, 3, padding=1)
@@ -199,31 +214,44 @@ class AlignmentModule(nn.Module):
         super().__init__()
         c, self.kernel = config.features, 3
         self.flips, self.per_point = config.flips, config.offset == "per_point"
-        self.reference_conv = nn.Conv2d(12 if config.flips else 3, c, 3, padding=1)
-        self.offset_learner = OffsetLearner(config, 2 * self.kernel**2 if self.per_point else 2)
+        self.offset_learner: OffsetLearner | PyramidOffsetLearner
+        if config.offset_learner == "pyramid":
+            self.offset_learner = PyramidOffsetLearner(config.input, -(-config.max_shift_px // config.mosaic_factor))
+        else:
+            self.reference_conv = nn.Conv2d(12 if config.flips else 3, c, 3, padding=1)
+            self.offset_learner = OffsetLearner(config, 2 * self.kernel**2 if self.per_point else 2)
         self.deform = nn.Conv2d(c, c, self.kernel, padding=1)  # holds SDCN's weight and bias
         self.to_rgb = nn.Conv2d(c, 3, 3, padding=1)
 
-    def forward(self, features_NCHW: Tensor, reference_N3HW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(F^X, Y') -> (F^X', X', M, Theta), in the paper's symbols."""
-        offset = self.find_offset(features_NCHW, reference_N3HW)
+    def forward(
+        self, features_NCHW: Tensor, reference_N3HW: Tensor, x: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(F^X, Y', x) -> (F^X', X', M, Theta), in the paper's symbols. Only the pyramid needs x."""
+        offset = self.find_offset(features_NCHW, reference_N3HW, x)
         aligned_features = self.move(features_NCHW, offset)
         centre = self.centre(offset)
         return aligned_features, self.to_rgb(aligned_features), offset_mask(centre.detach()), centre
 
-    def find_offset(self, features_NCHW: Tensor, reference_N3HW: Tensor) -> Tensor:
-        """(F^X, Y') -> the offsets of the window, [N, 2, H, W]; for per_point those of its taps, [N, 2 K^2, H, W]."""
+    def find_offset(self, features_NCHW: Tensor, reference_N3HW: Tensor, x: Tensor | None = None) -> Tensor:
+        """(F^X, Y', x) -> the offsets of the window, [N, 2, H, W]; per_point: those of its taps, [N, 2 K^2, H, W]."""
+        if isinstance(self.offset_learner, PyramidOffsetLearner):
+            assert x is not None
+            pyramid: Tensor = self.offset_learner(x, reference_N3HW)
+            return pyramid
         views = with_flips(reference_N3HW) if self.flips else reference_N3HW
         reference_features = F.relu(self.reference_conv(views))
         return self.offset_learner(torch.cat((features_NCHW, reference_features), dim=1))
 
     def move(self, features_NCHW: Tensor, offset: Tensor) -> Tensor:
-        """(F^X, the offsets of `find_offset`) -> F^X'."""
+        """(F^X, the offsets of `find_offset`, or none: zero) -> F^X'."""
+        if offset.shape[1] == 0:
+            padding = self.kernel // 2
+            return F.relu(F.conv2d(features_NCHW, self.deform.weight, self.deform.bias, padding=padding))
         deform = per_point_deform_conv2d if self.per_point else squared_deform_conv2d
         return F.relu(deform(features_NCHW, offset, self.deform.weight, self.deform.bias))
 
     def centre(self, offset: Tensor) -> Tensor:
-        """Theta [N, 2, H, W]: the offset of the window's centre."""
+        """Theta [N, 2, H, W]: the offset of the window's centre; without offsets [N, 0, H, W]."""
         centre = self.kernel**2 // 2
         return offset[:, 2 * centre : 2 * centre + 2] if self.per_point else offset
 
@@ -306,26 +334,38 @@ class SDAN(nn.Module):
             ValueError: shapes that do not match each other or the config.
         """
         check_inputs(self.config, x, reference, rendering)
-        aligned_features, aligned, mask, offset = self.alignment(self._features(x), reference)
+        aligned_features, aligned, mask, offset = self.alignment(self._features(x), reference, x)
         return SDANOutput(self._zoomed(aligned_features, offset, rendering), as_picture(aligned), mask, offset)
 
+    def offset_to(self, x: Tensor, reference: Tensor) -> Tensor:
+        """Theta [N,2,H,W] of `forward` alone, to any reference."""
+        return self.alignment.centre(self.alignment.find_offset(self._features(x), reference, x))
+
     def find_offset(self, x: Tensor, reference: Tensor) -> Tensor:
-        """The part of `forward` that depends on the input's size, through the attention and the flips.
+        """The offsets of the deployed pass {X, X}; they depend on the input's size, through attention and flips.
+
+        The pyramid's are not computed: a picture has no offset to itself, so there are no channels.
 
         Returns:
             the offsets for `zoom_at`, [N, offset_channels, H, W].
         """
-        return self.alignment.find_offset(self._features(x), reference)
+        if not self.offset_channels:
+            return x.new_empty((x.shape[0], 0, *x.shape[2:]))
+        return self.alignment.find_offset(self._features(x), reference, x)
 
     def zoom_at(self, x: Tensor, offset: Tensor, rendering: Tensor | None = None) -> Tensor:
-        """The rest of `forward`: `zoomed`, with these offsets. A pixel depends on its neighbourhood in x only."""
+        """The rest of `forward`: `zoomed`, with these offsets (zero if the tensor has no channels).
+
+        A pixel depends on its neighbourhood in x only.
+        """
         aligned_features = self.alignment.move(self._features(x), offset)
         return self._zoomed(aligned_features, self.alignment.centre(offset), rendering)
 
     @property
     def offset_channels(self) -> int:
-        """Channels of `find_offset`."""
-        return self.alignment.offset_learner.conv3.out_channels
+        """Channels of `find_offset`; 0 if the deployed pass needs no offsets."""
+        learner = self.alignment.offset_learner
+        return learner.offset_channels if isinstance(learner, OffsetLearner) else 0
 
     def _features(self, x: Tensor) -> Tensor:
         return F.relu(self.head(x.clamp_min(0).sqrt() if self.config.encoding == "sqrt" else x))
@@ -355,9 +395,11 @@ def add_skip(detail: Tensor, rendering: Tensor, offset: Tensor, config: SDANConf
     Args:
         detail: the trunk's output [N,3,upscale H,upscale W]; without its low frequencies for tones="kept".
         rendering: [N,3,mosaic H,mosaic W].
-        offset: [N,2,H,W] in pixels of x; enlarged to the rendering's grid first.
+        offset: [N,2,H,W] in pixels of x; enlarged to the rendering's grid first. [N,0,H,W]: zero.
     """
-    moved = sample(rendering, enlarge_offset(offset.float(), config.mosaic_factor))
+    moved = rendering.float()
+    if offset.shape[1]:
+        moved = sample(moved, enlarge_offset(offset.float(), config.mosaic_factor))
     if config.tones == "kept":
         moved = moved - blur(low_pass(detail, config.scale), TONE_SIGMA_PX)
     return detail + bicubic(moved, config.scale)

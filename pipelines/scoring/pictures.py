@@ -12,6 +12,7 @@ from torchvision.utils import flow_to_image
 
 from pipelines.loader import model_inputs
 from pipelines.scoring.held_out import HeldOut
+from pipelines.scoring.scores import deployed
 from sdan.baselines import Network
 from sdan.ops.precision import ComputePlan
 
@@ -36,7 +37,7 @@ def training_sheet(model: Network, held: HeldOut, plan: ComputePlan) -> np.ndarr
     inputs = model_inputs(part.batch, model.config, plan.device)
     with plan.inference():
         oracle = model(inputs.x, inputs.oracle_reference, inputs.rendering)
-        deployed = model(inputs.x, inputs.self_reference, inputs.rendering)
+        zoomed = deployed(model, inputs)
     offset = oracle.offset.float().nan_to_num()  # a diverged network must not crash the run here
     reach = offset.abs().amax().clamp_min(1e-3)
     # flow_to_image takes (dx, dy) and scales each batch to its own maximum.
@@ -45,7 +46,7 @@ def training_sheet(model: Network, held: HeldOut, plan: ComputePlan) -> np.ndarr
         "input (rendering)": inputs.rendering,
         "reference Y'": inputs.oracle_reference,
         "aligned X'": oracle.aligned,
-        "SDAN (self)": deployed.zoomed,
+        "SDAN (self)": zoomed,
         "target": inputs.target,
         "mask M": oracle.mask.expand(-1, 3, -1, -1),
         f"offsets, to {float(reach):.2f} px": colours,

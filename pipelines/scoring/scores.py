@@ -18,7 +18,7 @@ from pipelines.scoring.held_out import HeldOut
 from sdan import metrics
 from sdan.baselines import Network
 from sdan.ops.precision import ComputePlan
-from sdan.resample import bicubic, enlarge_offset, sample
+from sdan.resample import bicubic
 
 BORDER_PX = 8
 """Target pixels excluded from the scores along each side of a crop."""
@@ -38,7 +38,11 @@ def score_model(
     *,
     perceptual: bool = False,
 ) -> PerCrop:
-    """Score a model's outputs, and its offsets: their statistics and, for simulated data, their end-point error.
+    """Score a model's outputs, and its offsets: their statistics, their alignment gain and, for simulated data, their
+    end-point error.
+
+    The outputs of the self protocol are those of a deployed model, which may skip its offsets (`find_offset`). The
+    statistics of offsets are those of `forward`.
 
     Args:
         model: on the plan's device, in its layout.
@@ -56,15 +60,37 @@ def score_model(
             with plan.inference():
                 output = model(inputs.x, reference, inputs.rendering)
             px_per_offset = inputs.rendering.shape[-1] / output.offset.shape[-1]
-            scores = score_images(output.zoomed, part, perceptual=perceptual)
+            zoomed = output.zoomed
+            if protocol == "self" and not model.offset_channels:
+                with plan.inference():
+                    zoomed = deployed(model, inputs)
+            scores = score_images(zoomed, part, perceptual=perceptual)
             scores |= metrics.offset_statistics(output.offset, output.mask, px_per_offset)
             if protocol == "oracle":
-                scores["alignment_gain_db"] = alignment_gain(inputs.camera, output.offset, inputs.target).tolist()
-            if protocol == "oracle" and "true_flow" in part.batch:
-                error = metrics.resized_end_point_error(output.offset.float().cpu(), part.batch["true_flow"])
-                scores["epe_px"] = (2 * error).tolist()  # true_flow is in packed pixels, two mosaic pixels each
+                scores |= _offset_scores(output.offset.float().cpu(), part)
             _extend(collected, {f"{protocol}_{name}": values for name, values in scores.items()})
     return collected
+
+
+def deployed(model: Network, inputs: Inputs) -> Tensor:
+    """The zoomed picture as `sdan zoom` makes it, {X, X}: [N,3,sH,sW]."""
+    return model.zoom_at(inputs.x, model.find_offset(inputs.x, inputs.self_reference), inputs.rendering)
+
+
+def _offset_scores(offset: Tensor, part: HeldOut) -> PerCrop:
+    """What the oracle's offsets are worth; for simulated data, beside the true ones. Lengths in mosaic pixels."""
+    camera, target = (part.batch[name].float() / 255 for name in ("lr_rgb", "hr_rgb"))
+
+    def gain(field: Tensor) -> list[float]:
+        return metrics.alignment_gain(camera, field, target, border_px=BORDER_PX).tolist()
+
+    scores = {"alignment_gain": gain(offset)}
+    if "true_flow" in part.batch:
+        flow = part.batch["true_flow"].float()  # in packed pixels, two mosaic pixels each
+        scores["true_alignment_gain"] = gain(flow)
+        scores["epe_px"] = (2 * metrics.resized_end_point_error(offset, flow)).tolist()
+        scores["epe_inside_px"] = (2 * metrics.resized_end_point_error(offset, flow, inside=True)).tolist()
+    return scores
 
 
 def score_bicubic(
@@ -77,29 +103,6 @@ def score_bicubic(
         enlarged = bicubic(picture, model.config.scale)
         _extend(collected, score_images(enlarged, part, perceptual=perceptual))
     return collected
-
-
-def alignment_gain(camera: Tensor, offset: Tensor, target: Tensor) -> Tensor:
-    """How much nearer the bicubic picture, moved by learnt offsets, comes to the target than the picture unmoved.
-
-    An oracle score can be bought by passing the reference through to the output; the bicubic picture has nothing of the
-    reference, so only offsets that align can raise this.
-
-    Args:
-        camera: [N,3,H,W] in [0, 1], the input's camera JPG.
-        offset: [N,2,h,w], (dy, dx) in pixels of its own grid, a whole fraction of the target's.
-        target: [N,3,sH,sW] in [0, 1].
-
-    Returns:
-        [N] float64, dB of PSNR; NaN for offsets of single points of the window ([N,18,h,w]), which move no picture.
-    """
-    if offset.shape[1] != 2:
-        return torch.full((len(offset),), math.nan, dtype=torch.float64)
-    enlarged = bicubic(camera.float(), target.shape[-1] // camera.shape[-1]).clamp(0, 1)
-    field = enlarge_offset(offset.float(), target.shape[-1] // offset.shape[-1])
-    moved = sample(enlarged, field, mode="bicubic").clamp(0, 1)
-    before, after = (metrics.psnr(picture, target, border_px=BORDER_PX) for picture in (enlarged, moved))
-    return (after - before).cpu()
 
 
 def score_images(images: Tensor, part: HeldOut, *, perceptual: bool = False) -> PerCrop:

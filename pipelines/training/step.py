@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.config import ExperimentConfig, TrainConfig
 from pipelines.loader import Inputs
 from pipelines.training.graph import GraphedStep, check_graph
 from sdan import checkpoint
+from sdan.known_shift import known_shift_loss, moved_reference
 from sdan.losses import LossConfig, sdan_loss, self_reference_loss, transfer_loss
 from sdan.network import SDAN, SDANOutput
 from sdan.ops.precision import ComputePlan, compute_plan
@@ -54,7 +56,8 @@ def training_loss(
 
     Both kinds of samples share one forward pass. Self-reference samples are compared with the camera JPG of the input's
     own frame and, through the offsets of the first kind, with the target (losses.transfer_loss). With
-    loss.self_target=truth (simulated data) they are compared with the ideal picture by eq. 6.
+    loss.self_target=truth (simulated data) they are compared with the ideal picture by eq. 6. With known_shift_weight
+    > 0 the offset learner also gets the input's own picture, moved by a known field that it must find.
 
     Returns:
         scalar tensors: `loss`, the weighted sum, and its terms by name.
@@ -74,6 +77,9 @@ def training_loss(
         own = _deployed_loss(outputs, inputs, config, vgg)
         terms |= own
         total = total + config.self_reference_weight * sum(own.values())
+    if config.known_shift_weight > 0:
+        terms["known_shift"] = _known_shift(model, inputs, config)
+        total = total + config.known_shift_weight * terms["known_shift"]
     return {"loss": torch.as_tensor(total), **terms}
 
 
@@ -88,6 +94,17 @@ def _deployed_loss(
         return {"self": sdan_loss(alone, low_pass(inputs.truth, shrink), inputs.truth, config, vgg).total}
     own = self_reference_loss(alone, inputs.camera, config).total
     return {"self": own, "transfer": transfer_loss(alone.zoomed, outputs[0].offset, inputs.target, config, vgg)}
+
+
+def _known_shift(model: nn.Module, inputs: Inputs, config: LossConfig) -> Tensor:
+    """The error of the offsets to the input's own picture, moved by a known field; pixels of x."""
+    assert inputs.motion is not None  # CropStream(max_shift_px=...) provides it
+    # Around DDP's forward, which has run already in this step: its hooks are on the weights' gradients.
+    network = model.module if isinstance(model, DistributedDataParallel) else model
+    assert isinstance(network, SDAN)
+    moved, known = moved_reference(inputs.camera, inputs.motion, inputs.camera.shape[-1] // inputs.x.shape[-1])
+    border = -(-config.border_px * inputs.x.shape[-1] // inputs.target.shape[-1])
+    return known_shift_loss(network.offset_to(inputs.x, moved), known, border)
 
 
 @dataclass

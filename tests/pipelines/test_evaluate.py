@@ -53,6 +53,14 @@ def bicubic_psnr(index):
     return np.mean(values)
 
 
+def test_the_self_protocol_scores_the_deployed_network(tiny_shards, tmp_path):
+    """The pyramid's offsets to the input's own rendering are skipped, as `sdan zoom` skips them."""
+    changes = {"model.offset_learner": "pyramid", "model.max_shift_px": 8}
+    result = evaluate(str(tiny_shards), save_model(tmp_path / "model", **changes), perceptual=False)
+    expected = bicubic_psnr(index_split(str(tiny_shards), "val"))
+    assert result.rows["SDAN (self)"]["raw_psnr"] == pytest.approx(expected, abs=0.01)
+
+
 def test_every_row_has_the_score_of_its_pictures(scored, tiny_shards):
     """The network is untrained and the pairs are perfectly aligned, so all rows are bicubic enlargement."""
     result, _ = scored
@@ -64,6 +72,7 @@ def test_every_row_has_the_score_of_its_pictures(scored, tiny_shards):
     assert result.gap_db == pytest.approx({"raw": 0, "aligned": 0, "true": 0}, abs=0.01)
     assert (result.crops, result.crop_px, result.split, result.simulated) == (2, 16, "val", True)
     assert result.epe_px == pytest.approx(0, abs=0.01)  # neither the network nor the pairs move anything
+    assert result.alignment_gain == pytest.approx(0, abs=0.01) and "Alignment gain" in result.notes()
     assert result.valid_share > 0.9
 
 

@@ -272,6 +272,15 @@ def test_reduced_share_is_for_rgb_networks(tiny_shards):
     assert stream.reduced_share == 0.5
 
 
+def test_motions_depend_on_the_crop_number_alone(tiny_shards):
+    index = index_split(str(tiny_shards), "train")
+    plain, moved = (CropStream(index, 3, 16, True, max_shift_px=px) for px in (0, 8))
+    assert "motion" not in plain.crop(5)
+    assert np.array_equal(moved.crop(5)["motion"], moved.crop(5)["motion"])
+    assert not np.array_equal(moved.crop(5)["motion"], moved.crop(6)["motion"])
+    assert np.array_equal(moved.crop(5)["hr_rgb"], plain.crop(5)["hr_rgb"])  # the other draws stay
+
+
 def test_truth_blur_softens_only_the_ideal_picture(tiny_shards):
     index = index_split(str(tiny_shards), "train")
     sharp, soft = (CropStream(index, 0, 16, False, truth=True, truth_blur_px=px).crop(0) for px in (0.0, 1.5))

@@ -10,7 +10,8 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torchvision.models import alexnet
 
 from sdan import metrics
-from sdan.metrics import end_point_error, offset_statistics, psnr, resized_end_point_error, ssim
+from sdan.metrics import alignment_gain, end_point_error, offset_statistics, psnr, resized_end_point_error, ssim
+from sdan.resample import bicubic
 
 
 def pair(height=17, width=19, n=2):
@@ -111,6 +112,26 @@ def test_end_point_error_is_the_mean_distance():
     mask = torch.ones(1, 1, 4, 6)
     mask[..., :3] = 0
     assert float(end_point_error(offset, true, mask=mask)) == pytest.approx(5.0)
+
+
+def test_only_offsets_that_point_inside_are_counted():
+    true = torch.zeros(1, 2, 4, 4)
+    true[:, :, :2] = 100.0
+    offset = torch.zeros(1, 2, 4, 4)
+    offset[:, 0] = 3.0
+    assert float(resized_end_point_error(offset, true, inside=True)) == pytest.approx(3.0)
+
+
+def test_the_alignment_gain_of_true_offsets_is_positive():
+    torch.manual_seed(0)
+    wide = bicubic(torch.rand(2, 3, 12, 12), 2).clamp(0, 1)
+    picture, seen = wide[..., :16, :16], wide[..., 2:18, :16]  # the target shows what lies 2 px lower
+    target = bicubic(seen, 4).clamp(0, 1)
+    true = torch.zeros(2, 2, 8, 8)
+    true[:, 0] = 1.0  # its pixels are two of the picture's
+    assert (alignment_gain(picture, true, target, border_px=16) > 10).all()
+    assert alignment_gain(picture, 0 * true, target).tolist() == pytest.approx([0, 0], abs=1e-4)
+    assert (alignment_gain(picture, -true, target, border_px=16) < 3).all()
 
 
 def test_resized_end_point_error_is_in_pixels_of_the_true_flow():

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipelines import config as configs
-from pipelines.loader import CropStream, Inputs, index_split, model_inputs
+from pipelines.loader import CropStream, Inputs, index_split, model_inputs, training_stream
 from pipelines.training import step
 from sdan import checkpoint
 from sdan.ops import precision
@@ -97,6 +97,18 @@ def test_true_targets_train_only_the_deployed_output(tiny_shards):
     terms = [step.train_step(training, inputs, config, 1e-3) for _ in range(40)]
     assert terms[0].keys() == {"loss", "self", "grad_norm", "skipped"}
     assert float(terms[-1]["loss"]) < 0.9 * float(terms[0]["loss"])
+
+
+def test_known_shifts_teach_the_offset_learner(tiny_shards):
+    overrides = {"model.offset_learner": "pyramid", "model.max_shift_px": 8, "loss.known_shift_weight": 1.0}
+    config = configs.override(configs.smoke(), {**overrides, "loss.self_reference_weight": 0.0})
+    crop = training_stream(index_split(str(tiny_shards), "train"), config).crop(0)
+    batch = {name: torch.from_numpy(value)[None] for name, value in crop.items()}
+    inputs = model_inputs(batch, config.model, torch.device("cpu"))
+    training = step.start(config, None, torch.device("cpu"), lambda model: model)
+    terms = [step.train_step(training, inputs, config, 2e-3) for _ in range(20)]
+    assert terms[0].keys() == {"loss", "align", "zoom", "known_shift", "grad_norm", "skipped"}
+    assert float(terms[-1]["known_shift"]) < 0.9 * float(terms[0]["known_shift"])
 
 
 def test_each_kind_of_sample_reports_its_terms(smoke, tiny_shards):
@@ -269,13 +281,19 @@ def alone(tmp_path):
     torch.distributed.destroy_process_group()
 
 
+KNOWN_SHIFTS = {"model.offset_learner": "pyramid", "model.max_shift_px": 8, "loss.known_shift_weight": 1.0}
+
+
+@pytest.mark.parametrize("more", [{}, KNOWN_SHIFTS], ids=["", "known_shifts"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_distributed_training_takes_the_same_steps(smoke, alone, accumulate):
+def test_distributed_training_takes_the_same_steps(smoke, alone, accumulate, more):
     """With the bucket options of a worker: a static graph, unless only the last part's gradients are exchanged."""
     config, inputs = smoke
     changes = {"train.batch_per_worker": 2, "train.accumulate": accumulate}
-    config = configs.override(config, changes)
+    config = configs.override(config, changes | more)
     batches = [together([inputs(number), inputs(number + 1)]) for number in (0, 2, 4)]
+    torch.manual_seed(0)
+    batches = [batch._replace(motion=torch.randn(2, 2, 3, 3)) for batch in batches]
     losses = []
     for wrap in (_same, lambda model: DistributedDataParallel(model, **step.bucket_options(config.train))):
         training = step.start(config, None, torch.device("cpu"), wrap)
