@@ -75,7 +75,8 @@ class ChildProcess:
 
 def streams_of(parent: int) -> tuple[IO[str], IO[str]]:
     """In the child: (requests, replies). From then on it ends with its parent, or at once if that has already ended."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    with contextlib.suppress(AttributeError):  # only Linux has it; elsewhere the requests' end is the child's
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit()
     replies = os.fdopen(os.dup(1), "w")

@@ -6,8 +6,13 @@ _SITECUSTOMIZE = """
 import ctypes, os, rawpy, signal
 real = rawpy.imread
 def imread(source):
-    order = source.read().partition(b"ORDER:")[2].decode()
-    source.seek(0)
+    if isinstance(source, str):
+        with open(source, "rb") as file:
+            data = file.read()
+    else:
+        data = source.read()
+        source.seek(0)
+    order = data.partition(b"ORDER:")[2].decode()
     if order == "hang":
         ctypes.PyDLL(None).sleep(1000)  # PyDLL keeps the GIL, like a hanging decoder
     elif order == "print":
