@@ -572,10 +572,14 @@ def retrain(
 @app.command()
 def zoom(
     photos: Annotated[
-        list[Path], typer.Argument(metavar="PHOTO...", help="RAW (ARW, DNG, NEF, ...), JPG, PNG, TIFF, or a folder.")
+        list[str],
+        typer.Argument(metavar="PHOTO...", help="RAW (ARW, DNG, NEF, ...), JPG, PNG, TIFF, a folder or an s3:// URI."),
     ],
     out: Annotated[
-        Path, typer.Option("-o", metavar="OUT", help="A .png, .tif, .jpg or .dng, or a folder for several.")
+        str,
+        typer.Option(
+            "-o", metavar="OUT", help="A .png, .tif, .jpg or .dng, or a folder or s3:// URI for several photographs."
+        ),
     ],
     model: Annotated[
         str | None,
@@ -606,20 +610,32 @@ def zoom(
         str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, or cuda:N for the GPU of that number.")
     ] = "auto",
 ) -> None:
-    """Zoom photographs; writes them upright, in sRGB, with their EXIF tags."""
+    """Zoom photographs; writes them upright, in sRGB, with their EXIF tags. Of a folder or bucket, what is there and
+    whole is skipped."""
     from pipelines.zooming import request, start
 
     _INTERRUPTS.kept = "the files named above are complete, nothing else was left"
     area = request.parse_crop(crop) if crop is not None else None
     output = request.Output(picture_format, bits, quality, scale, area, overwrite, not no_gps, like_camera)
-    request.check_request(photos, out, output)
+    files = [Path(photo) for photo in photos]
+    if batch := request.is_batch(photos, out):
+        _INTERRUPTS.kept = f"finished photographs are kept; {GO_ON}{' without --overwrite' if overwrite else ''}"
+        request.check_batch(out, output)
+    else:
+        request.check_request(files, Path(out), output)
     request.check_device(device)
     with start.large_imports(driver=device in ("auto", "cuda", "cuda:0")):
         from pipelines import zoom as verb
         from pipelines.zooming.models import choose_models
 
     chosen = choose_models(_data(), model)
-    verb.zoom_with(chosen, photos, out, strength=strength, output=output, device=device, say=_say, warn=_warn)
+    if batch:
+        from pipelines.zoom_folder.batch import zoom_batch
+
+        report = zoom_batch(chosen, photos, out, strength=strength, output=output, device=device, say=_say, warn=_warn)
+        _say(report.summary())
+        return
+    verb.zoom_with(chosen, files, Path(out), strength=strength, output=output, device=device, say=_say, warn=_warn)
 
 
 @app.command()

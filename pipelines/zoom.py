@@ -27,15 +27,15 @@ from pipelines.zooming.photo import Photo, read_photo
 from pipelines.zooming.request import (
     DEFAULTS,
     Output,
+    OutputError,
     ZoomError,
     check_options,
     check_outputs,
+    existing_files,
     kind_of_photo,
     output_paths,
-    photographs,
     require_raw,
     shown,
-    without_twins,
 )
 from preprocessing.storage import new_file, one_line
 from sdan import STARTER_RGB, checkpoint, inference
@@ -221,7 +221,8 @@ def write_levels(
         photo: a RAW that is written as a DNG.
 
     Raises:
-        ZoomError: the path cannot be written, or the picture is too large for a JPG or DNG.
+        OutputError: the path cannot be written.
+        ZoomError: the picture is too large for a JPG or DNG.
     """
     kind = output.chosen_format(path)
     if kind == "jpg" and max(size) > jpg.MAX_SIDE:
@@ -242,7 +243,7 @@ def write_levels(
             else:
                 _write(file, kind, parts, size, bits, output.quality, exif)
     except OSError as error:
-        raise ZoomError(
+        raise OutputError(
             f"-o {shown(path)}: expected a writable place, got {error.strerror or error}; choose another"
         ) from error
 
@@ -307,7 +308,7 @@ def zoom_photos(
     """Zoom photographs one after another; one that fails is reported through `warn`, and the rest continue.
 
     Args:
-        inputs: files, or folders, which mean the photographs in them.
+        inputs: files; zoom_folder/ takes folders.
         out: a .png, .tif or .jpg for one photograph, else a folder.
         pictures: the model for JPG, PNG, TIFF, WebP and AVIF, of the same scale; None: `zoomer` takes them, too.
         say: takes one line of progress per photograph.
@@ -318,18 +319,19 @@ def zoom_photos(
     """
     check_options(out, output)
     network = zoomer.model.config
-    photos = without_twins(inputs, photographs(inputs, out), pictures is not None or not network.is_rgb, say)
+    photos = existing_files(inputs)
     targets = output_paths(photos, out, output.scale or network.scale, output)
     check_outputs(targets, photos, output.overwrite)
-    if output.scale not in (None, network.scale):
-        say(f"the model enlarges {network.scale}x; its result is resampled to {output.scale}x")
+    if note := resampling_note(network.scale, output.scale or network.scale):
+        say(note)
     done = []
     for photo, target in zip(photos, targets, strict=True):
         try:
             chosen = pictures if pictures and kind_of_photo(photo) == "picture" else zoomer
-            done.append(_zoom_one(photo, target, chosen, output, say))
+            done.append(zoom_one(photo, target, chosen, output, say))
+            say(f"{shown(target)} ({done[-1].width}x{done[-1].height})")
         except Exception as error:
-            line = str(error) if isinstance(error, ValueError) else _unexpected(photo, error)
+            line = str(error) if isinstance(error, ValueError) else unexpected(photo, error)
             if len(photos) == 1:
                 raise ZoomError(line) from error
             warn(f"set aside: {line}")
@@ -339,7 +341,13 @@ def zoom_photos(
     return done
 
 
-def _unexpected(photo: Path, error: Exception) -> str:
+def resampling_note(own: int, wanted: int) -> str:
+    """Says that a model's scale is not the wanted one; "" if it is."""
+    return "" if own == wanted else f"the model enlarges {own}x; its result is resampled to {wanted}x"
+
+
+def unexpected(photo: Path, error: Exception) -> str:
+    """The line about an error that no check has foreseen."""
     if isinstance(error, MemoryError) or "not enough memory" in str(error):
         return f"{shown(photo)}: expected memory for this photograph, got too little; use --crop or close programs"
     return (
@@ -348,7 +356,20 @@ def _unexpected(photo: Path, error: Exception) -> str:
     )
 
 
-def _zoom_one(photo: Path, target: Path, zoomer: Zoomer, output: Output, say: Callable[[str], None]) -> Zoomed:
+def zoom_one(
+    photo: Path,
+    target: Path,
+    zoomer: Zoomer,
+    output: Output,
+    say: Callable[[str], None],
+    progress: Callable[[int, int], None] | None = None,
+) -> Zoomed:
+    """Zoom one photograph into the file `target`.
+
+    Args:
+        say: takes lines about it.
+        progress: called with (tiles done, total tiles); None: a bar on the console.
+    """
     require_raw(photo, target, output)
     decoded = read_photo(photo, zoomer.model.config, output)
     for note in (*decoded.notes, *([zoomer.note] if zoomer.note else [])):
@@ -367,11 +388,16 @@ def _zoom_one(photo: Path, target: Path, zoomer: Zoomer, output: Output, say: Ca
         finish = decoded.camera.light
     elif decoded.look:
         finish = partial(decoded.look.add, bits=bits)
-    with tqdm(desc=shown(Path(photo.name)), unit="tile") as bar:
-        parts = zoomer.levels(decoded, bits, partial(move_bar, bar), scale=output.scale, finish=finish)
+    with _bar(photo) if progress is None else contextlib.nullcontext(progress) as moved:
+        parts = zoomer.levels(decoded, bits, moved, scale=output.scale, finish=finish)
         write_levels(parts, target, (width, height), bits, output=output, exif=exif, photo=decoded)
-    say(f"{shown(target)} ({width}x{height})")
     return Zoomed(target, width, height)
+
+
+@contextlib.contextmanager
+def _bar(photo: Path) -> Iterator[Callable[[int, int], None]]:
+    with tqdm(desc=shown(Path(photo.name)), unit="tile") as bar:
+        yield partial(move_bar, bar)
 
 
 def move_bar(bar: tqdm, done: int, total: int) -> None:

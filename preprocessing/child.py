@@ -1,8 +1,10 @@
-"""A child process that answers requests, for code that may crash or hang: decoders are C++ and read untrusted files.
+"""A child process that answers requests, one line each, so that code that crashes or hangs costs only one request.
 
-Requests and answers are lines of text. The child runs a module of ours: `Child` starts it, `answer_requests` is its
-loop.
+Decoders are C++ and read untrusted files. The child runs a module of ours: `ChildProcess` starts it, `answer_requests`
+is its loop.
 """
+
+from __future__ import annotations
 
 import contextlib
 import ctypes
@@ -11,81 +13,94 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import IO
 
 CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP})
-"""Signals that end a process because of its own code."""
+"""Signals that the process's own code causes; SIGKILL comes from outside, mostly for memory."""
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+"""The environment of a child that runs beside others like it."""
 _PR_SET_PDEATHSIG = 1
 
 
-class Child:
-    """A child process that answers one request at a time. Started at the first, and restarted after it dies.
+class ChildProcess:
+    """`python -m MODULE PARENT ARGUMENTS`. It starts at the first request, and again after it has died."""
 
-    It ends with the thread that started it.
-    """
-
-    def __init__(self, module: str, limit_s: float) -> None:
+    def __init__(self, module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
         """
         Args:
-            module: run as `python -m MODULE`; it calls `answer_requests`.
-            limit_s: time per request; then the child ends.
+            environment: variables to set or replace.
         """
-        self._module, self._limit_s = module, limit_s
-        self._process: subprocess.Popen[str] | None = None
+        self._module, self._arguments, self._environment = module, arguments, environment
+        self._child: subprocess.Popen[str] | None = None
 
     @property
     def pid(self) -> int | None:
         """The child's process id; None if it is not running."""
-        return self._process.pid if self._process else None
+        return self._child.pid if self._child else None
+
+    def start(self) -> None:
+        """Raises OSError if no process can be started."""
+        if self._child is None:
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", self._module, str(os.getpid()), *self._arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, **self._environment},
+            )
 
     def ask(self, request: str) -> tuple[str, int]:
-        """Send a request, one line: (answer, 0), or ("", exit code) if the child died.
-
-        Raises OSError if no child can be started.
-        """
-        process = self._process = self._process or self._start()
-        assert process.stdin and process.stdout
-        answer = ""
+        """Send one line, and read one: (answer, 0), or ("", exit code) if the child died."""
+        self.start()
+        assert self._child and self._child.stdin
         with contextlib.suppress(BrokenPipeError):  # the child may have been killed while idle
-            print(request, file=process.stdin, flush=True)
-            answer = process.stdout.readline()
+            print(request, file=self._child.stdin, flush=True)
+        return self.read()
+
+    def read(self) -> tuple[str, int]:
+        """Read one more line of the answer to the last request; the result is that of `ask`."""
+        child = self._child
+        assert child and child.stdin and child.stdout
+        answer = child.stdout.readline()
         if answer.endswith("\n"):
             return answer, 0
-        self._process = None
-        process.kill()
+        self._child = None
+        child.kill()
         with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()
-        process.stdout.close()
-        return "", process.wait()
+            child.stdin.close()
+        child.stdout.close()
+        return "", child.wait()
 
     def close(self) -> None:
         """Kill the child."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
-
-    def _start(self) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", self._module, str(os.getpid()), str(self._limit_s)]
-        one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | one_thread
-        )
+        if self._child is not None:
+            self._child.kill()
+            self._child.communicate()
+            self._child = None
 
 
-def answer_requests(answer: Callable[[str], str], arguments: list[str]) -> None:
-    """The child's loop: one answer per request, each a line.
-
-    Args:
-        arguments: the child's sys.argv.
-    """
-    parent, limit_s = int(arguments[1]), float(arguments[2])
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # die with the parent
+def streams_of(parent: int) -> tuple[IO[str], IO[str]]:
+    """In the child: (requests, replies). From then on it ends with its parent, or at once if that has already ended."""
+    with contextlib.suppress(AttributeError):  # only Linux has it; elsewhere the requests' end is the child's
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
-        return
+        sys.exit()
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # decoders print to stdout; keep that out of the replies
-    for request in sys.stdin:
+    return sys.stdin, replies
+
+
+def answer_requests(answer: Callable[[str], str], arguments: Sequence[str]) -> None:
+    """The loop of a child that gives one line for each request.
+
+    Args:
+        arguments: the child's sys.argv: its module, the parent's process id, and the most seconds a request may take,
+            after which the child ends.
+    """
+    limit_s = float(arguments[2])
+    requests, replies = streams_of(int(arguments[1]))
+    for request in requests:
         # This timer's thread needs no GIL, so it ends the process even if a hanging decoder holds the GIL.
         faulthandler.dump_traceback_later(limit_s, exit=True)
         line = answer(request)

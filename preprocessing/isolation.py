@@ -10,7 +10,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 
-from preprocessing.child import CRASHES, Child, answer_requests
+from preprocessing.child import CRASHES, ONE_THREAD, ChildProcess, answer_requests
 from preprocessing.pairs import PairResult, process
 from preprocessing.plan import PairJob, PreprocessOptions
 from preprocessing.storage import Folder, open_folder
@@ -25,7 +25,7 @@ class IsolatedProcess:
 
     def __init__(self, limit_s: float = LIMIT_S) -> None:
         self._limit_s = limit_s
-        self._child = Child("preprocessing.isolation", limit_s)
+        self._child = ChildProcess("preprocessing.isolation", [str(limit_s)], ONE_THREAD)
 
     @property
     def pid(self) -> int | None:

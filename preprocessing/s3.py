@@ -5,7 +5,7 @@ killed writer would leave parts behind, which are billed.
 """
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import boto3
@@ -26,8 +26,11 @@ _RETRIES = Config(connect_timeout=5, read_timeout=30, retries={"mode": "standard
 """
 
 
-def put(uri: str, path: str, data: bytes | pa.Buffer) -> None:
-    """Write `data` to `path` ("bucket/key"); `uri` selects the storage. Raises OSError after the last retry."""
+def put(uri: str, path: str, data: bytes | pa.Buffer | BinaryIO) -> None:
+    """Write `data` to `path` ("bucket/key"); `uri` selects the storage. Raises OSError after the last retry.
+
+    An open file is sent from the disk in parts of that request; S3 takes at most 5 GB in one.
+    """
     _put(uri, path, data, {})
 
 
@@ -62,10 +65,11 @@ def delete(uri: str, path: str) -> None:
         raise OSError(str(error)) from error
 
 
-def _put(uri: str, path: str, data: bytes | pa.Buffer, condition: dict[str, str]) -> bool:
+def _put(uri: str, path: str, data: bytes | pa.Buffer | BinaryIO, condition: dict[str, str]) -> bool:
     bucket, _, key = path.partition("/")
     try:
-        _client(uri).put_object(Bucket=bucket, Key=key, Body=bytes(data), **condition)
+        body: Any = data if hasattr(data, "read") else bytes(data)
+        _client(uri).put_object(Bucket=bucket, Key=key, Body=body, **condition)
     except ClientError as error:
         if condition and error.response["ResponseMetadata"]["HTTPStatusCode"] in _CHANGED:
             return False

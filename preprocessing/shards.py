@@ -225,7 +225,7 @@ def _results(source: Folder, target: Folder, todo: list[PairJob], options: Prepr
     """Run one task per pair and yield results as they arrive; a pair whose Ray worker died every time has none."""
     if not todo:
         return
-    with _quiet_ray_data() as failures:
+    with quiet_ray_data() as failures:
         for chunk, memory in chunks(todo):
             blocks = [{"job": json.dumps(asdict(job))} for job in chunk]
             jobs = ray.data.from_items(blocks, override_num_blocks=len(blocks))
@@ -240,7 +240,7 @@ def _results(source: Folder, target: Folder, todo: list[PairJob], options: Prepr
                 )
             for row in results.iter_rows():
                 yield PairResult(**row)
-            _require_only_deaths(failures)
+            require_only_deaths(failures)
 
 
 def chunks(todo: list[PairJob]) -> Iterator[tuple[list[PairJob], float]]:
@@ -289,7 +289,7 @@ class _Failures(logging.Handler):
 
 
 @contextlib.contextmanager
-def _quiet_ray_data() -> Iterator[_Failures]:
+def quiet_ray_data() -> Iterator[_Failures]:
     """Make Ray Data continue after failed tasks and print nothing. Yields the failures, collected as they occur.
 
     Restores the caller's settings at the end.
@@ -317,7 +317,7 @@ def _quiet_ray_data() -> Iterator[_Failures]:
             setattr(context, name, value)
 
 
-def _require_only_deaths(failures: _Failures) -> None:
+def require_only_deaths(failures: _Failures) -> None:
     """Raise PreprocessError if a task failed other than by its worker's death. The installation is then broken."""
     for error in failures.found:
         if not isinstance(error, _WORKER_DEATHS):

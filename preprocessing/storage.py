@@ -175,7 +175,7 @@ class Folder:
         if not self.is_local:
             return
         for entry in self.files(relative):
-            if entry.base_name.startswith(".") and _abandoned(entry.base_name, entry.mtime_ns / 1e9):
+            if entry.base_name.startswith(".") and abandoned(entry.base_name, entry.mtime_ns / 1e9):
                 self._delete_path(entry.path)
 
     @property
@@ -262,7 +262,7 @@ def _process(pid: str) -> str:
     return "" if state in "ZX" else f"{number}-{fields[18]}"
 
 
-def _abandoned(name: str, modified_s: float) -> bool:
+def abandoned(name: str, modified_s: float) -> bool:
     """Whether the writer of this temporary file, last modified at `modified_s` (Unix time), is dead."""
     parts = name.rsplit("~", 3)
     if len(parts) != 4:

@@ -161,7 +161,8 @@ def resized_end_point_error(offset: Tensor, true_flow: Tensor, *, inside: bool =
 def alignment_gain(picture: Tensor, offset: Tensor, target: Tensor, *, border_px: int = 0) -> Tensor:
     """What offsets are worth: PSNR of the bicubic picture moved by them minus PSNR of the same picture unmoved.
 
-    Only alignment can raise it: nothing of the target reaches the moved picture but where its pixels come from.
+    Only alignment can raise it: nothing of the target reaches the moved picture but where its pixels come from. An
+    oracle score, in contrast, also rises if the network passes the reference through to its output.
 
     Args:
         picture: [N,3,h,w] in [0, 1], a picture of the input, e.g. its camera JPG.
@@ -170,8 +171,10 @@ def alignment_gain(picture: Tensor, offset: Tensor, target: Tensor, *, border_px
         border_px: cropped from each side, target pixels.
 
     Returns:
-        [N] float64, dB.
+        [N] float64, dB; NaN for offsets of single points of the window ([N,18,H,W]), which move no picture.
     """
+    if offset.shape[1] != 2:
+        return torch.full((len(offset),), torch.nan, dtype=torch.float64)
     enlarged = bicubic(picture, target.shape[-1] // picture.shape[-1]).clamp(0, 1)
     moved = sample(enlarged, enlarge_offset(offset.float(), target.shape[-1] // offset.shape[-1]))
     return psnr(moved, target, border_px=border_px) - psnr(enlarged, target, border_px=border_px)

@@ -85,6 +85,29 @@ def test_a_zoom_leaves_only_complete_files(number, code, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("alone", [False, True])
+def test_an_interrupted_folder_goes_on(alone, tmp_path):
+    """From a terminal the signal reaches the worker, too; `alone`, only the command gets it."""
+    random = np.random.default_rng(0)
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        picture = random.integers(0, 255, (100 if name == "a" else 1600, 1600, 3), np.uint8)
+        Image.fromarray(picture).save(tmp_path / "in" / f"{name}.png")
+    arguments = ["zoom", "in", "-o", "out", "--model", "starter"]
+    with Command(tmp_path, *arguments) as zoom:
+        zoom.wait_for(" 1.")  # in the second photograph
+        children = psutil.Process(zoom.process.pid).children()
+        os.kill(zoom.process.pid, signal.SIGINT) if alone else os.killpg(zoom.process.pid, signal.SIGINT)
+        expected = "sdan: interrupted by Ctrl-C; finished photographs are kept; run the same command to go on"
+        assert zoom.last_line(130) == expected
+    assert children and not any(child.is_running() for child in children)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".zoomed", "a_4x.png"]
+    Image.fromarray(random.integers(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / "in" / "b.png")
+    done = subprocess.run([SDAN, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and " s, 1 were there, 0 set aside" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_preprocess_goes_on(number, code, raw, tmp_path):
     arguments = ["preprocess", raw, "shards", "--tile", "48", "--align", "ecc"]

@@ -17,7 +17,7 @@ from pipelines.formats import tags
 from pipelines.serving.limits import Limits, Refused
 from pipelines.zooming.photo import Photo, TooLittleMemory, read_photo
 from pipelines.zooming.request import Output, ZoomError, kind_of_photo
-from preprocessing.child import CRASHES, Child, answer_requests
+from preprocessing.child import CRASHES, ONE_THREAD, ChildProcess, answer_requests
 from preprocessing.raw import decode
 from preprocessing.raw.picture import declared_size
 from preprocessing.storage import one_line
@@ -41,7 +41,7 @@ class Decoder:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._child = Child("pipelines.serving.decoding", limits.timeout_s)
+        self._child = ChildProcess("pipelines.serving.decoding", [str(limits.timeout_s)], ONE_THREAD)
 
     def start(self) -> None:
         """Start the child, so that the first photograph does not wait for its imports."""

@@ -31,6 +31,10 @@ class ZoomError(ValueError):
     """A photograph that cannot be read, or an output that cannot be written; the message says what to do."""
 
 
+class OutputError(ZoomError):
+    """An output that cannot be written: a full disk, or no permission."""
+
+
 @dataclass(frozen=True)
 class Output:
     """How results are written."""
@@ -105,42 +109,26 @@ def check_options(out: Path, output: Output) -> None:
         raise ZoomError(f"--scale: expected 2, 3, 4 or 8, got {output.scale}")
 
 
-def photographs(inputs: Sequence[Path], out: Path) -> list[Path]:
-    """The files to zoom: those named, and each named folder's photographs (by suffix, sorted; not its folders).
-
-    Raises ZoomError: no such file, a folder without photographs, or one that is also the output folder.
-    """
-    found: list[Path] = []
+def existing_files(inputs: Sequence[Path]) -> list[Path]:
+    """The files to zoom, each once. Raises ZoomError: no such file."""
     for path in inputs:
-        if not path.is_dir():
-            if not path.exists():
-                raise ZoomError(f"{shown(path)}: expected a photograph (RAW, JPG or PNG), got none; check the path")
-            found.append(path)
-            continue
-        if out.is_dir() and out.samefile(path):
-            raise ZoomError(
-                f"-o {shown(out)}: expected another folder than that of the photographs, got the same; choose one"
-            )
-        inside = [entry for entry in sorted(path.iterdir()) if _is_photograph(entry)]
-        if not inside:
-            raise ZoomError(f"{shown(path)}: expected photographs in this folder, got none; name the files")
-        found += inside
-    return list(dict.fromkeys(found))
+        if not path.exists():
+            raise ZoomError(f"{shown(path)}: expected a photograph (RAW, JPG or PNG), got none; check the path")
+    return list(dict.fromkeys(inputs))
 
 
-def _is_photograph(path: Path) -> bool:
-    suffix = path.suffix.lower()
-    return not path.name.startswith(".") and (suffix in PICTURE_SUFFIXES or _is_raw_name(path)) and path.is_file()
+def is_photograph_name(path: Path) -> bool:
+    return path.suffix.lower() in PICTURE_SUFFIXES or is_raw_name(path)
 
 
-def _is_raw_name(path: Path) -> bool:
+def is_raw_name(path: Path) -> bool:
     return path.suffix.lower().lstrip(".") in RAW_SUFFIXES
 
 
 def check_request(inputs: Sequence[Path], out: Path, output: Output) -> None:
     """Every check that needs no model. Raises ZoomError."""
     check_options(out, output)
-    photos = photographs(inputs, out)
+    photos = existing_files(inputs)
     if len(photos) == 1:
         require_raw(photos[0], out, output)
     named = output.scale is not None or out.suffix.lower() in FORMATS[output.chosen_format(out)]
@@ -149,20 +137,33 @@ def check_request(inputs: Sequence[Path], out: Path, output: Output) -> None:
     check_outputs(targets, photos, output.overwrite or not named)
 
 
+def is_batch(inputs: Sequence[str], out: str) -> bool:
+    """Whether a folder or a bucket is among these; else they are single photographs."""
+    return any("://" in one or Path(one).is_dir() for one in (*inputs, *([out] if "://" in out else [])))
+
+
+def check_batch(out: str, output: Output) -> None:
+    """Every check that needs neither a model nor a listing. Raises ZoomError."""
+    check_options(Path(), output)
+    suffix = Path(out).suffix.lower()
+    if any(suffix in suffixes for suffixes in FORMATS.values()) and not Path(out).is_dir():
+        raise ZoomError(f"-o {out}: expected a folder for a folder's photographs, got a {suffix} file; name a folder")
+
+
 def without_twins(inputs: Sequence[Path], photos: Sequence[Path], raw: bool, say: Callable[[str], None]) -> list[Path]:
     """`photos` without the JPG (or, for a model with RGB input, the RAW) of a pair that lies in a named folder.
 
     Args:
-        inputs: as given by the user; files named there are all kept.
+        inputs: files that the user has named; they are all kept.
         raw: whether the model takes RAW.
     """
     stems = defaultdict(set)
     for photo in photos:
-        stems[photo.parent, photo.stem.lower()].add(_is_raw_name(photo))
+        stems[photo.parent, photo.stem.lower()].add(is_raw_name(photo))
     kept = [
         photo
         for photo in photos
-        if photo in inputs or len(stems[photo.parent, photo.stem.lower()]) < 2 or _is_raw_name(photo) == raw
+        if photo in inputs or len(stems[photo.parent, photo.stem.lower()]) < 2 or is_raw_name(photo) == raw
     ]
     if len(kept) < len(photos):
         number = len(photos) - len(kept)
@@ -186,10 +187,10 @@ def output_paths(photos: Sequence[Path], out: Path, scale: int, output: Output =
                 f"-o {shown(out)}: expected a folder for several photographs, got one {out.suffix} file; name a folder"
             )
         return [out]
-    pictures = {photo.stem for photo in photos if not _is_raw_name(photo)}
+    pictures = {photo.stem for photo in photos if not is_raw_name(photo)}
     targets = []
     for photo in photos:
-        raw = "_raw" if _is_raw_name(photo) and photo.stem in pictures else ""
+        raw = "_raw" if is_raw_name(photo) and photo.stem in pictures else ""
         targets.append(out / f"{photo.stem}{raw}_{scale}x{suffix}")
     for number, target in enumerate(targets):
         if target in targets[:number]:
@@ -260,7 +261,7 @@ def kind_of_photo(path: Path) -> str:
         raise ZoomError(f"{shown(path)}: expected RAW that LibRaw decodes, got GoPro's GPR; convert it to DNG")
     if any(head[at:].startswith(magic) for at, magic in _RAW_MAGIC):
         return "raw"
-    if path.suffix.lower() in PICTURE_SUFFIXES or _is_text(head) or not _is_raw_name(path):
+    if path.suffix.lower() in PICTURE_SUFFIXES or _is_text(head) or not is_raw_name(path):
         what = "text" if _is_text(head) else "other data"
         raise ZoomError(f"{shown(path)}: expected a photograph (RAW, JPG or PNG), got {what}: not a photograph")
     return "raw"

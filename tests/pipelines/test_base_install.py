@@ -45,6 +45,17 @@ def test_zoom_needs_no_extra(tmp_path):
     assert Image.open(tmp_path / "out.png").size == (256, 192)
 
 
+def test_a_folder_needs_no_extra(tmp_path):
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    Image.new("RGB", (32, 24), (90, 80, 70)).save(tmp_path / "in" / "deep" / "photo.png")
+    for expected in ("1 zoomed", "1 were there"):
+        done = run("from pipelines import cli\ncli.main()", "zoom", "in", "-o", "out", folder=tmp_path)
+        assert done.returncode == 0 and expected in done.stdout, done.stdout + done.stderr
+    assert Image.open(tmp_path / "out" / "deep" / "photo_4x.png").size == (128, 96)
+    done = run("from pipelines import cli\ncli.main()", "zoom", "s3://a/b", "-o", "out", folder=tmp_path)
+    assert done.returncode == 2 and "pip install 'sdan[train]'" in done.stderr
+
+
 UNUSED = ("torch._dynamo", "torch._inductor", "sympy", "torchvision", "mlflow", "ray", "pandas", "scipy")
 """Slow and large imports that a zoom has no use for."""
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from pipelines.scoring.bootstrap import LEVEL, difference_interval, mean_interval
-from pipelines.scoring.scores import alignment_gain
 from pipelines.scoring.tile_scores import group_tables, write_tiles
+from sdan.metrics import alignment_gain
 from sdan.resample import bicubic, low_pass
 
 
@@ -93,8 +93,8 @@ def test_only_offsets_that_align_have_an_alignment_gain(cells):
     wide = (0.5 + 0.5 * bicubic(low_pass(noise, 8), 8)).clamp(0, 1)
     camera, target = low_pass(wide[..., 32:288, 32:288], 4), wide[..., 44:300, 24:280]
     offset = torch.tensor([3.0, -2.0]).view(1, 2, 1, 1).expand(1, 2, 64 // cells, 64 // cells) / cells
-    assert float(alignment_gain(camera, offset, target)) > 10
-    assert float(alignment_gain(camera, -offset, target)) < 1
+    assert float(alignment_gain(camera, offset, target, border_px=8)) > 10
+    assert float(alignment_gain(camera, -offset, target, border_px=8)) < 1
     none = alignment_gain(camera, torch.zeros_like(offset), target)
     assert float(none) == pytest.approx(0, abs=1e-4)  # whatever a network's output copies
     assert math.isnan(float(alignment_gain(camera, offset.repeat(1, 9, 1, 1), target)))

@@ -1,0 +1,1 @@
+"""`sdan zoom` for folders and buckets."""
