@@ -6,7 +6,7 @@ Nothing here imports torch, so that a mistake on the command line is answered at
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,9 @@ FORMATS = {"png": (".png",), "tiff": (".tif", ".tiff"), "jpg": (".jpg", ".jpeg")
 """Format -> suffixes that name it; the first is that of outputs in a folder."""
 SCALES = (2, 3, 4, 8)
 _HEAD_BYTES = 4096
-_OTHERS = {"HEIC", "GIF", "BMP", "PSD", "PDF"}
+_OTHERS = {
+    *("HEIC", "JPEG XL", "JPEG 2000", "GIF", "BMP", "PSD", "PDF", "ZIP", "OpenEXR", "Radiance HDR", "a video"),
+}
 _RAW_MAGIC = (
     *((0, b"II*\x00"), (0, b"MM\x00*"), (0, b"IIRO"), (0, b"IIRS"), (0, b"MMOR"), (0, b"IIU\x00"), (0, b"FUJIFILM")),
     *((0, b"\x00MRM"), (0, b"FOVb"), (6, b"HEAPCCDR"), (4, b"ftypcrx"), (0, b"ARRI"), (0, b"IIII"), (0, b"MMMM")),
@@ -160,7 +162,8 @@ def without_twins(inputs: Sequence[Path], photos: Sequence[Path], raw: bool, say
 
 def output_paths(photos: Sequence[Path], out: Path, scale: int, output: Output = DEFAULTS) -> list[Path]:
     """The output path of each photograph: `out` itself if it names a picture file, else NAME_4x.png in the folder
-    `out`. Where RAW and JPG have the same name, the RAW's is NAME_raw_4x.png.
+    `out`. Where RAW and JPG have the same name, the RAW's is NAME_raw_4x.png; where two RAW or two pictures of
+    one folder have it, they are told apart by their suffixes: NAME_jpg_4x.png, NAME_png_4x.png.
 
     Raises:
         ZoomError: several photographs for one file, or two photographs of one name.
@@ -173,11 +176,14 @@ def output_paths(photos: Sequence[Path], out: Path, scale: int, output: Output =
                 f"-o {shown(out)}: expected a folder for several photographs, got one {out.suffix} file; name a folder"
             )
         return [out]
-    pictures = {photo.stem for photo in photos if not _is_raw_name(photo)}
+    kinds = {photo: _is_raw_name(photo) for photo in photos}
+    alike = Counter((photo.parent, photo.stem, raw) for photo, raw in kinds.items())
+    pictures = {photo.stem for photo, raw in kinds.items() if not raw}
     targets = []
-    for photo in photos:
-        raw = "_raw" if _is_raw_name(photo) and photo.stem in pictures else ""
-        targets.append(out / f"{photo.stem}{raw}_{scale}x{suffix}")
+    for photo, raw in kinds.items():
+        several = alike[photo.parent, photo.stem, raw] > 1
+        added = f"_{photo.suffix[1:].lower()}" if several else "_raw" if raw and photo.stem in pictures else ""
+        targets.append(out / f"{photo.stem}{added}_{scale}x{suffix}")
     for number, target in enumerate(targets):
         if target in targets[:number]:
             first = photos[targets.index(target)]
@@ -237,11 +243,11 @@ def kind_of_photo(path: Path) -> str:
     kind = kind_of(head)
     if not head:
         raise ZoomError(f"{shown(path)}: expected a photograph, got an empty file; copy it again")
-    if kind in ("JPG", "PNG", "WebP", "AVIF"):
+    if kind in ("JPG", "PNG", "WebP", "AVIF", "BigTIFF"):
         return "picture"
     if kind in _OTHERS:
         raise ZoomError(f"{shown(path)}: expected RAW, JPG, PNG, TIFF, WebP or AVIF, got {kind}; export it as JPG")
-    if path.suffix.lower() in (".tif", ".tiff") and kind == "TIFF or RAW":
+    if path.suffix.lower() in PICTURE_SUFFIXES and kind == "TIFF or RAW":
         return "picture"
     if path.suffix.lower() == ".gpr":
         raise ZoomError(f"{shown(path)}: expected RAW that LibRaw decodes, got GoPro's GPR; convert it to DNG")
@@ -276,5 +282,8 @@ def available_memory() -> int | None:
 
 
 def shown(path: Path) -> str:
-    """The path for messages; bytes that are not UTF-8 as \\xNN."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    """The path for messages, in one line; bytes that are not UTF-8 as \\xNN, control characters escaped."""
+    name = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(
+        char if char.isprintable() or char == " " else char.encode("unicode_escape").decode() for char in name
+    )
