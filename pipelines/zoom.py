@@ -186,6 +186,7 @@ def write_levels(
     *,
     output: Output = DEFAULTS,
     exif: bytes = b"",
+    replace: bool = True,
 ) -> None:
     """Write RGB levels in sRGB while they arrive; the file appears complete or not at all.
 
@@ -194,9 +195,10 @@ def write_levels(
         size: (width, height).
         output: its format and quality.
         exif: a block as `formats.tags.written` gives it.
+        replace: whether a file that appears at `path` meanwhile is replaced.
 
     Raises:
-        ZoomError: the path cannot be written, or the picture is too large for a JPG.
+        ZoomError: the path cannot be written or was written meanwhile, or the picture is too large for a JPG.
     """
     kind = output.chosen_format(path)
     if kind == "jpg" and max(size) > jpg.MAX_SIDE:
@@ -206,8 +208,13 @@ def write_levels(
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(path) as file:
+        with new_file(path, replace=replace) as file:
             _write(file, kind, parts, size, bits, output.quality, exif)
+    except FileExistsError as error:
+        raise ZoomError(
+            f"-o {shown(path)}: expected a new file, got one that another program wrote meanwhile; "
+            "choose another -o or add --overwrite"
+        ) from error
     except OSError as error:
         raise ZoomError(
             f"-o {shown(path)}: expected a writable place, got {error.strerror or error}; choose another"
@@ -328,7 +335,8 @@ def _zoom_one(photo: Path, target: Path, zoomer: Zoomer, output: Output, say: Ca
     exif = tags.written(decoded.exif, width, height, gps=output.gps)
     with tqdm(desc=shown(Path(photo.name)), unit="tile") as bar:
         parts = zoomer.levels(decoded, bits, partial(move_bar, bar), scale=output.scale)
-        write_levels(parts, target, (width, height), bits, output=output, exif=exif)
+        size = (width, height)
+        write_levels(parts, target, size, bits, output=output, exif=exif, replace=output.overwrite)
     say(f"{shown(target)} ({width}x{height})")
     return Zoomed(target, width, height)
 

@@ -198,9 +198,9 @@ def check_outputs(targets: Iterable[Path], photos: Iterable[Path], overwrite: bo
     targets, inputs = list(targets), [photo for photo in photos if photo.exists()]
     for target in targets:
         check_output(target)
-    existing = [target for target in targets if target.exists()]
+    existing = [target for target in targets if os.path.lexists(target)]
     for target in existing:
-        same = next((photo for photo in inputs if photo.samefile(target)), None)
+        same = next((photo for photo in inputs if target.exists() and photo.samefile(target)), None)
         if same is not None:
             raise ZoomError(f"-o {shown(target)}: expected a new file, got the photograph itself; choose another -o")
     if existing and not overwrite:

@@ -1,6 +1,7 @@
 """`sdan zoom`: the pixels that a model should give, several photographs in one call, and the output files."""
 
 import ctypes
+import errno
 import gc
 import os
 import threading
@@ -411,6 +412,31 @@ def test_an_existing_output_needs_overwrite(zoomer, tmp_path):
     assert out.read_bytes() == b"old"
     zoom_photos([path], tmp_path / "out", zoomer, output=Output(overwrite=True), say=print, warn=print)
     assert written(out).shape == (192, 256, 3)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_zooms_to_one_file_the_first_is_kept(links, zoomer, tmp_path, monkeypatch):
+    path, out = write_photo(tmp_path / "photo.png"), tmp_path / "z.png"
+    real = zoom.read_photo
+
+    def read_while_another_writes(*arguments):
+        out.write_bytes(b"the other's")
+        return real(*arguments)
+
+    def no_links(*arguments):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(zoom, "read_photo", read_while_another_writes)
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", no_links)
+    with pytest.raises(ZoomError, match=r"z.png: expected a new file, got one that another program wrote meanwhile"):
+        zoom_photos([path], out, zoomer, say=print, warn=print)
+    assert out.read_bytes() == b"the other's" and sorted(tmp_path.iterdir()) == [path, out]
+    zoom_photos([path], out, zoomer, output=Output(overwrite=True), say=print, warn=print)
+    assert written(out).shape == (192, 256, 3)
+    monkeypatch.setattr(zoom, "read_photo", real)
+    zoom_photos([path], tmp_path / "y.png", zoomer, say=print, warn=print)
+    assert sorted(tmp_path.iterdir()) == [path, tmp_path / "y.png", out]
 
 
 def test_a_cut_off_jpg_is_refused(zoomer, tmp_path):
