@@ -699,11 +699,13 @@ def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000) -> 
     registry.check_port(port)
     registry.prepare_database(uri)
     _say(f"MLflow UI: {registry.ui_link(uri, f'http://127.0.0.1:{port}')}   (Ctrl-C ends it)")
-    python = str(Path(sys.executable))
-    os.execv(
-        python,
-        [python, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port)],
-    )
+    # One worker process: a supervisor of several ends them on a busy machine, because they start too slowly for it. The
+    # rest keeps lines about MLflow's own parts away, which push the link off the screen.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    server = ["--workers", "1", "--uvicorn-opts", "--log-level warning", "--host", "127.0.0.1", "--port", str(port)]
+    os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, *server])
 
 
 @app.command()

@@ -62,7 +62,7 @@ VIEW_TAGS = {
     "mlflow.experimentKind": "custom_model_development",
     f"mlflow.sharedViewState.{VIEW}": json.dumps(
         {
-            "orderByKey": "metrics.`val_psnr`",
+            "orderByKey": "metrics.`best_psnr`",
             "orderByAsc": False,
             "selectedColumns": [
                 *(

@@ -98,7 +98,12 @@ def _run(folder: Path) -> RunStatus:
     report, now = run_folder.last_report(folder, notes.append), run_folder.live(folder, notes.append)
     state: Literal["finished", "running", "stopped"]
     if run_folder.is_finished(folder):
-        state, detail = "finished", progress.describe({}, report)
+        state, kept = "finished", run_folder.model_scores(folder, notes.append)
+        if kept:  # the best checkpoint's; the newest report is the last epoch's
+            report = {name: value for name, value in report.items() if name != progress.SELECT_BY}
+        detail = progress.describe({}, report)
+        if kept:
+            detail += f", its model: PSNR {kept[progress.SELECT_BY]:.2f} dB (self)"
     else:
         silent_s = time.time() - max(started, now.get("time", 0.0), report.get("time", 0.0))
         state = "running" if silent_s < SILENT_S else "stopped"

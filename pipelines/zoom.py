@@ -210,6 +210,7 @@ def write_levels(
     output: Output = DEFAULTS,
     exif: bytes = b"",
     photo: Photo | None = None,
+    replace: bool = True,
 ) -> None:
     """Write RGB levels in sRGB (for a DNG: camera light) while they arrive; the file appears complete or not at all.
 
@@ -219,10 +220,11 @@ def write_levels(
         output: its format and quality.
         exif: a block as `formats.tags.written` gives it.
         photo: a RAW that is written as a DNG.
+        replace: whether a file that appears at `path` meanwhile is replaced.
 
     Raises:
         OutputError: the path cannot be written.
-        ZoomError: the picture is too large for a JPG or DNG.
+        ZoomError: the path was written meanwhile, or the picture is too large for a JPG or DNG.
     """
     kind = output.chosen_format(path)
     if kind == "jpg" and max(size) > jpg.MAX_SIDE:
@@ -237,11 +239,16 @@ def write_levels(
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(path) as file:
+        with new_file(path, replace=replace) as file:
             if kind == "dng" and photo is not None and photo.camera is not None:
                 dng.write(file, parts, *size, photo.camera, photo.reduced(dng.PREVIEW_PX), exif=exif)
             else:
                 _write(file, kind, parts, size, bits, output.quality, exif)
+    except FileExistsError as error:
+        raise ZoomError(
+            f"-o {shown(path)}: expected a new file, got one that another program wrote meanwhile; "
+            "choose another -o or add --overwrite"
+        ) from error
     except OSError as error:
         raise OutputError(
             f"-o {shown(path)}: expected a writable place, got {error.strerror or error}; choose another"
@@ -390,7 +397,8 @@ def zoom_one(
         finish = partial(decoded.look.add, bits=bits)
     with _bar(photo) if progress is None else contextlib.nullcontext(progress) as moved:
         parts = zoomer.levels(decoded, bits, moved, scale=output.scale, finish=finish)
-        write_levels(parts, target, (width, height), bits, output=output, exif=exif, photo=decoded)
+        size = (width, height)
+        write_levels(parts, target, size, bits, output=output, exif=exif, photo=decoded, replace=output.overwrite)
     return Zoomed(target, width, height)
 
 

@@ -7,6 +7,7 @@ imported only when used, because `sdan zoom` calls `write_atomically` and may be
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
@@ -217,22 +218,42 @@ def write_atomically(path: Path, data: bytes | str | pa.Buffer) -> None:
 
 
 @contextlib.contextmanager
-def new_file(path: Path) -> Iterator[BinaryIO]:
-    """As `write_atomically`, for data that comes in parts; an error while it is written removes what there is."""
-    with _renamed(path) as temporary, temporary.open("wb") as file:
+def new_file(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
+    """As `write_atomically`, for data that comes in parts; an error while it is written removes what there is.
+
+    Raises FileExistsError if `path` exists in the end, and not `replace`: another program wrote it meanwhile.
+    """
+    with _renamed(path, replace=replace) as temporary, temporary.open("wb") as file:
         yield file
 
 
 @contextlib.contextmanager
-def _renamed(path: Path) -> Iterator[Path]:
+def _renamed(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """A temporary name, which becomes `path` in the end, or is removed after an error."""
     temporary = path.with_name(f".{path.name[:_TEMPORARY_NAME_CHARS]}~{writer_id()}")
     try:
         yield temporary
-        temporary.replace(path)
+        if replace:
+            temporary.replace(path)
+        else:
+            _rename_to_new(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _rename_to_new(temporary: Path, path: Path) -> None:
+    """Rename in one step that fails if the name is taken. Raises FileExistsError."""
+    try:
+        path.hardlink_to(temporary)
+    except FileExistsError:
+        raise
+    except OSError as error:  # a file system without hard links
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+        temporary.replace(path)
+    else:
+        temporary.unlink()
 
 
 def one_line(error: BaseException) -> str:

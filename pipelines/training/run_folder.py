@@ -34,6 +34,7 @@ from typing_extensions import TypedDict
 from pipelines.loader import ShardIndex
 from preprocessing.shard_folder.small_json import SmallJsonError, parse_json, read_json
 from preprocessing.storage import write_atomically
+from sdan.checkpoint import DESCRIPTION
 
 RUNS = "runs"
 RUN, SHARDS, PROGRESS, LIVE, MODEL = "run.json", "shards.json", "progress.jsonl", "live.json", "model"
@@ -105,6 +106,12 @@ class _Report(TypedDict):
     train_loss: NotRequired[float | None]
     crops_per_s: NotRequired[float | None]
     val_psnr: NotRequired[float]
+
+
+class _Model(TypedDict):
+    """What is shown of model/config.json."""
+
+    scores: Annotated[dict[str, Any], Field(max_length=10_000)]
 
 
 class _Live(TypedDict):
@@ -210,6 +217,18 @@ def first_report(folder: Path) -> dict[str, Any]:
         return cast("dict[str, Any]", parse_json(line, str(path), _Report))
     except (SmallJsonError, OSError):
         return {}
+
+
+def model_scores(folder: Path, note: Callable[[str], None]) -> dict[str, float]:
+    """val_psnr of the model that a finished run kept; {} if it states none. `note` takes a line about damage."""
+    try:
+        stored = read_json(folder / MODEL / DESCRIPTION, _Model)["scores"].get("val_psnr")
+    except FileNotFoundError:
+        return {}
+    except (SmallJsonError, OSError) as error:
+        note(f"ignored: {error}")
+        return {}
+    return {"val_psnr": float(stored)} if isinstance(stored, float | int) else {}
 
 
 def _last_lines(path: Path) -> list[bytes]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,9 @@ FORMATS = {"png": (".png",), "tiff": (".tif", ".tiff"), "jpg": (".jpg", ".jpeg")
 """Format -> suffixes that name it; the first is that of outputs in a folder."""
 SCALES = (2, 3, 4, 8)
 _HEAD_BYTES = 4096
-_OTHERS = {"HEIC", "GIF", "BMP", "PSD", "PDF"}
+_OTHERS = {
+    *("HEIC", "JPEG XL", "JPEG 2000", "GIF", "BMP", "PSD", "PDF", "ZIP", "OpenEXR", "Radiance HDR", "a video"),
+}
 _RAW_MAGIC = (
     *((0, b"II*\x00"), (0, b"MM\x00*"), (0, b"IIRO"), (0, b"IIRS"), (0, b"MMOR"), (0, b"IIU\x00"), (0, b"FUJIFILM")),
     *((0, b"\x00MRM"), (0, b"FOVb"), (6, b"HEAPCCDR"), (4, b"ftypcrx"), (0, b"ARRI"), (0, b"IIII"), (0, b"MMMM")),
@@ -174,7 +176,8 @@ def without_twins(inputs: Sequence[Path], photos: Sequence[Path], raw: bool, say
 
 def output_paths(photos: Sequence[Path], out: Path, scale: int, output: Output = DEFAULTS) -> list[Path]:
     """The output path of each photograph: `out` itself if it names a picture file, else NAME_4x.png in the folder
-    `out`. Where RAW and JPG have the same name, the RAW's is NAME_raw_4x.png.
+    `out`. Where RAW and JPG have the same name, the RAW's is NAME_raw_4x.png; where two RAW or two pictures of
+    one folder have it, they are told apart by their suffixes: NAME_jpg_4x.png, NAME_png_4x.png.
 
     Raises:
         ZoomError: several photographs for one file, or two photographs of one name.
@@ -187,11 +190,14 @@ def output_paths(photos: Sequence[Path], out: Path, scale: int, output: Output =
                 f"-o {shown(out)}: expected a folder for several photographs, got one {out.suffix} file; name a folder"
             )
         return [out]
-    pictures = {photo.stem for photo in photos if not is_raw_name(photo)}
+    kinds = {photo: is_raw_name(photo) for photo in photos}
+    alike = Counter((photo.parent, photo.stem, raw) for photo, raw in kinds.items())
+    pictures = {photo.stem for photo, raw in kinds.items() if not raw}
     targets = []
-    for photo in photos:
-        raw = "_raw" if is_raw_name(photo) and photo.stem in pictures else ""
-        targets.append(out / f"{photo.stem}{raw}_{scale}x{suffix}")
+    for photo, raw in kinds.items():
+        several = alike[photo.parent, photo.stem, raw] > 1
+        added = f"_{photo.suffix[1:].lower()}" if several else "_raw" if raw and photo.stem in pictures else ""
+        targets.append(out / f"{photo.stem}{added}_{scale}x{suffix}")
     for number, target in enumerate(targets):
         if target in targets[:number]:
             first = photos[targets.index(target)]
@@ -206,9 +212,9 @@ def check_outputs(targets: Iterable[Path], photos: Iterable[Path], overwrite: bo
     targets, inputs = list(targets), [photo for photo in photos if photo.exists()]
     for target in targets:
         check_output(target)
-    existing = [target for target in targets if target.exists()]
+    existing = [target for target in targets if os.path.lexists(target)]
     for target in existing:
-        same = next((photo for photo in inputs if photo.samefile(target)), None)
+        same = next((photo for photo in inputs if target.exists() and photo.samefile(target)), None)
         if same is not None:
             raise ZoomError(f"-o {shown(target)}: expected a new file, got the photograph itself; choose another -o")
     if existing and not overwrite:
@@ -251,11 +257,11 @@ def kind_of_photo(path: Path) -> str:
     kind = kind_of(head)
     if not head:
         raise ZoomError(f"{shown(path)}: expected a photograph, got an empty file; copy it again")
-    if kind in ("JPG", "PNG", "WebP", "AVIF"):
+    if kind in ("JPG", "PNG", "WebP", "AVIF", "BigTIFF"):
         return "picture"
     if kind in _OTHERS:
         raise ZoomError(f"{shown(path)}: expected RAW, JPG, PNG, TIFF, WebP or AVIF, got {kind}; export it as JPG")
-    if path.suffix.lower() in (".tif", ".tiff") and kind == "TIFF or RAW":
+    if path.suffix.lower() in PICTURE_SUFFIXES and kind == "TIFF or RAW":
         return "picture"
     if path.suffix.lower() == ".gpr":
         raise ZoomError(f"{shown(path)}: expected RAW that LibRaw decodes, got GoPro's GPR; convert it to DNG")
@@ -305,5 +311,8 @@ def available_memory() -> int | None:
 
 
 def shown(path: Path) -> str:
-    """The path for messages; bytes that are not UTF-8 as \\xNN."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    """The path for messages, in one line; bytes that are not UTF-8 as \\xNN, control characters escaped."""
+    name = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(
+        char if char.isprintable() or char == " " else char.encode("unicode_escape").decode() for char in name
+    )

@@ -1,8 +1,8 @@
 """Reads a JPG, PNG, TIFF, WebP or AVIF picture and converts its colours to sRGB: the one place that decodes pictures.
 
-Cameras and phones store Adobe RGB or Display P3, stated by an embedded ICC profile or by EXIF's ColorSpace. 8-bit
-pictures go through littlecms (Pillow's ImageCms), which has no 16-bit mode in Pillow; 16-bit ones go through the
-profile's matrix and curves (icc.py).
+Cameras and phones store Adobe RGB or Display P3, stated by an embedded ICC profile, by EXIF's ColorSpace or by numbers
+(colour_numbers.py). 8-bit pictures with a profile go through littlecms (Pillow's ImageCms), which has no 16-bit mode in
+Pillow; the others go through a matrix and curves (icc.py).
 """
 
 import contextlib
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
+from preprocessing.raw.colour_numbers import HighDynamicRange, outranks_profile, stated_space
 from preprocessing.raw.exif import PROCESS_LOCK, Exif, read_exif
 from preprocessing.raw.icc import ADOBE_RGB, MatrixProfile, read_matrix_profile
 
@@ -29,16 +30,16 @@ MAX_PIXELS = 400_000_000
 _MAX_PIXELS_PER_BYTE = 256
 """A JPG stores at least two bits per block of 64 pixels, so a file that declares more pixels is damaged."""
 _MAGIC = (
-    *(
-        (4, b"ftyphei", "HEIC"),
-        (4, b"ftypmif1", "HEIC"),
-        (4, b"ftypheix", "HEIC"),
-        (4, b"ftyphevc", "HEIC"),
-        (4, b"ftypavif", "AVIF"),
-        (4, b"ftypcrx", "RAW (CR3)"),
-    ),
+    *((4, b"ftyp" + brand, "HEIC") for brand in (b"he", b"mif1", b"mif2", b"msf1")),
+    *((4, b"ftyp" + brand, "AVIF") for brand in (b"avif", b"avis")),
+    *((4, b"ftyp" + brand, "a video") for brand in (b"qt  ", b"mp4", b"isom", b"iso2", b"avc1", b"M4V")),
+    (4, b"ftypcrx", "RAW (CR3)"),
+    *((0, head, "JPEG XL") for head in (b"\xff\x0a", b"\x00\x00\x00\x0cJXL ")),
+    *((0, head, "JPEG 2000") for head in (b"\xff\x4f\xff\x51", b"\x00\x00\x00\x0cjP  ")),
     *((8, b"WEBP", "WebP"), (0, b"GIF8", "GIF"), (0, b"BM", "BMP"), (0, b"8BPS", "PSD"), (0, b"%PDF", "PDF")),
     *((0, b"\x89PNG", "PNG"), (0, b"\xff\xd8", "JPG"), (0, b"II*\x00", "TIFF or RAW"), (0, b"MM\x00*", "TIFF or RAW")),
+    *((0, b"PK\x03\x04", "ZIP"), (0, b"\x76\x2f\x31\x01", "OpenEXR"), (0, b"#?RADIANCE", "Radiance HDR")),
+    *((0, head, "BigTIFF") for head in (b"II+\x00", b"MM\x00+")),
 )
 """(offset, bytes, kind) at a file's start."""
 _EXIF_HEADER = b"Exif\x00\x00"
@@ -111,10 +112,10 @@ def read_picture(
             tags = _tags(picture, data)
             convert = _read_deep if _bits(picture, data) > 8 else _read_8_bit
             grey = picture.mode in _GREY_MODES
-            pixels, notes = convert(picture, data, name, _space(picture, tags))
+            pixels, notes = convert(picture, data, name, _space(picture, tags, data, name))
     except PictureError:
         raise
-    except (OSError, ValueError, SyntaxError, TypeError, KeyError, OverflowError, cv2.error) as error:
+    except (OSError, ValueError, SyntaxError, TypeError, KeyError, OverflowError, RuntimeError, cv2.error) as error:
         raise _unreadable(error, data, name, kinds) from error
     return Picture(pixels, tags.orientation, notes, grey)
 
@@ -147,6 +148,8 @@ def kind_of(data: bytes) -> str | None:
 
 def _unreadable(error: Exception, data: bytes, name: str, kinds: tuple[str, ...]) -> PictureError:
     if isinstance(error, Image.UnidentifiedImageError):
+        if (found := kind_of(data)) and any(kind in found for kind in kinds):
+            return PictureError(f"{name}: expected a complete {found}, got a damaged one; copy or export it again")
         return PictureError(f"{name}: expected a readable {_listed(kinds)}, got {_kind(data)}; export it again")
     reason = " ".join(str(error).split()) or "damaged data"
     return PictureError(f"{name}: expected a readable {_listed(kinds)}, got {reason}; copy or export it again")
@@ -155,7 +158,7 @@ def _unreadable(error: Exception, data: bytes, name: str, kinds: tuple[str, ...]
 def colour_space(head: bytes) -> str | None:
     """The colour space that a JPG's first bytes state, e.g. "Display P3"; None for sRGB or if it is not stated."""
     with contextlib.suppress(Exception), _opened(head, ("JPG",)) as picture:
-        found = _space(picture, read_exif(head))
+        found = _space(picture, read_exif(head), head, "")
         return found.name if found else None
     return None
 
@@ -287,14 +290,33 @@ class _Space:
 _ADOBE = _Space("Adobe RGB", "RGB", None, ADOBE_RGB)
 
 
-def _space(picture: Image.Image, tags: Exif) -> _Space | None:
-    """The picture's colour space by its profile, or else by EXIF; None for sRGB and for a damaged profile."""
+def _space(picture: Image.Image, tags: Exif, data: bytes, name: str) -> _Space | None:
+    """The picture's colour space by its profile, by numbers, or else by EXIF; None for sRGB and a damaged profile."""
     profile = picture.info.get("icc_profile")
-    if profile:
+    numbers = picture.format in ("PNG", "AVIF")
+    if profile and not (numbers and outranks_profile(data)):
         return _space_of_profile(profile)
+    try:
+        found = stated_space(data) if numbers else None
+    except HighDynamicRange as error:
+        raise PictureError(
+            f"{name}: expected a picture of standard dynamic range, got HDR ({error}); export it as sRGB"
+        ) from error
+    if found:
+        return _unless_srgb(_Space(found[0], "RGB", None, found[1]))
     # DCF: Adobe RGB is "uncalibrated" with the interoperability index R03. Many writers leave the index out.
     uncalibrated = tags.colour_space == _UNCALIBRATED and (tags.interoperability or "R03") == "R03"
     return _ADOBE if uncalibrated or tags.colour_space == _ADOBE_BY_SOME else None
+
+
+def _unless_srgb(space: _Space) -> _Space | None:
+    """The space; None if it leaves colours as they are."""
+    steps = np.linspace(0, 255, 17).round().astype(np.uint8)
+    rgb = space.profile_mode == "RGB"
+    colours = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(17, -1, 3) if rgb else steps[None]
+    before = Image.fromarray(colours)
+    change = np.asarray(space.convert(before), np.int16) - np.asarray(before.convert("RGB"), np.int16)
+    return space if np.abs(change).max() > _SAME_COLOUR else None
 
 
 @lru_cache(maxsize=8)
@@ -310,11 +332,7 @@ def _space_of_profile(profile: bytes) -> _Space | None:
         )
         name = (source.profile.profile_description or "an unnamed profile").replace("\x00", "").strip()
         space = _Space(name, mode, transform, read_matrix_profile(profile) if mode == "RGB" else None)
-        steps = np.linspace(0, 255, 17).round().astype(np.uint8)
-        colours = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(17, -1, 3) if mode == "RGB" else steps[None]
-        before = Image.fromarray(colours)
-        change = np.asarray(space.convert(before), np.int16) - np.asarray(before.convert("RGB"), np.int16)
-        return space if np.abs(change).max() > _SAME_COLOUR else None
+        return _unless_srgb(space)
     return None
 
 

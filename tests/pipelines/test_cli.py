@@ -1,6 +1,7 @@
 """The command line: wrong input gets one line and exit code 2, never a traceback; the help covers every verb."""
 
 import json
+import os
 import re
 import socket
 import subprocess
@@ -237,6 +238,20 @@ def test_ui_refuses_a_port_before_it_says_an_address(port, tmp_path, monkeypatch
     assert written.out == "" and written.err.count("\n") == 1
     said = r"--port \d+: expected a free port on 127\.0\.0\.1, got address already in use; use --port \d+"
     assert re.search(said if port == "taken" else "--port: expected 1 to 65535, got", written.err), written.err
+
+
+def test_ui_starts_one_quiet_process_on_loopback(tmp_path, monkeypatch):
+    started = []
+    for name in ("PYTHONWARNINGS", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "MLFLOW_LOGGING_LEVEL"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("pipelines.registry.prepare_database", lambda uri: None)
+    monkeypatch.setattr("pipelines.registry.ui_link", lambda uri, server: server)
+    monkeypatch.setattr("os.execv", lambda program, command: started.append((command, dict(os.environ))))
+    run_here(monkeypatch, "ui", "--port", "5999", data=tmp_path)
+    ((command, environment),) = started
+    assert " --workers 1 " in " ".join(command) and " --host 127.0.0.1 --port 5999" in " ".join(command)
+    assert environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false" and environment["PYTHONWARNINGS"] == "ignore"
 
 
 def test_an_error_of_the_database_is_one_line(tmp_path, monkeypatch, capsys):

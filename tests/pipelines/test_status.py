@@ -51,6 +51,23 @@ def test_each_run_has_its_state(data):
     assert found["done"].detail == "epoch 4/4, loss 0.1000, PSNR 24.00 dB (self)"
 
 
+def test_a_finished_run_shows_the_score_of_its_model(data):
+    model = data / "runs" / "done" / "model" / "config.json"
+    for content, said in (
+        (
+            json.dumps({"format": 1, "scores": {"val_psnr": 25.5}}),
+            "epoch 4/4, loss 0.1000, its model: PSNR 25.50 dB (self)",
+        ),
+        ("[]", "epoch 4/4, loss 0.1000, PSNR 24.00 dB (self)"),
+        ("{" * 9, "epoch 4/4, loss 0.1000, PSNR 24.00 dB (self)"),
+        (json.dumps({"scores": {"val_psnr": "high"}}), "epoch 4/4, loss 0.1000, PSNR 24.00 dB (self)"),
+    ):
+        model.write_text(content)
+        found = next(run for run in status.status(data).runs if run.name == "done")
+        assert found.state == "finished" and found.detail == said
+        assert len(found.notes) == (content[0] == "[" or content[:2] == "{{")
+
+
 def test_the_command_prints_one_screen(data):
     status.note_retrain(data, "+0.100 dB: promoted")
     shown = CliRunner().invoke(app, ["--data", str(data), "status"])

@@ -1,6 +1,7 @@
 """`sdan zoom`: the pixels that a model should give, several photographs in one call, and the output files."""
 
 import ctypes
+import errno
 import gc
 import os
 import threading
@@ -19,7 +20,7 @@ from pipelines import zoom
 from pipelines.zoom import Output, Zoomer, ZoomError, read_photo, zoom_photos
 from pipelines.zooming import photo as photo_module
 from pipelines.zooming import start
-from pipelines.zooming.request import check_device, check_options, check_output, output_paths
+from pipelines.zooming.request import check_device, check_options, check_output, output_paths, shown
 from preprocessing.raw import decode
 from preprocessing.raw.dng import ShotTags, write_dng
 from sdan import checkpoint, inference, raw_input, starter_folder
@@ -200,6 +201,12 @@ def test_each_photograph_of_a_folder_has_its_file():
     photos = [Path("a/one.ARW"), Path("b/two.jpg")]
     assert output_paths(photos, Path("out"), 8) == [Path("out/one_8x.png"), Path("out/two_8x.png")]
     assert output_paths(photos[:1], Path("one.PNG"), 8) == [Path("one.PNG")]
+
+
+def test_photographs_of_one_stem_are_told_apart():
+    photos = [Path("a") / name for name in ("x.jpg", "x.PNG", "x.dng", "y.arw", "y.dng", "z.jpg", "z.arw")]
+    names = ["x_jpg", "x_png", "x_raw", "y_arw", "y_dng", "z", "z_raw"]
+    assert output_paths(photos, Path("out"), 4) == [Path(f"out/{name}_4x.png") for name in names]
 
 
 def test_outputs_that_cannot_be_written_are_refused(tmp_path):
@@ -438,6 +445,31 @@ def test_an_existing_output_needs_overwrite(zoomer, tmp_path):
     assert written(out).shape == (192, 256, 3)
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_zooms_to_one_file_the_first_is_kept(links, zoomer, tmp_path, monkeypatch):
+    path, out = write_photo(tmp_path / "photo.png"), tmp_path / "z.png"
+    real = zoom.read_photo
+
+    def read_while_another_writes(*arguments):
+        out.write_bytes(b"the other's")
+        return real(*arguments)
+
+    def no_links(*arguments):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(zoom, "read_photo", read_while_another_writes)
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", no_links)
+    with pytest.raises(ZoomError, match=r"z.png: expected a new file, got one that another program wrote meanwhile"):
+        zoom_photos([path], out, zoomer, say=print, warn=print)
+    assert out.read_bytes() == b"the other's" and sorted(tmp_path.iterdir()) == [path, out]
+    zoom_photos([path], out, zoomer, output=Output(overwrite=True), say=print, warn=print)
+    assert written(out).shape == (192, 256, 3)
+    monkeypatch.setattr(zoom, "read_photo", real)
+    zoom_photos([path], tmp_path / "y.png", zoomer, say=print, warn=print)
+    assert sorted(tmp_path.iterdir()) == [path, tmp_path / "y.png", out]
+
+
 def test_a_cut_off_jpg_is_refused(zoomer, tmp_path):
     write_photo(tmp_path / "whole.jpg", 200, 200)
     data = (tmp_path / "whole.jpg").read_bytes()
@@ -484,6 +516,11 @@ def test_alpha_and_grey_are_said_and_kept(zoomer, tmp_path):
         ("notes.txt", b"plain words\n" * 40, "got text: not a photograph"),
         ("photo.arw", b"plain words\n" * 40, "got text: not a photograph"),
         ("photo.heic", bytes(4) + b"ftypheic" + bytes(90), "got HEIC; export it as JPG"),
+        ("photo.jpg", bytes(4) + b"ftypmsf1" + bytes(90), "got HEIC; export it as JPG"),
+        ("photo.jpg", b"\xff\x0a" + bytes(90), "got JPEG XL; export it as JPG"),
+        ("photo.jp2", b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(90), "got JPEG 2000; export it as JPG"),
+        ("clip.mov", bytes(4) + b"ftypqt  " + bytes(90), "got a video; export it as JPG"),
+        ("photo.jpg", b"II*\0" + bytes(90), "expected a complete TIFF or RAW, got a damaged one"),
         ("photo.gpr", b"II*\0" + bytes(90), "got GoPro's GPR"),
         ("photo.jpg", b"", "got an empty file"),
     ],
@@ -501,7 +538,8 @@ def test_cmyk_is_refused(zoomer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("suffix", "kind"), [(".jfif", "JPEG"), (".webp", "WEBP"), (".tif", "TIFF"), (".avif", "AVIF")]
+    ("suffix", "kind"),
+    [(".jfif", "JPEG"), (".webp", "WEBP"), (".tif", "TIFF"), (".jpg", "TIFF"), (".avif", "AVIF")],
 )
 def test_other_picture_formats_are_read(suffix, kind, zoomer, tmp_path):
     path = tmp_path / f"photo{suffix}"
@@ -587,6 +625,10 @@ def test_a_name_that_is_not_utf_8_is_zoomed(zoomer, tmp_path):
         zoom_photos([path], tmp_path / f"out{suffix[1:]}", zoomer, say=said.append, warn=print)
         assert len(list((tmp_path / f"out{suffix[1:]}").iterdir())) == 1
         said[-1].encode()
+
+
+def test_a_name_in_a_message_steers_no_terminal():
+    assert shown(Path("a\nb\x1b[31m\u202e é.jpg")) == "a\\nb\\x1b[31m\\u202e é.jpg"
 
 
 @pytest.mark.parametrize("cfa", ["RGGB", "BGGR", "GRBG", "GBRG"])

@@ -2,12 +2,14 @@
 
 import io
 import struct
+import zlib
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from preprocessing.colour import linear_to_srgb, srgb_to_linear
 from preprocessing.raw import icc, tiff
 from preprocessing.raw.picture import Picture, PictureError, colour_space, read_picture
 
@@ -105,6 +107,71 @@ def test_exif_states_adobe_rgb_where_no_profile_is(kind, space, index, converted
     assert bool(read.notes) == converted
     if kind == "JPEG":
         assert colour_space(data) == ("Adobe RGB" if converted else None)
+
+
+def with_chunks(png, *chunks):
+    """The PNG with chunks of (kind, data) after its header."""
+    packed = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    return png[:33] + packed + png[33:]
+
+
+def chromaticities(*numbers):
+    return b"cHRM", struct.pack(">8I", *(round(number * 100_000) for number in numbers))
+
+
+P3_COLOURS = (0.3127, 0.329, 0.68, 0.32, 0.265, 0.69, 0.15, 0.06)
+SRGB_COLOURS = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize(
+    ("chunks", "light", "matrix"),
+    [
+        ([(b"cICP", bytes((12, 13, 0, 1)))], srgb_to_linear, P3_TO_XYZ_D50),
+        ([(b"cICP", bytes((1, 8, 0, 1)))], lambda x: x, icc._SRGB_TO_XYZ_D50),
+        ([(b"gAMA", struct.pack(">I", 55556))], lambda x: x**1.8, icc._SRGB_TO_XYZ_D50),
+        ([(b"gAMA", struct.pack(">I", 45455)), chromaticities(*P3_COLOURS)], lambda x: x**2.2, P3_TO_XYZ_D50),
+        ([chromaticities(*P3_COLOURS)], srgb_to_linear, P3_TO_XYZ_D50),
+    ],
+)
+def test_colours_stated_by_a_pngs_numbers_are_converted(chunks, light, matrix, deep):
+    picture = blocks(COLOURS).astype(np.uint16) * 257 if deep else blocks(COLOURS)
+    read = read_picture(with_chunks(deep_png(picture) if deep else encoded(picture), *chunks), "x.png")
+    top = np.iinfo(picture.dtype).max
+    linear = light(picture / top) @ (np.linalg.inv(icc._SRGB_TO_XYZ_D50) @ matrix).T
+    expected = linear_to_srgb(np.clip(linear, 0, 1))
+    assert np.abs(read.pixels_HWC / top - expected).max() < 1.5 / 255 and "to sRGB" in read.notes[0]
+
+
+def srgb_chunks():
+    numbers = [(b"gAMA", struct.pack(">I", 45455)), chromaticities(*SRGB_COLOURS)]
+    odd = [(b"gAMA", bytes(4)), (b"cHRM", bytes(32))]
+    return [[(b"cICP", bytes((1, 13, 0, 1)))], numbers, [(b"sRGB", b"\0"), (b"gAMA", struct.pack(">I", 99999))], odd]
+
+
+@pytest.mark.parametrize("chunks", srgb_chunks())
+def test_a_png_that_states_srgb_stays_as_it_is(chunks):
+    read = read_picture(with_chunks(encoded(COLOURS), *chunks), "x.png")
+    assert np.array_equal(read.pixels_HWC, COLOURS) and read.notes == ()
+
+
+def test_high_dynamic_range_is_refused():
+    for transfer, name in ((16, "PQ"), (18, "HLG")):
+        png = with_chunks(encoded(COLOURS), (b"cICP", bytes((9, transfer, 0, 1))))
+        with pytest.raises(PictureError, match=rf"^x.png: expected .* dynamic range, got HDR \({name}\); export it"):
+            read_picture(png, "x.png")
+
+
+def test_an_avif_that_states_display_p3_is_converted():
+    avif = encoded(blocks(COLOURS), "AVIF", quality=95, subsampling="4:4:4")
+    at = avif.find(b"colrnclx") + 8
+    p3 = avif[:at] + struct.pack(">HH", 12, 13) + avif[at + 4 :]
+    linear = srgb_to_linear(blocks(COLOURS) / 255) @ (np.linalg.inv(icc._SRGB_TO_XYZ_D50) @ P3_TO_XYZ_D50).T
+    read = read_picture(p3, "x.avif")
+    assert np.abs(read.pixels_HWC / 255 - linear_to_srgb(np.clip(linear, 0, 1))).mean() < 3 / 255
+    assert read.notes == ("colours converted from Display P3 to sRGB",)
 
 
 def test_a_profile_outranks_exif():
@@ -210,6 +277,12 @@ def test_grey_palette_and_transparency():
     assert np.array_equal(opaque.pixels_HWC, COLOURS) and opaque.notes == ()
 
 
+def wiped(avif):
+    """An AVIF whose coded picture is lost, as after a bad sector."""
+    at = avif.find(b"mdat") + 4
+    return avif[:at] + b"\xff" * (len(avif) - at)
+
+
 def test_unusable_pictures_are_refused_in_one_line():
     good = encoded(blocks(COLOURS))
     cmyk = io.BytesIO()
@@ -221,6 +294,12 @@ def test_unusable_pictures_are_refused_in_one_line():
         (b"\0\0\0\x18ftypheic" + bytes(90), "got HEIC data"),
         (cmyk.getvalue(), "expected an RGB or grey picture, got CMYK; export it as sRGB"),
         (good[: len(good) // 2], "copy or export it again"),
+        (
+            encoded(blocks(COLOURS), "TIFF", compression="tiff_lzw")[:-20],
+            "expected a complete TIFF or RAW, got a damaged one",
+        ),
+        (encoded(blocks(COLOURS), "AVIF")[:150], "expected a complete AVIF, got a damaged one"),
+        (wiped(encoded(blocks(COLOURS), "AVIF")), "copy or export it again"),
         (deep_png(np.random.default_rng(0).integers(0, 65536, (64, 64, 3)).astype(np.uint16))[:9000], "copy or export"),
     ):
         with pytest.raises(PictureError, match=r"^a\.png: expected [^\n]+$") as caught:
