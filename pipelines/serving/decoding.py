@@ -123,13 +123,15 @@ def _decoded(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
     if photo.raw is not photo.rendering:
         parts["raw"] = photo.raw.contiguous()
     save_file(parts, _PIXELS)
-    height, width = ((output.scale or network.scale) * side for side in photo.window[2:])
+    scale = output.scale or network.scale
+    height, width = (scale * side for side in photo.window[2:])
+    exif = tags.written(photo.exif, width, height, gps=output.gps, scale=scale, crop_factor=photo.crop_factor)
     return {
         "from_raw": photo.from_raw,
         "window": [int(value) for value in photo.window],
         "notes": photo.notes,
         "grey": bool(photo.grey),
-        "exif": base64.b64encode(tags.written(photo.exif, width, height, gps=output.gps)).decode(),
+        "exif": base64.b64encode(exif).decode(),
     }
 
 

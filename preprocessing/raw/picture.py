@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from preprocessing.raw.colour_numbers import HighDynamicRange, outranks_profile, stated_space
 from preprocessing.raw.exif import PROCESS_LOCK, Exif, read_exif
-from preprocessing.raw.icc import ADOBE_RGB, MatrixProfile, read_matrix_profile
+from preprocessing.raw.profiles.colour_numbers import HighDynamicRange, outranks_profile, stated_space
+from preprocessing.raw.profiles.icc import ADOBE_RGB, MatrixProfile, read_matrix_profile
 
 Pixels = NDArray[np.uint8] | NDArray[np.uint16]
 

@@ -13,7 +13,7 @@ from preprocessing.ledger import Ledger
 from preprocessing.pairs import pair_rows, process
 from preprocessing.plan import PreprocessError, PreprocessOptions, make_plan
 from preprocessing.raw import decode, dng, tiff
-from preprocessing.raw.icc import ADOBE_RGB
+from preprocessing.raw.profiles.icc import ADOBE_RGB
 from preprocessing.storage import open_folder
 
 SIZE = (256, 384)

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image, ImageCms
 
 from preprocessing.colour import linear_to_srgb, srgb_to_linear
-from preprocessing.raw import icc, tiff
+from preprocessing.raw import tiff
 from preprocessing.raw.picture import Picture, PictureError, colour_space, read_picture
+from preprocessing.raw.profiles import icc
 
 P3_TO_XYZ_D50 = np.array([[0.5151, 0.2920, 0.1571], [0.2412, 0.6922, 0.0666], [-0.0011, 0.0419, 0.7841]])
 GAMMA = 563 / 256

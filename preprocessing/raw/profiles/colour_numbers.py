@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from preprocessing.colour import srgb_to_linear
-from preprocessing.raw.icc import MatrixProfile, gamma_curve
+from preprocessing.raw.profiles.icc import MatrixProfile, gamma_curve
 
 _PNG_HEAD = b"\x89PNG\r\n\x1a\n"
 _HEAD_BYTES = 1 << 16

@@ -1,0 +1,1 @@
+"""Colour spaces that picture files state: ICC profiles, and numbers."""
