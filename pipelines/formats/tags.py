@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import struct
 import warnings
 from collections.abc import Mapping
 from fractions import Fraction
@@ -26,6 +27,9 @@ _EXIF_TAGS = (
 """Tags of the EXIF directory that are true of the enlarged photograph, too. Maker notes are not: they hold addresses
 within the source."""
 _DIGITAL_ZOOM, _FOCAL_35MM, _MAX_SHORT = 0xA404, 0xA405, 65_535
+_ICC_DATE = slice(24, 36)
+"""Where an ICC profile has its date (ICC.1:2010, 7.2): year, month, day, hour, minute, second, each a uint16."""
+_DATE = struct.pack(">6H", 2026, 1, 1, 0, 0, 0)
 _MAX_BYTES = 60_000
 """A JPG's segment holds 65,533 bytes."""
 
@@ -101,5 +105,6 @@ def _rational(value: float) -> IFDRational:
 
 @lru_cache(maxsize=1)
 def srgb_profile() -> bytes:
-    """An ICC profile of sRGB."""
-    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    """An ICC profile of sRGB, always the same bytes: Pillow's has the time at which it was made."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return profile[: _ICC_DATE.start] + _DATE + profile[_ICC_DATE.stop :]

@@ -162,3 +162,11 @@ def test_a_crop_narrows_the_view_by_its_diagonal(name, tmp_path):
     config = SDANConfig(input="packed")
     assert read_photo(tmp_path / name, config, Output(crop=crop)).crop_factor == pytest.approx(2)
     assert read_photo(tmp_path / name, config).crop_factor == 1
+
+
+def test_the_profile_is_the_same_at_any_time():
+    first = tags.srgb_profile()
+    time.sleep(1.1)  # a profile's date has seconds
+    tags.srgb_profile.cache_clear()
+    assert tags.srgb_profile() == first
+    assert ImageCms.getProfileName(ImageCms.ImageCmsProfile(io.BytesIO(first))).strip().startswith("sRGB")
