@@ -87,6 +87,16 @@ ModelURI = Annotated[
         "--model", metavar="URI", help="Checkpoint folder, runs:/ID, models:/sdan@champion, starter or starter-rgb."
     ),
 ]
+Photos = Annotated[
+    list[str],
+    typer.Argument(metavar="PHOTO...", help="RAW (ARW, DNG, NEF, ...), JPG, PNG, TIFF, a folder or an s3:// URI."),
+]
+ZoomedTo = Annotated[
+    str,
+    typer.Option(
+        "-o", metavar="OUT", help="A .png, .tif, .jpg or .dng, or a folder or s3:// URI for several photographs."
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; change nothing.")]
 
 
@@ -571,16 +581,8 @@ def retrain(
 
 @app.command()
 def zoom(
-    photos: Annotated[
-        list[str],
-        typer.Argument(metavar="PHOTO...", help="RAW (ARW, DNG, NEF, ...), JPG, PNG, TIFF, a folder or an s3:// URI."),
-    ],
-    out: Annotated[
-        str,
-        typer.Option(
-            "-o", metavar="OUT", help="A .png, .tif, .jpg or .dng, or a folder or s3:// URI for several photographs."
-        ),
-    ],
+    photos: Photos,
+    out: ZoomedTo,
     model: Annotated[
         str | None,
         typer.Option(
