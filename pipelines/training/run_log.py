@@ -37,7 +37,8 @@ GROUPS = {
 }
 """Start of a metric's name -> what replaces it in MLflow, whose pages show a section of charts per path.
 
-EPOCH_METRICS and the learning rate matter most: they have no path and come first.
+EPOCH_METRICS, the learning rate and the verdict's gains have no path: the table of runs shows them by these names, and
+the page of a run in its last section, Model metrics.
 """
 RETRY_S = 15.0
 """How often to try again while MLflow does not take what it is sent."""
