@@ -21,7 +21,8 @@ def importance(
     """Share of each parameter in the variance of the score, by fANOVA (Hutter et al. 2014): a random forest predicts
     the score, and its variance is divided among the parameters.
 
-    PED-ANOVA, which needs no forest, named the wrong one of two parameters in sweeps of 12 trials.
+    The forest is scikit-learn's, which MLflow requires. PED-ANOVA, which needs no forest, named the wrong one of two
+    parameters in sweeps of 12 trials.
 
     Returns:
         shares that add up to 1, the largest first; {} for fewer than LEAST_TRIALS scored trials.

@@ -79,10 +79,9 @@ def plan_trials(
             if worker_cpus == 0.5 and not plans:
                 raise
             continue
-        plans.append((at_once, -worker_cpus, needs))
-    at_once, less_cpus, needs = max(plans, key=lambda each: each[:2])
+        plans.append((at_once, worker_cpus, needs))
+    at_once, worker_cpus, needs = max(plans, key=lambda each: each[:2])
     ranks = at_once * count
-    worker_cpus = -less_cpus
     plan = cluster.WorkerPlan(
         workers=count,
         use_gpu=gpus_each > 0,

@@ -123,7 +123,9 @@ def runs_of(data):
 @pytest.mark.slow
 def test_a_redirected_sweep_prints_lines_for_each_trial(swept):
     data, _, result = swept
-    lines = [line for line in (data.parent / "stderr.txt").read_text().splitlines() if line.startswith("tune: ")]
+    said = (data.parent / "stderr.txt").read_text().splitlines()
+    assert said[0].startswith("tune: plan: 2 trials, one after the other, each with ")
+    lines = [line for line in said if line.startswith("tune: trial ")]
     assert [line.split(" (")[0] for line in lines] == ["tune: trial 1"] * 2 + ["tune: trial 2"] * 2
     for trial in result.trials:
         start, end = (line for line in lines if trial.trial_id in line)

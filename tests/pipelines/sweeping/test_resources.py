@@ -42,7 +42,8 @@ def test_gpus_count_more_than_whole_cpus():
 
 
 def test_two_cpus_hold_two_trials_if_asked():
-    assert plan([{"CPU": 2.0}])[2] == 1
+    worker_plan, _, at_once = plan([{"CPU": 2.0}])
+    assert (at_once, worker_plan.cpus_per_worker) == (1, 1.0)  # a whole CPU where there is room
     worker_plan, _, at_once = plan([{"CPU": 2.0}], concurrent=2)
     assert (at_once, worker_plan.use_gpu, worker_plan.threads, worker_plan.readers) == (2, False, 1, 1)
     assert plan(EIGHT_GPUS, gpus_per_trial=0)[0].use_gpu is False
