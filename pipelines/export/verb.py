@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -51,13 +52,20 @@ def chosen_format(out: Path, asked: str | None) -> str:
 
 
 def check_request(out: Path, asked: str | None, *, overwrite: bool) -> str:
-    """Every check that needs no model; returns the format. Raises ExportError."""
+    """Every check that needs no model; returns the format.
+
+    Raises:
+        ExportError: a format or name that cannot be used.
+        ModuleNotFoundError: a package of the extra `export` is missing.
+    """
     kind = chosen_format(out, asked)
     if out.exists() and not overwrite:
         raise ExportError(f"-o {out}: expected a new name, got an existing one; choose another or add --overwrite")
     wanted, got = ("a folder", "a file") if kind == "darktable" else ("a file", "a folder")
     if out.exists() and out.is_dir() != (kind == "darktable"):
         raise ExportError(f"-o {out}: expected {wanted}, got {got}; choose another name")
+    for package in () if kind == "pt2" else ("onnx", "onnxscript", "onnxruntime"):
+        import_module(package)
     return kind
 
 

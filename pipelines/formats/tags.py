@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import struct
 import warnings
 from functools import lru_cache
 
@@ -21,6 +22,8 @@ _EXIF_TAGS = (
 )
 """Tags of the EXIF directory that are true of the enlarged photograph, too. Maker notes are not: they hold addresses
 within the source."""
+_PROFILE_DATE = slice(24, 36)
+"""Place of the creation date in an ICC profile: six 16-bit numbers, year to second."""
 _MAX_BYTES = 60_000
 """A JPG's segment holds 65,533 bytes."""
 
@@ -73,5 +76,7 @@ def _block(tags: Image.Exif, width: int, height: int) -> bytes:
 
 @lru_cache(maxsize=1)
 def srgb_profile() -> bytes:
-    """An ICC profile of sRGB."""
-    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    """An ICC profile of sRGB. It is dated 1 January 2000, so that the same photograph always gives the same file."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    profile[_PROFILE_DATE] = struct.pack(">6H", 2000, 1, 1, 0, 0, 0)
+    return bytes(profile)

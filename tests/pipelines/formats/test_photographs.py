@@ -127,3 +127,10 @@ def test_tags_cut_off_with_the_head_give_no_warning(left):
 def test_damaged_tags_count_as_none():
     for head in (b"", b"II*\0\xff\xff\xff\xff", b"II*\0\x08\0\0\0\xff\xff" + bytes(50), b"\xff\xd8\xff\xe1"):
         assert tags.written(tags.read(head), 3, 2)[:2] in (b"II", b"MM")
+
+
+def test_the_colour_profile_does_not_hold_the_time_of_day():
+    """Otherwise no two runs of `sdan zoom` would write the same bytes."""
+    profile = tags.srgb_profile()
+    assert profile[24:36] == bytes((7, 208, 0, 1, 0, 1, 0, 0, 0, 0, 0, 0))
+    assert "sRGB" in ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(profile)))
