@@ -34,6 +34,8 @@ TRAIN_PACKAGES = (
     *("torchvision", "fastapi", "starlette", "uvicorn", "python_multipart"),
 )
 """Third-party packages that only the extra `train` installs."""
+EXPORT_PACKAGES = ("onnx", "onnxscript", "onnx_ir", "onnxruntime")
+"""Those that only the extra `export` installs."""
 GRACE_S = 7.0
 """How long an interrupted command may take to stop by itself, before it is ended."""
 WATCH_S = 0.2
@@ -664,6 +666,26 @@ def serve(
 
 
 @app.command()
+def export(
+    out: Annotated[Path, typer.Option("-o", metavar="FILE", help="A .onnx or .pt2; for darktable a folder.")],
+    model: ModelURI = CHAMPION,
+    file_format: Annotated[
+        str | None, typer.Option("--format", metavar="FORMAT", help="onnx, darktable or pt2; default: by FILE.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing FILE.")] = False,
+) -> None:
+    """Write a model as ONNX, for darktable, or as PyTorch's pt2, and check the file against the model."""
+    from pipelines import registry
+    from pipelines.export import verb
+
+    _INTERRUPTS.kept = "nothing was written"
+    kind = verb.check_request(out, file_format, overwrite=overwrite)
+    folder = registry.resolve_model(registry.default_tracking_uri(_data()), model)
+    _say("exporting takes about a minute")
+    _say(verb.export(folder, out, kind).summary())
+
+
+@app.command()
 def promote(version: Annotated[str, typer.Argument(metavar="VERSION", help="A version of the model sdan.")]) -> None:
     """Make a registered version the champion."""
     from pipelines import registry
@@ -773,11 +795,12 @@ def _explanation(error: BaseException) -> str | None:
     package = type(error).__module__.split(".")[0]
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
-        if package in TRAIN_PACKAGES:
-            return (
-                f"this command: expected the package {package}, got an installation without it; "
-                "pip install 'sdan[train]'"
-            )
+        for extra, names in (("train", TRAIN_PACKAGES), ("export", EXPORT_PACKAGES)):
+            if package in names:
+                return (
+                    f"this command: expected the package {package}, got an installation without it; "
+                    f"pip install 'sdan[{extra}]'"
+                )
     elif isinstance(error, OSError) and not isinstance(error, ConnectionError) and error.filename is not None:
         return f"{error.filename}: expected a readable and writable path, got {error.strerror}; choose another"
     elif package in ("mlflow", "sqlalchemy"):

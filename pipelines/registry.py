@@ -1,8 +1,9 @@
 """MLflow's database, experiments and runs, and the model registry with one champion.
 
-Every function takes the tracking URI; nothing is set globally. A registered model is a checkpoint folder logged as
-plain artifacts (model.safetensors, config.json), so using one never unpickles anything. MLflow is imported only when it
-is needed: the base installation resolves checkpoint folders and the starter model without it.
+Every function takes the tracking URI; nothing is set globally. A registered version is an MLflow model that holds a
+checkpoint folder (registered/logged.py); versions before 0.3 are the folder as plain artifacts. Using one never
+unpickles anything. MLflow is imported only when it is needed: the base installation resolves checkpoint folders and the
+starter model without it.
 """
 
 from __future__ import annotations
@@ -28,16 +29,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote
 
-from typing_extensions import TypedDict
-
 if TYPE_CHECKING:
     from alembic.script import ScriptDirectory
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-from preprocessing.shard_folder.small_json import read_json
+from pipelines.registered import logged
+from pipelines.registered.description import described
 from sdan import STARTER, STARTERS, starter_folder
-from sdan.checkpoint import DESCRIPTION, TRAINER, WEIGHTS
+from sdan.checkpoint import DESCRIPTION, WEIGHTS
 
 T = TypeVar("T")
 
@@ -49,7 +49,9 @@ CHAMPION_URI = f"models:/{MODEL}@{CHAMPION}"
 PREVIOUS_TAG = "sdan.previous_champion"
 """Tag of a champion's version: the version that was champion before it."""
 CHECKPOINT_TAG = "sdan.checkpoint"
-"""Tag of a run: the artifact folder of the newest registered checkpoint."""
+"""Tag of a run: the MLflow model of its newest registered checkpoint, models:/m-...; before 0.3 an artifact folder."""
+DIGEST_TAG = "sdan.checkpoint_digest"
+"""Tag of a version: which checkpoint it holds, so that the same one is registered once."""
 
 SHARDS_TAG = "sdan.trained_on"
 """Tag of the registered model: the shards of its newest version, so that a retraining knows what is new."""
@@ -81,9 +83,6 @@ VIEW_TAGS = {
 which an address selects with viewStateShareKey: the columns of the table of runs, best score first."""
 NOTE = "mlflow.note.content"
 """Tag of a run that MLflow's pages show as its description."""
-SHOWN_SCORES = {"self_aligned_psnr": "aligned", "self_raw_psnr": "raw", "self_true_psnr": "true"}
-"""Validation score without its prefix val_ -> the target's name, for descriptions."""
-
 LOCK_WAIT_S = 60.0
 """How long to wait for an sqlite database that another program has locked."""
 PROBES, PROBE_TIMEOUT_S, PROBE_PAUSE_S = 3, 4.0, 1.0
@@ -229,24 +228,30 @@ def register_model(tracking_uri: str, run_id: str, checkpoint: Path, name: str =
     _check_folder(checkpoint)
     client = connect(tracking_uri, write=True)
     run = _run(client, run_id, tracking_uri)
-    path = f"checkpoint-{_digest(checkpoint)}"
-    source = f"{run.info.artifact_uri}/{path}"
+    digest = _digest(checkpoint)
+    before_0_3 = f"{run.info.artifact_uri}/checkpoint-{digest}"
     for known in client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
-        if known.source == source:
+        if known.tags.get(DIGEST_TAG) == digest or known.source == before_0_3:
             return str(known.version)
-    for file in sorted(checkpoint.iterdir()):
-        if file.is_file() and file.name != TRAINER:  # the optimizer's state serves only to resume
-            client.log_artifact(run_id, str(file), path)
-    client.set_tag(run_id, CHECKPOINT_TAG, path)
+    description, scores = described(checkpoint, run.data.params.get("shards"))
+    model = logged.log_checkpoint(client, run, checkpoint, scores)
+    client.set_tag(run_id, CHECKPOINT_TAG, logged.tag_of(model))
+    client.set_tag(run_id, NOTE, description)
     try:
         client.create_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    description, scores = _described(checkpoint, run.data.params.get("shards"))
-    client.set_tag(run_id, NOTE, description)
-    tags = {score: f"{value:.4f}" for score, value in scores.items()}
-    return str(client.create_model_version(name, source, run_id=run_id, description=description, tags=tags).version)
+    tags = {
+        DIGEST_TAG: digest,
+        logged.MODEL_TAG: model.model_id,
+        **{score: f"{value:.4f}" for score, value in scores.items()},
+    }
+    # As a source, models:/m-... would be looked up in MLflow's global database instead of the client's.
+    version = client.create_model_version(
+        name, model.artifact_location, run_id=run_id, description=description, tags=tags, model_id=model.model_id
+    )
+    return str(version.version)
 
 
 def get_champion(tracking_uri: str, name: str = MODEL) -> ModelVersion | None:
@@ -343,7 +348,7 @@ def resolve_model(tracking_uri: str, model: str | Path, cache: Path | None = Non
             raise RegistryError(
                 f"{text}: expected a run with a registered checkpoint, got none; did its training finish?"
             )
-        source = f"{run.info.artifact_uri}/{path}"
+        source = logged.checkpoint_of_tag(client, path) or f"{run.info.artifact_uri}/{path}"
     elif text.startswith("models:/"):
         source = _source(tracking_uri, text)
     elif text in STARTERS:
@@ -362,10 +367,10 @@ def _source(tracking_uri: str, uri: str) -> str:
     name, at, alias = uri.removeprefix("models:/").partition("@")
     try:
         if at:
-            return str(client.get_model_version_by_alias(name, alias).source)
+            return logged.checkpoint_of_version(client.get_model_version_by_alias(name, alias))
         name, slash, version = name.partition("/")
         if slash:
-            return str(client.get_model_version(name, version).source)
+            return logged.checkpoint_of_version(client.get_model_version(name, version))
     except MlflowException as error:
         if (name, alias) == (MODEL, CHAMPION):
             raise RegistryError(
@@ -406,42 +411,6 @@ def _check_folder(folder: Path, asked: str | None = None) -> None:
         raise RegistryError(
             f"{label}: expected a checkpoint folder, got one without {' and '.join(missing)}; check the path"
         )
-
-
-class _Train(TypedDict, total=False):
-    epochs: int
-    crops_per_epoch: int | None
-
-
-class _Config(TypedDict, total=False):
-    name: str
-    train: _Train | None
-
-
-class _Described(TypedDict, total=False):
-    """What is shown of a checkpoint's config.json."""
-
-    config: _Config | None
-    scores: dict[str, float | None] | None
-
-
-def _described(folder: Path, shards: str | None) -> tuple[str, dict[str, float]]:
-    """(one sentence about a checkpoint for MLflow's pages, its scores by target), from its config.json."""
-    stored = read_json(folder / DESCRIPTION, _Described)
-    config, scores = stored.get("config") or _Config(), stored.get("scores") or {}
-    values = {name: scores.get(f"val_{name}") for name in SHOWN_SCORES}
-    known = {name: value for name, value in values.items() if value is not None}
-    train = config.get("train") or _Train()
-    text = config.get("name", "a model")
-    if "epochs" in train:
-        crops = f"{train['crops_per_epoch']} crops" if train.get("crops_per_epoch") else "one crop a pair"
-        text += f", trained for {train['epochs']} epochs of {crops}"
-    if shards:
-        text += f" on {shards}"
-    if known:
-        shown = ", ".join(f"{value:.2f} dB ({SHOWN_SCORES[name]})" for name, value in known.items())
-        text += f"; PSNR of the held-out crops, self protocol: {shown}"
-    return text, known
 
 
 def _digest(folder: Path) -> str:

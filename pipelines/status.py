@@ -13,6 +13,7 @@ from tqdm import tqdm
 from typing_extensions import TypedDict
 
 from pipelines import registry
+from pipelines.registered.description import SHOWN_SCORES
 from pipelines.sweeping.state import SweepStatus, sweeps
 from pipelines.training import progress, run_folder
 from preprocessing.shard_folder.small_json import SmallJsonError, read_json
@@ -121,7 +122,7 @@ def _champion(uri: str) -> str:
     if champion is None:
         return "none yet"
     run = registry.connect(uri).get_run(str(champion.run_id))
-    known = [(label, champion.tags[name]) for name, label in registry.SHOWN_SCORES.items() if name in champion.tags]
+    known = [(label, champion.tags[name]) for name, label in SHOWN_SCORES.items() if name in champion.tags]
     shown = "".join(f", {float(score):.2f} dB ({label})" for label, score in known)
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(champion.creation_timestamp / 1000))
     return f"version {champion.version} of {registry.MODEL}, from run {run.info.run_name}, {when}{shown}"

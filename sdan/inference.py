@@ -405,6 +405,16 @@ def _reflection(new: int, old: int) -> Tensor:
     return torch.minimum(index, period - index) if old > 1 else torch.zeros_like(index)
 
 
+def default_overlap(config: SDANConfig, input_tile_px: int) -> int:
+    """The overlap of the first pass's tiles, pixels of x."""
+    return max(3 * input_tile_px // 16, _least_overlap(config))
+
+
+def _least_overlap(config: SDANConfig) -> int:
+    """With less, the zero padding outside a tile shows in the offsets along its borders."""
+    return 8 // config.mosaic_factor
+
+
 def _check(config: SDANConfig, x: Tensor, rendering: Tensor, input_tile_px: int, overlap_px: int | None) -> int:
     """The overlap to use, pixels of x; raises ValueError for sizes that do not match."""
     channels, factor = CHANNELS[config.input], config.mosaic_factor
@@ -416,9 +426,8 @@ def _check(config: SDANConfig, x: Tensor, rendering: Tensor, input_tile_px: int,
     if config.input == "mosaic" and (x.shape[1] % 2 or x.shape[2] % 2):
         raise ValueError(f"x: expected even height and width, for whole RGGB cells, got {tuple(x.shape[1:])}")
     config.check_crop(input_tile_px)
-    # With less, the zero padding outside a tile shows in the offsets along its borders.
-    minimum = 8 // factor
-    overlap = max(3 * input_tile_px // 16, minimum) if overlap_px is None else overlap_px
+    minimum = _least_overlap(config)
+    overlap = default_overlap(config, input_tile_px) if overlap_px is None else overlap_px
     if not minimum <= overlap <= input_tile_px // 2:
         raise ValueError(
             f"overlap_px: expected {minimum} to {input_tile_px // 2}, half of input_tile_px={input_tile_px}, "

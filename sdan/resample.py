@@ -32,7 +32,8 @@ def bicubic(image_NCHW: Tensor, scale: int) -> Tensor:
         return _bicubic_by_axis(image, scale)
     if image.is_cuda and image.requires_grad:
         return _bicubic_by_matrices(image, scale)
-    return F.interpolate(image, scale_factor=scale, mode="bicubic", align_corners=False)
+    size = [scale * side for side in image.shape[-2:]]  # a factor would keep torch.export from other sizes
+    return F.interpolate(image, size=size, mode="bicubic", align_corners=False)
 
 
 def _bicubic_by_axis(image_NCHW: Tensor, scale: int) -> Tensor:
@@ -93,7 +94,8 @@ def enlarge_offset(offset_N2HW: Tensor, factor: int) -> Tensor:
     """Resample an offset field to a grid `factor` times finer; its values, in pixels, grow by the same factor."""
     if factor == 1:
         return offset_N2HW
-    return factor * F.interpolate(offset_N2HW, scale_factor=factor, mode="bilinear", align_corners=False)
+    size = [factor * side for side in offset_N2HW.shape[-2:]]
+    return factor * F.interpolate(offset_N2HW, size=size, mode="bilinear", align_corners=False)
 
 
 def sample(image_NCHW: Tensor, offset_N2HW: Tensor, *, mode: str = "bilinear") -> Tensor:

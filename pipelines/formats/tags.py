@@ -27,9 +27,8 @@ _EXIF_TAGS = (
 """Tags of the EXIF directory that are true of the enlarged photograph, too. Maker notes are not: they hold addresses
 within the source."""
 _DIGITAL_ZOOM, _FOCAL_35MM, _MAX_SHORT = 0xA404, 0xA405, 65_535
-_ICC_DATE = slice(24, 36)
-"""Where an ICC profile has its date (ICC.1:2010, 7.2): year, month, day, hour, minute, second, each a uint16."""
-_DATE = struct.pack(">6H", 2026, 1, 1, 0, 0, 0)
+_PROFILE_DATE = slice(24, 36)
+"""Place of the creation date in an ICC profile: six 16-bit numbers, year to second."""
 _MAX_BYTES = 60_000
 """A JPG's segment holds 65,533 bytes."""
 
@@ -105,6 +104,7 @@ def _rational(value: float) -> IFDRational:
 
 @lru_cache(maxsize=1)
 def srgb_profile() -> bytes:
-    """An ICC profile of sRGB, always the same bytes: Pillow's has the time at which it was made."""
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    return profile[: _ICC_DATE.start] + _DATE + profile[_ICC_DATE.stop :]
+    """An ICC profile of sRGB. It is dated 1 January 2000, so that the same photograph always gives the same file."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    profile[_PROFILE_DATE] = struct.pack(">6H", 2000, 1, 1, 0, 0, 0)
+    return bytes(profile)

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sdan.ops.rows import positions
 
@@ -74,9 +75,29 @@ def enabled() -> bool:
 
 
 def warp(input: Tensor, offset: Tensor, bias: Tensor | None, margin: int) -> Tensor:
-    """output(p) = input(p + margin + offset(p)) + bias; gathers one corner after the other."""
-    channels, height, width = input.shape[1:]
+    """output(p) = input(p + margin + offset(p)) + bias.
+
+    Where gradients are recorded, it gathers one corner after the other, which has every derivative; else it is
+    PyTorch's and ONNX's GridSample.
+    """
     y, x = positions(offset, margin)
+    output = _gathered(input, y, x) if torch.is_grad_enabled() else _grid_sampled(input, y, x)
+    output = torch.where(torch.isnan(offset).any(1, keepdim=True), float("nan"), output)
+    return output if bias is None else output + bias[:, None, None]
+
+
+def _grid_sampled(input: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """input at (y, x) [N, H, W], 0 outside."""
+    # At -1 and at the size the weights of the pixels inside are 0 already; an infinite position would give NaN.
+    placed = [(2 * at.clamp(-1, size) + 1) / size - 1 for at, size in zip((y, x), input.shape[-2:], strict=True)]
+    grid_NHW2 = torch.stack(placed[::-1], dim=-1)
+    output = F.grid_sample(input.to(grid_NHW2.dtype), grid_NHW2, padding_mode="zeros", align_corners=False)
+    return output.to(input.dtype)
+
+
+def _gathered(input: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """input at (y, x) [N, H, W], 0 outside."""
+    channels, height, width = input.shape[1:]
     top, left = y.detach().floor(), x.detach().floor()
     flat = input.flatten(2)
     output = torch.zeros_like(flat[:, :, :1])
@@ -86,6 +107,4 @@ def warp(input: Tensor, offset: Tensor, bias: Tensor | None, margin: int) -> Ten
             index = torch.where(inside, row * width + column, 0).long().flatten(1)
             weight = torch.where(inside, weight_y * weight_x, 0).to(input.dtype).flatten(1)
             output = output + weight[:, None] * flat.gather(2, index[:, None].expand(-1, channels, -1))
-    output = output.unflatten(2, tuple(offset.shape[2:]))
-    output = torch.where(torch.isnan(offset).any(1, keepdim=True), float("nan"), output)
-    return output if bias is None else output + bias[:, None, None]
+    return output.unflatten(2, tuple(y.shape[1:]))

@@ -1,4 +1,4 @@
-"""The base installation zooms; a verb that needs the extra `train` says so in one line."""
+"""The base installation zooms; a verb that needs an extra says so in one line."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ import sys
 import pytest
 from PIL import Image
 
-from pipelines.cli import TRAIN_PACKAGES
+from pipelines.cli import EXPORT_PACKAGES, TRAIN_PACKAGES
 
 # Python finds no package of the extra, as if it were not installed.
 WITHOUT_EXTRA = f"""
@@ -16,7 +16,7 @@ from importlib.machinery import PathFinder
 class WithoutExtra(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        missing = name.partition(".")[0] in {(*TRAIN_PACKAGES, "pandas")!r}
+        missing = name.partition(".")[0] in {(*TRAIN_PACKAGES, *EXPORT_PACKAGES, "pandas")!r}
         return None if missing else super().find_spec(name, path, target)
 
 sys.meta_path[:] = [WithoutExtra if finder is PathFinder else finder for finder in sys.meta_path]
@@ -78,3 +78,10 @@ def test_other_verbs_name_the_extra(verb, tmp_path):
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("sdan: "), done.stderr
     assert "pip install 'sdan[train]'" in done.stderr
+
+
+def test_export_names_its_extra(tmp_path):
+    arguments = ("export", "-o", "a.onnx", "--model", "starter-rgb")
+    done = run("from pipelines import cli\ncli.main()", *arguments, folder=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "pip install 'sdan[export]'" in done.stderr

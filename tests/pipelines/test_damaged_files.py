@@ -8,6 +8,7 @@ import pytest
 
 from pipelines import config as configs
 from pipelines import registry, status
+from pipelines.registered import description
 from pipelines.training import run_folder
 from pipelines.training.progress import describe
 from pipelines.training.run_folder import LIVE, PROGRESS, RUN, SHARDS, RunFolderError, RunShards, StoredRun
@@ -103,7 +104,7 @@ def test_a_damaged_description_is_not_registered(tmp_path, content):
     content = content.replace(b"time", b"config")
     (tmp_path / registry.DESCRIPTION).write_bytes(content)
     with pytest.raises(SmallJsonError) as error:
-        registry._described(tmp_path, None)
+        description.described(tmp_path, None)
     one_line(error.value, tmp_path / registry.DESCRIPTION)
 
 
