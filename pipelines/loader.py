@@ -38,8 +38,8 @@ from preprocessing.photometry.reduction import reduced
 from preprocessing.shard_folder.set_aside import why_no_shards
 from preprocessing.storage import one_line, open_folder
 from sdan import augment, raw_input
-from sdan.known_shift import CONTROL_POINTS, random_motion
 from sdan.network import SDANConfig
+from sdan.offsets.known_shift import CONTROL_POINTS, random_motion
 from sdan.resample import low_pass
 
 PICTURES = ("lr_rgb", "hr_rgb")

@@ -335,7 +335,7 @@ def zoom_photos(
     for photo, target in zip(photos, targets, strict=True):
         try:
             chosen = pictures if pictures and kind_of_photo(photo) == "picture" else zoomer
-            done.append(zoom_one(photo, target, chosen, output, say))
+            done.append(zoom_one(photo, target, chosen, output, say, replace=output.overwrite))
             say(f"{shown(target)} ({done[-1].width}x{done[-1].height})")
         except Exception as error:
             line = str(error) if isinstance(error, ValueError) else unexpected(photo, error)
@@ -370,12 +370,15 @@ def zoom_one(
     output: Output,
     say: Callable[[str], None],
     progress: Callable[[int, int], None] | None = None,
+    *,
+    replace: bool = False,
 ) -> Zoomed:
     """Zoom one photograph into the file `target`.
 
     Args:
         say: takes lines about it.
         progress: called with (tiles done, total tiles); None: a bar on the console.
+        replace: whether a file that appears at `target` meanwhile is replaced.
     """
     require_raw(photo, target, output)
     decoded = read_photo(photo, zoomer.model.config, output)
@@ -398,7 +401,7 @@ def zoom_one(
     with _bar(photo) if progress is None else contextlib.nullcontext(progress) as moved:
         parts = zoomer.levels(decoded, bits, moved, scale=output.scale, finish=finish)
         size = (width, height)
-        write_levels(parts, target, size, bits, output=output, exif=exif, photo=decoded, replace=output.overwrite)
+        write_levels(parts, target, size, bits, output=output, exif=exif, photo=decoded, replace=replace)
     return Zoomed(target, width, height)
 
 

@@ -56,7 +56,7 @@ class LossConfig:
     """Weight of the offsets' mean slope (Charbonnier, pixels per pixel) in the {X, Y'} pass (ours)."""
     known_shift_weight: float = 0.0
     """Weight of the error, in pixels of x, of offsets to the input's own picture moved by a known random field of up to
-    model.max_shift_px (sdan/known_shift.py, ours). 0: no such pass."""
+    model.max_shift_px (sdan/offsets/known_shift.py, ours). 0: no such pass."""
     reference_weight: float = 1.0
     """Weight of the {X, Y'} pass, as in the paper. 0: the pass is not run (requires self_target=truth)."""
     self_reference_weight: float = 0.0

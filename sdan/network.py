@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdan.attention import ChannelAttention, CrossPackingAttention, check_packing
-from sdan.offset_learner import PyramidOffsetLearner
+from sdan.offsets.offset_learner import PyramidOffsetLearner
 from sdan.ops import offset_mask, per_point_deform_conv2d, squared_deform_conv2d
 from sdan.ops.narrow_conv import narrow_conv2d
 from sdan.ops.upsampling import conv_shuffle
@@ -86,7 +86,7 @@ class SDANConfig:
     offset: Offset = "squared"
     """squared: one offset for the whole window (SDCN). per_point: one per window tap (vanilla DCN)."""
     offset_learner: Learner = "paper"
-    """paper: figure 2's. pyramid: similarities of x and the reference, coarse to fine (sdan/offset_learner.py; ours).
+    """paper: figure 2's. pyramid: similarities of x and the reference, coarse to fine (sdan/offsets/offset_learner.py; ours).
     The attention, the packing kernel and the flips are parts of the paper's only."""
     max_shift_px: int = 24
     """Largest shift that the pyramid looks for, mosaic pixels."""

@@ -204,7 +204,7 @@ def _add_zoom(app: FastAPI, desk: Desk) -> None:
 def _output(kind: str, bits: int | None, quality: int, scale: int | None, crop: str | None, gps: bool) -> Output:
     """The options of a query. Raises Refused with 400."""
     if kind not in MEDIA_TYPES:
-        raise Refused(400, f"--format: expected {', '.join(MEDIA_TYPES)}, got {kind}; `sdan zoom` writes others")
+        raise Refused(400, f"format: expected png, jpg or tiff, got {kind}")
     try:
         area = None if crop is None else parse_crop(crop)
         output = Output(kind, bits, quality, scale, area, gps=gps)

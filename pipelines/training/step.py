@@ -21,9 +21,9 @@ from pipelines.config import ExperimentConfig, TrainConfig
 from pipelines.loader import Inputs
 from pipelines.training.graph import GraphedStep, check_graph
 from sdan import checkpoint
-from sdan.known_shift import known_shift_loss, moved_reference
 from sdan.losses import LossConfig, sdan_loss, self_reference_loss, transfer_loss
 from sdan.network import SDAN, SDANOutput
+from sdan.offsets.known_shift import known_shift_loss, moved_reference
 from sdan.ops.precision import ComputePlan, compute_plan
 from sdan.perceptual.vgg19 import VGG19Features
 from sdan.resample import low_pass

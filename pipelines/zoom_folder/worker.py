@@ -214,7 +214,9 @@ def zoom_job(
     try:
         try:
             photo = open_place(job.source).fetch(job.path, folder)
-            zoom_one(photo, aside, zoomers[kind_of_photo(photo)], Output(**fields), notes.append, progress)
+            zoom_one(
+                photo, aside, zoomers[kind_of_photo(photo)], Output(**fields), notes.append, progress, replace=True
+            )
         except OSError as error:
             return Result(job.output, "unreadable", f"{job.label}: expected a readable file, got {one_line(error)}")
         size = aside.stat().st_size

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sdan.known_shift import CONTROL_POINTS, known_shift_loss, moved_reference, random_motion
+from sdan.offsets.known_shift import CONTROL_POINTS, known_shift_loss, moved_reference, random_motion
 from sdan.resample import bicubic, low_pass, sample
 
 

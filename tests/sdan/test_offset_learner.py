@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sdan.network import CHANNELS, SDAN, SDANConfig
-from sdan.offset_learner import PyramidOffsetLearner, centre_of_mass, cost_volume
+from sdan.offsets.offset_learner import PyramidOffsetLearner, centre_of_mass, cost_volume
 from sdan.raw_input import packed_to_mosaic, rgb_to_packed
 from sdan.resample import bicubic, low_pass
 

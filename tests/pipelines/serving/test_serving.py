@@ -123,7 +123,8 @@ def test_a_crashing_decoder_costs_one_request(service, tmp_path, order):
 @pytest.mark.parametrize(
     ("query", "expected"),
     [
-        ({"format": "gif"}, "format: expected png, tiff or jpg, got gif"),
+        ({"format": "gif"}, "format: expected png, jpg or tiff, got gif"),
+        ({"format": "dng"}, "format: expected png, jpg or tiff, got dng"),
         ({"bits": 9}, "bits: expected 8 or 16, got 9"),
         ({"bits": "many"}, "bits: expected a valid integer, got 'many'"),
         ({"format": "jpg", "bits": 16}, "bits: expected 8 for a JPG, got 16; use format tiff or png"),

@@ -1,0 +1,1 @@
+"""The pyramid offset learner, and the known shifts that train it."""
