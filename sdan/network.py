@@ -86,7 +86,8 @@ class SDANConfig:
     offset: Offset = "squared"
     """squared: one offset for the whole window (SDCN). per_point: one per window tap (vanilla DCN)."""
     offset_learner: Learner = "paper"
-    """paper: figure 2's. pyramid: similarities of x and the reference, coarse to fine (sdan/offsets/; ours). The attention, the packing kernel and the flips are parts of the paper's only."""
+    """paper: figure 2's. pyramid: similarities of x and the reference, coarse to fine (sdan/offsets/; ours).
+    The attention, the packing kernel and the flips are parts of the paper's only."""
     max_shift_px: int = 24
     """Largest shift that the pyramid looks for, mosaic pixels."""
     attention: Attention = "cross_packing"
