@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import ray
 from mlflow import MlflowClient
 from mlflow.entities import Metric, RunTag
 from mlflow.exceptions import MlflowException
@@ -163,8 +164,11 @@ def run_sweep(
         in_time = _train_all(train, space, run, folder, options)
         return _finish(run, folder, space, options, in_time=in_time)
     except BaseException as error:
-        killed = isinstance(error, KeyboardInterrupt | SystemExit | InterruptedSweepError)
-        _close(run, "KILLED" if killed else "FAILED", patient=not isinstance(error, KeyboardInterrupt | SystemExit))
+        interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+        if interrupted:
+            ray.shutdown()  # else a trial that lives on could set its run to RUNNING again
+        killed = interrupted or isinstance(error, InterruptedSweepError)
+        _close(run, "KILLED" if killed else "FAILED", patient=not interrupted)
         raise
 
 
