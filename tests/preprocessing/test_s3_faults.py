@@ -191,7 +191,7 @@ def test_failing_reads_end_the_run_after_eight_pairs(proxy, undisturbed):
 
 def test_a_bucket_that_does_not_answer_ends_the_run(proxy):
     proxy.fault = lambda method, path: "hang"
-    with pytest.raises(PreprocessError, match="s3://zoom/silent: expected a folder that can be read"):
+    with pytest.raises(PreprocessError, match="s3://zoom/raw: expected a folder that can be read"):
         run("silent")
 
 
