@@ -17,7 +17,7 @@ from preprocessing.raw import decode as raw_files
 from preprocessing.registration.lens import LensMap
 from preprocessing.schema import ShardInfo, encode
 from preprocessing.storage import Folder, one_line
-from preprocessing.tiles import Jpg, TileError, UnalignedError, cut_tiles, decode_jpg
+from preprocessing.tiles import Cutting, Jpg, TileError, UnalignedError, cut_tiles, decode_jpg
 from preprocessing.truth.reader import Truth, load_truth
 from preprocessing.without_raw.picture_tiles import cut_picture_tiles, read_colour
 
@@ -124,7 +124,7 @@ def _cut_raw(
     hr_jpg = _picture(source, job.hr_jpg, job.hr_raw, options)
     notes += [f"RAW: {remark}" for remark in raw.remarks]
     notes += sorted({f"camera JPG: {note}" for note in (*lr_jpg.notes, *hr_jpg.notes)})
-    tiles = cut_tiles(raw, lr_jpg, hr_jpg, job.zoom, **_how(options))
+    tiles = cut_tiles(raw, lr_jpg, hr_jpg, job.zoom, _how(options))
     known: dict[str, Any] = {"iso_lr": raw.iso, "exposure_lr_s": raw.exposure_s}
     if raw.camera == "unknown":
         known["camera"] = job.lr_exif.camera
@@ -138,13 +138,12 @@ def _cut_pictures(
     assert job.lr_jpg is not None and job.hr_jpg is not None
     lr, hr = (read_colour(_read(source, path), path) for path in (job.lr_jpg, job.hr_jpg))
     notes += sorted({f"pictures: {note}" for note in (*lr.notes, *hr.notes)})
-    return cut_picture_tiles(lr, hr, job.zoom, **_how(options)), {"camera": job.lr_exif.camera or "unknown"}
+    return cut_picture_tiles(lr, hr, job.zoom, _how(options)), {"camera": job.lr_exif.camera or "unknown"}
 
 
-def _how(options: PreprocessOptions) -> dict[str, Any]:
-    """The options of `cut_tiles` and `cut_picture_tiles`."""
-    names = ("scale", "tile_px", "stride_px", "keep_unaligned")
-    return {name: getattr(options, name) for name in names} | {"ecc": options.align == "ecc"}
+def _how(options: PreprocessOptions) -> Cutting:
+    ecc = options.align == "ecc"
+    return Cutting(options.scale, options.tile_px, options.stride_px, ecc, options.keep_unaligned)
 
 
 def _read(source: Folder, path: str) -> bytes:

@@ -173,26 +173,37 @@ def starts_in(area: Area, tile_px: int, stride_px: int) -> tuple[list[int], list
     return rows, cols
 
 
+@dataclass(frozen=True)
+class Cutting:
+    """How a pair is aligned and cut."""
+
+    scale: int
+    tile_px: int
+    """Side of a tile, packed pixels of LR."""
+    stride_px: int
+    """Largest distance of neighbouring tiles, packed pixels of LR."""
+    ecc: bool
+    """Whether the pictures are registered; else the focal lengths align them."""
+    keep_unaligned: bool = False
+    """Whether pictures that do not show the same thing are cut, too, and flagged."""
+
+
 def cut_tiles(
     raw: RawImage,
     lr: Jpg,
     hr: Jpg,
     zoom: float,
-    *,
-    scale: int,
-    tile_px: int,
-    stride_px: int,
-    ecc: bool,
-    keep_unaligned: bool = False,
+    how: Cutting,
 ) -> list[dict[str, Any]]:
     """The picture columns of each tile's row.
 
     Raises TileError if the shared area is smaller than one tile, UnalignedError if the pictures do not show the same
-    thing, unless `keep_unaligned`.
+    thing, unless `how` keeps them.
     """
-    maps = pair_maps(raw, lr, hr, zoom, ecc=ecc)
+    scale, tile_px = how.scale, how.tile_px
+    maps = pair_maps(raw, lr, hr, zoom, ecc=how.ecc)
     area = shared_area(raw, maps, lr.size, hr.size)
-    rows, cols = starts_in(area, tile_px, stride_px)
+    rows, cols = starts_in(area, tile_px, how.stride_px)
     place = mosaic_origin(raw, area)
     size = (2 * area[2], 2 * area[3])
     lr_HWC = affine.sample(lr.stored, affine.compose(maps.lr_to_lr_jpg, place), size)
@@ -201,7 +212,7 @@ def cut_tiles(
     low_HWC = np.asarray(cv2.resize(hr_HWC, size[::-1], interpolation=cv2.INTER_AREA), np.uint8)
     counts_4HW, render_HWC = raw.counts(*area), raw.render(*area)
     wrong = _wrong_scene(raw, lr, hr, maps, zoom, (render_HWC, lr_HWC, low_HWC))
-    aligned_by = flagged(maps.aligned_by, wrong, keep_unaligned=keep_unaligned)
+    aligned_by = flagged(maps.aligned_by, wrong, keep_unaligned=how.keep_unaligned)
     quality = Quality(lr_HWC, low_HWC, scale, tile_px)
     shared_columns = _of_frames(raw, lr, hr) | {"scale": scale, "aligned_by": aligned_by}
     shared_columns |= _corrections(raw, render_HWC, lr, hr, maps, area, lr_HWC, low_HWC)

@@ -27,6 +27,7 @@ from preprocessing.registration.same_scene import MIN_SCORE, scene_score
 from preprocessing.registration.shift import luminance
 from preprocessing.tiles import (
     Area,
+    Cutting,
     Jpg,
     PairMaps,
     Quality,
@@ -91,12 +92,7 @@ def cut_picture_tiles(
     lr: Jpg,
     hr: Jpg,
     zoom: float,
-    *,
-    scale: int,
-    tile_px: int,
-    stride_px: int,
-    ecc: bool,
-    keep_unaligned: bool = False,
+    how: Cutting,
 ) -> list[dict[str, Any]]:
     """The picture columns of each tile's row.
 
@@ -106,12 +102,13 @@ def cut_picture_tiles(
 
     Raises:
         TileError: the shared area is smaller than one tile, or the zoom does not fit the scale; UnalignedError: the
-            pictures do not show the same thing, unless `keep_unaligned`.
+            pictures do not show the same thing, unless `how` keeps them.
     """
+    scale, tile_px = how.scale, how.tile_px
     fit = _fit(lr, hr, zoom, scale)
-    maps = _maps(fit, hr, ecc=ecc)
+    maps = _maps(fit, hr, ecc=how.ecc)
     area = shared_area(fit, maps, lr.size, hr.size)
-    rows, cols = starts_in(area, tile_px, stride_px)
+    rows, cols = starts_in(area, tile_px, how.stride_px)
     place, size = mosaic_origin(fit, area), (2 * area[2], 2 * area[3])
     top, left = 2 * area[0], 2 * area[1]
     lr_HWC = np.ascontiguousarray(fit.lr_HWC[top : top + size[0], left : left + size[1]])
@@ -126,7 +123,7 @@ def cut_picture_tiles(
         "origin_row": 0,
         "origin_col": 0,
         "scale": scale,
-        "aligned_by": flagged(maps.aligned_by, wrong, keep_unaligned=keep_unaligned),
+        "aligned_by": flagged(maps.aligned_by, wrong, keep_unaligned=how.keep_unaligned),
         **_exposure(fit, hr, maps, place, (lr_HWC, low_HWC)),
     }
     quality = Quality(lr_HWC, low_HWC, scale, tile_px)

@@ -35,7 +35,7 @@ def frames(tmp_path_factory):
 
 def cut(image, lr, hr, **options):
     values = {"scale": SCALE, "tile_px": TILE_PX, "stride_px": 16, "ecc": False} | options
-    return tiles.cut_tiles(image, lr, hr, ZOOM, **values)
+    return tiles.cut_tiles(image, lr, hr, ZOOM, tiles.Cutting(**values))
 
 
 def seen(row, factor, reduction=ZOOM):

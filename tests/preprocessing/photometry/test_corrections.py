@@ -139,9 +139,7 @@ def test_simulated_exposures_are_measured(tmp_path):
     for lr, hr in (("00005", "00001"), ("00006", "00002"), ("00007", "00003")):
         jpgs = [tiles.decode_jpg((folder / f"{stem}.JPG").read_bytes(), stem) for stem in (lr, hr)]
         zoom = truth.frames[hr].focal_mm / truth.frames[lr].focal_mm
-        row = tiles.cut_tiles(
-            decode.load(folder / f"{lr}.dng"), *jpgs, zoom, scale=4, tile_px=40, stride_px=40, ecc=False
-        )[0]
+        row = tiles.cut_tiles(decode.load(folder / f"{lr}.dng"), *jpgs, zoom, tiles.Cutting(4, 40, 40, ecc=False))[0]
         exposures = truth.exposures
         assert row["exposure_ratio"] == pytest.approx(exposures[hr].gain / exposures[lr].gain, rel=0.04)
         assert row["exposure_falloff"] == pytest.approx(exposures[hr].vignetting, abs=0.08)

@@ -69,9 +69,7 @@ def test_the_jpg_is_located_by_the_crop_in_the_tags(tmp_path, monkeypatch):
     image = decode.load(tmp_path / "lr.dng")
     assert image.visible_size == (248, 372) and image.camera_crop == (top, left, height, width)
     jpg = to_8_bit(lr)[8 + top : 8 + top + height, 12 + left : 12 + left + width]
-    rows = tiles.cut_tiles(
-        image, tiles.Jpg(jpg, None), tiles.Jpg(jpg, None), 1.0, scale=1, tile_px=24, stride_px=64, ecc=False
-    )
+    rows = tiles.cut_tiles(image, tiles.Jpg(jpg, None), tiles.Jpg(jpg, None), 1.0, tiles.Cutting(1, 24, 64, ecc=False))
     for row in rows:
         shown = ((row["lr_raw"][1].astype(float) - 512) / (16383 - 512)).clip(0) ** (1 / 2.2) * 255
         assert np.abs(shown - row["lr_rgb"][1, ::2, 1::2]).max() <= 2

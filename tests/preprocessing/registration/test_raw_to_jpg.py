@@ -56,7 +56,7 @@ def check_maps(folder, limit_px, *, preset, tile_px=TILE_PX, **simulated):
         decoded = [tiles.decode_jpg(source.read(path), path) for path in (job.lr_jpg, job.hr_jpg)]
         image = decode.load(source.read(job.lr_raw))
         for ecc in (True, False):
-            rows = tiles.cut_tiles(image, *decoded, job.zoom, scale=4, tile_px=tile_px, stride_px=tile_px, ecc=ecc)
+            rows = tiles.cut_tiles(image, *decoded, job.zoom, tiles.Cutting(4, tile_px, tile_px, ecc))
             if ecc and rows[0]["aligned_by"] == "scale_fallback" and preset == "handheld":
                 continue
             for column in ("lr_to_hr", "lr_to_hr_lens"):
