@@ -164,11 +164,7 @@ def run_sweep(
         in_time = _train_all(train, space, run, folder, options)
         return _finish(run, folder, space, options, in_time=in_time)
     except BaseException as error:
-        interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
-        if interrupted:
-            ray.shutdown()  # else a trial that lives on could set its run to RUNNING again
-        killed = interrupted or isinstance(error, InterruptedSweepError)
-        _close(run, "KILLED" if killed else "FAILED", patient=not interrupted)
+        _close(run, error)
         raise
 
 
@@ -256,13 +252,16 @@ def missing_repeats(
     ]
 
 
-def _close(run: SweepRun, status: str, *, patient: bool) -> None:
-    """End the parent run, and the trials that still run.
+def _close(run: SweepRun, error: BaseException) -> None:
+    """End the parent run and, after an interrupt, the trials that still run.
 
-    Args:
-        patient: wait for an MLflow that does not answer; a Ctrl-C does not.
+    Other errors wait for an MLflow that does not answer; a Ctrl-C does not.
     """
-    client = run.client() if patient else MlflowClient(tracking_uri=run.tracking_uri)
+    interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+    if interrupted:
+        ray.shutdown()  # else a trial that lives on could set its run to RUNNING again
+    status = "KILLED" if interrupted or isinstance(error, InterruptedSweepError) else "FAILED"
+    client = MlflowClient(tracking_uri=run.tracking_uri) if interrupted else run.client()
     with suppress(MlflowException, OSError):  # the error that ended the sweep says more than MLflow's own
         for row in read_trials(run, client) if status == "KILLED" else ():
             if row.status == "running":
