@@ -15,7 +15,6 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines import config as configs
 from pipelines import zoom
 from pipelines.zoom import Output, Zoomer, ZoomError, read_photo, zoom_photos
 from pipelines.zooming import photo as photo_module
@@ -24,7 +23,7 @@ from pipelines.zooming.request import check_device, check_options, check_output,
 from preprocessing.raw import decode
 from preprocessing.raw.dng import ShotTags, write_dng
 from sdan import checkpoint, inference, raw_input, starter_folder
-from sdan.network import SDAN, SDANConfig
+from sdan.network import SDANConfig
 from sdan.ops.precision import autocast
 from sdan.resample import bicubic, low_pass
 
@@ -48,20 +47,6 @@ def write_photo(path: Path, height: int = 48, width: int = 64, seed: int = 0, **
     else:
         Image.fromarray(image).save(path)
     return path
-
-
-@pytest.fixture(scope="module")
-def untrained(tmp_path_factory):
-    """A checkpoint of an untrained network with skip="rendering": its output is bicubic enlargement."""
-    torch.manual_seed(0)
-    config = configs.smoke()
-    folder = tmp_path_factory.mktemp("models") / "untrained"
-    return checkpoint.save(folder, SDAN(config.model), config=configs.to_dict(config), scores={})
-
-
-@pytest.fixture(scope="module")
-def zoomer(untrained):
-    return Zoomer.load(untrained)
 
 
 def enlarged(rendering: torch.Tensor) -> np.ndarray:

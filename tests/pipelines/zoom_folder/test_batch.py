@@ -13,12 +13,10 @@ from pathlib import Path
 import boto3
 import numpy as np
 import pytest
-import torch
 from fake_decoder import fake_decoder_path, mark_file
 from PIL import Image
 
 from pipelines import cli
-from pipelines import config as configs
 from pipelines.zoom_folder import batch
 from pipelines.zoom_folder.batch import BatchReport, zoom_batch
 from pipelines.zoom_folder.places import open_place
@@ -26,16 +24,11 @@ from pipelines.zoom_folder.worker import ZoomWorker, load_models, temporary_fold
 from pipelines.zooming.models import Chosen
 from pipelines.zooming.request import Output, ZoomError
 from preprocessing.raw.dng import write_dng
-from sdan import checkpoint
-from sdan.network import SDAN
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    torch.manual_seed(0)
-    config = configs.smoke()
-    folder = tmp_path_factory.mktemp("models") / "untrained"
-    return checkpoint.save(folder, SDAN(config.model), config=configs.to_dict(config), scores={})
+def model(untrained):
+    return untrained
 
 
 class InProcess:

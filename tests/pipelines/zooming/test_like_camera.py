@@ -5,32 +5,17 @@ import io
 import cv2
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from pipelines import config as configs
-from pipelines.zoom import Output, Zoomer, ZoomError, zoom_photos
+from pipelines.zoom import Output, ZoomError, zoom_photos
 from pipelines.zooming.request import check_options
 from preprocessing.colour import linear_to_srgb, srgb_to_linear
 from preprocessing.photometry.look import measure_look
 from preprocessing.raw import decode
 from preprocessing.raw.dng import ShotTags, bare_dng, write_dng
-from sdan import checkpoint
-from sdan.network import SDAN
 
 HEIGHT, WIDTH = 192, 256
 SATURATION = np.array([[1.3, -0.2, -0.1], [-0.15, 1.25, -0.1], [-0.05, -0.25, 1.3]])
-
-
-@pytest.fixture(scope="module")
-def zoomer(tmp_path_factory):
-    """An untrained network with skip="rendering": its output is bicubic enlargement."""
-    torch.manual_seed(0)
-    config = configs.smoke()
-    folder = checkpoint.save(
-        tmp_path_factory.mktemp("models") / "untrained", SDAN(config.model), config=configs.to_dict(config), scores={}
-    )
-    return Zoomer.load(folder)
 
 
 def scene(height, width, seed):

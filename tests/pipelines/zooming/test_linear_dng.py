@@ -8,13 +8,11 @@ import cv2
 import numpy as np
 import pytest
 import rawpy
-import torch
 from PIL import Image
 
-from pipelines import config as configs
 from pipelines import zoom
 from pipelines.formats import dng
-from pipelines.zoom import Output, Zoomer, ZoomError, zoom_photos
+from pipelines.zoom import Output, ZoomError, zoom_photos
 from pipelines.zooming.negative import camera_of
 from pipelines.zooming.request import check_options
 from preprocessing.colour import linear_to_srgb, srgb_to_linear
@@ -23,21 +21,8 @@ from preprocessing.raw.dng import ShotTags, Tag, write_arw, write_dng
 from preprocessing.raw.dng_colour import DngColour, dng_colour
 from preprocessing.raw.rendering import render_options
 from preprocessing.simulator.sequences import simulate
-from sdan import checkpoint
-from sdan.network import SDAN
 
 MATRIX = np.array([[0.688, -0.247, -0.049], [-0.393, 1.201, 0.158], [-0.089, 0.201, 0.581]])
-
-
-@pytest.fixture(scope="module")
-def zoomer(tmp_path_factory):
-    """An untrained network with skip="rendering": its output is bicubic enlargement."""
-    torch.manual_seed(0)
-    config = configs.smoke()
-    folder = checkpoint.save(
-        tmp_path_factory.mktemp("models") / "untrained", SDAN(config.model), config=configs.to_dict(config), scores={}
-    )
-    return Zoomer.load(folder)
 
 
 @pytest.fixture(scope="module")
