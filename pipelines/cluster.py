@@ -81,6 +81,8 @@ def start_ray(*, resources: dict[str, float] | None = None) -> None:
         except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError and a bare Exception
             raise _no_cluster(os.environ["RAY_ADDRESS"], error) from error
     else:
+        # The watcher for machines that a cloud takes back is one more process, which loads Ray Train for seconds.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         try:
             with _own_sigterm():
                 ray.init(address="local", _node_ip_address="127.0.0.1", resources=resources, **common)

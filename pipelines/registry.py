@@ -18,8 +18,6 @@ import re
 import shutil
 import socket
 import sqlite3
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -582,16 +580,39 @@ def _migrations() -> ScriptDirectory:
 
 
 def _migrate(tracking_uri: str, database: Path) -> None:
-    """Migrate in a subprocess, because alembic reconfigures the logging of its process."""
-    command = [sys.executable, "-m", "mlflow", "db", "upgrade", tracking_uri]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        named = [line for line in done.stderr.splitlines() if re.match(r"[\w.]*(Error|Exception|Exit)\b", line.strip())]
-        reason = (named or done.stderr.strip().splitlines() or ["no message"])[-1].strip()
+    """Create the database, or bring it to this MLflow's schema. A new one is made aside, so that none is half made."""
+    fresh = not database.exists() or not database.stat().st_size
+    aside = database.with_name(f"{database.name}.new")
+    try:
+        if fresh:
+            aside.unlink(missing_ok=True)
+            _upgrade(_sqlite_uri(aside))
+            aside.replace(database)
+        else:
+            _upgrade(tracking_uri)
+    except Exception as error:  # SQLAlchemy's, alembic's and MLflow's, each of many kinds
+        if isinstance(error, OSError):
+            raise
+        reason = str(error).strip().splitlines() or ["no message"]
         raise RegistryError(
-            f"{database}: expected a database that MLflow can upgrade, got {reason[:200]}; "
+            f"{database}: expected a database that MLflow can upgrade, got {type(error).__name__}: {reason[0][:200]}; "
             "restore it from a backup, or choose another --data folder"
-        )
+        ) from error
+
+
+def _upgrade(uri: str) -> None:
+    """What `mlflow db upgrade` does, in this process: its command would import MLflow again, for many seconds."""
+    from mlflow.db import upgrade
+
+    quiet = [logging.getLogger(name) for name in ("mlflow.store.db.utils", "alembic")]
+    levels = [logger.level for logger in quiet]
+    for logger in quiet:
+        logger.setLevel(logging.WARNING)
+    try:
+        upgrade.callback(uri)
+    finally:
+        for logger, level in zip(quiet, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _check_server(tracking_uri: str) -> None:

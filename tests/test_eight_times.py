@@ -18,6 +18,9 @@ SMALL = (
 TARGET_PX = 8 * 2 * 32
 """Side of a target crop: 8 times the 64 mosaic pixels of 32 packed pixels."""
 
+CROP = "200,150,320,240"
+"""Left, top, width and height, in pixels of the photograph: all of it at 8x would be 44 megapixels."""
+
 pytestmark = pytest.mark.slow
 
 
@@ -39,7 +42,7 @@ def folder(tmp_path_factory):
     changes = [word for value in SMALL for word in ("--set", value)]
     sdan("train", "shards", "--config", "srraw_8x", *changes, "--name", "eight", "--workers", "1")
     sdan("evaluate", "shards", "--model", "data/runs/eight/model", "-o", "scores")
-    sdan("zoom", "raw/00002/00005.dng", "-o", "zoomed.png", "--model", "data/runs/eight/model")
+    sdan("zoom", "raw/00002/00005.dng", "-o", "zoomed.png", "--model", "data/runs/eight/model", "--crop", CROP)
     return folder
 
 
@@ -62,7 +65,8 @@ def test_crops_are_eight_times_as_large_and_resemble_the_target(folder):
 def test_a_photograph_becomes_eight_times_as_large(folder):
     rendering = decode.load(folder / "raw" / "00002" / "00005.dng").rendering[..., ::-1]
     zoomed = cv2.imread(str(folder / "zoomed.png"))
-    height, width = rendering.shape[:2]
+    left, top, width, height = map(int, CROP.split(","))
+    rendering = rendering[top : top + height, left : left + width]
     assert zoomed.shape == (8 * height, 8 * width, 3)
     small = cv2.resize(zoomed, (width, height), interpolation=cv2.INTER_AREA)
     assert error(small, rendering) < 0.2 * error(small[:, ::-1], rendering)

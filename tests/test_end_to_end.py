@@ -2,11 +2,6 @@
 
 import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import cv2
@@ -29,7 +24,6 @@ from preprocessing.simulator.sequences import simulate
 from sdan import raw_input
 from sdan.ops.precision import autocast
 
-SDAN = str(Path(sys.executable).with_name("sdan"))
 TOLERANCE = 2 / 255
 """Two of the 255 steps of an 8-bit PNG."""
 OPTIONS = PreprocessOptions(scale=4, tile_px=20, stride_px=16, val=("00003",))
@@ -190,26 +184,3 @@ def test_retraining_runs_once_for_new_pairs(tmp_path):
     assert second.promoted == (gain > 0)
     assert str(champion.version) == (second.trained.version if gain > 0 else first.trained.version)
     assert "nothing new" in retrain(raw, shards, **place).reason  # even if the second model was not promoted
-
-
-@pytest.mark.slow
-def test_a_killed_run_resumes_to_the_same_weights(stages, tmp_path):
-    folder, _, _ = stages
-    settings = ["--config", "smoke", "--set", "train.epochs=6", "--set", "train.crops_per_epoch=8"]
-    base = [SDAN, "--data", str(tmp_path), "train", str(folder / "shards"), *settings, "--workers", "1", "--name"]
-    environment = {**os.environ, "RAY_ADDRESS": ""}
-    subprocess.run([*base, "whole"], check=True, env=environment, timeout=300)
-    broken = subprocess.Popen([*base, "broken"], env=environment, start_new_session=True)
-    progress = tmp_path / "runs" / "broken" / "progress.jsonl"
-    deadline = time.monotonic() + 200
-    while not progress.exists() or len(progress.read_text().splitlines()) < 3:
-        assert time.monotonic() < deadline
-        assert broken.poll() is None
-        time.sleep(0.05)
-    os.killpg(broken.pid, signal.SIGKILL)
-    broken.wait()
-    subprocess.run([*base, "broken", "--resume"], check=True, env=environment, timeout=300)
-    assert weights(tmp_path / "runs" / "broken" / "model") == weights(tmp_path / "runs" / "whole" / "model")
-    client = MlflowClient(registry.default_tracking_uri(tmp_path))
-    experiment = client.get_experiment_by_name("sdan")
-    assert len(client.search_runs([experiment.experiment_id])) == 2

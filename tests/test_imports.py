@@ -232,6 +232,7 @@ import mlflow, ray
 assert not ray.is_initialized(), "an import started Ray"
 assert mlflow.active_run() is None, "an import started an MLflow run"
 assert not mlflow.is_tracking_uri_set(), "an import set MLflow's tracking URI"
+assert "torchvision" not in sys.modules, "an import loaded torchvision, which takes 3 s; load it where it is used"
 """
 
 

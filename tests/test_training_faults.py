@@ -28,6 +28,7 @@ from pipelines import train as training
 from pipelines.train import TrainError, train
 from pipelines.training import progress, run_folder
 from sdan import checkpoint
+from sdan.checkpoint import WEIGHTS
 
 pytestmark = pytest.mark.slow
 SDAN = str(Path(sys.executable).with_name("sdan"))
@@ -95,12 +96,23 @@ def kill_a_train_worker():
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny_shards, tmp_path_factory):
-    """The scores of an uninterrupted run with one worker."""
+def undisturbed_run(tiny_shards, tmp_path_factory):
+    """The folder of an uninterrupted run with one worker."""
     data = tmp_path_factory.mktemp("undisturbed")
     cluster.start_ray()
     train(str(tiny_shards), CONFIG, data=data, workers=1, name="run", progress=False)
-    return scores(data / "runs" / "run")
+    return data / "runs" / "run"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(undisturbed_run):
+    """The scores of that run."""
+    return scores(undisturbed_run)
+
+
+def weights(folder):
+    """The bytes of the weights of a run's model."""
+    return (folder / "model" / WEIGHTS).read_bytes()
 
 
 def test_killed_workers_do_not_change_the_scores(tiny_shards, tmp_path, undisturbed):
@@ -164,7 +176,7 @@ def attempts(path):
     return Attempts()
 
 
-def test_a_killed_driver_resumes_as_one_run(tiny_shards, tmp_path, undisturbed):
+def test_a_killed_driver_resumes_as_one_run(tiny_shards, tmp_path, undisturbed, undisturbed_run):
     settings = [part for key, value in SETTINGS.items() for part in ("--set", f"{key}={value}")]
     base = [SDAN, "--data", str(tmp_path), "train", str(tiny_shards), "--config", "smoke", *settings, "--workers", "1"]
     environment = {**os.environ, "RAY_ADDRESS": "", "OMP_NUM_THREADS": "1"}
@@ -179,6 +191,7 @@ def test_a_killed_driver_resumes_as_one_run(tiny_shards, tmp_path, undisturbed):
     # The controller writes the line before it records the checkpoint, so a kill between the two repeats the line.
     assert all(line[progress.SELECT_BY] == undisturbed[line["epoch"]] for line in found)
     assert len(found) <= 11 + 2
+    assert weights(folder) == weights(undisturbed_run)
     client = MlflowClient(registry.default_tracking_uri(tmp_path))
     (run,) = client.search_runs([client.get_experiment_by_name("sdan").experiment_id])
     assert_one_run(tmp_path, run.info.run_id, 10)

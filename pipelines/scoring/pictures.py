@@ -8,7 +8,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.utils import flow_to_image
 
 from pipelines.loader import model_inputs
 from pipelines.scoring.held_out import HeldOut
@@ -32,6 +31,8 @@ def training_sheet(model: Network, held: HeldOut, plan: ComputePlan) -> np.ndarr
     Returns:
         uint8 [H, W, 3].
     """
+    from torchvision.utils import flow_to_image  # torchvision loads torch's compiler, three seconds in each process
+
     model.eval()
     part = held.select(range(min(SHEET_ROWS, len(held))))
     inputs = model_inputs(part.batch, model.config, plan.device)

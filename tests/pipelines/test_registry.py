@@ -143,6 +143,26 @@ def test_an_older_schema_is_migrated_only_by_a_verb_that_writes(data, uri, monke
     assert migrated == [(uri, data / "mlflow.db")]
 
 
+def test_a_database_whose_making_was_interrupted_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    uri, upgrade = registry.default_tracking_uri(tmp_path), registry._upgrade
+
+    def interrupted(aside: str) -> None:
+        upgrade(aside)
+        with sqlite3.connect(aside.removeprefix("sqlite:///")) as connection:
+            connection.execute("DROP TABLE runs")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(registry, "_upgrade", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        registry.prepare_database(uri)
+    assert not (tmp_path / "mlflow.db").exists()
+    monkeypatch.setattr(registry, "_upgrade", upgrade)
+    registry.prepare_database(uri)
+    assert registry.create_run(uri, "train", "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mlflow.db", "mlflow.db.lock"]
+
+
 def lock(database: Path) -> sqlite3.Connection:
     """Another program's connection, which holds the database's lock until it is closed."""
     connection = sqlite3.connect(database, isolation_level=None, check_same_thread=False)
