@@ -460,7 +460,7 @@ def evaluate(
     pair: Annotated[
         str | None, typer.Option(metavar="LR-HR", help="One pair of frames only; SR-RAW's test: 00006-00002.")
     ] = None,
-    out: Annotated[Path | None, typer.Option("-o", metavar="DIR", help="Write table and examples here.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", metavar="DIR", help="Write report.html and tables here.")] = None,
     csv: Annotated[
         Path | None, typer.Option(metavar="FILE.csv", help="Write the rows of both protocols as CSV.")
     ] = None,
@@ -481,7 +481,7 @@ def evaluate(
         csv.write_text(_as_csv(result.rows), encoding="utf-8")
         _say(f"\nwritten: {csv}")
     if out:
-        _say(f"\nwritten to {out}: table.md, groups.md, evaluation.json, tiles.parquet, examples.png")
+        _say(f"\nwritten to {out}: report.html, table.md, groups.md, evaluation.json, tiles.parquet, examples.png")
 
 
 @app.command()

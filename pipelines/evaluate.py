@@ -18,6 +18,11 @@ from PIL import Image
 
 from pipelines import config as configs
 from pipelines.loader import ShardIndex, index_split, model_inputs, of_pair
+from pipelines.reporting.contents import Method, Report, chosen_crops, tables_of
+from pipelines.reporting.held_out_crops import zoomed_crops
+from pipelines.reporting.page import FILE as REPORT
+from pipelines.reporting.page import write_report
+from pipelines.reporting.sentences import gain_sentence
 from pipelines.scoring.bootstrap import LEVEL, Interval, difference_interval, mean_interval
 from pipelines.scoring.held_out import HeldOut, held_out
 from pipelines.scoring.pictures import labelled_grid, to_uint8
@@ -42,6 +47,13 @@ METRICS = ("psnr", "ssim", "lpips", "st_lpips")
 EXAMPLES = 4
 BASELINE = "bicubic of the camera JPG"
 """The row that the others are compared with, tile by tile."""
+LABELS = {
+    "camera": BASELINE,
+    "rendering": "bicubic of the rendering",
+    "self": "SDAN (self)",
+    "oracle": "SDAN (oracle)",
+}
+"""What a row is made from -> its label."""
 CONVENTIONS = (
     f"RGB in [0, 1], clipped. PSNR and SSIM: all channels, without {BORDER_PX} target px at each border; SSIM: 11-tap "
     "Gaussian window, sigma 1.5, K 0.01 and 0.03, whole windows only, mean over the channels."
@@ -182,8 +194,8 @@ def evaluate(
     out: Path | None = None,
     perceptual: bool = True,
 ) -> Evaluation:
-    """Score a checkpoint on a split and, with `out`, write table.md, groups.md, evaluation.json, tiles.parquet and
-    examples.png there.
+    """Score a checkpoint on a split and, with `out`, write table.md, groups.md, evaluation.json, tiles.parquet,
+    examples.png and report.html there.
 
     Args:
         shards: folder or URI; or an index of the split, so that several models are scored on the same pairs.
@@ -253,7 +265,7 @@ def evaluate_model(
         BASELINE: score_bicubic(model, held, device, "camera", perceptual=perceptual),
     }
     if "lr_render" in held.batch:
-        per_row["bicubic of the rendering"] = score_bicubic(model, held, device, "rendering", perceptual=perceptual)
+        per_row[LABELS["rendering"]] = score_bicubic(model, held, device, "rendering", perceptual=perceptual)
     for protocol in PROTOCOLS:
         prefix = f"{protocol}_"
         per_row[f"SDAN ({protocol})"] = {
@@ -345,3 +357,30 @@ def _write(out: Path, result: Evaluation, model: Network, held: HeldOut) -> None
     del stored["tiles"]  # in their own file
     (out / "evaluation.json").write_text(json.dumps(stored, indent=2))
     Image.fromarray(examples(model, held)).save(out / "examples.png")
+    write_report(out / REPORT, page_of(result, model, held))
+
+
+def page_of(result: Evaluation, model: Network, held: HeldOut) -> Report:
+    """The evaluation as report.html shows it: gains and pictures against its last target, true where it is known."""
+    target = result.targets[-1]
+    methods = [
+        Method(row, [tile.get(f"{target}_psnr", math.nan) for tile in result.tiles if tile["method"] == row])
+        for row in result.rows
+    ]
+    scores = {method.label: method.psnr for method in methods}
+    chosen = chosen_crops(np.subtract(scores["SDAN (self)"], scores[BASELINE]).tolist())
+    labels = {source: label for source, label in LABELS.items() if label in result.rows}
+    tables, notes = tables_of(result.table())
+    return Report(
+        title=f"Evaluation{', simulated data' if result.simulated else ''}",
+        sentences=[
+            gain_sentence(label, BASELINE, target, result.differences[label][f"{target}_psnr"])
+            for label in ("SDAN (self)", "SDAN (oracle)")
+        ],
+        methods=methods,
+        baseline=BASELINE,
+        target=target,
+        crops=zoomed_crops(model, held, chosen, target=target, labels=labels),
+        tables=tables,
+        notes=notes,
+    )
