@@ -136,6 +136,15 @@ class Host:
         with (self.folder / log).open("ab") as output:
             return subprocess.Popen(self.command(f"exec {command}"), stdin=subprocess.DEVNULL, stdout=output, stderr=output)
 
+    def answers(self, url: str) -> bool:
+        """Whether an HTTP server answers this host with success."""
+        code = f"import urllib.request; urllib.request.urlopen('{url}', timeout=5)"
+        try:
+            self.run(f"{sys.executable} -c {shlex.quote(code)}", timeout=20)
+        except LabError:
+            return False
+        return True
+
     def processes(self) -> list[str]:
         """The command lines of all its processes but its first and those of ssh."""
         listed = self.run("ps -eo pid=,args=").splitlines()
@@ -176,6 +185,7 @@ class Lab:
         for host in (self.head, self.worker):
             (host.home / ".ssh").mkdir(mode=0o700)
             (host.home / ".ssh" / "authorized_keys").write_text(key)
+            (host.home / ".bashrc").touch()
             _install_python(host)
             self.power_on(host)
 
