@@ -30,7 +30,6 @@ def configured(lab):
     for old, new in {
         "https://example.org/sdan.git": "/mnt/sdan.git",
         "SDAN_COMMIT=" + "0" * 40: f"SDAN_COMMIT={lab.commit}",
-        "MLFLOW_TRACKING_URI=http://192.168.1.10:": f"MLFLOW_TRACKING_URI=http://{lab.head.ip}:",
         "s3://BUCKET": URI,
         "# AWS_ENDPOINT_URL=http://192.168.1.9:9000": f"AWS_ENDPOINT_URL=http://{DESK_IP}:{bucket.PORT}",
         "head_ip: 192.168.1.10": f"head_ip: {lab.head.ip}",
