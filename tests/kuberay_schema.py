@@ -74,7 +74,9 @@ POD = record(
     {"containers": items(CONTAINER)},
     {
         "serviceAccountName": NAME,
-        "securityContext": record({}, {"runAsNonRoot": BOOL, "runAsUser": COUNT, "runAsGroup": COUNT, "fsGroup": COUNT}),
+        "securityContext": record(
+            {}, {"runAsNonRoot": BOOL, "runAsUser": COUNT, "runAsGroup": COUNT, "fsGroup": COUNT}
+        ),
         "nodeSelector": STRINGS,
         "tolerations": items(TOLERATION),
         "imagePullSecrets": items(record({"name": NAME})),

@@ -147,7 +147,9 @@ def listed(value):
     return [value] if isinstance(value, str) else value
 
 
-@pytest.mark.parametrize("path", [path for path in POLICIES if path.name != "trust-policy.json"], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in POLICIES if path.name != "trust-policy.json"], ids=lambda path: path.stem
+)
 def test_policies_grant_single_actions_on_named_things(path):
     for statement in statements(path):
         actions, resources = listed(statement["Action"]), listed(statement["Resource"])
@@ -221,7 +223,7 @@ volume.mount(disk, folder, "root")
 assert (folder / "mlflow.db").read_text() == "kept"
 subprocess.run(["umount", str(folder)], check=True)
 """
-    inside = f"mount --make-rprivate / && mount --bind {table} /etc/fstab && exec python3 -c \"$1\""
+    inside = f'mount --make-rprivate / && mount --bind {table} /etc/fstab && exec python3 -c "$1"'
     done = subprocess.run(
         ["unshare", "--mount", "bash", "-c", inside, "bash", program], capture_output=True, text=True, timeout=60
     )

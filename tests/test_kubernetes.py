@@ -10,7 +10,9 @@ import jsonschema
 import pytest
 import yaml
 from kuberay_schema import KINDS
-from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr as autoscaling_config
+from ray.autoscaler._private.kuberay.autoscaling_config import (
+    _derive_autoscaling_config_from_ray_cr as autoscaling_config,
+)
 from typer.main import get_command
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +77,9 @@ def test_rays_autoscaler_understands_the_clusters():
         # Training takes the GPUs that are there when it starts; a job's cluster exists for that job alone.
         assert types["gpu"]["min_workers"] == (0 if manifest["kind"] == "RayCluster" else 1)
     (standing,) = manifests("ray-cluster.yaml")
-    head = autoscaling_config(standing | {"metadata": {"name": "x", "namespace": "y"}})["available_node_types"]["headgroup"]
+    head = autoscaling_config(standing | {"metadata": {"name": "x", "namespace": "y"}})["available_node_types"][
+        "headgroup"
+    ]
     assert head["resources"]["trial_slot"] >= 1
 
 
@@ -105,7 +109,9 @@ def test_volumes_settings_and_accounts_exist():
     pods += [one["spec"]["template"]["spec"] for one in everything if one["kind"] == "Deployment"]
     for pod in pods:
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
-        claims = {volume["persistentVolumeClaim"]["claimName"] for volume in volumes.values() if "emptyDir" not in volume}
+        claims = {
+            volume["persistentVolumeClaim"]["claimName"] for volume in volumes.values() if "emptyDir" not in volume
+        }
         assert {("PersistentVolumeClaim", claim) for claim in claims} <= names
         assert ("ServiceAccount", pod["serviceAccountName"]) in names
         for container in pod["containers"]:

@@ -30,7 +30,9 @@ class VolumeError(RuntimeError):
 
 def metadata(path: str) -> str:
     """One value of the instance's metadata (IMDSv2)."""
-    ask = urllib.request.Request(f"{METADATA}/api/token", method="PUT", headers={"X-aws-ec2-metadata-token-ttl-seconds": "60"})
+    ask = urllib.request.Request(
+        f"{METADATA}/api/token", method="PUT", headers={"X-aws-ec2-metadata-token-ttl-seconds": "60"}
+    )
     with urllib.request.urlopen(ask, timeout=5) as reply:
         token = reply.read().decode()
     get = urllib.request.Request(f"{METADATA}/meta-data/{path}", headers={"X-aws-ec2-metadata-token": token})
@@ -76,7 +78,9 @@ def mount(device: Path, folder: Path, owner: str) -> None:
         if found.returncode == 2:
             subprocess.run(["mkfs.ext4", "-q", "-m", "0", str(device)], check=True)
         elif found.returncode:
-            raise VolumeError(f"{device}: expected to read it, got {found.stderr.strip() or found.returncode}; see `lsblk`")
+            raise VolumeError(
+                f"{device}: expected to read it, got {found.stderr.strip() or found.returncode}; see `lsblk`"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         subprocess.run(["mount", str(device), str(folder)], check=True)
     line = f"{device} {folder} ext4 defaults,nofail 0 2\n"
@@ -102,7 +106,9 @@ def main() -> None:
         device, end = by_id(options.volume), time.monotonic() + WAIT_S
         while not device.exists():
             if time.monotonic() > end:
-                raise VolumeError(f"{device}: expected it {WAIT_S:.0f} s after the volume was attached, got nothing; see `lsblk`")
+                raise VolumeError(
+                    f"{device}: expected it {WAIT_S:.0f} s after the volume was attached, got nothing; see `lsblk`"
+                )
             time.sleep(1)
         mount(device, options.folder, options.owner)
     except VolumeError as error:

@@ -1,9 +1,9 @@
 """A bucket on a local S3 server at the desk, read and filled from there.
 
-    python bucket.py serve IP PORT         the server (moto)
-    python bucket.py put FOLDER PREFIX     copy a folder into the bucket
-    python bucket.py get PREFIX FOLDER     copy a prefix of the bucket into a folder
-    python bucket.py list PREFIX           the keys below a prefix, one a line
+python bucket.py serve IP PORT         the server (moto)
+python bucket.py put FOLDER PREFIX     copy a folder into the bucket
+python bucket.py get PREFIX FOLDER     copy a prefix of the bucket into a folder
+python bucket.py list PREFIX           the keys below a prefix, one a line
 """
 
 import sys

@@ -75,7 +75,10 @@ class Host:
         script.write_text(self._script())
         with (self.folder / "console.txt").open("ab") as console:
             self.process = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", "unshare", *ALONE, "bash", str(script)], stdin=subprocess.DEVNULL, stdout=console, stderr=console
+                ["setpriv", "--pdeathsig", "KILL", "unshare", *ALONE, "bash", str(script)],
+                stdin=subprocess.DEVNULL,
+                stdout=console,
+                stderr=console,
             )
         ready = self.folder / "ready"
         wait_for(ready.exists, 30, f"{self.name}: its first process")
@@ -85,7 +88,11 @@ class Host:
 
     def _script(self) -> str:
         lines = ["set -e", "mount --make-rprivate /", f"hostname {self.name}", f"cd {shlex.quote(str(self.folder))}"]
-        lines += ["mkdir -p view/tmp view/home shm", "mount -t tmpfs -o size=2g none view/tmp", "mount --bind home view/home"]
+        lines += [
+            "mkdir -p view/tmp view/home shm",
+            "mount -t tmpfs -o size=2g none view/tmp",
+            "mount --bind home view/home",
+        ]
         for path in _needed():
             for folder, place in zip(HIDDEN, ("view/tmp", "view/home"), strict=True):
                 if _inside(path, folder):
@@ -134,7 +141,9 @@ class Host:
     def serve(self, command: str, log: str) -> subprocess.Popen[bytes]:
         """Start a shell command that stays, its output in a file of the host's disk."""
         with (self.folder / log).open("ab") as output:
-            return subprocess.Popen(self.command(f"exec {command}"), stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+            return subprocess.Popen(
+                self.command(f"exec {command}"), stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            )
 
     def answers(self, url: str) -> bool:
         """Whether an HTTP server answers this host with success."""
@@ -148,7 +157,9 @@ class Host:
     def processes(self) -> list[str]:
         """The command lines of all its processes but its first and those of ssh."""
         listed = self.run("ps -eo pid=,args=").splitlines()
-        return [line for line in listed if not any(word in line for word in ("start.sh", "sleep 1000", "ps -eo", "sshd"))]
+        return [
+            line for line in listed if not any(word in line for word in ("start.sh", "sleep 1000", "ps -eo", "sshd"))
+        ]
 
     def kill(self) -> None:
         """Power off: every process ends at once; the disk stays."""
@@ -178,7 +189,12 @@ class Lab:
     def start(self) -> None:
         """Start the desk and the hosts."""
         self.desk.start()
-        for command in ("link set lo up", "link add br0 type bridge", f"addr add {DESK_IP}/24 dev br0", "link set br0 up"):
+        for command in (
+            "link set lo up",
+            "link add br0 type bridge",
+            f"addr add {DESK_IP}/24 dev br0",
+            "link set br0 up",
+        ):
             self.desk.run(f"ip {command}")
         self.desk.run("mkdir -p .ssh && ssh-keygen -q -t ed25519 -N '' -f .ssh/id_ed25519")
         key = (self.desk.home / ".ssh" / "id_ed25519.pub").read_text()
@@ -238,4 +254,4 @@ def wait_for(ready, timeout: float, what: str) -> None:
     while not ready():
         if time.monotonic() > end:
             raise LabError(f"{what}: expected within {timeout:.0f} s, got nothing")
-        time.sleep(0.1)
+        time.sleep(0.3)
