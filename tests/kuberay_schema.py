@@ -1,8 +1,9 @@
-"""JSON schemas of what the manifests in k8s/ use: KubeRay's RayCluster, RayJob and RayCronJob (ray.io/v1), and Kubernetes'
-own kinds.
+"""JSON schemas of what the manifests in k8s/ use: KubeRay's RayCluster, RayJob and RayCronJob (ray.io/v1), and kinds of
+Kubernetes itself.
 
 Written by hand from the public API, for KubeRay 1.6: KubeRay's own CRDs come in no package that could be vendored. Keys
-that exist but that the manifests do not use are left out where there are many; an unknown key is an error at every level.
+that exist but that the manifests do not use are left out where there are many. An unknown key is an error at every
+level.
 """
 
 from typing import Any

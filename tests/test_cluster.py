@@ -1,6 +1,6 @@
 """Checks cluster.yaml and cluster-local.yaml without machines: by Ray's validation, which ignores what is in `provider`
-and `node_config`; by botocore's model of EC2's RunInstances (`node_config`); by the tables below (`provider`); and by the
-scheduler of Ray's autoscaler (spot before on demand)."""
+and `node_config`; by botocore's model of EC2's RunInstances (`node_config`); by the tables below (`provider`); and by
+the scheduler of Ray's autoscaler (spot before on demand)."""
 
 import copy
 import functools

@@ -1,5 +1,5 @@
-"""Checks the manifests in k8s/ without Kubernetes: by the schemas of kuberay_schema.py, and by the code with which Ray's
-autoscaler reads a RayCluster. Whether KubeRay accepts them was not tried."""
+"""Checks the manifests in k8s/ without Kubernetes: by the schemas of kuberay_schema.py, and by the code with which
+Ray's autoscaler reads a RayCluster. Whether KubeRay accepts them was not tried."""
 
 import copy
 import re

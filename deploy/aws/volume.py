@@ -41,7 +41,7 @@ def metadata(path: str) -> str:
 
 
 def attach(ec2: Any, volume: str, instance: str, *, wait_s: float = WAIT_S) -> None:
-    """Attach the volume to the instance, and wait until it is. An earlier head that is being terminated may still hold it.
+    """Attach the volume to the instance, and wait until it is. A head that is being terminated may still hold it.
 
     Args:
         ec2: boto3's EC2 client.
@@ -59,8 +59,8 @@ def attach(ec2: Any, volume: str, instance: str, *, wait_s: float = WAIT_S) -> N
             ec2.attach_volume(VolumeId=volume, InstanceId=instance, Device=DEVICE)
         elif time.monotonic() > end:
             raise VolumeError(
-                f"{volume}: expected it free or attached to {instance}, got {holders}; terminate that instance, or detach "
-                "the volume from it"
+                f"{volume}: expected it free or attached to {instance}, got {holders}; terminate that instance, or "
+                "detach the volume from it"
             )
         time.sleep(1)
 

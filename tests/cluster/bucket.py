@@ -40,7 +40,7 @@ def main(action, *arguments):
             target.parent.mkdir(parents=True, exist_ok=True)
             client.download_file(NAME, key, str(target))
     elif action == "list":
-        print("\n".join(keys(client, arguments[0])))
+        sys.stdout.write("".join(f"{key}\n" for key in keys(client, arguments[0])))
 
 
 if __name__ == "__main__":

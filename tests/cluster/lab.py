@@ -1,8 +1,8 @@
-"""Hosts on one machine: each has its own network, PID, mount, UTS and IPC namespaces, a disk of its own and an sshd.
+"""Hosts on one machine: each has its own network, PID, mount, UTS and IPC namespaces, a disk and an sshd.
 
-The lab is the namespace around them. Its network is a bridge that leads nowhere else, and it stands for the desk from
-which a person calls `ray up`. Ray commands kill every Ray process that they see, so they run only in here. When the lab's
-first process ends, the kernel ends all that runs in it.
+One more host, the desk, is where a person calls `ray up`; the bridge that connects the hosts is in its network and leads
+nowhere else. Ray's commands kill every Ray process that they see, so they run only in here. The kernel ends a host's
+processes with its first one, and that with the process that started the host.
 """
 
 from __future__ import annotations

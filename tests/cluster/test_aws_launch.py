@@ -1,9 +1,10 @@
-"""`ray up cluster.yaml` against moto's EC2 until the head runs. The desk reaches no address outside the lab, so Ray's ssh to
-the made-up public address of that head goes nowhere."""
+"""`ray up cluster.yaml` against moto's EC2 until the head runs. The desk reaches no address outside the lab, so Ray's ssh
+to the made-up public address of that head goes nowhere."""
 
 import base64
 import json
 import re
+import shlex
 import sys
 from urllib.parse import parse_qs
 
@@ -11,7 +12,7 @@ import pytest
 import yaml
 from lab import DESK_IP, ROOT, wait_for
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 PORT = 9100
 ENDPOINT = f"http://{DESK_IP}:{PORT}"
 KEYS = (
@@ -19,6 +20,21 @@ KEYS = (
 )
 PATH = f"PATH={sys.exec_prefix}/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 IMAGE = "ami-00000000000000000"
+PREPARE = """
+import sys, pathlib, boto3
+folder, iam = pathlib.Path(sys.argv[1]), boto3.client("iam")
+for role in ("sdan-head", "sdan-worker"):
+    iam.create_role(RoleName=role, AssumeRolePolicyDocument=(folder / "trust-policy.json").read_text())
+    iam.create_instance_profile(InstanceProfileName=role)
+    iam.add_role_to_instance_profile(InstanceProfileName=role, RoleName=role)
+    iam.put_role_policy(RoleName=role, PolicyName="bucket", PolicyDocument=(folder / "worker-policy.json").read_text())
+machines = (folder / "head-policy.json").read_text()
+iam.put_role_policy(RoleName="sdan-head", PolicyName="machines", PolicyDocument=machines)
+launch = (folder / "launch-policy.json").read_text()
+iam.create_policy(PolicyName="launch", PolicyDocument=launch)
+print(boto3.client("ec2").describe_images()["Images"][0]["ImageId"])
+"""
+"""The steps of docs/cluster.md; moto checks the syntax of the policies. Prints the id of an image that moto has."""
 
 
 def allowed(policy):
@@ -49,9 +65,9 @@ def heads(lab):
 def test_ray_up_launches_the_head_within_its_policy(lab):
     log = "MOTO_ENABLE_RECORDING=True MOTO_RECORDER_FILEPATH=recording.txt MOTO_IAM_LOAD_MANAGED_POLICIES=true"
     lab.desk.serve(f"env {log} {PATH} moto_server --host {DESK_IP} --port {PORT}", "moto-ec2.txt")
-    wait_for(lambda: lab.desk.answers(f"{ENDPOINT}/moto-api/"), 60, "moto")
-    code = "import boto3; print(boto3.client('ec2').describe_images()['Images'][0]['ImageId'])"
-    image = lab.desk.run(f'{KEYS} {sys.executable} -c "{code}"', timeout=240).strip()
+    wait_for(lambda: lab.desk.answers(f"{ENDPOINT}/moto-api/"), 120, "moto")
+    policies = ROOT / "deploy" / "aws"
+    image = lab.desk.run(f"{KEYS} {sys.executable} -c {shlex.quote(PREPARE)} {policies}", timeout=300).strip()
     text = (ROOT / "cluster.yaml").read_text()
     assert text.count(IMAGE) == 1
     (lab.desk.home / "cluster.yaml").write_text(text.replace(IMAGE, image))
@@ -65,7 +81,7 @@ def test_ray_up_launches_the_head_within_its_policy(lab):
             "the head",
         )
         said = lab.desk.folder / "ray-up-aws.txt"
-        wait_for(lambda: "Waiting for SSH" in said.read_text() or up.poll() is not None, 60, "the head's ssh")
+        wait_for(lambda: "Waiting for SSH" in said.read_text() or up.poll() is not None, 120, "the head's ssh")
         assert up.poll() is None, said.read_text()[-3000:]
     finally:
         up.kill()
