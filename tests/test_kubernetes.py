@@ -129,7 +129,7 @@ def test_entrypoints_are_commands_that_exist(monkeypatch):
         if command is None:
             continue
         words = command.split()
-        assert words[:3] == ["sdan", "--data", "/home/ray/data"]
+        assert words[:3] == ["sdan", "--data", "/data"]
         known = {name for option in verbs[words[3]].params for name in option.opts}
         assert {word for word in words[4:] if word.startswith("--")} <= known
 

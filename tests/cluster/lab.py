@@ -18,6 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 NETWORK = "10.77.0."
 DESK_IP = f"{NETWORK}1"
+BUNDLE = "/mnt"
+"""Where every host sees the files of Lab.bundle."""
 HIDDEN = (Path("/tmp"), Path.home())
 """Folders of which each host has its own."""
 ALONE = ("--pid", "--fork", "--kill-child", "--mount", "--uts", "--ipc", "--net", "--mount-proc")
@@ -61,7 +63,7 @@ class Host:
         """
         Args:
             folder: its disk, which survives `kill`.
-            bundle: what every host sees at /mnt.
+            bundle: what every host sees at BUNDLE.
         """
         self.name, self.ip, self.folder, self.bundle = name, ip, folder, bundle
         self.home = folder / "home"
@@ -98,7 +100,7 @@ class Host:
                 if _inside(path, folder):
                     target = shlex.quote(f"{place}/{path.relative_to(folder)}")
                     lines += [f"mkdir -p {target}", f"mount --rbind {shlex.quote(str(path))} {target}"]
-        lines += [f"mount --bind {shlex.quote(str(self.bundle))} /mnt", "mount -t tmpfs -o size=12g none /dev/shm"]
+        lines += [f"mount --bind {shlex.quote(str(self.bundle))} {BUNDLE}", "mount -t tmpfs -o size=12g none /dev/shm"]
         lines += ["touch ready", f"mount --rbind view/home {HIDDEN[1]}", f"mount --rbind view/tmp {HIDDEN[0]}", "cd /"]
         lines += ["mount -t tmpfs none /run", "mkdir -p /run/sshd", INIT]
         return "\n".join(lines) + "\n"

@@ -15,7 +15,7 @@ from pathlib import Path
 import bucket
 import pytest
 from conftest import phase
-from lab import DESK_IP, ROOT, LabError, wait_for
+from lab import BUNDLE, DESK_IP, ROOT, LabError, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 WAIT_S = 600.0
@@ -31,7 +31,7 @@ def configured(lab):
     """cluster-local.yaml with the values marked CHANGE."""
     text = (ROOT / "cluster-local.yaml").read_text()
     for old, new in {
-        "https://example.org/sdan.git": "/mnt/sdan.git",
+        "https://example.org/sdan.git": f"{BUNDLE}/sdan.git",
         "SDAN_COMMIT=" + "0" * 40: f"SDAN_COMMIT={lab.commit}",
         "s3://BUCKET": URI,
         "# AWS_ENDPOINT_URL=http://192.168.1.9:9000": f"AWS_ENDPOINT_URL=http://{DESK_IP}:{bucket.PORT}",
