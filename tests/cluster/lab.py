@@ -1,8 +1,8 @@
 """Hosts on one machine: each has its own network, PID, mount, UTS and IPC namespaces, a disk and an sshd.
 
-One more host, the desk, is where a person calls `ray up`; the bridge that connects the hosts is in its network and leads
-nowhere else. Ray's commands kill every Ray process that they see, so they run only in here. The kernel ends a host's
-processes with its first one, and that with the process that started the host.
+One more host, the desk, is where a person calls `ray up`. The bridge that connects the hosts is in its network and
+leads nowhere else. Ray's commands kill every Ray process that they see, so they run only in here. The kernel ends a
+host's processes with its first one, and that with the process that started the host.
 """
 
 from __future__ import annotations
