@@ -1,5 +1,5 @@
-"""How the train workers find each other: on one machine through 127.0.0.1 only, on several through the network interface
-that has the address by which Ray knows the machine."""
+"""How the train workers find each other: on one machine through 127.0.0.1 only, on several through the network
+interface that has the address by which Ray knows the machine."""
 
 from __future__ import annotations
 
