@@ -187,6 +187,11 @@ def test_evaluation_and_zoom_run_as_jobs(cluster, shards):
 def test_ray_down_leaves_nothing_running(cluster):
     with phase("ray down"):
         cluster.desk.run(f"{RAY} down -y cluster-local.yaml", timeout=WAIT_S)
-    for host in (cluster.head, cluster.worker):
-        left = [line for line in host.processes() if "ray" in line and "mlflow" not in line]
-        assert left == []
+
+    def left(host):
+        """Its processes of Ray."""
+        return [line for line in host.processes() if "ray" in line and "mlflow" not in line]
+
+    assert left(cluster.head) == []
+    with phase("the worker's Ray ends by itself"):  # `ray down` does not log in to the workers of a `local` cluster
+        wait_for(lambda: left(cluster.worker) == [], WAIT_S, f"no Ray on the worker, got {left(cluster.worker)}")

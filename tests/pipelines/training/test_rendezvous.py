@@ -1,6 +1,5 @@
 """Train workers on one machine meet on 127.0.0.1; those on several machines meet as Ray Train arranges it."""
 
-import os
 import subprocess
 import sys
 
@@ -77,9 +76,7 @@ def test_only_workers_of_one_machine_use_loopback(monkeypatch, machines, own):
 def test_several_machines_use_the_interface_of_rays_address(monkeypatch):
     assert rendezvous.interface_of("127.0.0.1") == "lo"
     assert rendezvous.interface_of("203.0.113.9") is None
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "chosen")
-    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "")
-    monkeypatch.delenv("NCCL_SOCKET_IFNAME")
+    monkeypatch.setattr(rendezvous.os, "environ", {"GLOO_SOCKET_IFNAME": "chosen"})
     monkeypatch.setattr(rendezvous.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
     rendezvous._use_rays_interface()
-    assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == ("chosen", "lo")
+    assert rendezvous.os.environ == {"GLOO_SOCKET_IFNAME": "chosen", "NCCL_SOCKET_IFNAME": "lo"}
