@@ -35,7 +35,7 @@ test: setup  ## the test suite (under 12 minutes on 2 cores)
 test-slow: setup  ## kills, restarts, sweeps over the real trainer (under 40 minutes on 2 cores)
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests
 
-test-cluster: setup  ## ray up, jobs and lost machines on two hosts in network namespaces (root; about 10 minutes on 2 cores)
+test-cluster: setup  ## ray up, jobs and lost machines on two hosts in network namespaces (root; an idle machine)
 	@$(BIN)/python -m pytest -m cluster -s tests/cluster
 
 fuzz: setup  ## damaged RAW and JPG files through the decoders; SEED= and COUNT= (2,000 files: about a minute)
