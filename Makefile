@@ -12,7 +12,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 .DEFAULT_GOAL := help
 SEED ?= 0
 COUNT ?= 2000
-.PHONY: help setup demo test test-slow fuzz check benchmark-gpu ui constraints clean
+.PHONY: help setup demo test test-slow test-cluster fuzz check benchmark-gpu ui constraints clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,10 +30,13 @@ demo: setup  ## simulate, preprocess, train, evaluate, zoom: small, on this mach
 	@$(BIN)/sdan --data $(DATA) demo
 
 test: setup  ## the test suite (under 12 minutes on 2 cores)
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not cluster" tests
 
 test-slow: setup  ## kills, restarts, sweeps over the real trainer (under 40 minutes on 2 cores)
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests
+
+test-cluster: setup  ## ray up, jobs and lost machines on two hosts in network namespaces (root; an idle machine)
+	@$(BIN)/python -m pytest -m cluster -s tests/cluster
 
 fuzz: setup  ## damaged RAW and JPG files through the decoders; SEED= and COUNT= (2,000 files: about a minute)
 	@$(BIN)/python tests/preprocessing/fuzz.py --seed $(SEED) --count $(COUNT)

@@ -1,4 +1,5 @@
-"""How the train workers find each other: on one machine through 127.0.0.1 only."""
+"""How the train workers find each other: on one machine through 127.0.0.1 only, on several through the network
+interface that has the address by which Ray knows the machine."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
 
+import psutil
 import ray
 import torch.distributed as dist
 from ray.train.backend import BackendConfig
@@ -32,6 +34,7 @@ class _LocalBackend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         config = cast("TorchConfig", backend_config)
         if len(set(worker_group.execute(_node_id))) > 1:
+            worker_group.execute(_use_rays_interface)
             super().on_start(worker_group, config)
             return
         backend = "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) > 0 else "gloo"
@@ -54,6 +57,23 @@ _served: list[dist.TCPStore] = []
 
 def _node_id() -> str:
     return str(ray.get_runtime_context().get_node_id())
+
+
+def _use_rays_interface() -> None:
+    """Let gloo and NCCL use the interface of Ray's address. Otherwise gloo takes the one that the machine's own name
+    resolves to, which on Debian is the loopback interface."""
+    name = interface_of(ray.util.get_node_ip_address())
+    if name is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface of this machine that has an IP address; None if no one has."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.address.partition("%")[0] == address for one in addresses):
+            return str(name)
+    return None
 
 
 def _serve_store() -> int:

@@ -42,7 +42,7 @@ class Group:
     """Ray Train's worker group, on these machines."""
 
     def __init__(self, *machines: str) -> None:
-        self.machines, self.started = machines, []
+        self.machines, self.started, self.executed = machines, [], []
 
     def __len__(self) -> int:
         return len(self.machines)
@@ -51,6 +51,7 @@ class Group:
         return {"CPU": 1.0}
 
     def execute(self, function) -> list:
+        self.executed.append(function)
         return list(self.machines) if function is rendezvous._node_id else [None] * len(self)
 
     def execute_single(self, rank, function) -> int:
@@ -69,3 +70,13 @@ def test_only_workers_of_one_machine_use_loopback(monkeypatch, machines, own):
     config.backend_cls().on_start(group, config)
     expected = [(rank, rendezvous._join, 4321, len(machines), "gloo") for rank in range(len(machines))]
     assert (group.started, by_ray) == ((expected, []) if own else ([], [group]))
+    assert (rendezvous._use_rays_interface in group.executed) != own
+
+
+def test_several_machines_use_the_interface_of_rays_address(monkeypatch):
+    assert rendezvous.interface_of("127.0.0.1") == "lo"
+    assert rendezvous.interface_of("203.0.113.9") is None
+    monkeypatch.setattr(rendezvous.os, "environ", {"GLOO_SOCKET_IFNAME": "chosen"})
+    monkeypatch.setattr(rendezvous.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    rendezvous._use_rays_interface()
+    assert rendezvous.os.environ == {"GLOO_SOCKET_IFNAME": "chosen", "NCCL_SOCKET_IFNAME": "lo"}
