@@ -7,6 +7,7 @@ to the network's output rows). Files are written by formats/.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -273,6 +274,14 @@ def _write(
         file.writelines(png.encode(parts, *size, bits, icc=icc, exif=exif))
 
 
+def load_models(chosen: Chosen, strength: float = 1.0, device: str = "auto") -> tuple[Zoomer, Zoomer]:
+    """(the model for RAW, the model for pictures), as `Zoomer.load` starts them; one object if they are the same."""
+    raw = Zoomer.load(chosen.for_raw, strength, chosen.raw_note, device)
+    if chosen.for_pictures == chosen.for_raw:
+        return raw, raw
+    return raw, Zoomer.load(chosen.for_pictures, strength, chosen.picture_note, device)
+
+
 @dataclass(frozen=True)
 class Zoomed:
     """One written photograph."""
@@ -296,9 +305,7 @@ def zoom_with(
     """`zoom_photos` with the chosen models on a device, as `Zoomer.load` takes it."""
     if chosen.note:
         say(chosen.note)
-    raw = Zoomer.load(chosen.for_raw, strength, chosen.raw_note, device)
-    same = chosen.for_pictures == chosen.for_raw
-    pictures = None if same else Zoomer.load(chosen.for_pictures, strength, chosen.picture_note, device)
+    raw, pictures = load_models(chosen, strength, device)
     return zoom_photos(inputs, out, raw, pictures=pictures, output=output, say=say, warn=warn)
 
 
@@ -380,6 +387,7 @@ def zoom_one(
         progress: called with (tiles done, total tiles); None: a bar on the console.
         replace: whether a file that appears at `target` meanwhile is replaced.
     """
+    output = dataclasses.replace(output, format=output.chosen_format(target))
     require_raw(photo, target, output)
     decoded = read_photo(photo, zoomer.model.config, output)
     for note in (*decoded.notes, *([zoomer.note] if zoomer.note else [])):
@@ -394,7 +402,7 @@ def zoom_one(
     scale = output.scale or zoomer.model.config.scale
     exif = tags.written(decoded.exif, width, height, gps=output.gps, scale=scale, crop_factor=decoded.crop_factor)
     finish: Callable[[np.ndarray], np.ndarray] | None = None
-    if decoded.camera and output.chosen_format(target) == "dng":
+    if decoded.camera:
         finish = decoded.camera.light
     elif decoded.look:
         finish = partial(decoded.look.add, bits=bits)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines import registry
-from pipelines.zoom import Zoomer
+from pipelines.zoom import Zoomer, load_models
 from pipelines.zooming.models import choose_models
 from preprocessing.storage import one_line
 from sdan import STARTERS
@@ -79,9 +79,7 @@ class Models:
 
     def _load(self, version: str | None) -> Served:
         chosen = choose_models(self._data, self._uri)
-        raw = Zoomer.load(chosen.for_raw, note=chosen.raw_note)
-        same = chosen.for_pictures == chosen.for_raw
-        pictures = raw if same else Zoomer.load(chosen.for_pictures, note=chosen.picture_note)
+        raw, pictures = load_models(chosen)
         for zoomer in (raw, pictures):
             zoomer.wait()
         return Served(self._name(version), version, raw, pictures)

@@ -19,9 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from pipelines.zoom import Zoomer, unexpected, zoom_one
+from pipelines.zoom import Zoomer, load_models, unexpected, zoom_one
 from pipelines.zoom_folder.places import Place, open_place, sweep_folder
 from pipelines.zoom_folder.plan import Job
+from pipelines.zooming.models import Chosen
 from pipelines.zooming.request import Output, OutputError, kind_of_photo, shown
 from preprocessing.child import CRASHES, ChildProcess, streams_of
 from preprocessing.storage import one_line, writer_id
@@ -167,7 +168,7 @@ def _serve(requests: IO[str], replies: IO[str], limit_s: float) -> None:
         settings = Settings(**json.loads(requests.readline()))
         target = open_place(settings.target)
         try:
-            zoomers = load_models(settings)
+            zoomers = load_zoomers(settings)
         except ValueError as error:
             reply(broken=str(error))
             return
@@ -179,12 +180,15 @@ def _serve(requests: IO[str], replies: IO[str], limit_s: float) -> None:
             reply(**asdict(result))
 
 
-def load_models(settings: Settings) -> dict[str, Zoomer]:
-    """Kind of photograph -> its model. Raises ValueError."""
-    raw = Zoomer.load(Path(settings.for_raw), settings.strength, settings.raw_note, settings.device)
-    pictures = raw
-    if settings.for_pictures != settings.for_raw:
-        pictures = Zoomer.load(Path(settings.for_pictures), settings.strength, settings.picture_note, settings.device)
+def load_zoomers(settings: Settings) -> dict[str, Zoomer]:
+    """Kind of photograph -> its model, ready to zoom. Raises ValueError."""
+    chosen = Chosen(
+        Path(settings.for_raw),
+        Path(settings.for_pictures),
+        raw_note=settings.raw_note,
+        picture_note=settings.picture_note,
+    )
+    raw, pictures = load_models(chosen, settings.strength, settings.device)
     for zoomer in (raw, pictures):
         zoomer.wait()
     return {"raw": raw, "picture": pictures}
@@ -201,7 +205,7 @@ def zoom_job(
     """Fetch, zoom and deliver one photograph in this process.
 
     Args:
-        zoomers: as `load_models`.
+        zoomers: as `load_zoomers`.
         folder: for temporary files; it is emptied.
         progress: called with (tiles done, total tiles).
     """

@@ -64,7 +64,7 @@ class Photo:
     crop_factor: float = 1.0
     """The photograph's diagonal in units of that of the part to enlarge."""
     camera: Camera | None = None
-    """Of RAW."""
+    """Of RAW that is written as a DNG."""
     look: Look | None = None
     """Of the camera's JPG, if it is asked for."""
 
@@ -124,7 +124,7 @@ def _from_raw(path: Path, network: SDANConfig, output: Output) -> Photo:
         image.remarks,
         exif=_completed(exif, image),
         crop_factor=math.hypot(height, width) / math.hypot(*inner[2:]),
-        camera=camera_of(path, image),
+        camera=camera_of(path, image) if output.format == "dng" else None,
     )
     if not output.like_camera:
         return photo

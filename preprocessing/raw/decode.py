@@ -150,8 +150,11 @@ def load(source: str | Path | bytes, *, name: str | None = None, curve: Renderin
     (X-Trans, monochrome, Foveon, linear DNG).
     """
     with _opened(source, name) as (raw, label):
-        with _stream(source) as file:
-            levels = black_pattern(file)
+        try:
+            with _stream(source) as file:
+                levels = black_pattern(file)
+        except ValueError as error:
+            raise RawError(f"{label}: {error}; {COPY_OR_EXCLUDE}") from error
         return _read_image(raw, label, _first_megabyte(source), curve, levels)
 
 

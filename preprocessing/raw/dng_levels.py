@@ -21,8 +21,10 @@ _TOLERANCE = 1.0
 def black_pattern(file: BinaryIO) -> NDArray[np.float64] | None:
     """[rows, cols] black levels as BlackLevelRepeatDim arranges them, from the visible area's top left.
 
-    None if the file is no TIFF, or if its mosaic's directory has no such tags, or damaged ones.
+    None if the file is no TIFF, or if its mosaic's directory has no such tags, or damaged ones. Raises ValueError if
+    the number of levels is not that of a pattern larger than 2x2: LibRaw would take 0.
     """
+    levels, rows, cols = np.empty(0), 0, 0
     # Damaged tags make Pillow warn and raise many kinds of errors.
     with PROCESS_LOCK, warnings.catch_warnings(), contextlib.suppress(Exception):
         warnings.simplefilter("ignore")
@@ -30,8 +32,11 @@ def black_pattern(file: BinaryIO) -> NDArray[np.float64] | None:
         if found is None or _BLACK_LEVEL_REPEAT not in found or _BLACK_LEVEL not in found:
             return None
         levels = np.atleast_1d(np.array(found[_BLACK_LEVEL], np.float64))
-        rows, cols = found[_BLACK_LEVEL_REPEAT]
+        rows, cols = (int(value) for value in found[_BLACK_LEVEL_REPEAT])
+    if levels.size and levels.size == rows * cols:
         return levels.reshape(rows, cols)
+    if rows * cols > 4:
+        raise ValueError(f"expected {rows * cols} black levels for its {rows}x{cols} pattern, got {levels.size}")
     return None
 
 

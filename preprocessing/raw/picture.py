@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
 from preprocessing.raw.exif import PROCESS_LOCK, Exif, read_exif
+from preprocessing.raw.jpeg_damage import jpeg_damage
 from preprocessing.raw.profiles.colour_numbers import HighDynamicRange, outranks_profile, stated_space
 from preprocessing.raw.profiles.icc import ADOBE_RGB, MatrixProfile, read_matrix_profile
 
@@ -113,6 +114,7 @@ def read_picture(
             convert = _read_deep if _bits(picture, data) > 8 else _read_8_bit
             grey = picture.mode in _GREY_MODES
             pixels, notes = convert(picture, data, name, _space(picture, tags, data, name))
+            _require_intact(picture, data, name)
     except PictureError:
         raise
     except (OSError, ValueError, SyntaxError, TypeError, KeyError, OverflowError, RuntimeError, cv2.error) as error:
@@ -189,6 +191,12 @@ def _require_size(picture: Image.Image, name: str, size: int, max_pixels: int) -
             f"{name}: expected at most {max_pixels / 1e6:.0f} megapixels, got {width}x{height} = "
             f"{width * height / 1e6:.0f}; reduce or crop it"
         )
+
+
+def _require_intact(picture: Image.Image, data: bytes, name: str) -> None:
+    damage = jpeg_damage(data) if picture.format in ("JPEG", "MPO") else None
+    if damage:
+        raise PictureError(f"{name}: expected an intact JPG, got {damage}; copy or export it again")
 
 
 def _bits(picture: Image.Image, data: bytes) -> int:

@@ -51,8 +51,10 @@ def test_documented_examples_read_a_picture(library, tiny_shards, tmp_path, monk
     assert any(np.array_equal(found["picture"], picture) for picture in stored)
 
 
-def test_pandas_and_pyarrow_open_the_folder_as_it_is(tiny_shards, tmp_path):
+def test_the_folder_opens_as_it_is(tiny_shards, tmp_path):
+    import duckdb
     import pandas
+    import polars
 
     shutil.copytree(tiny_shards, tmp_path / "shards")
     folder = open_folder(str(tmp_path / "shards"))
@@ -60,6 +62,12 @@ def test_pandas_and_pyarrow_open_the_folder_as_it_is(tiny_shards, tmp_path):
         folder.put(name, b"{}")
     assert len(pandas.read_parquet(folder.root, columns=["sequence", "split"])) == 10
     assert pq.read_table(folder.root, columns=["sequence"]).num_rows == 10
+    assert len(duckdb.read_parquet(folder.root).select("sequence").fetchall()) == 10
+    # The one that takes a pattern, since it reads files of any name. If this fails, docs/shards.md can be shortened.
+    with pytest.raises(polars.exceptions.InvalidOperationError, match="different file extensions"):
+        polars.scan_parquet(folder.root).select("sequence").collect()
+    found = polars.scan_parquet(f"{folder.root}/split=*/*.parquet", hive_partitioning=True)
+    assert found.select("sequence", "split").collect().shape == (10, 2)
 
 
 @pytest.mark.parametrize("old", ["split=train", "split=val"])

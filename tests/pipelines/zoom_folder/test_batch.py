@@ -20,7 +20,7 @@ from pipelines import cli
 from pipelines.zoom_folder import batch
 from pipelines.zoom_folder.batch import BatchReport, zoom_batch
 from pipelines.zoom_folder.places import open_place
-from pipelines.zoom_folder.worker import ZoomWorker, load_models, temporary_folder, zoom_job
+from pipelines.zoom_folder.worker import ZoomWorker, load_zoomers, temporary_folder, zoom_job
 from pipelines.zooming.models import Chosen
 from pipelines.zooming.request import Output, ZoomError
 from preprocessing.raw.dng import write_dng
@@ -36,7 +36,7 @@ class InProcess:
 
     def __init__(self, settings):
         self.settings, self.target = settings, open_place(settings.target)
-        self.zoomers = load_models(settings)
+        self.zoomers = load_zoomers(settings)
 
     def run(self, job, progress):
         with temporary_folder() as folder:

@@ -130,6 +130,23 @@ def test_an_irregular_black_level_pattern_is_refused(good):
     assert decode.load(retagged(retagged(good, 50713, 3, 4, 4), 50714, 4, *nearly)).black_level.max() == 513
 
 
+def test_missing_black_levels_of_a_pattern_are_refused(good):
+    """LibRaw would take 0 for all: a grey veil over the shadows."""
+    data = retagged(retagged(good, 50713, 3, 4, 4), 50714, 4, 500, 501)
+    assert "expected 16 black levels for its 4x4 pattern, got 2; " in refusal(data)
+    one_for_all = retagged(retagged(good, 50713, 3, 0, 0), 50714, 4, 500)
+    assert decode.load(one_for_all).black_level.tolist() == [500] * 4
+
+
+@pytest.mark.parametrize("area", [(1, 0, 95, 144), (0, 1, 96, 143), (3, 3, 91, 141)])
+def test_a_black_level_pattern_starts_at_the_active_area(good, area):
+    data = retagged(good, 50829, 4, *area, instead_of=284)
+    image = decode.load(retagged(retagged(data, 50713, 3, 4, 4), 50714, 4, *FOUR))
+    # The pattern's place of each colour: the sensor's red lies on even rows and columns.
+    wanted = [CELL[2 * ((row + area[0]) % 2) + (col + area[1]) % 2] for row in (0, 1) for col in (0, 1)]
+    assert image.black_level.tolist() == wanted
+
+
 def test_a_black_level_of_zero_is_kept(tmp_path, mosaic):
     write_dng(tmp_path / "x.dng", mosaic, wb=WB, black_level=(0, 0, 0, 0))
     assert decode.load(tmp_path / "x.dng").black_level.tolist() == [0, 0, 0, 0]

@@ -310,6 +310,64 @@ def test_unusable_pictures_are_refused_in_one_line():
         read_picture(good, "a.jpg", kinds=("JPG",))
 
 
+JPEGS = {
+    "baseline": {},
+    "progressive": {"progressive": True},
+    "restarts": {"restart_marker_rows": 1},
+    "all chroma": {"subsampling": 0, "optimize": True},
+}
+
+
+def detailed_jpg(**options):
+    """120 KB of compressed data."""
+    picture = np.random.default_rng(5).integers(0, 256, (80, 120, 3), np.uint8)
+    return encoded(cv2.resize(picture, (480, 320), interpolation=cv2.INTER_CUBIC), "JPEG", quality=95, **options)
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+@pytest.mark.parametrize("damage", ["zeros", "random", "cut out"])
+def test_damage_inside_a_jpg_is_refused(kind, damage):
+    """Pillow decodes such files without a word: shifted, grey or coloured blocks from there on."""
+    good = detailed_jpg(**JPEGS[kind])
+    refused = 0
+    for place in np.linspace(0.2, 0.8, 6):
+        at = int(len(good) * place) // 512 * 512
+        instead = {"zeros": bytes(4096), "random": np.random.default_rng(at).bytes(4096), "cut out": b""}[damage]
+        try:
+            read_picture(good[:at] + instead + good[at + 4096 :], "a.jpg")
+        except PictureError as error:
+            refused += 1
+            assert str(error).endswith("; copy or export it again") and str(error).startswith("a.jpg: expected ")
+    assert refused >= 5
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_harmless_bytes_in_a_jpg_are_accepted(kind):
+    good = detailed_jpg(**JPEGS[kind])
+    pixels = read_picture(good, "a.jpg").pixels_HWC
+    preview = struct.pack(">H", len(good[:60000]) + 2) + good[:60000]
+    for data in (
+        good[:-2] + bytes(2000) + good[-2:],  # padding before the end
+        good[:-2] + b"\xff" * 7 + good[-2:],
+        good[:-2] + b"slop" + good[-2:],
+        good + good,  # a second picture
+        good + bytes(1000),
+        good[:2] + b"\xff\xe9" + preview + good[2:],
+    ):
+        assert np.array_equal(read_picture(data, "a.jpg").pixels_HWC, pixels)
+
+
+def test_every_intact_jpg_counts_as_intact():
+    picture = cv2.resize(np.random.default_rng(7).integers(0, 256, (9, 13, 3), np.uint8), (173, 91))
+    for quality in (5, 60, 100):
+        for subsampling in (0, 1, 2):
+            for options in JPEGS.values():
+                data = encoded(picture, "JPEG", **{"quality": quality, "subsampling": subsampling, **options})
+                assert read_picture(data, "a.jpg").size == (91, 173)
+    assert read_picture(encoded(picture[..., 0], "JPEG"), "a.jpg").grey
+    assert read_picture(encoded(picture[:1, :1], "JPEG"), "a.jpg").size == (1, 1)
+
+
 def test_size_is_checked_before_memory_is_taken():
     import zlib
 
