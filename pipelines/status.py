@@ -15,7 +15,6 @@ from pipelines.registered.description import SHOWN_SCORES
 from pipelines.retraining import lock, state
 from pipelines.retraining.lock import local_time
 from pipelines.retraining.seen import describe_new
-from pipelines.retraining.state import Pending
 from pipelines.retraining.timer import next_run
 from pipelines.sweeping.state import SweepStatus, sweeps
 from pipelines.training import progress, run_folder
@@ -143,9 +142,10 @@ def _retrainings(data: Path) -> list[str]:
 
 def _shards(data: Path) -> str | None:
     """SHARDS of the newest retraining; None before the first."""
+    for left in state.all_pending(data):
+        return left.shards
     with suppress(SmallJsonError, OSError):
-        for run in [*state.all_pending(data)[-1:], *state.past(data)]:
-            found = run.shards if isinstance(run, Pending) else run.get("shards")
-            if found:
+        for run in state.past(data):
+            if found := run.get("shards"):
                 return found
     return None

@@ -81,7 +81,7 @@ def _compared(metric: str, before: list[Mapping[str, Any]], after: list[Mapping[
         for old, new in zip(before, after, strict=True)
         if _finite(old.get(metric)) and _finite(new.get(metric))
     ]
-    sequences, olds, news = ([row[part] for row in both] for part in range(3))
+    sequences, olds, news = [row[0] for row in both], [row[1] for row in both], [row[2] for row in both]
     if not both:
         return Comparison(metric, math.nan, math.nan, 0, mean_interval([], []))
     difference = difference_interval(news, olds, sequences)
