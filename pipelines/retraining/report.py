@@ -34,7 +34,7 @@ def training_lines(name: str, shards: RunShards | None, share: float, verdict: V
             f"(train.replay_share {share:g})."
         )
     elif shards is not None:
-        lines.append("Replay: none; new and old pairs are not told apart, so every pair has the same share of crops.")
+        lines.append("Replay: none; every pair has the same share of crops.")
     return lines
 
 
