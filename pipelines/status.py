@@ -14,10 +14,10 @@ from pipelines import registry
 from pipelines.registered.description import SHOWN_SCORES
 from pipelines.retraining import lock, state
 from pipelines.retraining.lock import local_time
-from pipelines.retraining.seen import describe_new
 from pipelines.retraining.timer import next_run
 from pipelines.sweeping.state import SweepStatus, sweeps
 from pipelines.training import progress, run_folder
+from pipelines.training.seen import describe_new
 from preprocessing.shard_folder.small_json import SmallJsonError
 
 MOST_RUNS = 8

@@ -41,7 +41,6 @@ from pipelines.loader import (
     with_new,
 )
 from pipelines.registry import RegistryError
-from pipelines.retraining.seen import log_pairs
 from pipelines.training import run_folder
 from pipelines.training.failures import StopOnPermanentError
 from pipelines.training.graph import check_graph
@@ -49,6 +48,7 @@ from pipelines.training.progress import SELECT_BY, ProgressFile, ProgressLine
 from pipelines.training.rendezvous import LocalTorchConfig
 from pipelines.training.run_folder import RunShards, StoredRun
 from pipelines.training.run_log import deliver, log_data, log_gains
+from pipelines.training.seen import log_pairs
 from pipelines.training.verdict import Verdict, judge
 from pipelines.training.worker import TrainJob, train_worker
 from preprocessing.storage import require_no_password

@@ -29,7 +29,7 @@ import sys
 raw, shards, data = sys.argv[1:]
 options = [raw, shards, "--tile", "24", "--stride", "16", "--val", "00002"]
 smoke = ["--config", "smoke", "--workers", "1", "--set", "train.epochs=1", "--margin", "0"]
-for arguments in (["preprocess", *options], ["retrain", *options, *smoke], ["retrain", *options], ["status"]):
+for arguments in (["preprocess", *options], ["retrain", *options, *smoke], ["status"]):
     app(["--data", data, *arguments], standalone_mode=False)
 """
 

@@ -25,12 +25,12 @@ from pipelines.loader import ShardsError, index_split, pair_names
 from pipelines.retraining import report, state
 from pipelines.retraining.compare import Comparison, Decision, compare, decide
 from pipelines.retraining.lock import Held
-from pipelines.retraining.seen import log_pairs, seen_by
 from pipelines.retraining.state import MAX_ATTEMPTS, Pending
 from pipelines.train import TrainError, TrainResult, train
 from pipelines.training import run_folder
 from pipelines.training.progress import SELECT_BY
 from pipelines.training.run_folder import RunFolderError, RunShards
+from pipelines.training.seen import log_pairs, seen_by
 from pipelines.training.verdict import judge
 from sdan import checkpoint
 
