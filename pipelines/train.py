@@ -229,11 +229,10 @@ def train(
         TrainError: the training failed, or its model cannot be registered; what there is stays in the run.
     """
     cluster.check_workers(workers)
-    folder, stored, pairs, config = _checked(shards, config, data, name, resume, init_from, seen)
+    folder, stored, pairs, config = _checked(shards, config, data, name, resume, init_from, seen, storage)
     vgg = _loss_weights(config, vgg_weights)
     if progress and (note := alignment_note(pairs.train)):
         print(f"train: {note}", file=sys.stderr, flush=True)
-    require_no_password(storage or "")
     if progress and not ray.is_initialized():
         print("train: starting Ray", file=sys.stderr, flush=True)
     cluster.start_ray()
@@ -303,8 +302,10 @@ def _checked(
     resume: bool,
     init_from: Path | None,
     seen: Collection[str],
+    storage: str | None,
 ) -> tuple[Path, StoredRun | None, RunShards, ExperimentConfig]:
     """Every check that needs neither Ray nor MLflow; writes nothing."""
+    require_no_password(storage or "")
     if "://" not in shards:
         shards = str(Path(shards).resolve())  # train workers have other working directories
     folder = _folder(data, config, name, resume)

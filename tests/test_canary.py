@@ -142,6 +142,7 @@ SECRET = f"s3://key:{CANARY}@zoom/x"
         ["preprocess", "RAW", SECRET],
         ["train", SECRET],
         ["train", "SHARDS", "--init", SECRET],
+        ["train", "SHARDS", "--storage", SECRET],
         ["evaluate", SECRET, "--model", "starter"],
         ["evaluate", "SHARDS", "--model", SECRET],
         ["tune", SECRET],
