@@ -18,8 +18,11 @@ import boto3
 import pytest
 from known_scene import write_sequence
 from moto.server import ThreadedMotoServer
+from ray.train.v2._internal.state.schema import _to_json_serializable_value
 
+from pipelines import config as configs
 from pipelines import registry
+from pipelines.training.worker import TrainJob
 from preprocessing.storage import UriError, open_folder, require_no_password
 
 CANARY = "c4narY7secretZq"
@@ -175,3 +178,10 @@ def test_a_server_that_does_not_answer_is_named_without_password(tmp_path, monke
         with pytest.raises(registry.RegistryError) as refused:
             registry.prepare_database(uri)
         assert "127.0.0.1:9" in str(refused.value) and CANARY not in str(refused.value)
+
+
+def test_what_ray_shows_of_a_training_has_no_password():
+    """Ray Train keeps the text of its arguments for the dashboard."""
+    job = TrainJob(configs.smoke(), None, "/runs/one", 1, 1, f"http://user:{CANARY}@server:5000", "0", None, None)
+    shown = str(_to_json_serializable_value({"job": job}))
+    assert "/runs/one" in shown and CANARY not in shown
