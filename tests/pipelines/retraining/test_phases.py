@@ -23,6 +23,7 @@ from pipelines.retraining import phases, report, state
 from pipelines.train import TrainError, TrainResult
 from pipelines.training import run_folder
 from pipelines.training.run_folder import PROGRESS, RunShards, StoredRun
+from preprocessing.plan import QuarantineEntry
 from preprocessing.shards import PreprocessOptions, PreprocessReport
 from sdan import checkpoint
 from sdan.network import SDAN
@@ -37,6 +38,7 @@ class StandIns:
     def __init__(self, folder: Path) -> None:
         self.folder, self.moment = folder, ""
         self.gain_db, self.start_db, self.fails = 0.3, 20.0, False
+        self.damaged: list[QuarantineEntry] = []
 
     def at(self, moment: str) -> None:
         with (self.folder / "moments.txt").open("a") as file:
@@ -50,7 +52,7 @@ class StandIns:
 
     def preprocess(self, raw: str, shards: str, options: object, **_: object) -> PreprocessReport:
         self.at("preprocess")
-        return PreprocessReport(pairs=5, splits={"train": 5, "val": 1, "test": 0})
+        return PreprocessReport(pairs=5, todo=len(self.damaged), quarantined=self.damaged)
 
     def train(self, shards, config, *, data, name, resume, init_from, seen, register, **_) -> TrainResult:
         assert register is None
@@ -209,7 +211,10 @@ def test_a_worse_model_is_registered_and_not_promoted(place):
     result = run(place.folder)
     assert not result.promoted and "below the margin of 0.05 dB" in result.reason
     assert champion(place.folder) == "1" and result.trained.version == "2" and not result.trained.champion
-    assert "nothing new" in run(place.folder).reason
+    place.damaged = [QuarantineEntry("00007", "00006-00002", "00006.ARW: cut")]
+    assert "nothing new" in run(place.folder).reason  # RAW that cannot be used is worth a report all the same
+    texts = [path.read_text() for path in (place.folder / "data" / state.FOLDER).glob("*.md")]
+    assert any("- 00007 00006-00002: 00006.ARW: cut" in text and "nothing new" in text for text in texts)
 
 
 @pytest.mark.slow
