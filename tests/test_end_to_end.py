@@ -189,7 +189,7 @@ def test_retraining_runs_once_for_new_pairs(tmp_path):
     gain = second.comparisons[0]
     assert gain.metric == "aligned_psnr" and gain.difference.sequences == 1
     rows = [scores.rows["SDAN (self)"]["aligned_psnr"] for scores in (second.champion, second.challenger)]
-    assert gain.difference.mean == pytest.approx(rows[1] - rows[0], abs=1e-6)
+    assert gain.difference.mean == pytest.approx(rows[1] - rows[0], abs=1e-4)
     assert not second.promoted and "takes two held-out sequences" in second.reason  # one gives no interval
     uri = registry.default_tracking_uri(tmp_path / "data")
     assert str(registry.get_champion(uri).version) == first.trained.version
