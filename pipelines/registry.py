@@ -395,7 +395,8 @@ def _source(tracking_uri: str, uri: str) -> str:
 
 
 def _local(source: str, asked: str, tracking_uri: str, cache: Path | None) -> Path:
-    if "://" not in source:
+    served = source.startswith("mlflow-artifacts:")  # mlflow-artifacts:/..., by the MLflow server itself
+    if "://" not in source and not served:
         return Path(source).expanduser()
     if source.startswith("file://"):
         return Path(unquote(source.removeprefix("file://")))
