@@ -554,16 +554,31 @@ def retrain(
     assignments: Assignments = None,
     workers: Workers = None,
     vgg_weights: VggWeights = None,
+    margin: Annotated[
+        float | None,
+        typer.Option(
+            metavar="DB",
+            help="Least mean PSNR gain over the champion for a promotion, beside its interval; default: 0.05.",
+        ),
+    ] = None,
+    replay: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Share of a fine-tuning's crops from pairs that the champion knows; default: its own (0.5).",
+        ),
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Preprocess what is new, fine-tune the champion, and promote the result if it is better.
 
+    A run that was killed is continued by the next one; a second run at the same time ends with exit code 0.
     --config and --set are for a first model; the champion is fine-tuned with its own config.
     """
     from pipelines import config as configs
     from pipelines import retrain as verb
 
-    _INTERRUPTS.kept = f"finished pairs are kept, a training that was not finished starts again; {GO_ON}"
+    _INTERRUPTS.kept = f"the champion stays, and what is finished is kept; {GO_ON}"
     try:
         result = verb.retrain(
             raw,
@@ -573,6 +588,8 @@ def retrain(
             config=configs.chosen(config, assignments or ()) if config or assignments else None,
             workers=workers,
             vgg_weights=vgg_weights,
+            margin_db=verb.MARGIN_DB if margin is None else margin,
+            replay_share=replay,
             dry_run=dry_run,
         )
     except verb.RetrainRunning as running:
@@ -696,7 +713,7 @@ def promote(version: Annotated[str, typer.Argument(metavar="VERSION", help="A ve
 
 @app.command()
 def status() -> None:
-    """Show runs, champion, shards and the last retraining on one screen."""
+    """Show runs, champion, shards, the last retrainings, what is new, the next run and the lock on one screen."""
     from pipelines import status as verb
 
     _say(str(verb.status(_data())))

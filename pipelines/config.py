@@ -79,6 +79,9 @@ class TrainConfig:
     """Standard deviation, in target pixels, of a Gaussian blur of the simulator's ideal picture (self_target=truth).
     That picture is as sharp as its grid allows, and rings beside edges. A network that learns it sharpens more than
     some lenses need, which shows as halos."""
+    replay_share: float = 0.5
+    """In a fine-tuning: share of the crops that comes from pairs that the model has been trained on before, so that it
+    does not forget them. It is raised where few pairs are new (loader.replayed). Other trainings do not use it."""
     validate_every: int = 1
     """Epochs between validations (a checkpoint follows each)."""
     picture_every: int = 5
@@ -118,6 +121,8 @@ class TrainConfig:
             raise ConfigError(f"train.truth_blur_px: expected 0 to 100 target pixels, got {self.truth_blur_px}")
         if not 0 <= self.reduced_share <= 1:
             raise ConfigError(f"train.reduced_share: expected a value in [0, 1], got {self.reduced_share}")
+        if not 0 <= self.replay_share < 1:
+            raise ConfigError(f"train.replay_share: expected a value from 0 to below 1, got {self.replay_share}")
         if self.look not in ("rendering", "camera"):
             raise ConfigError(f"train.look: expected rendering or camera, got {self.look!r}")
         if self.precision not in ("auto", "fp32", "bf16", "fp16"):

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import islice, repeat
 from typing import Any, NamedTuple
 
@@ -47,6 +47,10 @@ IMAGES = ("lr_render", *PICTURES)
 LOOK = (*LOOK_COLUMNS, "lr_source", "hr_source")
 """The columns that `in_rendering_look` reads."""
 LEVELS = ("black_level", "wb", "white_level")
+MOST_NEW = 10
+"""How much more often a fine-tuning may draw a new pair than an old one."""
+_REPLAY_STEPS = 1000
+"""Shares of replay are rounded to thousandths, so that the schedule is exact."""
 TASK_CROPS = 32
 """Approximate crops per reader task; for a small network, starting a task costs as much as reading a batch."""
 
@@ -69,6 +73,9 @@ class ShardIndex:
     tiles: tuple[int, ...]
     """Number of tiles in each file of `paths`."""
     info: schema.ShardInfo
+    new: tuple[int, ...] = ()
+    """Places in `paths` of the pairs that the model a fine-tuning starts from has not been trained on; () in any other
+    training."""
 
     @property
     def num_tiles(self) -> int:
@@ -77,7 +84,7 @@ class ShardIndex:
     @property
     def digest(self) -> str:
         """16 hex digits over the file names, which contain the fingerprints of the pairs' inputs."""
-        names = "\n".join(path.rsplit("/", 1)[-1] for path in self.paths)
+        names = "\n".join(pair_names(self))
         return hashlib.sha256(names.encode()).hexdigest()[:16]
 
 
@@ -104,6 +111,28 @@ def index_split(shards: str, split: str) -> ShardIndex:
     with ThreadPoolExecutor(16) as pool:
         tiles = tuple(pool.map(lambda path: _count_tiles(shards, path), paths))
     return ShardIndex(shards, split, tuple(paths), tiles, info)
+
+
+def pair_names(index: ShardIndex) -> list[str]:
+    """The file names of the pairs, which contain the fingerprints of their inputs."""
+    return [path.rsplit("/", 1)[-1] for path in index.paths]
+
+
+def with_new(index: ShardIndex, seen: Collection[str]) -> ShardIndex:
+    """The index with `new`: its pairs whose names (`pair_names`) are not among `seen`."""
+    known = set(seen)
+    return replace(index, new=tuple(place for place, name in enumerate(pair_names(index)) if name not in known))
+
+
+def replayed(index: ShardIndex, share: float) -> float:
+    """The share of a fine-tuning's crops that comes from old pairs, those that are not `new`.
+
+    It is `share` (train.replay_share), or more where few pairs are new: a new pair is drawn at most MOST_NEW times as
+    often as an old one, so that a handful of pairs is not learnt by heart.
+    """
+    new = len(index.new)
+    old = len(index.paths) - new
+    return max(share, old / (old + MOST_NEW * new)) if old else 0.0
 
 
 def of_pair(index: ShardIndex, pair: str) -> ShardIndex:
@@ -237,6 +266,8 @@ class CropStream:
     """train.truth_blur_px: the blur of true_rgb."""
     raw: bool = True
     """Whether crops include the RAW and its rendering; networks of RGB input need neither."""
+    replay_share: float = 0.0
+    """train.replay_share, for an index with `new` pairs."""
     max_shift_px: int = 0
     """Above 0, crops include `motion` [2,3,3], a random field for known_shift.moved_reference of up to this many mosaic
     pixels."""
@@ -291,9 +322,28 @@ class CropStream:
         return dict.fromkeys(targets, crop[own]) | {"lr_rgb": reduced(crop[own], self.index.info.scale, random)}
 
     def pair(self, number: int) -> int:
-        """The index of the pair that crop `number` is cut from."""
-        pairs = len(self.index.paths)
-        order = np.random.default_rng((self.seed, 1, number // pairs)).permutation(pairs)
+        """The index of the pair that crop `number` is cut from.
+
+        Where the index tells new pairs from old ones, each kind has rounds of its own, and `replayed` of the crops,
+        evenly spread, are of old pairs.
+        """
+        new = self.index.new
+        if not 0 < len(new) < len(self.index.paths):
+            return self._visit(1, number, len(self.index.paths))
+        old = self._old
+        part = round(replayed(self.index, self.replay_share) * _REPLAY_STEPS)
+        before = number * part // _REPLAY_STEPS  # crops of old pairs before this one
+        if (number + 1) * part // _REPLAY_STEPS > before:
+            return old[self._visit(4, before, len(old))]
+        return new[self._visit(1, number - before, len(new))]
+
+    @cached_property
+    def _old(self) -> list[int]:
+        return sorted(set(range(len(self.index.paths))) - set(self.index.new))
+
+    def _visit(self, kind: int, number: int, pairs: int) -> int:
+        """Place `number` of endless rounds, each of which visits every one of `pairs` once, in a new random order."""
+        order = np.random.default_rng((self.seed, kind, number // pairs)).permutation(pairs)
         return int(order[number % pairs])
 
 
@@ -311,6 +361,7 @@ def training_stream(index: ShardIndex, config: ExperimentConfig) -> CropStream:
         reduced_share=train.reduced_share,
         truth_blur_px=train.truth_blur_px,
         raw=not config.model.is_rgb,
+        replay_share=train.replay_share,
         max_shift_px=config.model.max_shift_px if loss.known_shift_weight > 0 else 0,
     )
 

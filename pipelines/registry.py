@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 from pipelines.registered import logged
 from pipelines.registered.description import described
+from preprocessing.storage import require_no_password
 from sdan import STARTER, STARTERS, starter_folder
 from sdan.checkpoint import DESCRIPTION, WEIGHTS
 
@@ -46,6 +47,8 @@ CHALLENGER = "challenger"
 CHAMPION_URI = f"models:/{MODEL}@{CHAMPION}"
 PREVIOUS_TAG = "sdan.previous_champion"
 """Tag of a champion's version: the version that was champion before it."""
+ROLLED_BACK_TAG = "sdan.rolled_back"
+"""Tag of a version: when `sdan rollback` last took the alias from it (UTC)."""
 CHECKPOINT_TAG = "sdan.checkpoint"
 """Tag of a run: the MLflow model of its newest registered checkpoint, models:/m-...; before 0.3 an artifact folder."""
 DIGEST_TAG = "sdan.checkpoint_digest"
@@ -294,6 +297,13 @@ def set_champion(tracking_uri: str, version: str, name: str = MODEL) -> None:
     client.set_registered_model_alias(name, CHAMPION, version)
 
 
+def tag_version(tracking_uri: str, version: str, tags: Mapping[str, str], name: str = MODEL) -> None:
+    """Set tags of a version."""
+    client = connect(tracking_uri, write=True)
+    for tag, value in tags.items():
+        client.set_model_version_tag(name, version, tag, value)
+
+
 def remember_shards(tracking_uri: str, digest: str, name: str = MODEL) -> None:
     """Record which shards the newest version was trained on (ShardIndex.digest), promoted or not."""
     connect(tracking_uri, write=True).set_registered_model_tag(name, SHARDS_TAG, digest)
@@ -324,6 +334,8 @@ def rollback(tracking_uri: str, name: str = MODEL) -> tuple[str, str]:
             "first"
         )
     connect(tracking_uri, write=True).set_registered_model_alias(name, CHAMPION, previous)
+    rolled_back = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    tag_version(tracking_uri, str(champion.version), {ROLLED_BACK_TAG: rolled_back}, name)
     return str(champion.version), previous
 
 
@@ -381,12 +393,14 @@ def _source(tracking_uri: str, uri: str) -> str:
 
 
 def _local(source: str, asked: str, tracking_uri: str, cache: Path | None) -> Path:
-    if "://" not in source:
+    served = source.startswith("mlflow-artifacts:")  # mlflow-artifacts:/..., by the MLflow server itself
+    if "://" not in source and not served:
         return Path(source).expanduser()
     if source.startswith("file://"):
         return Path(unquote(source.removeprefix("file://")))
     from mlflow.artifacts import download_artifacts
 
+    require_no_password(source)
     target = cache or Path(tempfile.mkdtemp(prefix="sdan-model-"))
     target.mkdir(parents=True, exist_ok=True)
     try:

@@ -1,28 +1,29 @@
-"""`sdan status`: runs, sweeps, champion, shards and the last retraining on one screen."""
+"""`sdan status`: runs, sweeps, champion, shards and retrainings (last, next, lock) on one screen."""
 
 from __future__ import annotations
 
-import json
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
 from tqdm import tqdm
-from typing_extensions import TypedDict
 
 from pipelines import registry
 from pipelines.registered.description import SHOWN_SCORES
+from pipelines.retraining import lock, state
+from pipelines.retraining.lock import local_time
+from pipelines.retraining.timer import next_run
 from pipelines.sweeping.state import SweepStatus, sweeps
 from pipelines.training import progress, run_folder
-from preprocessing.shard_folder.small_json import SmallJsonError, read_json
-from preprocessing.storage import write_atomically
+from pipelines.training.seen import describe_new
+from preprocessing.shard_folder.small_json import SmallJsonError
 
 MOST_RUNS = 8
 SILENT_S = 120.0
 """A run that has written nothing for this long counts as stopped; steps and validations take less."""
-RETRAIN = "retrain.json"
+MOST_RETRAININGS = 5
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,12 @@ class Status:
     runs: tuple[RunStatus, ...]
     """Newest first."""
     champion: str
-    retrain: str
+    retrain: tuple[str, ...]
+    """The last retrainings, newest first."""
+    new: str
+    """What the next one finds."""
+    lock: str
+    next_run: str
     sweeps: tuple[SweepStatus, ...] = ()
     """Newest first."""
 
@@ -61,7 +67,10 @@ class Status:
             "sweeps": [f"{sweep.name}  {sweep.state}  {sweep.detail}" for sweep in self.sweeps[:MOST_RUNS]],
             "champion": [self.champion],
             "shards": list(dict.fromkeys(run.shards for run in self.runs if run.shards)) or ["none used by a run yet"],
-            "retrain": [self.retrain],
+            "retrain": list(self.retrain),
+            "new": [self.new],
+            "lock": [self.lock],
+            "next run": [self.next_run],
         }
         lines = []
         for title, block in blocks.items():  # without sweeps there is no block for them
@@ -69,24 +78,13 @@ class Status:
         return "\n".join(lines)
 
 
-class _Noted(TypedDict):
-    """retrain.json."""
-
-    time: Annotated[float, Field(ge=0, le=1e11)]
-    reason: str
-
-
 def status(data: Path) -> Status:
     """Read the data folder and the registry; starts nothing and writes nothing."""
     runs = tuple(_run(folder) for folder in run_folder.all_runs(data))
     uri = registry.default_tracking_uri(data)
-    return Status(runs, _champion(uri), _retrain(data / RETRAIN), tuple(sweeps(data)))
-
-
-def note_retrain(data: Path, reason: str) -> None:
-    """Store the outcome of a retraining for `status`."""
-    data.mkdir(parents=True, exist_ok=True)
-    write_atomically(data / RETRAIN, json.dumps({"time": time.time(), "reason": reason}))
+    shards = _shards(data)
+    new, held = describe_new(uri, data, shards), lock.describe(data, shards)
+    return Status(runs, _champion(uri), tuple(_retrainings(data)), new, held, next_run(), tuple(sweeps(data)))
 
 
 def _run(folder: Path) -> RunStatus:
@@ -124,15 +122,30 @@ def _champion(uri: str) -> str:
     run = registry.connect(uri).get_run(str(champion.run_id))
     known = [(label, champion.tags[name]) for name, label in SHOWN_SCORES.items() if name in champion.tags]
     shown = "".join(f", {float(score):.2f} dB ({label})" for label, score in known)
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(champion.creation_timestamp / 1000))
+    when = local_time(champion.creation_timestamp / 1000)
     return f"version {champion.version} of {registry.MODEL}, from run {run.info.run_name}, {when}{shown}"
 
 
-def _retrain(path: Path) -> str:
-    if not path.exists():
-        return "none yet"
+def _retrainings(data: Path) -> list[str]:
+    """The last retrainings, and those that are not finished."""
+    unfinished = [
+        f"unfinished: {left.name} since {local_time(left.began)}; the next `sdan retrain` goes on from "
+        f"{'its training' if left.version is None else 'version ' + left.version}"
+        for left in state.all_pending(data)
+    ]
     try:
-        noted = read_json(path, _Noted)
+        ended = [f"{local_time(run['time'])}: {run['reason']}" for run in state.past(data)[:MOST_RETRAININGS]]
     except (SmallJsonError, OSError) as error:
-        return f"ignored: {error}"
-    return f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(noted['time']))}: {noted['reason']}"
+        ended = [f"ignored: {error}"]
+    return [*unfinished, *ended] or ["none yet"]
+
+
+def _shards(data: Path) -> str | None:
+    """SHARDS of the newest retraining; None before the first."""
+    for left in state.all_pending(data):
+        return left.shards
+    with suppress(SmallJsonError, OSError):
+        for run in state.past(data):
+            if found := run.get("shards"):
+                return found
+    return None

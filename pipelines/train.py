@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +31,15 @@ from torch import Tensor
 from pipelines import cluster, registry
 from pipelines import config as configs
 from pipelines.config import ConfigError, ExperimentConfig
-from pipelines.loader import ShardIndex, alignment_shares, check_fit, index_split, require_unchanged, with_curve_of
+from pipelines.loader import (
+    ShardIndex,
+    alignment_shares,
+    check_fit,
+    index_split,
+    require_unchanged,
+    with_curve_of,
+    with_new,
+)
 from pipelines.registry import RegistryError
 from pipelines.training import run_folder
 from pipelines.training.failures import StopOnPermanentError
@@ -40,8 +48,10 @@ from pipelines.training.progress import SELECT_BY, ProgressFile, ProgressLine
 from pipelines.training.rendezvous import LocalTorchConfig
 from pipelines.training.run_folder import RunShards, StoredRun
 from pipelines.training.run_log import deliver, log_data, log_gains
+from pipelines.training.seen import log_pairs
 from pipelines.training.verdict import Verdict, judge
 from pipelines.training.worker import TrainJob, train_worker
+from preprocessing.storage import require_no_password
 from sdan import checkpoint
 from sdan.network import SDAN
 from sdan.ops.precision import slow_choice
@@ -185,6 +195,7 @@ def train(
     resume: bool = False,
     storage: str | None = None,
     init_from: Path | None = None,
+    seen: Collection[str] = (),
     vgg_weights: Path | None = None,
     run_id: str | None = None,
     callbacks: Sequence[UserCallback] = (),
@@ -203,6 +214,7 @@ def train(
         resume: continue the run `name` from its latest checkpoint; only values of CHANGEABLE may differ.
         storage: s3:// URI or shared folder for Ray Train's state and checkpoints; None: the run's folder.
         init_from: a checkpoint folder whose weights to start from.
+        seen: names (loader.pair_names) of the pairs that `init_from` was trained on, for train.replay_share.
         vgg_weights: a torchvision vgg19 state dict, for a loss that compares its features; None: through torchvision.
         run_id: an existing MLflow run (a sweep's child), which the caller terminates; None: a new run.
         callbacks: Ray Train callbacks, called in the controller after each report.
@@ -217,10 +229,8 @@ def train(
         TrainError: the training failed, or its model cannot be registered; what there is stays in the run.
     """
     cluster.check_workers(workers)
-    folder, stored, pairs, config = _checked(shards, config, data, name, resume, init_from)
-    vgg = load_vgg19(vgg_weights) if config.loss.needs_vgg else None
-    if config.loss.st_lpips_weight > 0:
-        load_st_lpips()  # fail here rather than in each worker
+    folder, stored, pairs, config = _checked(shards, config, data, name, resume, init_from, seen, storage)
+    vgg = _loss_weights(config, vgg_weights)
     if progress and (note := alignment_note(pairs.train)):
         print(f"train: {note}", file=sys.stderr, flush=True)
     if progress and not ray.is_initialized():
@@ -285,14 +295,22 @@ def kept(data: Path, name: str | None, since: float) -> str:
 
 
 def _checked(
-    shards: str, config: ExperimentConfig, data: Path, name: str | None, resume: bool, init_from: Path | None
+    shards: str,
+    config: ExperimentConfig,
+    data: Path,
+    name: str | None,
+    resume: bool,
+    init_from: Path | None,
+    seen: Collection[str],
+    storage: str | None,
 ) -> tuple[Path, StoredRun | None, RunShards, ExperimentConfig]:
     """Every check that needs neither Ray nor MLflow; writes nothing."""
+    require_no_password(storage or "")
     if "://" not in shards:
         shards = str(Path(shards).resolve())  # train workers have other working directories
     folder = _folder(data, config, name, resume)
     stored = run_folder.read_run(folder) if resume else None
-    pairs = _pairs(folder, shards, resume)
+    pairs = _pairs(folder, shards, resume, seen)
     if init_from is None and (stored is None or stored.init_from is None):
         config = with_curve_of(pairs.train, config)
     if stored is not None:
@@ -303,11 +321,12 @@ def _checked(
     return folder, stored, pairs, config
 
 
-def _pairs(folder: Path, shards: str, resume: bool) -> RunShards:
+def _pairs(folder: Path, shards: str, resume: bool, seen: Collection[str]) -> RunShards:
     """The pairs that the run was started with; a new run (or one of version 0.1) lists them now."""
     kept = RunShards.read(folder) if resume else None
     if kept is None:
-        return RunShards(index_split(shards, "train"), index_split(shards, "val"))
+        train_index = index_split(shards, "train")
+        return RunShards(with_new(train_index, seen) if seen else train_index, index_split(shards, "val"))
     require_unchanged(kept.train)
     require_unchanged(kept.val)
     return kept
@@ -335,6 +354,13 @@ def _check_resumed(stored: StoredRun, config: ExperimentConfig, shards: str) -> 
                 f"--resume, {key}: expected {value} (as when the run started), got {now[key]}; "
                 f"only {', '.join(CHANGEABLE)} may change"
             )
+
+
+def _loss_weights(config: ExperimentConfig, vgg_weights: Path | None) -> dict[str, Tensor] | None:
+    """VGG-19's weights if the loss needs them; checks those of ST-LPIPS here rather than in each worker."""
+    if config.loss.st_lpips_weight > 0:
+        load_st_lpips()
+    return load_vgg19(vgg_weights) if config.loss.needs_vgg else None
 
 
 def _check_speed(config: ExperimentConfig, plan: cluster.WorkerPlan) -> None:
@@ -480,6 +506,7 @@ def _finish(
     try:
         if register and verdict.fault is None:
             version = registry.register_model(tracking_uri, run.run_id, aside, register)
+            log_pairs(tracking_uri, run.run_id, pairs.train)
             registry.remember_shards(tracking_uri, pairs.train.digest, register)
             if registry.get_champion(tracking_uri, register) is None:
                 registry.set_champion(tracking_uri, version, register)

@@ -4,9 +4,10 @@ pyarrow.fs reads, lists and copies. It does not upload, because it has no condit
 killed writer would leave parts behind, which are billed.
 """
 
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from typing import Any, BinaryIO
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import boto3
 import pyarrow as pa
@@ -41,13 +42,20 @@ def put_if_unchanged(uri: str, path: str, data: bytes, version: str | None) -> b
 
 def get(uri: str, path: str) -> tuple[bytes | None, str | None]:
     """(content, version) of an object, (None, None) if missing. Raises OSError after the last retry."""
+    content, version, _ = get_aged(uri, path)
+    return content, version
+
+
+def get_aged(uri: str, path: str) -> tuple[bytes | None, str | None, float]:
+    """`get`, and how long ago the object was written, in seconds by the server's own clock (0 if missing)."""
     bucket, _, key = path.partition("/")
     try:
         answer = _client(uri).get_object(Bucket=bucket, Key=key)
-        return answer["Body"].read(), answer["ETag"]
+        now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+        return answer["Body"].read(), answer["ETag"], (now - answer["LastModified"]).total_seconds()
     except ClientError as error:
         if error.response["Error"].get("Code") == "NoSuchKey":
-            return None, None
+            return None, None, 0.0
         raise OSError(str(error)) from error
     except BotoCoreError as error:
         raise OSError(str(error)) from error
@@ -90,7 +98,5 @@ def _client(uri: str) -> Any:
         "s3",
         region_name=filesystem.region,
         endpoint_url=f"{scheme}://{endpoint.rpartition('://')[2]}" if endpoint else None,
-        aws_access_key_id=unquote(parts.username) if parts.username else None,
-        aws_secret_access_key=unquote(parts.password) if parts.password else None,
         config=_RETRIES,
     )

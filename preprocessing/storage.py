@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.fs
 
+
+class UriError(ValueError):
+    """A URI that must not be used; the message does not repeat what is secret in it."""
+
+
 ENDS_BYTES = 64 * 1024
 """Bytes that `read_ends` reads at each end of a file."""
 _STALE_S = 24 * 3600
@@ -187,9 +192,10 @@ class Folder:
 def open_folder(uri: str) -> Folder:
     """Open a local path or `s3://bucket/prefix`. S3 credentials and endpoint come from AWS's environment variables.
 
-    The folder need not exist. Raises OSError or pyarrow.ArrowInvalid for a malformed or unsupported URI, and OSError
-    for a path that is not UTF-8.
+    The folder need not exist. Raises OSError or pyarrow.ArrowInvalid for a malformed or unsupported URI, OSError for a
+    path that is not UTF-8, and UriError for a URI with a password.
     """
+    require_no_password(uri)
     import pyarrow as pa
     from pyarrow import fs
 
@@ -205,6 +211,20 @@ def open_folder(uri: str) -> Folder:
             shown = os.fsencode(uri).decode("utf-8", "backslashreplace")
             raise OSError(f"{shown}: expected a path in UTF-8, got other bytes; rename the folder") from error
     return Folder(filesystem, root.rstrip("/"), uri)
+
+
+def require_no_password(uri: str) -> None:
+    """Refuse a URI with user name or password: runs, shards and MLflow store URIs as they are given.
+
+    Raises UriError.
+    """
+    scheme, separator, rest = uri.partition("://")
+    authority, slash, path = rest.partition("/")
+    if separator and "@" in authority:
+        raise UriError(
+            f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}: expected a URI without user name and password, "
+            "got one with them; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a profile or role"
+        )
 
 
 def write_atomically(path: Path, data: bytes | str | pa.Buffer) -> None:
@@ -263,17 +283,17 @@ def one_line(error: BaseException) -> str:
 
 def writer_id() -> str:
     """Suffix of a temporary file's name: machine, process and a random part, separated by "~"."""
-    return f"{_machine()}~{_process('self')}~{uuid.uuid4().hex[:8]}"
+    return f"{machine()}~{process('self')}~{uuid.uuid4().hex[:8]}"
 
 
 @lru_cache
-def _machine() -> str:
+def machine() -> str:
     """Host name and process id namespace: containers may share a host name. Without /proc (macOS), the host name."""
     namespace = Path("/proc/self/ns/pid")
     return f"{socket.gethostname()}-{namespace.stat().st_ino if namespace.exists() else 0}"
 
 
-def _process(pid: str) -> str:
+def process(pid: str) -> str:
     """The process's id and start time, since ids are reused; "" if it is not running."""
     try:
         number, _, rest = Path(f"/proc/{pid}/stat").read_text().partition(" ")
@@ -288,7 +308,7 @@ def abandoned(name: str, modified_s: float) -> bool:
     parts = name.rsplit("~", 3)
     if len(parts) != 4:
         return False
-    _, machine, process, _ = parts
-    if machine == _machine():
-        return _process(process.partition("-")[0]) != process
+    _, host, writer, _ = parts
+    if host == machine():
+        return process(writer.partition("-")[0]) != writer
     return time.time() - modified_s > _STALE_S

@@ -14,9 +14,10 @@ import sdan
 from pipelines import cluster, registry
 from pipelines import config as configs
 from pipelines.evaluate import evaluate
-from pipelines.loader import index_split
+from pipelines.loader import index_split, pair_names
 from pipelines.retrain import retrain
 from pipelines.train import summary, train
+from pipelines.training.run_folder import RunShards
 from pipelines.zoom import Zoomer, read_photo, write_png
 from preprocessing.raw import decode
 from preprocessing.shards import PreprocessOptions, preprocess
@@ -179,8 +180,15 @@ def test_retraining_runs_once_for_new_pairs(tmp_path):
     second = retrain(raw, shards, **place)
     assert (second.preprocessed.written, second.preprocessed.skipped) == (3, 9)
     assert second.trained is not None
-    gain = second.challenger.rows["SDAN (self)"]["aligned_psnr"] - second.champion.rows["SDAN (self)"]["aligned_psnr"]
-    champion = registry.get_champion(registry.default_tracking_uri(tmp_path / "data"))
-    assert second.promoted == (gain > 0)
-    assert str(champion.version) == (second.trained.version if gain > 0 else first.trained.version)
+    gain = second.comparisons[0]
+    assert gain.metric == "aligned_psnr" and gain.difference.sequences == 1
+    rows = [scores.rows["SDAN (self)"]["aligned_psnr"] for scores in (second.champion, second.challenger)]
+    assert gain.difference.mean == pytest.approx(rows[1] - rows[0], abs=1e-4)
+    assert not second.promoted and "takes two held-out sequences" in second.reason  # one gives no interval
+    uri = registry.default_tracking_uri(tmp_path / "data")
+    assert str(registry.get_champion(uri).version) == first.trained.version
+    index = RunShards.read(second.trained.folder).train
+    old = [name for number, name in enumerate(pair_names(index)) if number not in index.new]
+    assert len(index.new) == 3 and old == pair_names(RunShards.read(first.trained.folder).train)
+    assert second.reason in second.report.read_text() and f"- {pair_names(index)[-1]}" in second.report.read_text()
     assert "nothing new" in retrain(raw, shards, **place).reason  # even if the second model was not promoted

@@ -208,6 +208,18 @@ def last_report(folder: Path, note: Callable[[str], None] | None = None) -> dict
     return found
 
 
+def reports(folder: Path) -> list[dict[str, Any]]:
+    """The run's validations in order, from the whole lines of progress.jsonl; damaged ones are left out."""
+    path, found = folder / PROGRESS, []
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                found.append(cast("dict[str, Any]", parse_json(line, str(path), _Report)))
+            except SmallJsonError:
+                continue
+    return found
+
+
 def first_report(folder: Path) -> dict[str, Any]:
     """The run's first validation, before the first step; {} if there is none, or its line is damaged."""
     path = folder / PROGRESS

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -53,12 +53,13 @@ class TrainJob:
     """PyTorch's intra-op threads per worker."""
     readers: int
     """Tasks that read crops for each worker at the same time."""
-    tracking_uri: str
+    tracking_uri: str = field(repr=False)
+    """It may hold a password, and Ray's dashboard shows the text of this object."""
     run_id: str
     """Of the MLflow run."""
     init_from: str | None
     """A checkpoint folder whose weights to start from."""
-    vgg: dict[str, Tensor] | None
+    vgg: dict[str, Tensor] | None = field(repr=False)
     """vgg19.load_vgg19's weights, for a loss that needs them."""
 
 

@@ -9,6 +9,7 @@ import pytest
 from pipelines import config as configs
 from pipelines import registry, status
 from pipelines.registered import description
+from pipelines.retraining import state
 from pipelines.training import run_folder
 from pipelines.training.progress import describe
 from pipelines.training.run_folder import LIVE, PROGRESS, RUN, SHARDS, RunFolderError, RunShards, StoredRun
@@ -67,14 +68,14 @@ def test_damaged_advisory_files_are_ignored_with_a_line(data, content):
     folder = data / "runs" / "bad"
     (folder / LIVE).write_bytes(content)
     (folder / PROGRESS).write_bytes(content)
-    (data / status.RETRAIN).write_bytes(content)
+    (data / state.PAST).write_bytes(content)
     notes: list[str] = []
     shown = describe(run_folder.live(folder, notes.append), run_folder.last_report(folder, notes.append))
     assert shown == "starting the workers"
     assert len(notes) == (1 if content == b"" else 2) and all(note.startswith("ignored: ") for note in notes)
     screen = status.status(data)
     assert {run.name: run.state for run in screen.runs} == {"good": "running", "bad": "running"}
-    for name in (LIVE, "retrain.json"):
+    for name in (LIVE, state.PAST):
         assert f"ignored: {next(data.rglob(name))}: expected JSON" in str(screen)
 
 

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from pipelines import config as configs
 from pipelines import registry, status
 from pipelines.cli import app
+from pipelines.retraining import state
 from pipelines.training.run_folder import PROGRESS, StoredRun
 
 
@@ -69,11 +70,13 @@ def test_a_finished_run_shows_the_score_of_its_model(data):
 
 
 def test_the_command_prints_one_screen(data):
-    status.note_retrain(data, "+0.100 dB: promoted")
+    state.note(data, "+0.100 dB: promoted")
     shown = CliRunner().invoke(app, ["--data", str(data), "status"])
     assert shown.exit_code == 0
     lines = shown.stdout.splitlines()
-    assert [line.split()[0] for line in lines if not line.startswith(" ")] == ["runs", "champion", "shards", "retrain"]
+    assert [line.split()[0] for line in lines if not line.startswith(" ")] == [
+        *("runs", "champion", "shards", "retrain", "new", "lock", "next")
+    ]
     assert "none yet" in shown.stdout and "/shards" in shown.stdout and "+0.100 dB: promoted" in shown.stdout
     assert not (data / "mlflow.db").exists()
 

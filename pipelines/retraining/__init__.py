@@ -1,0 +1,1 @@
+"""The parts of `sdan retrain`: lock, state, training, comparison, report."""
