@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
+from pipelines.jobs.command import ClusterCommand
+
 if TYPE_CHECKING:
     from preprocessing.colour import RenderingCurve
     from preprocessing.shards import PreprocessOptions
@@ -204,6 +206,13 @@ def _of_signal(number: int) -> tuple[int, str]:
 _INTERRUPTS = _Interrupts()
 
 
+def _keep(kept: str | Callable[[], str]) -> None:
+    _INTERRUPTS.kept = kept
+
+
+ClusterCommand.announce = staticmethod(_keep)
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
@@ -369,7 +378,7 @@ def simulate(
     _say(f"{len(folders)} simulated sequences in {out}")
 
 
-@app.command()
+@app.command(cls=ClusterCommand)
 @_takes_preprocess_options
 def preprocess(raw: Raw, shards: Shards, options: "PreprocessOptions", dry_run: DryRun = False) -> None:
     """Cut RAW sequences into scale-aligned tiles in Parquet, one file per pair; finished pairs are skipped."""
@@ -399,7 +408,7 @@ def inspect(
     _say(f"{out} ({len(page.encode()) / 1e6:.1f} MB)")
 
 
-@app.command()
+@app.command(cls=ClusterCommand)
 def train(
     shards: Shards,
     config: ConfigName = None,
@@ -449,7 +458,7 @@ def train(
     _say(verb.summary(result))
 
 
-@app.command()
+@app.command(cls=ClusterCommand)
 def evaluate(
     shards: Shards,
     model: ModelURI = CHAMPION,
@@ -484,7 +493,7 @@ def evaluate(
         _say(f"\nwritten to {out}: table.md, groups.md, evaluation.json, tiles.parquet, examples.png")
 
 
-@app.command()
+@app.command(cls=ClusterCommand)
 def tune(
     shards: Shards,
     trials: Annotated[int, typer.Option(metavar="N", help="Number of settings to try; --resume may raise it.")] = 8,
@@ -544,7 +553,7 @@ def tune(
         _say(verb.register(result, _data(), name))
 
 
-@app.command()
+@app.command(cls=ClusterCommand)
 @_takes_preprocess_options
 def retrain(
     raw: Raw,
@@ -581,7 +590,7 @@ def retrain(
     _say(verb.summary(result, shards, dry_run=dry_run))
 
 
-@app.command()
+@app.command(cls=ClusterCommand)
 def zoom(
     photos: Photos,
     out: ZoomedTo,
