@@ -425,6 +425,9 @@ def train(
     ] = None,
     vgg_weights: VggWeights = None,
     name: Annotated[str | None, typer.Option(metavar="RUN", help="The run's name; default: config and time.")] = None,
+    gpu_wait: Annotated[
+        float, typer.Option(metavar="S", help="On a cluster: how long to wait for GPUs that its autoscaler starts.")
+    ] = 900,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run --name, or the newest unfinished run.")
     ] = False,
@@ -454,6 +457,7 @@ def train(
         storage=storage,
         init_from=choice.init_from,
         vgg_weights=vgg_weights,
+        gpu_wait_s=gpu_wait,
     )
     _say(verb.summary(result))
 
@@ -741,12 +745,18 @@ def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000) -> 
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, *server])
 
 
-@app.command()
-def doctor() -> None:
-    """Check what works on this machine (GPU, operators, Ray, MLflow, S3) and say what to do about the rest."""
+@app.command(cls=ClusterCommand)
+def doctor(
+    s3: Annotated[
+        str | None,
+        typer.Option("--s3", metavar="URI", help="An s3:// URI below which to try writing, reading, and deleting."),
+    ] = None,
+) -> None:
+    """Check what works (GPUs, operators, Ray, MLflow, S3; on a cluster each node and the network) and say what to do
+    about the rest; exit code 1 if anything is broken."""
     from pipelines import doctor as verb
 
-    raise typer.Exit(verb.report(_data(), say=_say))
+    raise typer.Exit(verb.report(_data(), say=_say, s3=s3))
 
 
 def _as_csv(rows: dict[str, dict[str, float]]) -> str:

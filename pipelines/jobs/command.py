@@ -19,7 +19,7 @@ def declared(
         str | None,
         typer.Option(
             metavar="ADDRESS",
-            help="Run this command as a job of the Ray cluster at http://HOST:8265; paths must be s3:// or below --data.",
+            help="Run this as a job of the Ray cluster at http://HOST:8265; paths must be s3:// or below --data.",
         ),
     ] = None,
     working_dir: Annotated[
@@ -56,8 +56,7 @@ class ClusterCommand(TyperCommand):
 
                 raise ClusterRequestError("--working-dir: expected with --cluster ADDRESS, got it alone; add --cluster")
             return super().invoke(ctx)
-        code = self._submit(ctx, check_address(address), working_dir)
-        ctx.exit(code)
+        raise typer.Exit(self._submit(ctx, check_address(address), working_dir))
 
     def _submit(self, ctx: Any, address: str, working_dir: Path | None) -> int:
         """Submit the command and follow it; returns its exit code."""

@@ -16,7 +16,7 @@ from typing import Any
 
 URI_SCHEMES = ("s3://", "models:/", "runs:/")
 PLACES = frozenset(
-    {"raw", "shards", "photos", "out", "csv", "exclude", "vgg_weights", "storage", "init", "model", "space"}
+    {"raw", "shards", "photos", "out", "csv", "exclude", "vgg_weights", "storage", "init", "model", "space", "s3"}
 )
 """Parameters of verbs whose values are paths or URIs."""
 NAMED = frozenset({"init", "model", "space"})
@@ -26,7 +26,7 @@ UPLOADED = frozenset({"exclude", "vgg_weights", "space"})
 KEEPS_RUNS = frozenset({"train", "tune", "retrain", "compare"})
 """Verbs that leave runs in --data, which must then be a folder that outlives the job."""
 PATH_OF_NODES = 'PATH="${HOME:-/}/venv/bin:$PATH"'
-"""cluster.yaml installs sdan in ~/venv and does not put it on the path of Ray's processes; images have it on the path."""
+"""cluster.yaml installs sdan in ~/venv, which is not on the path of Ray's processes; images have it on their path."""
 INSTALLED, UPLOADED_CODE = "sdan", "python -m pipelines.cli"
 """The command of the nodes' own sdan, and that of the code in the working directory."""
 
@@ -117,13 +117,13 @@ def _check_place(one: Given, value: str, data: str | None, working_dir: Path | N
         return
     if data is not None and _is_below(value, data):
         return
-    if working_dir is not None and one.name in UPLOADED and not os.path.isabs(value):
+    if working_dir is not None and one.name in UPLOADED and not Path(value).is_absolute():
         if (working_dir / value).is_file():
             return
         raise ClusterRequestError(f"{_label(one)} {value}: expected a file in --working-dir {working_dir}, got none")
     shared = f" or a path below --data {data}" if data else ""
     raise ClusterRequestError(
-        f"{_label(one)} {value}: expected with --cluster an s3:// URI{shared}, because the job runs on another machine, "
+        f"{_label(one)} {value}: expected with --cluster an s3:// URI{shared}, because the job runs elsewhere, "
         "got a local path; copy it to S3, or into a folder that all nodes mount and name that with --data"
     )
 

@@ -145,8 +145,8 @@ def _probe(address: str) -> None:
         socket.create_connection((parts.hostname or "", parts.port or 0), timeout=PROBE_S).close()
     except OSError as error:
         raise JobError(
-            f"--cluster {address}: expected Ray's job server, got {error.strerror or error}; start the cluster, or open "
-            "the tunnel with `ray dashboard cluster.yaml`"
+            f"--cluster {address}: expected Ray's job server, got {error.strerror or error}; start the cluster, or "
+            "open the tunnel with `ray dashboard cluster.yaml`"
         ) from error
 
 
@@ -157,8 +157,8 @@ def _refused(address: str, error: Exception) -> JobError:
             "cluster's token in ~/.ray/auth_token (`ray get-auth-token` shows it on the head)"
         )
     return JobError(
-        f"--cluster {address}: expected Ray's job server to take the job, got {_one_line(error)}; check the address and "
-        "that the cluster runs the same version of Ray"
+        f"--cluster {address}: expected Ray's job server to take the job, got {_one_line(error)}; check the address "
+        "and that the cluster runs the same version of Ray"
     )
 
 
