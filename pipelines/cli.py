@@ -102,6 +102,15 @@ ZoomedTo = Annotated[
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; change nothing.")]
+CostOnly = Annotated[
+    bool, typer.Option("--dry-run", help="Say tasks, hours, gigabytes and dollars by measured rates; change nothing.")
+]
+DollarsPerHour = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[NAME=]DOLLARS", help="For --dry-run: the price of this machine or cluster, or of an instance type."
+    ),
+]
 
 
 class _Interrupts:
@@ -380,15 +389,28 @@ def simulate(
 
 @app.command(cls=ClusterCommand)
 @_takes_preprocess_options
-def preprocess(raw: Raw, shards: Shards, options: "PreprocessOptions", dry_run: DryRun = False) -> None:
+def preprocess(
+    raw: Raw,
+    shards: Shards,
+    options: "PreprocessOptions",
+    dry_run: CostOnly = False,
+    dollars_per_hour: DollarsPerHour = None,
+) -> None:
     """Cut RAW sequences into scale-aligned tiles in Parquet, one file per pair; finished pairs are skipped."""
     from pipelines.cluster import start_ray
+    from pipelines.monitoring.published import pair_finished
     from preprocessing import shards as verb
     from preprocessing.report.job_summary import job_summary
 
     _INTERRUPTS.kept = f"finished pairs are kept; {GO_ON}"
-    report = verb.preprocess(raw, shards, options, dry_run=dry_run, start_ray=start_ray)
+    report = verb.preprocess(raw, shards, options, dry_run=dry_run, start_ray=start_ray, on_pair=pair_finished)
     _say(job_summary(report, shards, dry_run=dry_run))
+    if report.estimate:
+        from pipelines.costs import estimate
+
+        asked = estimate.parse_prices(dollars_per_hour or ())
+        registers = options.align == "ecc"
+        _say(str(estimate.preprocessing(report.todo, report.estimate, registers=registers, asked=asked)))
 
 
 @app.command()
@@ -434,6 +456,8 @@ def train(
     show_config: Annotated[
         bool, typer.Option("--show-config", help="Print every value that these options give, and train nothing.")
     ] = False,
+    dry_run: CostOnly = False,
+    dollars_per_hour: DollarsPerHour = None,
 ) -> None:
     """Train on shards with Ray Train; every run appears in the MLflow UI."""
     from pipelines import cluster
@@ -447,11 +471,19 @@ def train(
     if show_config:
         _say("\n".join(f"{key}={value}" for key, value in configs.flatten(choice.config).items()))
         return
+    wanted = cluster.parse_workers(workers) if workers else None
+    if dry_run:
+        from pipelines.costs import estimate
+
+        most = wanted[1] if isinstance(wanted, tuple) else wanted
+        asked = estimate.parse_prices(dollars_per_hour or ())
+        _say(str(estimate.training(shards, choice.config, _data(), workers=most, asked=asked)))
+        return
     result = verb.train(
         shards,
         choice.config,
         data=_data(),
-        workers=cluster.parse_workers(workers) if workers else None,
+        workers=wanted,
         name=choice.name,
         resume=resume,
         storage=storage,
@@ -538,6 +570,8 @@ def tune(
     vgg_weights: VggWeights = None,
     name: Annotated[str, typer.Option(metavar="SWEEP", help="The sweep's name.")] = "sweep",
     resume: Annotated[bool, typer.Option("--resume", help="Continue the sweep of that name.")] = False,
+    dry_run: CostOnly = False,
+    dollars_per_hour: DollarsPerHour = None,
 ) -> None:
     """Try settings, say which is better by more than noise, and write a page; MLflow gets a child run per trial."""
     from pipelines import config as configs
@@ -551,6 +585,15 @@ def tune(
         trials, space, search, metrics, grace, repeats, budget_s, concurrent, workers, gpus_per_trial
     )  # fmt: skip
     chosen = configs.chosen(config, assignments or ())
+    if dry_run:
+        from pipelines.costs import estimate
+
+        asked = estimate.parse_prices(dollars_per_hour or ())
+        cost = estimate.sweep(
+            shards, chosen, _data(), trials=trials, repeats=repeats, workers=workers, asked=asked
+        )  # fmt: skip
+        _say(str(cost))
+        return
     result = verb.tune(shards, chosen, options, data=_data(), vgg_weights=vgg_weights, name=name, resume=resume)
     _say(verb.summary(result))
     if register:
@@ -626,6 +669,8 @@ def zoom(
     device: Annotated[
         str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, or cuda:N for the GPU of that number.")
     ] = "auto",
+    dry_run: CostOnly = False,
+    dollars_per_hour: DollarsPerHour = None,
 ) -> None:
     """Zoom photographs; writes them upright, in sRGB, with their EXIF tags. Of a folder or bucket, what is there and
     whole is skipped."""
@@ -641,6 +686,12 @@ def zoom(
     else:
         request.check_request(files, Path(out), output)
     request.check_device(device)
+    if dry_run:
+        from pipelines.costs import estimate, photographs
+
+        count, there = photographs.counted(photos, out, scale or 4)
+        _say(str(estimate.zooming(count, there, asked=estimate.parse_prices(dollars_per_hour or ()))))
+        return
     with start.large_imports(driver=device in ("auto", "cuda", "cuda:0")):
         from pipelines import zoom as verb
         from pipelines.zooming.models import choose_models

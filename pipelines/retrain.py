@@ -23,6 +23,7 @@ from pipelines import config as configs
 from pipelines.config import ExperimentConfig
 from pipelines.evaluate import Evaluation, evaluate
 from pipelines.loader import index_split
+from pipelines.monitoring.published import pair_finished
 from pipelines.train import TrainResult, train
 from preprocessing.report.job_summary import job_summary
 from preprocessing.shards import PreprocessOptions, PreprocessReport, preprocess
@@ -91,7 +92,7 @@ def retrain(
         has_champion = registry.get_champion(uri) is not None
         return RetrainResult(report, None, None, None, False, _intention(report, has_champion, uri, shards))
     with _only_one(data):
-        report = preprocess(raw, shards, options, progress=progress, start_ray=cluster.start_ray)
+        report = preprocess(raw, shards, options, progress=progress, start_ray=cluster.start_ray, on_pair=pair_finished)
         registry.prepare_database(uri)
         champion = registry.get_champion(uri)
         if champion is not None and config is not None:

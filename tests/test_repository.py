@@ -26,6 +26,7 @@ TOP_LEVEL = {
     "benchmarks",
     "cluster.yaml",
     "constraints.txt",
+    "deploy",
     "docs",
     "pipelines",
     "preprocessing",
