@@ -164,8 +164,8 @@ def zooming(photographs: int, there: int, *, asked: Prices) -> Cost:
         ]
     sources = (
         *(str(rate) for rate in rates.ZOOM),
-        f"photographs of {rates.MEGAPIXELS:g} megapixels; time grows with their pixels. Several GPUs, or more cores, are "
-        "assumed to share the photographs evenly",
+        f"photographs of {rates.MEGAPIXELS:g} megapixels; time grows with their pixels. Several GPUs, or more cores, "
+        "are assumed to share the photographs evenly",
     )
     size = f"about {todo * rates.ZOOMED_MB.value / 1e3:.1f} GB as PNG of 8 bits"
     return Cost(f"{todo:,} of {photographs:,} photographs, a task each", size, tuple(machines), sources)

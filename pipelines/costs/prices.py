@@ -1,7 +1,7 @@
 """Dollars per hour of named instance types. They are for orders of magnitude: prices change, and differ by region.
 
 Approximate list prices on demand, us-east-1, Linux, written down on 2026-11-28 and not read from AWS.
-`--dollars-per-hour` replaces them; https://aws.amazon.com/ec2/pricing/on-demand/ has today's. Spot costs a third to a half.
+`--dollars-per-hour` replaces them; https://aws.amazon.com/ec2/pricing/on-demand/ has today's.
 """
 
 from __future__ import annotations
