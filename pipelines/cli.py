@@ -111,6 +111,20 @@ DollarsPerHour = Annotated[
         metavar="[NAME=]DOLLARS", help="For --dry-run: the price of this machine or cluster, or of an instance type."
     ),
 ]
+TimeBudget = Annotated[str | None, typer.Option(metavar="TIME", help="End after e.g. 30m or 2h; --resume goes on.")]
+Concurrent = Annotated[int | None, typer.Option(metavar="N", help="Trials at once; default: one per GPU, or one.")]
+GpusPerTrial = Annotated[
+    float | None, typer.Option(metavar="N", help="0.5, 1, 2, ...; default: one per worker, if there are GPUs.")
+]
+Strength = Annotated[
+    float, typer.Option(help="1: the model's detail; 0: bicubic; between them a mixture.", min=0, max=1)
+]
+LikeCamera = Annotated[
+    bool, typer.Option("--like-camera", help="Give a RAW the tones of the JPG beside it, or else inside it.")
+]
+Device = Annotated[
+    str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, or cuda:N for the GPU of that number.")
+]
 
 
 class _Interrupts:
@@ -408,7 +422,7 @@ def preprocess(
     if report.estimate:
         from pipelines.costs import estimate
 
-        asked = estimate.parse_prices(dollars_per_hour or ())
+        asked = estimate.parse_prices(dollars_per_hour)
         registers = options.align == "ecc"
         _say(str(estimate.preprocessing(report.todo, report.estimate, registers=registers, asked=asked)))
 
@@ -475,9 +489,8 @@ def train(
     if dry_run:
         from pipelines.costs import estimate
 
-        most = wanted[1] if isinstance(wanted, tuple) else wanted
-        asked = estimate.parse_prices(dollars_per_hour or ())
-        _say(str(estimate.training(shards, choice.config, _data(), workers=most, asked=asked)))
+        asked = estimate.parse_prices(dollars_per_hour)
+        _say(str(estimate.training(shards, choice.config, _data(), workers=wanted, asked=asked)))
         return
     result = verb.train(
         shards,
@@ -547,15 +560,9 @@ def tune(
     repeats: Annotated[
         int, typer.Option(metavar="N", help="Seeds of the best three and the default setting: measures the noise.")
     ] = 1,
-    time_budget: Annotated[
-        str | None, typer.Option(metavar="TIME", help="End after e.g. 30m or 2h; --resume goes on.")
-    ] = None,
-    concurrent: Annotated[
-        int | None, typer.Option(metavar="N", help="Trials at once; default: one per GPU, or one.")
-    ] = None,
-    gpus_per_trial: Annotated[
-        float | None, typer.Option(metavar="N", help="0.5, 1, 2, ...; default: one per worker, if there are GPUs.")
-    ] = None,
+    time_budget: TimeBudget = None,
+    concurrent: Concurrent = None,
+    gpus_per_trial: GpusPerTrial = None,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -588,11 +595,8 @@ def tune(
     if dry_run:
         from pipelines.costs import estimate
 
-        asked = estimate.parse_prices(dollars_per_hour or ())
-        cost = estimate.sweep(
-            shards, chosen, _data(), trials=trials, repeats=repeats, workers=workers, asked=asked
-        )  # fmt: skip
-        _say(str(cost))
+        asked = estimate.parse_prices(dollars_per_hour)
+        _say(str(estimate.sweep(shards, chosen, _data(), options, workers=workers, asked=asked)))
         return
     result = verb.tune(shards, chosen, options, data=_data(), vgg_weights=vgg_weights, name=name, resume=resume)
     _say(verb.summary(result))
@@ -658,17 +662,11 @@ def zoom(
     crop: Annotated[
         str | None, typer.Option(metavar="X,Y,W,H", help="Zoom only this part; pixels of the upright photograph.")
     ] = None,
-    strength: Annotated[
-        float, typer.Option(help="1: the model's detail; 0: bicubic; between them a mixture.", min=0, max=1)
-    ] = 1.0,
+    strength: Strength = 1.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs.")] = False,
     no_gps: Annotated[bool, typer.Option("--no-gps", help="Leave the place out of the tags.")] = False,
-    like_camera: Annotated[
-        bool, typer.Option("--like-camera", help="Give a RAW the tones of the JPG beside it, or else inside it.")
-    ] = False,
-    device: Annotated[
-        str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, or cuda:N for the GPU of that number.")
-    ] = "auto",
+    like_camera: LikeCamera = False,
+    device: Device = "auto",
     dry_run: CostOnly = False,
     dollars_per_hour: DollarsPerHour = None,
 ) -> None:
@@ -690,7 +688,7 @@ def zoom(
         from pipelines.costs import estimate, photographs
 
         count, there = photographs.counted(photos, out, scale or 4)
-        _say(str(estimate.zooming(count, there, asked=estimate.parse_prices(dollars_per_hour or ()))))
+        _say(str(estimate.zooming(count, there, asked=estimate.parse_prices(dollars_per_hour))))
         return
     with start.large_imports(driver=device in ("auto", "cuda", "cuda:0")):
         from pipelines import zoom as verb

@@ -6,7 +6,9 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
+from pipelines.cluster import Workers
 from pipelines.config import CONFIGS, ExperimentConfig, named
 from pipelines.costs import prices, rates
 from pipelines.costs.rates import CPU_CORE, Rate
@@ -37,14 +39,14 @@ class Prices:
     here: float | None = None
 
 
-def parse_prices(given: Iterable[str]) -> Prices:
+def parse_prices(given: Iterable[str] | None) -> Prices:
     """--dollars-per-hour values: NAME=DOLLARS replaces a listed price, DOLLARS is that of this machine or cluster.
 
     Raises:
         PriceError: no number, a negative one, or an unknown name.
     """
     found, here = dict(prices.INSTANCES), None
-    for text in given:
+    for text in given or ():
         name, _, number = text.rpartition("=")
         try:
             dollars = float(number)
@@ -59,6 +61,15 @@ def parse_prices(given: Iterable[str]) -> Prices:
         else:
             found[name] = replace(found[name], dollars=dollars)
     return Prices(found, here)
+
+
+class SweepSize(Protocol):
+    """What the cost of a sweep depends on of pipelines.tune.Options."""
+
+    @property
+    def trials(self) -> int: ...
+    @property
+    def repeats(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -108,8 +119,9 @@ def preprocessing(todo: int, estimate: Estimate, *, registers: bool, asked: Pric
     return Cost(f"{todo:,} tasks, one per pair", size, tuple(machines), (source,))
 
 
-def training(shards: str, config: ExperimentConfig, data: Path, *, workers: int | None, asked: Prices) -> Cost:
-    """Of `sdan train`. Raises ShardsError: no pairs to train or validate on."""
+def training(shards: str, config: ExperimentConfig, data: Path, *, workers: Workers | None, asked: Prices) -> Cost:
+    """Of `sdan train`; a range of workers counts with its most. Raises ShardsError: no pairs to train or validate on."""
+    workers = workers[1] if isinstance(workers, tuple) else workers
     index = index_split(shards, "train")
     held = index_split(shards, "val")
     config = with_curve_of(index, config)
@@ -124,22 +136,22 @@ def training(shards: str, config: ExperimentConfig, data: Path, *, workers: int 
 
 
 def sweep(
-    shards: str, config: ExperimentConfig, data: Path, *, trials: int, repeats: int, workers: int | None, asked: Prices
+    shards: str, config: ExperimentConfig, data: Path, options: SweepSize, *, workers: int | None, asked: Prices
 ) -> Cost:
     """Of `sdan tune`, if no trial is stopped early; trials that train another network take another time."""
     index = index_split(shards, "train")
     held = index_split(shards, "val")
     config = with_curve_of(index, config)
     one, sources = _trainings(config, len(index.paths), data, workers, asked)
-    again = (repeats - 1) * 4  # the best three and the default setting, as in tuning/
+    again = (options.repeats - 1) * 4  # the best three and the default setting, as in tuning/
     machines = []
     for name, hours, dollars in one:
         # A node with several GPUs trains as many trials at once: the same work, one rate per GPU.
         at_once = next((node.gpus for key, node in asked.instances.items() if name.startswith(f"{key},")), 0) or 1
-        factor = (rounds(trials, at_once) + rounds(again, at_once)) * at_once
+        factor = (rounds(options.trials, at_once) + rounds(again, at_once)) * at_once
         machines.append((name, hours * factor, None if dollars is None else dollars * factor))
-    tasks = f"{trials} trials, and {again} repeats of the best and the default" if again else f"{trials} trials"
-    kept = _checkpoint_gb(config) * (trials + again)
+    tasks = f"{options.trials} trials" + (f", and {again} repeats of the best and the default" if again else "")
+    kept = _checkpoint_gb(config) * (options.trials + again)
     notes = (*sources, "every trial trained to its end; ASHA stops many earlier")
     return Cost(tasks, f"{_gigabytes(index, held):.2f} GB of shards, {kept:.2f} GB kept", tuple(machines), notes)
 

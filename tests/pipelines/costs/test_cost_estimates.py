@@ -9,6 +9,7 @@ from pipelines import cli
 from pipelines import config as configs
 from pipelines.costs import estimate, rates
 from pipelines.costs.estimate import PriceError, parse_prices
+from pipelines.tune import Options
 from preprocessing.estimate import Estimate
 
 FREE = parse_prices([])
@@ -46,7 +47,7 @@ def test_the_rate_of_shards_is_better_than_ours():
 def test_a_training_on_gpus_of_known_rate(tiny_shards, tmp_path):
     config = configs.override(configs.named("paper_4x"), {"train.epochs": 1000, "train.crops_per_epoch": 4270})
     cost = estimate.training(str(tiny_shards), config, tmp_path, workers=2, asked=parse_prices(["p5en.48xlarge=80"]))
-    name, hours, dollars = next(one for one in cost.machines if one[0].startswith("p5en"))
+    _, hours, dollars = next(one for one in cost.machines if one[0].startswith("p5en"))
     assert hours == pytest.approx(4_270_000 / (427 * 8) / 3600) and dollars == pytest.approx(80 * hours)
     assert "4,270,000 crops" in str(cost)
 
@@ -67,7 +68,7 @@ def test_an_unmeasured_network_has_no_hours(tiny_shards, tmp_path):
 def test_a_sweep_is_its_trials(tiny_shards, tmp_path, monkeypatch):
     monkeypatch.setattr(estimate, "crops_per_s", lambda data, config, workers: 10.0)
     config = configs.override(configs.named("demo"), {"train.epochs": 36, "train.crops_per_epoch": 1000})
-    cost = estimate.sweep(str(tiny_shards), config, tmp_path, trials=8, repeats=2, workers=None, asked=FREE)
+    cost = estimate.sweep(str(tiny_shards), config, tmp_path, Options(trials=8, repeats=2), workers=None, asked=FREE)
     assert cost.machines == (("here, 1 workers", 12.0, None),) and "8 trials, and 4 repeats" in str(cost)
 
 

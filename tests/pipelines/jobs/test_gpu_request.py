@@ -41,9 +41,9 @@ def test_an_elastic_run_starts_with_the_least_and_keeps_its_request(monkeypatch)
 
 def test_the_wait_ends_and_says_what_to_do(monkeypatch):
     made = FakeCluster(monkeypatch, 1, 8, broken=True)
-    with pytest.raises(ClusterError, match="expected 4 GPUs within 0 s, got 1; .* or use --workers 1"):
-        with gpus.requested(4, wait_s=0.0, say=lambda line: None):
-            pytest.fail("it has not enough")
+    said = pytest.raises(ClusterError, match=r"expected 4 GPUs within 0 s, got 1; .* or use --workers 1")
+    with said, gpus.requested(4, wait_s=0.0, say=lambda line: None):
+        pytest.fail("it has not enough")
     assert made.requests == [4, 0]
 
 

@@ -1,6 +1,7 @@
 """Publishing needs no Ray; with one, names, kinds and tags are those of METRICS."""
 
 import sys
+from typing import ClassVar
 
 import pytest
 
@@ -8,7 +9,7 @@ from pipelines.monitoring import published
 
 
 class FakeMetric:
-    made: dict = {}
+    made: ClassVar[dict] = {}
 
     def __init__(self, name, description, tag_keys):
         self.tag_keys, self.values = tag_keys, []
