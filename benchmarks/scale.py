@@ -27,6 +27,10 @@ SEQUENCES = (500, 5_000, 50_000)
 FRAMES = 7
 PAIRS = 3
 """Frames of an SR-RAW sequence, and 4x pairs that they give."""
+BASE_MB = 180
+"""Of a driver that plans few pairs: Python and its libraries."""
+ROW_KB = 2.0
+"""A job or a result as a row of Ray Data, about. Frames and tiles never go through the object store."""
 RAW_MB, JPG_MB = 24.4, 6.0
 """An uncompressed 14-bit ARW of 12 megapixels, and its JPG at q92, about."""
 
@@ -34,7 +38,7 @@ RAW_MB, JPG_MB = 24.4, 6.0
 def on_paper() -> Iterator[str]:
     """The rows of the tables."""
     from pipelines.costs import prices
-    from pipelines.costs.rates import CPU_TASK_S, DRIVER_MB_PER_PAIR, PLAN_S_PER_PAIR, TASK_MB, TILES_PER_PAIR
+    from pipelines.costs.rates import CPU_TASK_S, PLAN_MB, PLAN_MB_PAIRS, PLAN_PAIRS, PLAN_S, TASK_MB, TILES_PER_PAIR
 
     tile_mb = _tile_mb()
     yield "### Preprocessing, 12 megapixels, 4x, tiles of 96"
@@ -43,26 +47,32 @@ def on_paper() -> Iterator[str]:
     yield "|---|" + "---|" * len(SEQUENCES)
     pairs = [count * PAIRS for count in SEQUENCES]
     yield _row("pairs = tasks", [f"{number:,}" for number in pairs])
-    yield _row("RAW and JPG read, TB", [f"{count * FRAMES * (RAW_MB + JPG_MB) / 1e6:.2f}" for count in SEQUENCES])
+    yield _row("RAW and JPG stored, TB", [f"{count * FRAMES * (RAW_MB + JPG_MB) / 1e6:.2f}" for count in SEQUENCES])
+    yield _row("read by the tasks, TB", [f"{number * (RAW_MB + 2 * JPG_MB) / 1e6:.2f}" for number in pairs])
     tiles = [number * TILES_PER_PAIR.value for number in pairs]
     yield _row("tiles", [f"{number:,.0f}" for number in tiles])
     yield _row("shards written, TB", [f"{number * tile_mb / 1e6:.2f}" for number in tiles])
     yield _row("CPU hours", [f"{number * CPU_TASK_S.value / 3600:.1f}" for number in pairs])
     yield _row("memory of a task, MB", [f"{TASK_MB.value:.0f}"] * len(pairs))
-    yield _row("driver: planning, minutes", [f"{number * PLAN_S_PER_PAIR.value / 60:.1f}" for number in pairs])
-    yield _row("driver: memory, MB", [f"{500 + number * DRIVER_MB_PER_PAIR.value:.0f}" for number in pairs])
+    yield _row("driver: planning, minutes", [f"{number * PLAN_S.value / PLAN_PAIRS / 60:.1f}" for number in pairs])
+    least = f"under {BASE_MB}"
+    memory = [number * PLAN_MB.value / PLAN_MB_PAIRS for number in pairs]
+    yield _row("driver: memory to plan, MB", [f"{one:.0f}" if one > BASE_MB else least for one in memory])
+    stored = [min(_chunk_tasks(), number) * ROW_KB / 1e3 for number in pairs]
+    yield _row("object store, all nodes: rows of jobs and results, MB", [f"{one:.1f}" for one in stored])
     for name in prices.CPU_NODES:
         node = prices.INSTANCES[name]
         for nodes in (1, 4, 16):
             hours = [number * CPU_TASK_S.value / 3600 / (nodes * node.cpus) for number in pairs]
-            shown = [f"{one:.2f} h, {one * nodes * node.dollars:.2f} $" for one in hours]
+            shown = [f"{_span(one)}, {one * nodes * node.dollars:.2f} $" for one in hours]
             yield _row(f"{nodes} x {name}", shown)
     yield from training_rows(prices)
 
 
 def training_rows(prices: Any) -> Iterator[str]:
     """The paper's 300 epochs of one crop per pair, by the crops per second of each kind of hardware."""
-    from pipelines.costs.rates import TRAINING
+    from pipelines.costs.estimate import MEASURED_CORES
+    from pipelines.costs.rates import CPU_CORE, TRAINING
 
     yield ""
     yield "### Training paper_4x, 300 epochs of one crop per pair"
@@ -72,12 +82,25 @@ def training_rows(prices: Any) -> Iterator[str]:
     crops = [300 * count * PAIRS for count in SEQUENCES]
     yield "| crops | | " + " | ".join(f"{number / 1e6:.1f} million" for number in crops) + " |"
     for rate in TRAINING["paper_4x"]:
-        for name in prices.nodes_with(rate.hardware):
+        on_cpu = rate.hardware == CPU_CORE
+        for name in prices.CPU_NODES if on_cpu else prices.nodes_with(rate.hardware):
             node = prices.INSTANCES[name]
-            each = rate.value * max(1, node.gpus)
+            each = rate.value * (node.cpus / MEASURED_CORES if on_cpu else node.gpus)
             hours = [number / each / 3600 for number in crops]
-            shown = " | ".join(f"{one:.1f} h, {one * node.dollars:.0f} $" for one in hours)
-            yield f"| {name}, {max(1, node.gpus)} x {rate.hardware} | {each:.0f} | {shown} |"
+            shown = " | ".join(f"{_span(one)}, {one * node.dollars:,.0f} $" for one in hours)
+            units = f"{node.cpus} vCPUs" if on_cpu else f"{node.gpus} x {rate.hardware}"
+            yield f"| {name}, {units} | {each:,.1f} | {shown} |"
+
+
+def _span(hours: float) -> str:
+    return f"{hours:,.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"
+
+
+def _chunk_tasks() -> int:
+    """Tasks of one Ray Data job on up to 64 CPUs (preprocessing/shards.py)."""
+    from preprocessing import shards
+
+    return max(shards._CHUNK_PAIRS, shards._CHUNK_PAIRS_PER_CPU * 64)
 
 
 def _row(name: str, cells: list[str]) -> str:

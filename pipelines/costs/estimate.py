@@ -120,7 +120,7 @@ def preprocessing(todo: int, estimate: Estimate, *, registers: bool, asked: Pric
 
 
 def training(shards: str, config: ExperimentConfig, data: Path, *, workers: Workers | None, asked: Prices) -> Cost:
-    """Of `sdan train`; a range of workers counts with its most. Raises ShardsError: no pairs to train or validate on."""
+    """Of `sdan train`; a range of workers counts with its most. Raises ShardsError: no pairs to train on."""
     workers = workers[1] if isinstance(workers, tuple) else workers
     index = index_split(shards, "train")
     held = index_split(shards, "val")

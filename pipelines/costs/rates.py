@@ -47,6 +47,16 @@ ECC_TASK_S = Rate(
 """Registration of a pair of 4240 px wide frames."""
 TILES_PER_PAIR = Rate(40, "tiles of 96 a 12 MP pair", _PREPROCESS, "5f47543", XEON, "2026-11-26")
 TASK_MB = Rate(538, "MB, peak of a task", _PREPROCESS, "5f47543", XEON, "2026-11-26")
+PLAN_S = Rate(
+    29.4, "s to plan 42,853 pairs", "python benchmarks/preprocess.py --only tree", "7b7b691", EPYC_512, "2026-11-24"
+)
+"""Tags and fingerprints of the frames, local disk; PLAN_PAIRS pairs."""
+PLAN_PAIRS = 42_853
+PLAN_MB = Rate(
+    540, "MB, peak of the driver with 99,997 pairs", "python benchmarks/scale.py", "5e5b8aa", EPYC, "2026-11-28"
+)
+"""Python and its libraries are in it; PLAN_MB_PAIRS pairs."""
+PLAN_MB_PAIRS = 99_997
 
 _GPU = "python benchmarks/gpu.py --minutes 6.8"
 _TRAIN = "python benchmarks/training.py --seconds 4"

@@ -29,14 +29,14 @@ def test_hours_and_dollars_are_rates_times_counts():
     hours = 15_000 * rates.CPU_TASK_S.value / 3600
     assert rows()["CPU hours"][1] == f"{hours:.1f}"
     node = prices.INSTANCES["c6i.4xlarge"]
-    assert rows()["4 x c6i.4xlarge"][1] == f"{hours / 64:.2f} h, {hours / 64 * 4 * node.dollars:.2f} $"
+    assert rows()["4 x c6i.4xlarge"][1] == f"{60 * hours / 64:.1f} min, {hours / 64 * 4 * node.dollars:.2f} $"
 
 
 def test_training_is_only_given_where_it_was_measured():
     training = [name for name in rows() if "H200" in name or "A10G" in name or "A100" in name]
     assert training == ["p5en.48xlarge, 8 x H200"]
     crops = 300 * 1500
-    assert rows()[training[0]][1].startswith(f"{crops / (427 * 8) / 3600:.1f} h")
+    assert rows()[training[0]][1].startswith(f"{crops / (427 * 8) / 60:.1f} min")
 
 
 def test_the_stand_in_answers_as_the_job_does():
