@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +62,7 @@ class Job:
             try:
                 for_now = _Resumed(write, written)
                 try:
-                    asyncio.run(self._tail(for_now))
+                    self._tail(for_now)
                 finally:
                     written = max(written, for_now.seen)
                 details = self.client.get_job_info(self.identifier)
@@ -75,9 +77,29 @@ class Job:
                     ) from error
             time.sleep(LOOK_S)
 
-    async def _tail(self, write: Callable[[str], None]) -> None:
-        async for lines in self.client.tail_job_logs(self.identifier):
-            write(lines)
+    def _tail(self, write: Callable[[str], None]) -> None:
+        """Write the log until the server ends it, and raise what breaks it.
+
+        The connection has a thread of its own: an interrupt would leave pieces of it, which complain.
+        """
+        parts: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
+
+        async def receive() -> None:
+            async for lines in self.client.tail_job_logs(self.identifier):
+                parts.put(lines)
+
+        def run() -> None:
+            try:
+                asyncio.run(receive())
+                parts.put(None)
+            except BaseException as error:
+                parts.put(error)
+
+        threading.Thread(target=run, name="job log", daemon=True).start()
+        while (part := parts.get()) is not None:
+            if isinstance(part, BaseException):
+                raise part
+            write(part)
 
     def _exit_code(self, details: Any) -> int:
         if details.status == JobStatus.SUCCEEDED:
