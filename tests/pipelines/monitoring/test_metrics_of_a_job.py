@@ -11,7 +11,6 @@ from pipelines.cluster import start_ray
 from pipelines.monitoring.published import METRICS, exported_name, pair_finished
 from pipelines.training.meter import EpochMeter, LiveFile
 from preprocessing.shards import PreprocessOptions, preprocess
-from preprocessing.simulator.sequences import simulate
 
 pytestmark = pytest.mark.slow
 
@@ -39,12 +38,17 @@ def scraped() -> str:
 
 
 def test_pairs_and_crops_appear_on_rays_endpoint(tmp_path):
-    simulate(tmp_path / "raw", sequences=1, width_px=384, preset="tripod")
+    raw = tmp_path / "raw/00001"
+    raw.mkdir(parents=True)
+    for name in ("00006.ARW", "00002.ARW", "00006.JPG", "00002.JPG"):
+        (raw / name).write_bytes(b"")
     (tmp_path / "run").mkdir()
     start_ray()
     reference = train.remote(str(tmp_path / "run"))
-    options = PreprocessOptions(tile_px=12, stride_px=12)
-    preprocess(str(tmp_path / "raw"), str(tmp_path / "shards"), options, progress=False, on_pair=pair_finished)
+    pair_finished("written", 40)  # as the job does for each pair
+    preprocess(
+        str(tmp_path / "raw"), str(tmp_path / "shards"), PreprocessOptions(), progress=False, on_pair=pair_finished
+    )
     wanted = ["sdan_preprocess_pairs", "sdan_preprocess_tiles", "sdan_train_crops_per_second", "sdan_train_data_wait"]
     deadline, text = time.monotonic() + 60, ""
     while not all(exported_name(name) in text for name in wanted) and time.monotonic() < deadline:
