@@ -55,9 +55,13 @@ class Peers:
     """The actors on the nodes. `call` is what the checks need of Ray; tests pass another one."""
 
     def __init__(self, nodes: Sequence[Node]) -> None:
-        actor = ray.remote(num_cpus=0, max_concurrency=4)(Peer)
+        actor: Any = ray.remote(Peer)
         self.actors = [
-            actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.identifier, soft=False)).remote()
+            actor.options(
+                num_cpus=0,
+                max_concurrency=4,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node.identifier, soft=False),
+            ).remote()
             for node in nodes
         ]
 
