@@ -12,7 +12,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 .DEFAULT_GOAL := help
 SEED ?= 0
 COUNT ?= 2000
-.PHONY: help setup demo test test-slow test-cluster fuzz check benchmark-gpu ui constraints clean
+.PHONY: help setup demo test test-slow test-cluster fuzz check benchmark-gpu ui monitoring constraints clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ benchmark-gpu: setup  ## measure every GPU table of benchmarks/RESULTS.md (one G
 
 ui: setup  ## the MLflow UI on http://127.0.0.1:$(PORT)
 	@$(BIN)/sdan --data $(DATA) ui --port $(PORT)
+
+monitoring:  ## Prometheus and Grafana on 127.0.0.1:9090 and :3000 for the Ray of this machine (needs Docker)
+	@docker compose -f deploy/monitoring/compose.yaml up
 
 constraints: setup  ## write the versions installed in .venv to constraints.txt
 	@{ head -n 1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sort -f; } > constraints.new

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
+from pipelines.jobs.command import ClusterCommand
+
 if TYPE_CHECKING:
     from preprocessing.colour import RenderingCurve
     from preprocessing.shards import PreprocessOptions
@@ -100,6 +102,29 @@ ZoomedTo = Annotated[
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; change nothing.")]
+CostOnly = Annotated[
+    bool, typer.Option("--dry-run", help="Say tasks, hours, gigabytes and dollars by measured rates; change nothing.")
+]
+DollarsPerHour = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[NAME=]DOLLARS", help="For --dry-run: the price of this machine or cluster, or of an instance type."
+    ),
+]
+TimeBudget = Annotated[str | None, typer.Option(metavar="TIME", help="End after e.g. 30m or 2h; --resume goes on.")]
+Concurrent = Annotated[int | None, typer.Option(metavar="N", help="Trials at once; default: one per GPU, or one.")]
+GpusPerTrial = Annotated[
+    float | None, typer.Option(metavar="N", help="0.5, 1, 2, ...; default: one per worker, if there are GPUs.")
+]
+Strength = Annotated[
+    float, typer.Option(help="1: the model's detail; 0: bicubic; between them a mixture.", min=0, max=1)
+]
+LikeCamera = Annotated[
+    bool, typer.Option("--like-camera", help="Give a RAW the tones of the JPG beside it, or else inside it.")
+]
+Device = Annotated[
+    str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, or cuda:N for the GPU of that number.")
+]
 
 
 class _Interrupts:
@@ -202,6 +227,13 @@ def _of_signal(number: int) -> tuple[int, str]:
 
 
 _INTERRUPTS = _Interrupts()
+
+
+def _keep(kept: str | Callable[[], str]) -> None:
+    _INTERRUPTS.kept = kept
+
+
+ClusterCommand.announce = staticmethod(_keep)
 
 
 def _print_version(wanted: bool) -> None:
@@ -369,17 +401,30 @@ def simulate(
     _say(f"{len(folders)} simulated sequences in {out}")
 
 
-@app.command()
+@app.command(cls=ClusterCommand)
 @_takes_preprocess_options
-def preprocess(raw: Raw, shards: Shards, options: "PreprocessOptions", dry_run: DryRun = False) -> None:
+def preprocess(
+    raw: Raw,
+    shards: Shards,
+    options: "PreprocessOptions",
+    dry_run: CostOnly = False,
+    dollars_per_hour: DollarsPerHour = None,
+) -> None:
     """Cut RAW sequences into scale-aligned tiles in Parquet, one file per pair; finished pairs are skipped."""
     from pipelines.cluster import start_ray
+    from pipelines.monitoring.published import pair_finished
     from preprocessing import shards as verb
     from preprocessing.report.job_summary import job_summary
 
     _INTERRUPTS.kept = f"finished pairs are kept; {GO_ON}"
-    report = verb.preprocess(raw, shards, options, dry_run=dry_run, start_ray=start_ray)
+    report = verb.preprocess(raw, shards, options, dry_run=dry_run, start_ray=start_ray, on_pair=pair_finished)
     _say(job_summary(report, shards, dry_run=dry_run))
+    if report.estimate:
+        from pipelines.costs import estimate
+
+        asked = estimate.parse_prices(dollars_per_hour)
+        registers = options.align == "ecc"
+        _say(str(estimate.preprocessing(report.todo, report.estimate, registers=registers, asked=asked)))
 
 
 @app.command()
@@ -399,7 +444,7 @@ def inspect(
     _say(f"{out} ({len(page.encode()) / 1e6:.1f} MB)")
 
 
-@app.command()
+@app.command(cls=ClusterCommand)
 def train(
     shards: Shards,
     config: ConfigName = None,
@@ -416,12 +461,17 @@ def train(
     ] = None,
     vgg_weights: VggWeights = None,
     name: Annotated[str | None, typer.Option(metavar="RUN", help="The run's name; default: config and time.")] = None,
+    gpu_wait: Annotated[
+        float, typer.Option(metavar="S", help="On a cluster: how long to wait for GPUs that its autoscaler starts.")
+    ] = 900,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run --name, or the newest unfinished run.")
     ] = False,
     show_config: Annotated[
         bool, typer.Option("--show-config", help="Print every value that these options give, and train nothing.")
     ] = False,
+    dry_run: CostOnly = False,
+    dollars_per_hour: DollarsPerHour = None,
 ) -> None:
     """Train on shards with Ray Train; every run appears in the MLflow UI."""
     from pipelines import cluster
@@ -435,21 +485,29 @@ def train(
     if show_config:
         _say("\n".join(f"{key}={value}" for key, value in configs.flatten(choice.config).items()))
         return
+    wanted = cluster.parse_workers(workers) if workers else None
+    if dry_run:
+        from pipelines.costs import estimate
+
+        asked = estimate.parse_prices(dollars_per_hour)
+        _say(str(estimate.training(shards, choice.config, _data(), workers=wanted, asked=asked)))
+        return
     result = verb.train(
         shards,
         choice.config,
         data=_data(),
-        workers=cluster.parse_workers(workers) if workers else None,
+        workers=wanted,
         name=choice.name,
         resume=resume,
         storage=storage,
         init_from=choice.init_from,
         vgg_weights=vgg_weights,
+        gpu_wait_s=gpu_wait,
     )
     _say(verb.summary(result))
 
 
-@app.command()
+@app.command(cls=ClusterCommand)
 def evaluate(
     shards: Shards,
     model: ModelURI = CHAMPION,
@@ -484,7 +542,7 @@ def evaluate(
         _say(f"\nwritten to {out}: report.html, table.md, groups.md, evaluation.json, tiles.parquet, examples.png")
 
 
-@app.command()
+@app.command(cls=ClusterCommand)
 def tune(
     shards: Shards,
     trials: Annotated[int, typer.Option(metavar="N", help="Number of settings to try; --resume may raise it.")] = 8,
@@ -502,15 +560,9 @@ def tune(
     repeats: Annotated[
         int, typer.Option(metavar="N", help="Seeds of the best three and the default setting: measures the noise.")
     ] = 1,
-    time_budget: Annotated[
-        str | None, typer.Option(metavar="TIME", help="End after e.g. 30m or 2h; --resume goes on.")
-    ] = None,
-    concurrent: Annotated[
-        int | None, typer.Option(metavar="N", help="Trials at once; default: one per GPU, or one.")
-    ] = None,
-    gpus_per_trial: Annotated[
-        float | None, typer.Option(metavar="N", help="0.5, 1, 2, ...; default: one per worker, if there are GPUs.")
-    ] = None,
+    time_budget: TimeBudget = None,
+    concurrent: Concurrent = None,
+    gpus_per_trial: GpusPerTrial = None,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -525,6 +577,8 @@ def tune(
     vgg_weights: VggWeights = None,
     name: Annotated[str, typer.Option(metavar="SWEEP", help="The sweep's name.")] = "sweep",
     resume: Annotated[bool, typer.Option("--resume", help="Continue the sweep of that name.")] = False,
+    dry_run: CostOnly = False,
+    dollars_per_hour: DollarsPerHour = None,
 ) -> None:
     """Try settings, say which is better by more than noise, and write a page; MLflow gets a child run per trial."""
     from pipelines import config as configs
@@ -538,13 +592,19 @@ def tune(
         trials, space, search, metrics, grace, repeats, budget_s, concurrent, workers, gpus_per_trial
     )  # fmt: skip
     chosen = configs.chosen(config, assignments or ())
+    if dry_run:
+        from pipelines.costs import estimate
+
+        asked = estimate.parse_prices(dollars_per_hour)
+        _say(str(estimate.sweep(shards, chosen, _data(), options, workers=workers, asked=asked)))
+        return
     result = verb.tune(shards, chosen, options, data=_data(), vgg_weights=vgg_weights, name=name, resume=resume)
     _say(verb.summary(result))
     if register:
         _say(verb.register(result, _data(), name))
 
 
-@app.command()
+@app.command(cls=ClusterCommand)
 @_takes_preprocess_options
 def retrain(
     raw: Raw,
@@ -598,7 +658,7 @@ def retrain(
     _say(verb.summary(result, shards, dry_run=dry_run))
 
 
-@app.command()
+@app.command(cls=ClusterCommand)
 def zoom(
     photos: Photos,
     out: ZoomedTo,
@@ -619,17 +679,13 @@ def zoom(
     crop: Annotated[
         str | None, typer.Option(metavar="X,Y,W,H", help="Zoom only this part; pixels of the upright photograph.")
     ] = None,
-    strength: Annotated[
-        float, typer.Option(help="1: the model's detail; 0: bicubic; between them a mixture.", min=0, max=1)
-    ] = 1.0,
+    strength: Strength = 1.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs.")] = False,
     no_gps: Annotated[bool, typer.Option("--no-gps", help="Leave the place out of the tags.")] = False,
-    like_camera: Annotated[
-        bool, typer.Option("--like-camera", help="Give a RAW the tones of the JPG beside it, or else inside it.")
-    ] = False,
-    device: Annotated[
-        str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, or cuda:N for the GPU of that number.")
-    ] = "auto",
+    like_camera: LikeCamera = False,
+    device: Device = "auto",
+    dry_run: CostOnly = False,
+    dollars_per_hour: DollarsPerHour = None,
 ) -> None:
     """Zoom photographs; writes them upright, in sRGB, with their EXIF tags. Of a folder or bucket, what is there and
     whole is skipped."""
@@ -645,6 +701,12 @@ def zoom(
     else:
         request.check_request(files, Path(out), output)
     request.check_device(device)
+    if dry_run:
+        from pipelines.costs import estimate, photographs
+
+        count, there = photographs.counted(photos, out, scale or 4)
+        _say(str(estimate.zooming(count, there, asked=estimate.parse_prices(dollars_per_hour))))
+        return
     with start.large_imports(driver=device in ("auto", "cuda", "cuda:0")):
         from pipelines import zoom as verb
         from pipelines.zooming.models import choose_models
@@ -749,12 +811,18 @@ def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000) -> 
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, *server])
 
 
-@app.command()
-def doctor() -> None:
-    """Check what works on this machine (GPU, operators, Ray, MLflow, S3) and say what to do about the rest."""
+@app.command(cls=ClusterCommand)
+def doctor(
+    s3: Annotated[
+        str | None,
+        typer.Option("--s3", metavar="URI", help="An s3:// URI below which to try writing, reading, and deleting."),
+    ] = None,
+) -> None:
+    """Check what works (GPUs, operators, Ray, MLflow, S3; on a cluster each node and the network) and say what to do
+    about the rest; exit code 1 if anything is broken."""
     from pipelines import doctor as verb
 
-    raise typer.Exit(verb.report(_data(), say=_say))
+    raise typer.Exit(verb.report(_data(), say=_say, s3=s3))
 
 
 def _as_csv(rows: dict[str, dict[str, float]]) -> str:

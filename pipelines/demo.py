@@ -15,6 +15,7 @@ from tqdm import tqdm
 from pipelines import cluster
 from pipelines import config as configs
 from pipelines.evaluate import Evaluation, evaluate
+from pipelines.monitoring.published import pair_finished
 from pipelines.scoring.pictures import labelled_grid
 from pipelines.train import TrainResult, train, with_network_of
 from pipelines.zoom import Zoomer, move_bar, read_photo, write_png
@@ -87,7 +88,7 @@ def run(data: Path, *, say: Callable[[str], None], size: Size = FULL) -> DemoRes
     say(f"2/5 preprocess -> {shards}")
     starter = checkpoint.load(starter_folder())
     options = replace(OPTIONS, curve=starter.model.config.rendering_curve, val=size.held_out)
-    report = preprocess(str(raw), str(shards), options, start_ray=cluster.start_ray)
+    report = preprocess(str(raw), str(shards), options, start_ray=cluster.start_ray, on_pair=pair_finished)
     say(f"    {report.written} pairs written, {report.skipped} finished earlier, {len(report.quarantined)} set aside")
     look = configs.from_dict(starter.config).train.look
     changes = FINE_TUNING | {"train.epochs": size.epochs, "train.restart_epochs": size.epochs, "train.look": look}

@@ -21,6 +21,7 @@ from pipelines import config as configs
 from pipelines.config import ExperimentConfig
 from pipelines.evaluate import Evaluation
 from pipelines.loader import index_split
+from pipelines.monitoring.published import pair_finished
 from pipelines.retraining import phases, state
 from pipelines.retraining import report as reports
 from pipelines.retraining.compare import MARGIN_DB, Comparison, table
@@ -108,7 +109,9 @@ def retrain(
     settings = Settings(data, uri, first, tuned, workers, vgg_weights, margin_db, progress)
     with hold(data, shards) as held:
         try:
-            report = preprocess(raw, shards, options, progress=progress, start_ray=cluster.start_ray)
+            report = preprocess(
+                raw, shards, options, progress=progress, start_ray=cluster.start_ray, on_pair=pair_finished
+            )
             report.notes += held.notes
             return _after_preprocessing(report, raw, shards, settings, held, has_config=config is not None)
         except ValueError as error:

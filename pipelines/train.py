@@ -31,6 +31,7 @@ from torch import Tensor
 from pipelines import cluster, registry
 from pipelines import config as configs
 from pipelines.config import ConfigError, ExperimentConfig
+from pipelines.jobs import gpus
 from pipelines.loader import (
     ShardIndex,
     alignment_shares,
@@ -203,6 +204,7 @@ def train(
     progress: bool = True,
     max_failures: int = 3,
     plan: cluster.WorkerPlan | None = None,
+    gpu_wait_s: float = gpus.WAIT_S,
 ) -> TrainResult:
     """Train `config` on `shards`.
 
@@ -222,6 +224,7 @@ def train(
             bicubic; None: not registered.
         max_failures: maximum number of restarts from the last checkpoint after a worker or machine is lost.
         plan: the workers' resources, in place of `workers`; None: planned from all that Ray has.
+        gpu_wait_s: how long to wait for GPUs that the cluster's autoscaler starts.
 
     Raises:
         TrainError, ConfigError, ShardsError, RunFolderError, PerceptualError: before Ray is started.
@@ -231,20 +234,26 @@ def train(
     cluster.check_workers(workers)
     folder, stored, pairs, config = _checked(shards, config, data, name, resume, init_from, seen, storage)
     vgg = _loss_weights(config, vgg_weights)
+    _say_start(pairs, progress)
+    cluster.start_ray()
+    wanted = workers or (stored.workers if stored else None)
+    with gpus.requested(wanted, wait_s=gpu_wait_s, needed=plan is None):
+        plan = plan or cluster.plan_workers(wanted)
+        _check_speed(config, plan)
+        tracking_uri = registry.default_tracking_uri(data)
+        run = _record(folder, stored, config, pairs, run_id, init_from, plan, storage, tracking_uri)
+        job = _job(folder, run, config, pairs, plan, vgg, tracking_uri)
+        trainer = _trainer(folder, run, job, plan, callbacks, max_failures)
+        with _mlflow_status(tracking_uri, run.run_id, terminate=run_id is None):
+            result = _fit(trainer, folder, config, progress=progress)
+            return _finish(folder, run, result, tracking_uri, register, pairs)
+
+
+def _say_start(pairs: RunShards, progress: bool) -> None:
     if progress and (note := alignment_note(pairs.train)):
         print(f"train: {note}", file=sys.stderr, flush=True)
     if progress and not ray.is_initialized():
         print("train: starting Ray", file=sys.stderr, flush=True)
-    cluster.start_ray()
-    plan = plan or cluster.plan_workers(workers or (stored.workers if stored else None))
-    _check_speed(config, plan)
-    tracking_uri = registry.default_tracking_uri(data)
-    run = _record(folder, stored, config, pairs, run_id, init_from, plan, storage, tracking_uri)
-    job = _job(folder, run, config, pairs, plan, vgg, tracking_uri)
-    trainer = _trainer(folder, run, job, plan, callbacks, max_failures)
-    with _mlflow_status(tracking_uri, run.run_id, terminate=run_id is None):
-        result = _fit(trainer, folder, config, progress=progress)
-        return _finish(folder, run, result, tracking_uri, register, pairs)
 
 
 def alignment_note(index: ShardIndex) -> str | None:

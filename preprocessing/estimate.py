@@ -19,7 +19,7 @@ from preprocessing.shard_folder.small_json import SmallJsonError, parse_json
 from preprocessing.storage import Folder
 from preprocessing.tiles import tile_starts
 
-_COMPRESSION_RATIO = 0.65
+COMPRESSION_RATIO = 0.65
 """zstd-compressed size / raw size of tiles of photographs; used until a run has measured it."""
 _MARGIN_PX = 4
 """Packed pixels by which the shared area may exceed its estimate."""
@@ -65,7 +65,7 @@ class Estimate:
 def estimate(jobs: Sequence[PairJob], options: PreprocessOptions, rate: Rate | None, cpus: float) -> Estimate:
     """Estimate the total of `jobs` on this many CPUs, assuming that all of them are usable."""
     tiles = sum(num_tiles(job, options) for job in jobs)
-    compressed = rate.bytes / rate.raw_bytes if rate else _COMPRESSION_RATIO
+    compressed = rate.bytes / rate.raw_bytes if rate else COMPRESSION_RATIO
     raw_bytes = sum(num_tiles(job, options) * tile_bytes(options, truth=job.has_truth) for job in jobs)
     seconds = rate.task_seconds / rate.tiles * tiles / cpus if rate else None
     return Estimate(tiles, round(raw_bytes * compressed), seconds, cpus)

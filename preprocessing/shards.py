@@ -107,6 +107,7 @@ def preprocess(
     dry_run: bool = False,
     progress: bool = True,
     start_ray: Callable[[], object] | None = None,
+    on_pair: Callable[[str, int], None] | None = None,
 ) -> PreprocessReport:
     """Turn the zoom sequences below `raw` into shards below `shards` (local folders or `s3://` URIs).
 
@@ -117,6 +118,7 @@ def preprocess(
         dry_run: count and estimate; write nothing.
         progress: show a progress bar.
         start_ray: starts or joins Ray; called after all checks, if there is work. None: Ray must be running.
+        on_pair: called with (status, tiles) of each pair that ends.
 
     Raises:
         PreprocessError: the whole run failed; one line.
@@ -143,7 +145,7 @@ def preprocess(
             ledger.prepare(plan, options)
             for job in done:
                 ledger.keep_one_shard(job)
-            written = _run_jobs(source, ledger, todo, options, report, progress=progress)
+            written = _run_jobs(source, ledger, todo, options, report, progress=progress, on_pair=on_pair)
             ledger.finish(plan, options)
             ledger.update_quarantine(report.quarantined, plan)
             if report.rows:
@@ -182,6 +184,7 @@ def _run_jobs(
     report: PreprocessReport,
     *,
     progress: bool,
+    on_pair: Callable[[str, int], None] | None = None,
 ) -> set[str]:
     """Run the jobs, record each result when it arrives, and return the sequences that got a shard."""
     waiting = {job.key: job for job in todo}
@@ -203,9 +206,11 @@ def _run_jobs(
                 report.fallbacks += result.aligned_by == "scale_fallback"
                 report.unaligned += result.aligned_by == "unaligned"
                 written.add(job.sequence)
+            if on_pair is not None:
+                on_pair(result.status, result.rows)
             bar.update()
 
-        for result in _results(source, ledger.target, todo, options):
+        for result in run_tasks(todo, partial(_task, source=source, target=ledger.target, options=options)):
             if result.status == "unwritable":
                 raise OSError(result.reason)
             read_failures = read_failures + 1 if result.status == "unreadable" and not source.is_local else 0
@@ -221,8 +226,12 @@ def _run_jobs(
     return written
 
 
-def _results(source: Folder, target: Folder, todo: list[PairJob], options: PreprocessOptions) -> Iterator[PairResult]:
-    """Run one task per pair and yield results as they arrive; a pair whose Ray worker died every time has none."""
+def run_tasks(todo: list[PairJob], task: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[PairResult]:
+    """Run one task per pair and yield results as they arrive; a pair whose Ray worker died every time has none.
+
+    Args:
+        task: takes {"job": a PairJob as JSON}, returns a PairResult as a dictionary.
+    """
     if not todo:
         return
     with quiet_ray_data() as failures:
@@ -233,11 +242,7 @@ def _results(source: Folder, target: Folder, todo: list[PairJob], options: Prepr
                 # Ray 2.64 will remove max_retries without a replacement. Without it, a task that runs out of memory is
                 # retried for ever.
                 warnings.simplefilter("ignore")
-                results = jobs.map(
-                    partial(_task, source=source, target=target, options=options),
-                    memory=memory,
-                    max_retries=_RETRIES,
-                )
+                results = jobs.map(task, memory=memory, max_retries=_RETRIES)
             for row in results.iter_rows():
                 yield PairResult(**row)
             require_only_deaths(failures)

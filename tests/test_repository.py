@@ -135,7 +135,7 @@ def verbs_in(page: str) -> set[tuple[str, str]]:
     found = set()
     for code in code_in(page):
         for verb, rest in re.findall(r"(?:^|[\s/])sdan (?:--data \S+ )?([a-z]+)(?![\w:.])([^#|&;]*)", code):
-            found |= {(verb, option) for option in ["", *re.findall(r"(?<!\S)--?[a-z][a-z-]*", rest)]}
+            found |= {(verb, option) for option in ["", *re.findall(r"(?<!\S)--?[a-z][a-z0-9-]*", rest)]}
     return found
 
 
@@ -188,7 +188,7 @@ def test_pages_name_only_verbs_and_options_that_exist(pages):
     }
     named = {(page, *call) for page, text in pages.items() for call in verbs_in(text)}
     assert sorted(name for name in named if name[2] not in options.get(name[1], ())) == []
-    alone = {span for text in pages.values() for span in code_in(text) if re.fullmatch(r"--[a-z-]+", span)}
+    alone = {span for text in pages.values() for span in code_in(text) if re.fullmatch(r"--[a-z0-9-]+", span)}
     assert alone - set().union(*options.values()) - {"--data"} == set()
 
 

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipelines.monitoring import published
 from pipelines.serving.decoding import RETRY_S, Decoded, Decoder, kind_of_upload
 from pipelines.serving.limits import SEATS, Limits, Refused
 from pipelines.serving.models import Models
@@ -151,6 +152,7 @@ class Desk:
                 self._tickets.pop(next(iter(self._tickets)))
             self._tickets[identifier] = ticket
         self.inside += 1
+        self._publish()
         try:
             yield ticket
             ticket.stage = "done"
@@ -160,6 +162,8 @@ class Desk:
         finally:
             ticket.stop.set()
             self.inside -= 1
+            self._publish()
+            published.count("sdan_serve_photographs", outcome="answered" if ticket.stage == "done" else "refused")
             if identifier is not None:
                 asyncio.get_running_loop().call_later(_KEPT_S, self._forget, identifier, ticket)
 
@@ -187,6 +191,10 @@ class Desk:
             limit = f"{self.limits.timeout_s:g} s"
             line = f"{path.name}: expected to be ready within {limit}, got no result; send it again later, or crop it"
             raise Refused(503, line, self._retry_s()) from None
+
+    def _publish(self) -> None:
+        published.gauge("sdan_serve_waiting", max(0, self.inside - SEATS))
+        published.gauge("sdan_serve_in_work", min(self.inside, SEATS))
 
     def _retry_s(self) -> int:
         """The time that the work on all requests takes, by the mean time of the last ones."""

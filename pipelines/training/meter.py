@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pipelines.monitoring import published
 from pipelines.training.run_folder import LIVE
 from pipelines.training.step import NotFiniteError, not_finite
 from preprocessing.storage import write_atomically
@@ -58,6 +59,11 @@ class EpochMeter:
     def crops_per_s(self, crops_per_step: int) -> float:
         return self.steps * crops_per_step / (time.perf_counter() - self.started)
 
+    @property
+    def data_wait(self) -> float:
+        """Share of the time so far that was spent waiting for crops, 0 to 1."""
+        return self.waited_s / (time.perf_counter() - self.started)
+
     def means(self, crops_per_step: int) -> dict[str, float]:
         """The epoch's metrics.
 
@@ -68,12 +74,11 @@ class EpochMeter:
         skipped = sums.pop("skipped")
         if skipped == self.steps:
             raise NotFiniteError(not_finite(f"all {self.steps} steps of an epoch"))
-        elapsed = time.perf_counter() - self.started
         means = {f"train_{name}": value / (self.steps - skipped) for name, value in sums.items()}
         return means | {
             "skipped_steps": skipped,
             "crops_per_s": self.crops_per_s(crops_per_step),
-            "data_wait": self.waited_s / elapsed,
+            "data_wait": self.data_wait,
         }
 
 
@@ -116,7 +121,7 @@ class TimeLeft:
 class LiveFile:
     """Writes live.json to the run's folder: epoch, stage, loss, crops/s, seconds left, time, and how the run computes.
 
-    Does nothing if the folder is on another machine.
+    Also publishes the rate for Prometheus. Without the folder, which may be on another machine, it does only that.
     """
 
     def __init__(
@@ -128,6 +133,7 @@ class LiveFile:
             started: one line that says how the run computes (RunLog.environment).
         """
         self.path = folder / LIVE if folder.is_dir() else None
+        self.run = folder.name
         self.epochs, self.crops_per_epoch, self.started = epochs, crops_per_epoch, started
         self.time_left = TimeLeft(epochs, crops_per_epoch, validate_every)
         self.written = 0.0
@@ -146,11 +152,14 @@ class LiveFile:
         """
         clock = time.monotonic()
         self.time_left.step(crops, clock)
-        if self.path is None or clock < self.written + LIVE_EVERY_S:
+        if clock < self.written + LIVE_EVERY_S:
             return
         self.written = clock
         rate, left_s = meter.crops_per_s(crops_per_step), self.time_left.left_s(crops, clock)
-        self._write(crops, {"loss": meter.loss, "crops_per_s": rate, "left_s": left_s})
+        published.gauge("sdan_train_crops_per_second", rate, run=self.run)
+        published.gauge("sdan_train_data_wait", meter.data_wait, run=self.run)
+        if self.path is not None:
+            self._write(crops, {"loss": meter.loss, "crops_per_s": rate, "left_s": left_s})
 
     def _write(self, crops: int, values: dict[str, float | str | None]) -> None:
         if self.path is None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from pipelines import config as configs
 from pipelines.config import ExperimentConfig
 from pipelines.loader import model_inputs, training_batches, training_stream
+from pipelines.monitoring import published
 from pipelines.scoring.held_out import HeldOut, held_out
 from pipelines.scoring.pictures import training_sheet
 from pipelines.scoring.scores import PerCrop, mean_scores, score_bicubic, score_model
@@ -193,6 +194,8 @@ class TrainWorker:
 
     def _validated(self, epoch: int, metrics: dict[str, float]) -> None:
         metrics = metrics | self._validate() | {"workers": float(self.world)}
+        if self.rank == 0:
+            published.gauge("sdan_train_psnr_db", metrics[SELECT_BY], run=Path(self.job.folder).name)
         if self.log and self.log.metrics(epoch, metrics):
             every = self.config.train.validate_every * self.config.train.picture_every
             if epoch % every == 0 or epoch == self.config.train.epochs:

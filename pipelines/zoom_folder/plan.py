@@ -119,6 +119,28 @@ def open_sources(inputs: Sequence[str], target: Place) -> list[Source]:
     return sources
 
 
+def listed(sources: Sequence[Source], target: Place) -> list[str]:
+    """The names in OUT, with the photographs' suffixes, of all photographs; RAW and the JPG beside it count once.
+
+    Raises ZoomError: no photographs.
+    """
+    found = _photographs(sources, target, Plan())
+    if not found:
+        labels = ", ".join(source.place.label(source.path) for source in sources)
+        raise ZoomError(f"{labels}: expected photographs in this folder, got none; check the path")
+    single = [Path(one.name) for one in found if one.source.path]
+    kept = without_twins(single, [Path(one.name) for one in found], True, lambda note: None)
+    return sorted(str(name) for name in kept)
+
+
+def recorded(names: Sequence[str], target: Place, scale: int) -> int:
+    """How many of these have a record of a finished output in OUT, of whatever model, in any format."""
+    keys = {match[1] for entry in target.entries(RECORDS) if (match := _RECORD.fullmatch(entry.path))}
+    suffixes = [suffix for suffix, *_ in FORMATS.values()]
+    outputs = [output_names(list(names), scale, suffix) for suffix in suffixes]
+    return sum(any(_key(each[name]) in keys for each in outputs) for name in names)
+
+
 def agree_on_options(
     target: Place, options: dict[str, Any], outputs: Iterable[str], *, finished: bool, overwrite: bool
 ) -> int:

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from pipelines import doctor
+from pipelines.checks.finding import Finding
 from sdan.ops import Check, selftest
 
-NAMES = ["torch", "GPU", "operators", "Ray", "MLflow", "disk", "S3"]
+NAMES = ["torch", "GPU", "operators", "disk", "/dev/shm", "Ray", "MLflow", "S3"]
 PARTS = {
     "operators": "sdan.ops.selftest",
     "Ray": "pipelines.cluster.start_ray",
@@ -17,7 +18,7 @@ PARTS = {
     "disk": "shutil.disk_usage",
     "S3": "boto3.Session",
 }
-"""Finding -> what its check calls outside of pipelines/doctor.py."""
+"""Finding -> what its check calls outside of pipelines/checks/."""
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +35,8 @@ def healthy(monkeypatch):
     for name, answer in answers.items():
         monkeypatch.setattr(PARTS[name], answer)
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("pipelines.checks.machine._memory_gb", lambda: 32.0)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     monkeypatch.setattr("pipelines.registry.prepare_database", lambda tracking_uri: None)
     return usage
@@ -56,10 +58,10 @@ def test_a_healthy_machine_has_every_finding_and_exit_code_0(tmp_path):
     assert code == 0 and list(found) == NAMES
     assert found["torch"][0] == "ok" and torch.__version__ in found["torch"][1]
     assert found["operators"] == ("ok", "ok       packed attention, CPU: exact")
-    assert found["Ray"] == ("ok", "10.0.0.1:6379: 8 CPUs, 2 GPUs")
+    assert found["Ray"] == ("ok", "a local instance: 8 CPUs, 2 GPUs")
     assert found["MLflow"] == ("ok", "http://127.0.0.1:1, 2 experiments")
     assert found["disk"] == ("ok", f"500 GB free in {tmp_path / 'data'}")
-    assert found["S3"] == ("ok", "credentials from env")
+    assert found["S3"] == ("ok", "credentials from env; --s3 URI tries a bucket")
 
 
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16"), (False, "fp32")])
@@ -94,7 +96,8 @@ def test_a_check_that_raises_is_a_broken_finding(name, tmp_path, monkeypatch):
     code, found = run(tmp_path)
     assert code == 1 and list(found) == NAMES
     assert found[name] == ("broken", "RuntimeError: no such luck")
-    assert [other for other in NAMES if found[other][0] == "broken"] == [name]
+    same = {"disk": ["disk", "/dev/shm"]}  # both look at the free space
+    assert [other for other in NAMES if found[other][0] == "broken"] == same.get(name, [name])
 
 
 def test_a_missing_package_of_the_extra_is_absent(tmp_path, monkeypatch):
@@ -118,10 +121,35 @@ def test_a_full_disk_is_broken(healthy, tmp_path, monkeypatch):
     monkeypatch.setattr(PARTS["disk"], lambda folder: healthy(10**12, 10**12, 10**9))
     code, found = run(tmp_path)
     assert code == 1
-    assert found["disk"] == ("broken", f"1 GB free in {tmp_path}; free some space")
+    assert found["disk"] == ("broken", f"1 GB free in {tmp_path}; free some space (over 95% full: Ray stops)")
 
 
 def test_an_unwritable_data_folder_is_broken(tmp_path):
     (tmp_path / "file").write_text("")
     code, found = run(tmp_path / "file" / "data")
     assert code == 1 and found["disk"][0] == "broken"
+
+
+def test_on_a_cluster_the_nodes_are_checked(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    asked = []
+
+    def nodes(data, s3):
+        asked.append((data, s3))
+        return [Finding("torch", "ok", "fine", "10.0.0.2"), Finding("clocks", "broken", "late")]
+
+    monkeypatch.setattr(doctor, "_nodes", nodes)
+    lines = []
+    assert doctor.report(tmp_path, say=lines.append) == 1
+    assert asked == [(tmp_path, None)]
+    assert [line.split()[1] for line in lines] == ["Ray", "MLflow", "S3", "10.0.0.2", "clocks"]
+
+
+def test_a_cluster_that_does_not_answer_has_no_nodes(tmp_path, monkeypatch):
+    def fails():
+        raise RuntimeError("no Ray there")
+
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr(PARTS["Ray"], fails)
+    code, found = run(tmp_path)
+    assert code == 1 and list(found) == ["Ray", "MLflow", "S3"]

@@ -76,7 +76,7 @@ def in_process(raw, out, options=NOW, die_at=None):
     if pid == 0:
         code = 1
         with suppress(BaseException):
-            shards._results = lambda source, target, todo, options: (process(j, source, target, options) for j in todo)
+            shards.run_tasks = lambda todo, task: (process(job, **task.keywords) for job in todo)
             _kill_self_at(die_at)
             preprocess(str(raw), str(out), options, progress=False, start_ray=lambda: None)
             code = 0

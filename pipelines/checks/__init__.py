@@ -1,0 +1,1 @@
+"""What `sdan doctor` checks: this machine, each node of a cluster, and the ways between nodes."""

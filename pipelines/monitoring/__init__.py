@@ -1,0 +1,1 @@
+"""What SDAN measures of itself, for Prometheus and Grafana."""
