@@ -34,6 +34,8 @@ _PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 """Ray's own variable: how many seconds it waits for a cluster's lost GCS; 60 if it is not set."""
 LOST_S = 3.0
 """How long the GCS of a joined cluster may refuse connections before it counts as lost, if _PATIENCE is not set."""
+ASK_S = 1.0
+"""How often that GCS is asked."""
 SILENT_S = 20.0
 """The same if nothing answers at all, because the network may come back."""
 
@@ -125,13 +127,16 @@ class _ClusterWatch:
 
     def __init__(self) -> None:
         self._address = ""
-        self._answered = 0.0
+        self._answered = self._asked = 0.0
 
     def lost_for(self, address: str) -> float | None:
         """Seconds since the GCS at HOST:PORT answered last, if that is too long; else None."""
         now = time.monotonic()
         if address != self._address:
             self._address, self._answered = address, now
+        elif now - self._asked < ASK_S:
+            return None
+        self._asked = now
         host, _, port = address.rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=2.0).close()

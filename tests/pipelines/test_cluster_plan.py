@@ -126,6 +126,7 @@ def test_a_grpc_server_that_is_not_ray_gets_one_line(monkeypatch):
 
 def test_a_cluster_whose_head_is_gone_is_lost(monkeypatch):
     monkeypatch.setattr(cluster, "LOST_S", 0.0)
+    monkeypatch.setattr(cluster, "ASK_S", 0.0)
     monkeypatch.delenv("RAY_gcs_rpc_server_reconnect_timeout_s", raising=False)
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     monkeypatch.setattr(cluster.ray, "is_initialized", lambda: True)
