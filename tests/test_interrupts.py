@@ -218,6 +218,13 @@ def test_an_error_after_the_signal_is_not_shown(swallow, tmp_path, monkeypatch, 
     assert capsys.readouterr().err == "sdan: interrupted by SIGTERM; run the command again\n"
 
 
+def test_a_lost_cluster_ends_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "GRACE_S", 1e6)  # else it would end the tests
+    monkeypatch.setattr("pipelines.cluster.lost", lambda: "Ray, head:6379: expected an answer, got none")
+    assert interrupted_here(monkeypatch, lambda data: time.sleep(60), tmp_path) == 2
+    assert capsys.readouterr().err == "sdan: Ray, head:6379: expected an answer, got none; run the command again\n"
+
+
 def test_a_command_that_does_not_stop_is_ended(tmp_path):
     code = (
         "import os, signal, sys, threading, time\n"
