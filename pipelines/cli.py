@@ -190,10 +190,9 @@ class _Interrupts:
                 if number in self._before:
                     self._begin(*_of_signal(number))
             # While the main thread imports that module, the function is not there yet.
-            look = getattr(sys.modules.get("pipelines.cluster"), "lost_processes", None)
-            if self.code is None and look is not None and (lost := look()):
-                got = f"the end of its process {lost[0]}, which was killed, perhaps for memory"
-                self._begin(2, f"Ray, this machine: expected it to run until the command ends, got {got}")
+            look = getattr(sys.modules.get("pipelines.cluster"), "lost", None)
+            if self.code is None and look is not None and (lost := look()) and not self._over.is_set():
+                self._begin(2, lost)
                 signal.pthread_kill(cast("int", threading.main_thread().ident), signal.SIGTERM)
         reader.close()
         writer.close()
@@ -254,6 +253,7 @@ def settings(
     ] = False,
 ) -> None:
     """SDAN: from a folder of RAW zoom sequences to a model that zooms photographs."""
+    _check_data(data)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # It logs the traceback of errors that MLflow then raises; they end in one line (`_explanation`).
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
@@ -261,6 +261,23 @@ def settings(
     if not os.environ.get("RAY_ADDRESS"):
         # Ray reads this when it is imported: a local Ray then listens only on 127.0.0.1.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+
+class DataError(ValueError):
+    """A --data that cannot be used; the message says what to do."""
+
+
+def _check_data(data: Path) -> None:
+    """Refuse a --data that is not a folder, or lies below a file, before any verb works."""
+    for place in (data.expanduser(), *data.expanduser().parents):
+        if place.is_dir():
+            return
+        if place.exists() or place.is_symlink():
+            kind = "a file" if place.exists() else "a link to nothing"
+            where = "" if place == data.expanduser() else f" at {place}"
+            raise DataError(
+                f"--data {data}: expected a folder, or a new name, got {kind}{where}; choose another folder"
+            )
 
 
 def _data() -> Path:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import ray
@@ -29,6 +29,15 @@ always start; WorkerPlan.readers limits how many run."""
 
 PROBE_S = 12.0
 """How long RAY_ADDRESS may take to answer."""
+
+_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"
+"""Ray's own variable: how many seconds it waits for a cluster's lost GCS; 60 if it is not set."""
+LOST_S = 3.0
+"""How long the GCS of a joined cluster may refuse connections before it counts as lost, if _PATIENCE is not set."""
+ASK_S = 1.0
+"""How often that GCS is asked."""
+SILENT_S = 20.0
+"""The same if nothing answers at all, because the network may come back."""
 
 _PRINT = getattr(worker, "print_to_stdstream", print)
 """Ray's own function. The default is for benchmarks/on_gpu/bare_machine.py, which stands in for a missing Ray."""
@@ -115,6 +124,59 @@ def _own_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
+class _ClusterWatch:
+    """Sees that the GCS of a joined cluster is gone. Ray would wait a minute, and then end the process in C++."""
+
+    def __init__(self) -> None:
+        self._address = ""
+        self._answered = self._asked = 0.0
+
+    def lost_for(self, address: str) -> float | None:
+        """Seconds since the GCS at HOST:PORT answered last, if that is too long; else None."""
+        now = time.monotonic()
+        if address != self._address:
+            self._address, self._answered = address, now
+        elif now - self._asked < ASK_S:
+            return None
+        self._asked = now
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=2.0).close()
+        except ConnectionRefusedError:
+            limit = float(os.environ.get(_PATIENCE) or LOST_S)
+        except OSError:
+            limit = float(os.environ.get(_PATIENCE) or SILENT_S)
+        else:
+            self._answered = time.monotonic()
+            return None
+        silent = time.monotonic() - self._answered
+        return silent if silent >= limit else None
+
+
+_WATCH = _ClusterWatch()
+
+
+def lost() -> str | None:
+    """What is lost of the Ray that this process uses, for a message ("..., got ..."); None: it runs, or there is none.
+
+    Only the command's watching thread calls it (cli.py): it may take two seconds.
+    """
+    node = worker._global_node
+    if node is None or not ray.is_initialized():
+        return None
+    if node.all_processes:
+        gone = lost_processes()
+        got = f"the end of its process {gone[0]}, which was killed, perhaps for memory" if gone else ""
+        return f"Ray, this machine: expected it to run until the command ends, got {got}" if gone else None
+    silent = _WATCH.lost_for(node.gcs_address)
+    if silent is None or not ray.is_initialized():
+        return None
+    return (
+        f"Ray, {os.environ.get('RAY_ADDRESS') or node.gcs_address}: expected it to run until the command ends, got no "
+        f"answer from its head (GCS) at {node.gcs_address} for {silent:.0f} s"
+    )
+
+
 def lost_processes() -> list[str]:
     """The processes of the local instance that have ended although Ray is connected; Ray cannot work without them."""
     node = worker._global_node
@@ -151,13 +213,13 @@ def _check_cluster(address: str) -> None:
         # For "auto": the address that the last `ray start` on this machine stored, or that of a running raylet.
         found = rest if scheme else services.canonicalize_bootstrap_address(address)
         if found is not None:  # None: "local"
-            _probe(found)
+            _probe(found, call=None if scheme else "/ray.rpc.NodeInfoGcsService/CheckAlive")
     except (OSError, ValueError) as error:
         raise _no_cluster(address, error) from error
 
 
-def _probe(address: str) -> None:
-    """Connect to HOST:PORT and wait until it speaks gRPC, as Ray does."""
+def _probe(address: str, call: str | None) -> None:
+    """Connect to HOST:PORT, wait until it speaks gRPC, and make `call`, which only Ray's GCS knows."""
     host, colon, port = address.rpartition(":")
     if not (colon and host and port.isdigit() and int(port) < 2**16):
         raise ValueError(f"{address!r}, which is not HOST:PORT")
@@ -173,6 +235,15 @@ def _probe(address: str) -> None:
             grpc.channel_ready_future(channel).result(timeout=max(1.0, deadline - time.monotonic()))
         except grpc.FutureTimeoutError as error:
             raise ValueError(f"a program at {address} that is not Ray, or is overloaded") from error
+        if call is None:
+            return
+        try:
+            channel.unary_unary(call)(b"", timeout=max(1.0, deadline - time.monotonic()))
+        except grpc.RpcError as error:  # each is a grpc.Call, too
+            code = cast("grpc.Call", error).code()
+            if code in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                raise ValueError(f"a program at {address} that is not Ray, or is overloaded ({code.name})") from error
+            # Any other answer, such as UNAUTHENTICATED, is Ray's own; ray.init says more.
 
 
 def _no_cluster(address: str, error: Exception) -> ClusterError:

@@ -65,14 +65,14 @@ VIEW_TAGS = {
     "mlflow.experimentKind": "custom_model_development",
     f"mlflow.sharedViewState.{VIEW}": json.dumps(
         {
-            "orderByKey": "metrics.`best_psnr`",
+            "orderByKey": "metrics.`main/best_psnr`",
             "orderByAsc": False,
             "selectedColumns": [
                 *(
                     "attributes.`Duration`",
-                    "metrics.`val_psnr`",
-                    "metrics.`best_psnr`",
-                    "metrics.`gain_over_bicubic_db`",
+                    "metrics.`main/val_psnr`",
+                    "metrics.`main/best_psnr`",
+                    "metrics.`main/gain_over_bicubic_db`",
                 ),
                 *("params.`name`", "params.`train.epochs`", "params.`train.crops_per_epoch`"),
                 "params.`shards`",

@@ -69,9 +69,9 @@ def test_the_run_is_in_mlflow(stages):
     assert run.info.status == "FINISHED"
     flat = configs.flatten(CONFIG)
     assert {name: run.data.params[name] for name in flat} == {name: str(value) for name, value in flat.items()}
-    losses = client.get_metric_history(result.run_id, "train_loss")
+    losses = client.get_metric_history(result.run_id, "main/train_loss")
     assert [point.step for point in losses] == [1, 2, 3]
-    for name in ("val_self/aligned_psnr", "val_self/true_psnr", "learning_rate", "run/crops_per_s"):
+    for name in ("val_self/aligned_psnr", "val_self/true_psnr", "main/learning_rate", "run/crops_per_s"):
         assert client.get_metric_history(result.run_id, name), name
     assert any("validation" in file.path for file in client.list_artifacts(result.run_id, "images"))
     assert client.get_model_version("sdan", result.version).run_id == result.run_id

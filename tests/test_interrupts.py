@@ -12,6 +12,7 @@ import psutil
 import pytest
 from mlflow.tracking import MlflowClient
 from PIL import Image
+from ray.cluster_utils import Cluster
 
 from pipelines import cli, registry
 from preprocessing.simulator.sequences import simulate
@@ -170,6 +171,23 @@ def test_a_lost_ray_is_one_line(name, raw, tmp_path):
     assert f"process {name}, " in line and line.endswith("; finished pairs are kept; run the same command to go on")
 
 
+@pytest.mark.slow
+def test_a_lost_cluster_is_one_line(raw, tmp_path, monkeypatch):
+    """Ray itself would wait a minute for the head's GCS, and then end the command from C++."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    try:
+        monkeypatch.setenv("RAY_ADDRESS", nodes.address)
+        with Command(tmp_path, "preprocess", raw, "shards", "--tile", "48", "--align", "ecc") as preprocess:
+            preprocess.wait_for("pair/s")
+            nodes.head_node.all_processes["gcs_server"][0].process.kill()
+            line = preprocess.last_line(2)
+    finally:
+        nodes.shutdown()
+    assert line.startswith(f"sdan: Ray, {nodes.address}: expected it to run until the command ends, got no answer from")
+    assert line.endswith(" s; finished pairs are kept; run the same command to go on")
+
+
 def interrupted_here(monkeypatch, act, data):
     """`sdan status` in this process, doing `act` in place of its work; returns the exit code."""
     monkeypatch.setattr("pipelines.status.status", act)
@@ -198,6 +216,13 @@ def test_an_error_after_the_signal_is_not_shown(swallow, tmp_path, monkeypatch, 
     monkeypatch.setattr(cli, "GRACE_S", 1e6)  # else it would end the tests
     assert interrupted_here(monkeypatch, work, tmp_path) == 143
     assert capsys.readouterr().err == "sdan: interrupted by SIGTERM; run the command again\n"
+
+
+def test_a_lost_cluster_ends_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "GRACE_S", 1e6)  # else it would end the tests
+    monkeypatch.setattr("pipelines.cluster.lost", lambda: "Ray, head:6379: expected an answer, got none")
+    assert interrupted_here(monkeypatch, lambda data: time.sleep(60), tmp_path) == 2
+    assert capsys.readouterr().err == "sdan: Ray, head:6379: expected an answer, got none; run the command again\n"
 
 
 def test_a_command_that_does_not_stop_is_ended(tmp_path):

@@ -59,7 +59,7 @@ def assert_one_run(data, run_id, epochs):
         if not name.startswith("system/"):
             steps = [point.step for point in client.get_metric_history(run_id, name)]
             assert len(steps) == len(set(steps)), name
-    assert {point.step for point in client.get_metric_history(run_id, "train_loss")} == set(range(1, epochs + 1))
+    assert {point.step for point in client.get_metric_history(run_id, "main/train_loss")} == set(range(1, epochs + 1))
 
 
 class At:

@@ -66,7 +66,8 @@ def test_a_run_records_its_data_and_environment(run):
     for name in ("env.commit", "env.torch", "env.device", "env.workers", "env.platform"):
         assert found.data.tags[name], name
     wanted = (
-        "train_loss",
+        "main/train_loss",
+        "main/best_psnr",
         "train/grad_norm",
         "run/data_wait",
         "run/skipped_steps",

@@ -29,17 +29,17 @@ from preprocessing.storage import write_atomically
 from sdan import checkpoint
 from sdan.ops.precision import ComputePlan
 
-EPOCH_METRICS = ("train_loss", "val_psnr")
-"""Every epoch logs at least one of these; they show which epochs a run already has."""
+MAIN = "main/"
+"""MLflow's page of a run sorts its sections of charts by name, and shows metrics without a path last; so the few that
+matter get a path that comes first."""
+MAIN_METRICS = ("train_loss", "val_psnr", "learning_rate")
+EPOCH_METRICS = (f"{MAIN}train_loss", f"{MAIN}val_psnr", "train_loss", "val_psnr")
+"""Every epoch logs at least one of these; they show which epochs a run already has. The last two are of older runs."""
 GROUPS = {
     **{prefix: f"{prefix.rstrip('_')}/" for prefix in ("train_", "val_self_", "val_oracle_", "val_bicubic_")},
     **{name: f"run/{name}" for name in ("crops_per_s", "data_wait", "skipped_steps", "workers")},
 }
-"""Start of a metric's name -> what replaces it in MLflow, whose pages show a section of charts per path.
-
-EPOCH_METRICS, the learning rate and the verdict's gains have no path: the table of runs shows them by these names, and
-the page of a run in its last section, Model metrics.
-"""
+"""Start of a metric's name -> what replaces it in MLflow, whose pages show a section of charts per path."""
 RETRY_S = 15.0
 """How often to try again while MLflow does not take what it is sent."""
 PATIENCE_S = 5.0
@@ -84,14 +84,14 @@ class RunLog:
         return max([-1 if self.written_epoch is None else self.written_epoch, *waiting])
 
     def metrics(self, epoch: int, values: Mapping[str, float]) -> bool:
-        """Log one point per finite value at step `epoch`, under its name of `grouped`.
+        """Log one point per finite value at step `epoch`, under its name of `charted`.
 
         Returns False if the run already has that epoch.
         """
         with self.lock:
             if epoch <= self.last_epoch:
                 return False
-            points = {name: float(value) for name, value in grouped(values).items() if math.isfinite(value)}
+            points = {name: float(value) for name, value in charted(values).items() if math.isfinite(value)}
             self.unsent.append({"step": epoch, "time": int(time.time() * 1000), "metrics": points})
         self._wait()
         return True
@@ -206,9 +206,9 @@ def deliver(tracking_uri: str, run_id: str, folder: Path) -> int:
 
 
 def log_gains(tracking_uri: str, run_id: str, gains: Mapping[str, float], epoch: int) -> None:
-    """Log a finished run's best score and gains (verdict.Verdict.gains) at the best epoch."""
+    """Log a finished run's best score and gains (verdict.Verdict.gains), under MAIN, at the best epoch."""
     now = int(time.time() * 1000)
-    points = [Metric(name, value, now, epoch) for name, value in gains.items()]
+    points = [Metric(MAIN + name, value, now, epoch) for name, value in gains.items()]
     MlflowClient(tracking_uri=tracking_uri).log_batch(run_id, metrics=points)
 
 
@@ -229,13 +229,18 @@ def _read_unsent(path: Path | None) -> list[dict[str, Any]]:
 
 
 def grouped(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics of a report by their names in MLflow (GROUPS), e.g. val_self/true_psnr."""
+    """The metrics of a report by their names in a sweep (GROUPS), e.g. val_self/true_psnr; MAIN_METRICS keep theirs."""
 
     def renamed(name: str) -> str:
         start = next((start for start in GROUPS if name.startswith(start)), "")
-        return name if not start or name in EPOCH_METRICS else GROUPS[start] + name.removeprefix(start)
+        return name if not start or name in MAIN_METRICS else GROUPS[start] + name.removeprefix(start)
 
     return {renamed(name): value for name, value in metrics.items()}
+
+
+def charted(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of a report by their names in a run of MLflow: as `grouped`, and MAIN_METRICS under MAIN."""
+    return {MAIN + name if name in MAIN_METRICS else name: value for name, value in grouped(metrics).items()}
 
 
 def environment(workers: int, device: torch.device) -> dict[str, str]:

@@ -37,6 +37,17 @@ def run_here(monkeypatch, *arguments, data):
     return ended.value.code
 
 
+@pytest.mark.parametrize("verb", [["status"], ["train", "shards", "--show-config"], ["rollback"]])
+@pytest.mark.parametrize(("name", "got"), [("file", "a file"), ("link", "a link to nothing"), ("file/below", "a file")])
+def test_data_that_is_no_folder_gets_one_line(verb, name, got, monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    assert run_here(monkeypatch, *verb, data=tmp_path / name) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"sdan: --data {tmp_path / name}: expected a folder, or a new name, got {got}")
+    assert (tmp_path / "file").read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

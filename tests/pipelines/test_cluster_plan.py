@@ -1,10 +1,13 @@
 """What is refused before anything starts: too many workers for the cluster, a RAY_ADDRESS where no Ray answers."""
 
+import concurrent.futures
 import contextlib
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
+import grpc
 import pytest
 from ray._private import services
 
@@ -106,3 +109,33 @@ def test_an_address_without_ray_gets_one_line_within_20_s(address, said, dead_po
         start_ray()
     assert "\n" not in str(caught.value)
     assert time.monotonic() - started < 20
+
+
+def test_a_grpc_server_that_is_not_ray_gets_one_line(monkeypatch):
+    """Ray's own client would repeat its call for half a minute, with a warning each second."""
+    server = grpc.server(concurrent.futures.ThreadPoolExecutor(1))
+    port = server.add_insecure_port("0.0.0.0:0")
+    server.start()
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    try:
+        with pytest.raises(ClusterError, match=r"got a program at .* that is not Ray, .*\(UNIMPLEMENTED\); start it"):
+            start_ray()
+    finally:
+        server.stop(None)
+
+
+def test_a_cluster_whose_head_is_gone_is_lost(monkeypatch):
+    monkeypatch.setattr(cluster, "LOST_S", 0.0)
+    monkeypatch.setattr(cluster, "ASK_S", 0.0)
+    monkeypatch.delenv("RAY_gcs_rpc_server_reconnect_timeout_s", raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: True)
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        monkeypatch.setattr(cluster.worker, "_global_node", SimpleNamespace(all_processes={}, gcs_address=address))
+        assert cluster.lost() is None
+    said = cluster.lost()
+    assert said is not None and said.startswith("Ray, head:6379: expected it to run until the command ends, got no ")
+    assert f"head (GCS) at {address} for " in said
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "60")  # a head that may come back
+    assert cluster.lost() is None

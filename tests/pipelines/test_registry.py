@@ -326,7 +326,7 @@ def test_the_ui_opens_the_table_of_trainings(uri):
         tags = client.get_experiment(registry.open_experiment(uri, name)).tags
         assert tags["mlflow.experimentKind"] == "custom_model_development"
         view = json.loads(tags["mlflow.sharedViewState.sdan"])
-        assert view["orderByKey"] == "metrics.`best_psnr`" and "params.`name`" in view["selectedColumns"]
+        assert view["orderByKey"] == "metrics.`main/best_psnr`" and "params.`name`" in view["selectedColumns"]
 
 
 def test_folder_resolves_to_itself(uri, tmp_path):

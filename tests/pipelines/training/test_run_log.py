@@ -67,7 +67,7 @@ def open_log(folder: Path) -> RunLog:
 def test_points_are_written_before_training_goes_on(server, tmp_path):
     log = open_log(tmp_path)
     assert log.metrics(1, {"train_loss": 0.5, "val_psnr": float("nan")})
-    assert server.points == [("train_loss", 1, 0.5)]
+    assert server.points == [("main/train_loss", 1, 0.5)]
     assert not log.metrics(1, {"train_loss": 0.4})
     log.environment(2, ComputePlan(torch.device("cpu"), "fp32", "channels_last", tf32=False))
     assert (server.tags["env.workers"], server.tags["env.precision"]) == ("2", "fp32")
@@ -79,7 +79,7 @@ def test_metrics_are_grouped_by_a_path(server, tmp_path):
     report = {"train_loss": 0.5, "train_align": 0.1, "val_psnr": 30.0, "val_self_true_psnr": 31.0, "data_wait": 0.0}
     log.metrics(1, report)
     log.close()
-    names = ["train_loss", "train/align", "val_psnr", "val_self/true_psnr", "run/data_wait"]
+    names = ["main/train_loss", "train/align", "main/val_psnr", "val_self/true_psnr", "run/data_wait"]
     assert [name for name, _, _ in server.points] == names
     assert [value for _, _, value in server.points] == list(report.values())
 
@@ -115,7 +115,7 @@ def test_a_silent_server_does_not_stop_training(server, tmp_path, monkeypatch):
 
 
 def test_a_resumed_run_writes_what_the_last_one_kept(server, tmp_path):
-    server.points = [("train_loss", 1, 1.0)]
+    server.points = [("train_loss", 1, 1.0)]  # as a version before this one wrote it
     server.dead = True
     log = open_log(tmp_path)  # it cannot ask which epochs the run has
     for epoch in (1, 2):
@@ -125,21 +125,23 @@ def test_a_resumed_run_writes_what_the_last_one_kept(server, tmp_path):
     resumed = open_log(tmp_path)
     assert resumed.last_epoch == 2 and not resumed.metrics(2, {"train_loss": 12.0})
     assert resumed.close() == 0
-    assert server.points == [("train_loss", 1, 1.0), ("train_loss", 2, 11.0)]  # each epoch keeps its first point
+    assert server.points == [("train_loss", 1, 1.0), ("main/train_loss", 2, 11.0)]  # each epoch keeps its first point
 
 
 def test_the_driver_delivers_what_the_workers_left(server, tmp_path):
     assert deliver("http://server", "run", tmp_path) == 0
-    (tmp_path / UNSENT).write_text('{"step": 3, "time": 0, "metrics": {"train_loss": 0.5}}\n[]\n{"step": 4}\n\xff{{{\n')
+    (tmp_path / UNSENT).write_text(
+        '{"step": 3, "time": 0, "metrics": {"main/train_loss": 0.5}}\n[]\n{"step": 4}\n\xff{{{\n'
+    )
     assert deliver("http://server", "run", tmp_path) == 0
-    assert server.points == [("train_loss", 3, 0.5)] and not (tmp_path / UNSENT).exists()
+    assert server.points == [("main/train_loss", 3, 0.5)] and not (tmp_path / UNSENT).exists()
 
 
 def test_an_entry_that_is_always_refused_blocks_nothing(server, tmp_path):
     log = open_log(tmp_path)
     log.metrics(1, {"not allowed": 1.0})
     log.metrics(2, {"train_loss": 1.0})
-    assert log.close() == 0 and server.points == [("train_loss", 2, 1.0)]
+    assert log.close() == 0 and server.points == [("main/train_loss", 2, 1.0)]
 
 
 def test_the_live_line_says_once_that_points_are_kept(tmp_path, capsys):
