@@ -1,15 +1,15 @@
 """The paper's open question at CPU size: `python benchmarks/sweep.py --out DIR`.
 
 Which packing kernel, which weight of X' (loss.align_weight) and which share of self-reference samples
-(loss.self_reference_weight), on registered (`--align ecc`) and on unregistered pairs (`--align scale`)? Every setting of
-GRID is trained on both, with each seed, on the same simulated scenes, and scored on the same held-out crops. All
+(loss.self_reference_weight), on registered (`--align ecc`) and on unregistered pairs (`--align scale`)? Every setting
+of GRID is trained on both, with each seed, on the same simulated scenes, and scored on the same held-out crops. All
 settings of a seed see the same training crops in the same order.
 
 The settings are trained one after the other in this process, by the steps of pipelines/training, without Ray: at this
 size a trial lasts seconds, and `sdan tune` would spend more on starting it. Judging and page are those of `sdan tune`
 (tuning/winners.py, tuning/page.py). Run it again to resume: sequences, shards and scored trials are kept. With
-`--minutes` it ends in time. The tables of what there is are written to benchmarks/RESULTS.md, and DIR/ecc and
-DIR/scale get a sweep.html each.
+`--minutes` it ends in time. The tables of the seeds that are whole are written to benchmarks/RESULTS.md, and DIR/ecc
+and DIR/scale get a sweep.html each.
 """
 
 import argparse
@@ -151,7 +151,8 @@ def train_trial(trial: Trial, pairs: Pairs, crops: int, folder: Path) -> dict[st
 
 
 def train_missing(out: Path, pairs: Mapping[str, Pairs], seeds: int, crops: int, ends_at: float) -> None:
-    """Train what has no line in DIR/trials.jsonl: all settings with the first seed on both kinds of pairs, and so on."""
+    """Train what has no line in DIR/trials.jsonl: all settings with the first seed on both kinds of pairs, then with
+    the next seed."""
     done = read_trials(out)
     for seed, align in itertools.product(range(seeds), ALIGNS):
         for overrides in grid():
@@ -178,16 +179,20 @@ def read_trials(out: Path) -> dict[str, dict[str, Any]]:
     return {line["key"]: line for line in lines}
 
 
+def whole_seeds(done: Mapping[str, dict[str, Any]], seeds: int) -> int:
+    """The number of seeds, from the first on, with which every setting was trained."""
+    whole = [all(Trial(align, each, seed).key in done for align in ALIGNS for each in grid()) for seed in range(seeds)]
+    return [*whole, False].index(False)
+
+
 def settings_of(align: str, done: Mapping[str, dict[str, Any]], target: str, seeds: int) -> list[Scored]:
-    """The settings that were trained with every seed."""
+    """All settings with their scores of each crop against `target`, one mapping per seed."""
     found = []
     for number, overrides in enumerate(grid()):
-        lines = [done.get(Trial(align, overrides, seed).key) for seed in range(seeds)]
-        whole = [line for line in lines if line is not None]
-        if len(whole) == seeds:
-            seconds = sum(line["seconds"] for line in whole) / seeds
-            tiles = tuple({name: _number(score) for name, score in line["tiles"][target].items()} for line in whole)
-            found.append(Scored(f"{number:02}", overrides, tiles, seconds))
+        lines = [done[Trial(align, overrides, seed).key] for seed in range(seeds)]
+        seconds = sum(line["seconds"] for line in lines) / seeds
+        tiles = tuple({name: _number(score) for name, score in line["tiles"][target].items()} for line in lines)
+        found.append(Scored(f"{number:02}", overrides, tiles, seconds))
     return found
 
 
@@ -275,8 +280,6 @@ def write_page(align: str, out: Path, done: Mapping[str, dict[str, Any]], seeds:
     for number, overrides in enumerate(grid()):
         for seed in range(seeds):
             trial = Trial(align, overrides, seed)
-            if trial.key not in done:
-                continue
             trial_id = f"{number:02}" + (f"-r{seed}" if seed else "")
             picture = folder_of(out, trial) / "crops.jpg"
             (crops_folder / f"{trial_id}.jpg").write_bytes(picture.read_bytes())
@@ -305,9 +308,6 @@ def _row(trial: Trial, trial_id: str, line: Mapping[str, Any]) -> TrialRow:
 def report(out: Path, pairs: Mapping[str, Pairs], seeds: int, crops: int, command: str) -> str:
     """The section of RESULTS.md."""
     done = read_trials(out)
-    seeds = sum(all(Trial(a, o, seed).key in done for a in ALIGNS for o in grid()) for seed in range(seeds))
-    if seeds == 0:
-        return f"{out}: expected all {len(grid())} settings of a seed, got fewer; run it again to go on"
     lines = [provenance(command, ("../sdan", "../pipelines", "../tuning")) + "; beside other work"]
     for align, title in zip(ALIGNS, ("Registered pairs", "Unregistered pairs"), strict=True):
         held = pairs[align].held
@@ -332,11 +332,13 @@ def main() -> int:
     torch.set_num_threads(1)
     pairs = {align: Pairs(align, chosen.out, chosen.val_crops) for align in ALIGNS}
     train_missing(chosen.out, pairs, chosen.seeds, chosen.crops, ends_at)
-    text = report(
-        chosen.out, pairs, chosen.seeds, chosen.crops, " ".join(["python benchmarks/sweep.py", *sys.argv[1:]])
-    )
+    seeds = whole_seeds(read_trials(chosen.out), chosen.seeds)
+    if seeds == 0:
+        print(f"{chosen.out}: expected every setting with one seed, got fewer; run it again to go on", file=sys.stderr)
+        return 1
+    text = report(chosen.out, pairs, seeds, chosen.crops, " ".join(["python benchmarks/sweep.py", *sys.argv[1:]]))
     print(text)
-    if not chosen.print_only and "expected" not in text.partition("\n")[0]:
+    if not chosen.print_only:
         update_section("sweep", text)
     return 0
 
