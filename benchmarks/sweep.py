@@ -55,7 +55,7 @@ GRID: dict[str, tuple[Value, ...]] = {
 ALIGNS = ("ecc", "scale")
 PRESET, WIDTH_PX = "default", 768
 TILE_PX, STRIDE_PX = 32, 16
-SEQUENCES = {"val": 10, "train": 9}
+SEQUENCES = {"val": 10, "train": 10}
 COMMON: dict[str, object] = {
     "model.input": "packed",
     "model.features": 16,
