@@ -8,8 +8,8 @@ settings of a seed see the same training crops in the same order.
 The settings are trained one after the other in this process, by the steps of pipelines/training, without Ray: at this
 size a trial lasts seconds, and `sdan tune` would spend more on starting it. Judging and page are those of `sdan tune`
 (tuning/winners.py, tuning/page.py). Run it again to resume: sequences, shards and scored trials are kept. With
-`--minutes` it ends in time. The tables of the seeds that are whole are written to benchmarks/RESULTS.md, and DIR/ecc
-and DIR/scale get a sweep.html each.
+`--minutes` it ends in time. Tables of all settings, or of the first half if the second is not whole, are written to
+benchmarks/RESULTS.md, and DIR/ecc and DIR/scale get a sweep.html each.
 """
 
 import argparse
@@ -91,8 +91,13 @@ class Trial:
 
 
 def grid() -> list[dict[str, Value]]:
-    """All settings."""
-    return [dict(zip(GRID, values, strict=True)) for values in itertools.product(*GRID.values())]
+    """All settings. The first half is a fraction in which each value of a parameter meets each value of another as
+    often: it gives the parameters' effects, if no two of them act on each other, for half the time."""
+    places = itertools.product(*(range(len(values)) for values in GRID.values()))
+    ordered = sorted(places, key=lambda place: sum(place) % 2)
+    return [
+        {name: values[number] for (name, values), number in zip(GRID.items(), place, strict=True)} for place in ordered
+    ]
 
 
 def config_of(overrides: Mapping[str, Value], crops: int, seed: int) -> ExperimentConfig:
@@ -151,11 +156,11 @@ def train_trial(trial: Trial, pairs: Pairs, crops: int, folder: Path) -> dict[st
 
 
 def train_missing(out: Path, pairs: Mapping[str, Pairs], seeds: int, crops: int, ends_at: float) -> None:
-    """Train what has no line in DIR/trials.jsonl: all settings with the first seed on both kinds of pairs, then with
-    the next seed."""
-    done = read_trials(out)
-    for seed, align in itertools.product(range(seeds), ALIGNS):
-        for overrides in grid():
+    """Train what has no line in DIR/trials.jsonl: the first half of the settings with every seed on both kinds of
+    pairs, then the second."""
+    done, half = read_trials(out), len(grid()) // 2
+    for part, seed, align in itertools.product((grid()[:half], grid()[half:]), range(seeds), ALIGNS):
+        for overrides in part:
             trial = Trial(align, overrides, seed)
             if trial.key in done:
                 continue
@@ -179,16 +184,18 @@ def read_trials(out: Path) -> dict[str, dict[str, Any]]:
     return {line["key"]: line for line in lines}
 
 
-def whole_seeds(done: Mapping[str, dict[str, Any]], seeds: int) -> int:
-    """The number of seeds, from the first on, with which every setting was trained."""
-    whole = [all(Trial(align, each, seed).key in done for align in ALIGNS for each in grid()) for seed in range(seeds)]
-    return [*whole, False].index(False)
+def whole(done: Mapping[str, dict[str, Any]], seeds: int) -> list[dict[str, Value]]:
+    """The settings to report: all, or the first half, whichever was trained with every seed on both kinds of pairs."""
+    for part in (grid(), grid()[: len(grid()) // 2]):
+        if all(Trial(align, each, seed).key in done for align in ALIGNS for each in part for seed in range(seeds)):
+            return part
+    return []
 
 
 def settings_of(align: str, done: Mapping[str, dict[str, Any]], target: str, seeds: int) -> list[Scored]:
-    """All settings with their scores of each crop against `target`, one mapping per seed."""
+    """The settings of `whole` with their scores of each crop against `target`, one mapping per seed."""
     found = []
-    for number, overrides in enumerate(grid()):
+    for number, overrides in enumerate(whole(done, seeds)):
         lines = [done[Trial(align, overrides, seed).key] for seed in range(seeds)]
         seconds = sum(line["seconds"] for line in lines) / seeds
         tiles = tuple({name: _number(score) for name, score in line["tiles"][target].items()} for line in lines)
@@ -277,7 +284,7 @@ def write_page(align: str, out: Path, done: Mapping[str, dict[str, Any]], seeds:
     verdict = judge(settings, metric=METRIC, default=of_default)
     rows, crops_folder = [], folder / "crops"
     crops_folder.mkdir(parents=True, exist_ok=True)
-    for number, overrides in enumerate(grid()):
+    for number, overrides in enumerate(whole(done, seeds)):
         for seed in range(seeds):
             trial = Trial(align, overrides, seed)
             trial_id = f"{number:02}" + (f"-r{seed}" if seed else "")
@@ -286,7 +293,7 @@ def write_page(align: str, out: Path, done: Mapping[str, dict[str, Any]], seeds:
             rows.append(_row(trial, trial_id, done[trial.key]))
     rows.sort(key=lambda row: -(row.score or 0.0))
     record = Record(
-        align, "", "", {name: f"choice {values}" for name, values in GRID.items()}, METRIC, "max", len(grid()), 1, 1, 0,
+        align, "", "", {name: f"choice {values}" for name, values in GRID.items()}, METRIC, "max", len(rows), 1, 1, 0,
         "grid", {}, seeds,
     )  # fmt: skip
     space = {name: Choice(values) for name, values in GRID.items()}
@@ -308,7 +315,8 @@ def _row(trial: Trial, trial_id: str, line: Mapping[str, Any]) -> TrialRow:
 def report(out: Path, pairs: Mapping[str, Pairs], seeds: int, crops: int, command: str) -> str:
     """The section of RESULTS.md."""
     done = read_trials(out)
-    lines = [provenance(command, ("../sdan", "../pipelines", "../tuning")) + "; beside other work"]
+    settings = f"{len(whole(done, seeds))} of {len(grid())} settings, {seeds} seeds, {crops} crops each"
+    lines = [provenance(command, ("../sdan", "../pipelines", "../tuning")) + f"; beside other work; {settings}"]
     for align, title in zip(ALIGNS, ("Registered pairs", "Unregistered pairs"), strict=True):
         held = pairs[align].held
         lines += ["", f"### {title} (`--align {align}`)", "", str(write_page(align, out, done, seeds, crops)), ""]
@@ -332,11 +340,15 @@ def main() -> int:
     torch.set_num_threads(1)
     pairs = {align: Pairs(align, chosen.out, chosen.val_crops) for align in ALIGNS}
     train_missing(chosen.out, pairs, chosen.seeds, chosen.crops, ends_at)
-    seeds = whole_seeds(read_trials(chosen.out), chosen.seeds)
-    if seeds == 0:
-        print(f"{chosen.out}: expected every setting with one seed, got fewer; run it again to go on", file=sys.stderr)
+    if not whole(read_trials(chosen.out), chosen.seeds):
+        print(
+            f"{chosen.out}: expected half of the settings with {chosen.seeds} seeds, got fewer; run it again to go on",
+            file=sys.stderr,
+        )
         return 1
-    text = report(chosen.out, pairs, seeds, chosen.crops, " ".join(["python benchmarks/sweep.py", *sys.argv[1:]]))
+    text = report(
+        chosen.out, pairs, chosen.seeds, chosen.crops, " ".join(["python benchmarks/sweep.py", *sys.argv[1:]])
+    )
     print(text)
     if not chosen.print_only:
         update_section("sweep", text)

@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import math
+import os
 import re
 import time
 from collections import Counter
@@ -81,6 +82,8 @@ class PatientClient:
     a sweep of hours must not lose a trial because MLflow restarts."""
 
     def __init__(self, tracking_uri: str) -> None:
+        # MLflow's own seven retries wait up to two minutes each: a server that was away for one is noticed too late.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         self._client = MlflowClient(tracking_uri=tracking_uri)
 
     def __getattr__(self, name: str) -> Any:
