@@ -315,7 +315,7 @@ def _row(trial: Trial, trial_id: str, line: Mapping[str, Any]) -> TrialRow:
 def report(out: Path, pairs: Mapping[str, Pairs], seeds: int, crops: int, command: str) -> str:
     """The section of RESULTS.md."""
     done = read_trials(out)
-    settings = f"{len(whole(done, seeds))} of {len(grid())} settings, {seeds} seed{'s' if seeds > 1 else ''}, {crops} crops each"
+    settings = f"{len(whole(done, seeds))} of {len(grid())} settings; seeds: {seeds}; {crops} crops each"
     lines = [provenance(command, ("../sdan", "../pipelines", "../tuning")) + f"; beside other work; {settings}"]
     for align, title in zip(ALIGNS, ("Registered pairs", "Unregistered pairs"), strict=True):
         held = pairs[align].held
