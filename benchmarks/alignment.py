@@ -93,16 +93,29 @@ NAMES = {
 }
 
 
-def make_shards(preset: str, out: Path, sequences: dict[str, int]) -> str:
-    """Simulate and preprocess what is missing; the folder of shards."""
-    raw, shards = out / "raw", out / "shards"
+def make_shards(
+    preset: str,
+    out: Path,
+    sequences: dict[str, int],
+    *,
+    options: PreprocessOptions = OPTIONS,
+    width_px: int = WIDTH_PX,
+    shards: Path | None = None,
+) -> str:
+    """Simulate and preprocess what is missing; the folder of shards.
+
+    Args:
+        sequences: split -> number of sequences.
+        shards: OUT/shards by default.
+    """
+    raw, shards = out / "raw", shards or out / "shards"
     for split, count in sequences.items():
-        simulate(raw / split, sequences=count, width_px=WIDTH_PX, preset=preset, seed=SEEDS[split])
+        simulate(raw / split, sequences=count, width_px=width_px, preset=preset, seed=SEEDS[split])
         source, target = open_folder(str(raw / split)), open_folder(str(shards))
-        for job in make_plan(source, OPTIONS, {}).jobs:
+        for job in make_plan(source, options, {}).jobs:
             job = replace(job, split=split, sequence=f"{split}{job.sequence}")
             if not (shards / job.shard).exists():
-                result = process(job, source, target, OPTIONS)
+                result = process(job, source, target, options)
                 print(job.shard, result.status, result.reason or f"{result.rows} tiles", flush=True)
     return str(shards)
 

@@ -113,13 +113,14 @@ def _charts(report: Report, front: Sequence[TrialRow]) -> dict[str, Any]:
     noise = report.verdict.noise
     scored = [row for row in searched if row.score is not None]
     names = summary.parameter_names(searched) if scored else []
+    curves = any(len(row.history) > 1 for row in scored)
     return {
         "importance": _uri(summary.plot_importance(shares)) if shares else "",
         "shares": shares,
         "parameters": {
             name: _uri(summary.plot_parameter(searched, name, metric=metric, band=noise, mode=mode)) for name in names
         },
-        "epochs": _uri(summary.plot_epochs(searched, metric=metric)) if scored else "",
+        "epochs": _uri(summary.plot_epochs(searched, metric=metric)) if curves else "",
         "front": _uri(summary.plot_front(searched, front, report.objectives)) if front else "",
     }
 

@@ -51,6 +51,7 @@ from tuning.tracking import (
     SWEEP_TAG,
     SweepRun,
     TrialRow,
+    best_name,
     best_trial,
     close_child,
     read_trials,
@@ -228,6 +229,8 @@ def _train_all(train: Train, space: Space, run: SweepRun, folder: Path, options:
     trial = make_trial(train, run, Path.cwd(), folder)
     if not search(trial, space, run, plan, folder, options.constraint):
         return False
+    if record.repeats == 1:
+        return True
     again = missing_repeats(read_trials(run), record.repeats, default)
     return repeat(trial, again, run, limits.at_once, folder)
 
@@ -337,12 +340,13 @@ def _ended_trials(run: SweepRun, folder: Path, options: SweepOptions, *, in_time
             f"sweep {run.name!r}: expected a finished trial within {duration(options.time_budget_s or 0)}, got none "
             f"(epoch {reached} of {run.max_epochs}); resume it with a larger --time-budget"
         )
-    for row in trials:
-        if row.status == "running" and in_time:  # Tune was killed before it saved this trial, and has started another
+    running = [row for row in trials if row.status == "running"]
+    for row in running:
+        if in_time:  # Tune was killed before it saved this trial, and has started another
             close_child(run.client(), row.run_id, "abandoned", "its record was lost when the sweep was killed")
-        elif row.status == "running":
+        else:
             close_child(run.client(), row.run_id, "interrupted")
-    return read_trials(run)
+    return read_trials(run) if running else trials
 
 
 def judge_trials(trials: list[TrialRow], folder: Path, run: SweepRun, default: Mapping[str, Value] | None) -> Verdict:
@@ -368,11 +372,13 @@ def _mark(
     """Write the outcome to MLflow: scores of the trials to sort by, the parent's description, its end."""
     client = run.client()
     for row in trials:
+        if row.marked == (row is best) and row.recorded == row.score:
+            continue  # of 1,000 trials almost all
         tags = [RunTag(BEST_TAG, str(row is best).lower())]
         now = int(time.time() * 1000)
-        scores = [] if row.score is None else [Metric(f"best_{run.metric}", row.score, now, 0)]
+        scores = [] if row.score is None else [Metric(best_name(run), row.score, now, 0)]
         client.log_batch(row.run_id, metrics=scores, tags=tags)
-    client.log_metric(run.parent_run_id, f"best_{run.metric}", best.score or 0.0)
+    client.log_metric(run.parent_run_id, best_name(run), best.score or 0.0)
     client.set_tag(run.parent_run_id, "sdan.best_run_id", best.run_id)
     client.set_tag(run.parent_run_id, "sdan.best_overrides", json.dumps(best.overrides, sort_keys=True))
     client.set_tag(run.parent_run_id, "sdan.chosen_run_id", chosen.run_id)

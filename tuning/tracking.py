@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import math
+import os
 import re
 import time
 from collections import Counter
@@ -81,6 +82,8 @@ class PatientClient:
     a sweep of hours must not lose a trial because MLflow restarts."""
 
     def __init__(self, tracking_uri: str) -> None:
+        # MLflow's own seven retries wait up to two minutes each: a server that was away for one is noticed too late.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         self._client = MlflowClient(tracking_uri=tracking_uri)
 
     def __getattr__(self, name: str) -> Any:
@@ -161,6 +164,10 @@ class TrialRow:
     repeat_of: str = ""
     values: Mapping[str, float] = field(default_factory=dict)
     """The last value of each objective of the sweep, and SECONDS."""
+    marked: bool = field(default=False, compare=False)
+    """Whether its run has the tag of the best trial."""
+    recorded: float | None = field(default=None, compare=False)
+    """The score as its run has it, to sort runs by; None: not yet."""
 
 
 def open_child(run: SweepRun, key: TrialKey, overrides: Mapping[str, Value]) -> Run:
@@ -179,6 +186,7 @@ def open_child(run: SweepRun, key: TrialKey, overrides: Mapping[str, Value]) -> 
         TRIAL_TAG: key.trial_id,
         OVERRIDES_TAG: json.dumps(dict(overrides), sort_keys=True),
         STATUS_TAG: "running",
+        BEST_TAG: "false",
     }
     if key.repeat:
         tags |= {REPEAT_TAG: str(key.repeat), OF_TAG: key.repeat_of}
@@ -203,6 +211,18 @@ def log_metrics(client: MlflowClient, run_id: str, metrics: Mapping[str, float],
     for name, value in metrics.items():
         if all(entry.step != epoch for entry in client.get_metric_history(run_id, name)):
             client.log_metric(run_id, name, value, step=epoch)
+
+
+def log_best(client: MlflowClient, run: SweepRun, run_id: str) -> None:
+    """Write a trial's score, that of its best epoch, as a metric to sort runs by."""
+    score = _score(run, _history(client, run, run_id))
+    if score is not None:
+        client.log_metric(run_id, best_name(run), score)
+
+
+def best_name(run: SweepRun) -> str:
+    """The metric of `log_best`."""
+    return f"best_{run.metric}"
 
 
 def close_child(client: MlflowClient, run_id: str, status: str, reason: str = "") -> None:
@@ -254,7 +274,9 @@ class EndOfTrial(tune.Callback):
         key, _ = identify(trial.config, trial.trial_id)
         child = find_child(self.run, key.trial_id)
         if child is not None and child.data.tags.get(STATUS_TAG) != "finished":
-            close_child(self.run.client(), child.info.run_id, "stopped")
+            client = self.run.client()
+            log_best(client, self.run, child.info.run_id)
+            close_child(client, child.info.run_id, "stopped")
         self._log_end(trials, trial, key)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -351,24 +373,35 @@ def best_trial(trials: Sequence[TrialRow]) -> TrialRow | None:
 
 def _row(client: MlflowClient, run: SweepRun, child: Run) -> TrialRow:
     run_id = child.info.run_id
-    every = client.get_metric_history(run_id, run.metric)
-    steps = {entry.step: entry.value for entry in every if entry.step > 0}  # epoch 0 is the untrained network
-    history = tuple(sorted(steps.items()))
-    pick = max if run.mode == "max" else min
+    history = _history(client, run, run_id)
     tags = child.data.tags
     return TrialRow(
         trial_id=tags[TRIAL_TAG],
         run_id=run_id,
         overrides=json.loads(tags[OVERRIDES_TAG]),
         status=tags.get(STATUS_TAG, "running"),
-        score=pick(steps.values()) if steps else None,
+        score=_score(run, history),
         epochs=history[-1][0] if history else 0,
         history=history,
         reason=tags.get(REASON_TAG, ""),
         repeat=int(tags.get(REPEAT_TAG, "0")),
         repeat_of=tags.get(OF_TAG, ""),
         values={name: child.data.metrics[name] for name in (*run.objectives, SECONDS) if name in child.data.metrics},
+        marked=tags.get(BEST_TAG) == "true",
+        recorded=child.data.metrics.get(best_name(run)),
     )
+
+
+def _history(client: MlflowClient, run: SweepRun, run_id: str) -> tuple[tuple[int, float], ...]:
+    """(epoch, metric) in order, without epoch 0, which is the untrained network."""
+    every = client.get_metric_history(run_id, run.metric)
+    return tuple(sorted({entry.step: entry.value for entry in every if entry.step > 0}.items()))
+
+
+def _score(run: SweepRun, history: Sequence[tuple[int, float]]) -> float | None:
+    """The best value of the sweep's metric; None before the first epoch."""
+    pick = max if run.mode == "max" else min
+    return pick((value for _, value in history), default=None)
 
 
 def _cause(trial: Any) -> str:

@@ -20,6 +20,7 @@ from tuning.tracking import (
     TrialKey,
     close_child,
     identify,
+    log_best,
     log_metrics,
     open_child,
 )
@@ -156,6 +157,7 @@ def run_trial(train: Train, run: SweepRun, folder: Path, key: TrialKey, override
         raise
     if not child.data.metrics:  # the time of a resumed trial would be too short
         log_metrics(client, run_id, {SECONDS: time.monotonic() - began}, delivery.epoch)
+    log_best(client, run, run_id)
     close_child(client, run_id, "finished")
     delivery.finish()
 

@@ -102,6 +102,18 @@ def test_importance_finds_the_parameter_that_matters():
     assert importance(rows[:5], optuna_space(SPACE), mode="max") == {}
 
 
+def test_importance_of_many_trials_uses_some_of_all_ranks(monkeypatch):
+    def trial(number):
+        overrides = {"loss.align_weight": 1.0, "model.packing_kernel": 8 if number % 2 else 4}
+        return TrialRow(str(number), "", overrides, "finished", 28 + number % 2, 1, ((1, 28.0),), "")
+
+    added = []
+    monkeypatch.setattr("optuna.study.Study.add_trial", lambda self, each: added.append(each.value))
+    monkeypatch.setattr("tuning.importance.MOST_TRIALS", 10)
+    importance([trial(number) for number in range(1000)], optuna_space(SPACE), mode="max")
+    assert len(added) == 10 and set(added) == {28, 29}
+
+
 def test_the_front_has_what_no_other_beats(report):
     objectives = {"val_psnr": "max", COST: "min"}
     front = pareto_front(report.trials, objectives)

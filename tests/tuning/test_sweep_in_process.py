@@ -75,6 +75,20 @@ def equal(overrides, report):
     report({"val_psnr": sum(tiles.values()) / len(tiles)}, tiles)
 
 
+class Counted:
+    """A method that counts its calls."""
+
+    def __init__(self, method):
+        self.method, self.calls = method, 0
+
+    def __get__(self, instance, owner):
+        def call(*arguments, **options):
+            self.calls += 1
+            return self.method(instance, *arguments, **options)
+
+        return call
+
+
 @pytest.fixture(scope="module")
 def database(tmp_path_factory):
     uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
@@ -131,6 +145,15 @@ def test_mlflow_has_the_sentence_scores_to_sort_by_and_ends(sweep):
     scored = [row for row in result.trials if row.score is not None]
     assert all(runs[row.run_id].data.metrics["best_val_psnr"] == row.score for row in scored)
     assert len(runs) == 5 + 3
+
+
+def test_a_resume_writes_to_no_trial_that_has_ended(sweep, monkeypatch):
+    result = sweep(known, KERNELS, method="grid")
+    calls = []
+    monkeypatch.setattr(MlflowClient, "log_batch", lambda self, run_id, **rest: calls.append(run_id))
+    monkeypatch.setattr(MlflowClient, "get_metric_history", counted := Counted(MlflowClient.get_metric_history))
+    again = sweep(known, KERNELS, method="grid", resume=True)
+    assert again == result and calls == [] and counted.calls == len(result.trials)
 
 
 def test_equal_trials_are_not_told_apart(sweep):

@@ -1,10 +1,12 @@
 """Waiting for MLflow, the time that is left, and keys of trials; Ray is not started."""
 
+import os
+
 import pytest
 from mlflow.exceptions import INVALID_PARAMETER_VALUE, MlflowException
 
 from tuning.sweep import missing_repeats
-from tuning.tracking import REPEAT, Pace, TrialKey, TrialRow, identify, patiently, repeat_config
+from tuning.tracking import REPEAT, Pace, PatientClient, TrialKey, TrialRow, identify, patiently, repeat_config
 
 
 def test_a_server_that_comes_back_is_waited_for():
@@ -17,6 +19,12 @@ def test_a_server_that_comes_back_is_waited_for():
         return answer
 
     assert patiently(call, retry_s=0.01) == 42 and not answers
+
+
+def test_a_call_of_a_dead_server_returns_soon(monkeypatch):
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    PatientClient("http://127.0.0.1:9")
+    assert int(os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"]) <= 2  # MLflow's own retries grow to minutes
 
 
 @pytest.mark.parametrize(("error_code", "calls"), [(INVALID_PARAMETER_VALUE, 1), (None, 3)])
