@@ -27,7 +27,7 @@ from pipelines.train import TrainResult, train
 from preprocessing.report.job_summary import job_summary
 from preprocessing.shards import PreprocessOptions, PreprocessReport, preprocess
 from sdan import checkpoint
-from sdan.perceptual.vgg19 import load_vgg19
+from sdan.perceptual.features import load_features
 
 FINE_TUNE_EPOCHS = 0.2
 """Share of the first training's epochs that a fine-tuning takes."""
@@ -84,7 +84,7 @@ def retrain(
     """
     cluster.check_workers(workers)
     if vgg_weights is not None or (config is not None and config.loss.needs_vgg):
-        load_vgg19(vgg_weights)  # fail here rather than after preprocessing
+        load_features(vgg_weights)  # fail here rather than after preprocessing
     uri = registry.default_tracking_uri(data)
     if dry_run:
         report = preprocess(raw, shards, options, dry_run=True, progress=progress, start_ray=cluster.start_ray)

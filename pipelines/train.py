@@ -8,6 +8,7 @@ progress is counted in crops, not in steps.
 from __future__ import annotations
 
 import logging
+import math
 import re
 import shutil
 import sys
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray.train
 import torch
@@ -45,8 +46,8 @@ from pipelines.training.worker import TrainJob, train_worker
 from sdan import checkpoint
 from sdan.network import SDAN
 from sdan.ops.precision import slow_choice
+from sdan.perceptual.features import VGG16, load_features, network_name
 from sdan.perceptual.st_lpips import load_st_lpips
-from sdan.perceptual.vgg19 import load_vgg19
 from tuning.trial import reason_of
 
 CHANGEABLE = (
@@ -89,10 +90,10 @@ class TrainResult:
     name: str
     folder: Path
     model: Path
-    """The best checkpoint's folder."""
+    """The folder of the checkpoint that was kept."""
     run_id: str
     scores: dict[str, float]
-    """The best checkpoint's validation scores."""
+    """Its validation scores."""
     version: str | None
     """Its version in the registry; None if it was not registered."""
     champion: bool
@@ -192,6 +193,8 @@ def train(
     progress: bool = True,
     max_failures: int = 3,
     plan: cluster.WorkerPlan | None = None,
+    pairs: RunShards | None = None,
+    keep: Literal["best", "last"] = "best",
 ) -> TrainResult:
     """Train `config` on `shards`.
 
@@ -203,13 +206,16 @@ def train(
         resume: continue the run `name` from its latest checkpoint; only values of CHANGEABLE may differ.
         storage: s3:// URI or shared folder for Ray Train's state and checkpoints; None: the run's folder.
         init_from: a checkpoint folder whose weights to start from.
-        vgg_weights: a torchvision vgg19 state dict, for a loss that compares its features; None: through torchvision.
+        vgg_weights: a torchvision vgg19 state dict, for a loss that compares its features; None: through torchvision,
+            else VGG16 (sdan/perceptual/features.py).
         run_id: an existing MLflow run (a sweep's child), which the caller terminates; None: a new run.
         callbacks: Ray Train callbacks, called in the controller after each report.
         register: the registered model that gets the best checkpoint as a new version, if it beats the run's start and
             bicubic; None: not registered.
         max_failures: maximum number of restarts from the last checkpoint after a worker or machine is lost.
         plan: the workers' resources, in place of `workers`; None: planned from all that Ray has.
+        pairs: the pairs of a new run; None: all that `shards` has now.
+        keep: which checkpoint becomes the run's model: the best by SELECT_BY, or the last.
 
     Raises:
         TrainError, ConfigError, ShardsError, RunFolderError, PerceptualError: before Ray is started.
@@ -217,8 +223,8 @@ def train(
         TrainError: the training failed, or its model cannot be registered; what there is stays in the run.
     """
     cluster.check_workers(workers)
-    folder, stored, pairs, config = _checked(shards, config, data, name, resume, init_from)
-    vgg = load_vgg19(vgg_weights) if config.loss.needs_vgg else None
+    folder, stored, pairs, config = _checked(shards, config, data, name, resume, init_from, pairs)
+    vgg = _features(config, stored, vgg_weights, progress=progress) if config.loss.needs_vgg else None
     if config.loss.st_lpips_weight > 0:
         load_st_lpips()  # fail here rather than in each worker
     if progress and (note := alignment_note(pairs.train)):
@@ -229,12 +235,27 @@ def train(
     plan = plan or cluster.plan_workers(workers or (stored.workers if stored else None))
     _check_speed(config, plan)
     tracking_uri = registry.default_tracking_uri(data)
-    run = _record(folder, stored, config, pairs, run_id, init_from, plan, storage, tracking_uri)
+    features = network_name(vgg) if vgg is not None else None
+    run = _record(folder, stored, config, pairs, run_id, init_from, plan, storage, tracking_uri, features)
     job = _job(folder, run, config, pairs, plan, vgg, tracking_uri)
     trainer = _trainer(folder, run, job, plan, callbacks, max_failures)
     with _mlflow_status(tracking_uri, run.run_id, terminate=run_id is None):
         result = _fit(trainer, folder, config, progress=progress)
-        return _finish(folder, run, result, tracking_uri, register, pairs)
+        return _finish(folder, run, result, tracking_uri, register, pairs, keep)
+
+
+def _features(
+    config: ExperimentConfig, stored: StoredRun | None, vgg_weights: Path | None, *, progress: bool
+) -> dict[str, Tensor]:
+    """The weights of the feature network; those of a resumed run must be of the same network as before."""
+    vgg = load_features(vgg_weights)
+    found, before = network_name(vgg), stored.features if stored else None
+    if before not in (None, found):
+        raise TrainError(f"--resume, feature network: expected {before}, as when the run started, got {found}")
+    if progress and found == VGG16:
+        note = "no VGG-19 weights found; the feature losses use the VGG16 of stlpips-pytorch"
+        print(f"train: {note}; --vgg-weights PATH names those of VGG-19", file=sys.stderr, flush=True)
+    return vgg
 
 
 def alignment_note(index: ShardIndex) -> str | None:
@@ -285,14 +306,20 @@ def kept(data: Path, name: str | None, since: float) -> str:
 
 
 def _checked(
-    shards: str, config: ExperimentConfig, data: Path, name: str | None, resume: bool, init_from: Path | None
+    shards: str,
+    config: ExperimentConfig,
+    data: Path,
+    name: str | None,
+    resume: bool,
+    init_from: Path | None,
+    listed: RunShards | None,
 ) -> tuple[Path, StoredRun | None, RunShards, ExperimentConfig]:
     """Every check that needs neither Ray nor MLflow; writes nothing."""
     if "://" not in shards:
         shards = str(Path(shards).resolve())  # train workers have other working directories
     folder = _folder(data, config, name, resume)
     stored = run_folder.read_run(folder) if resume else None
-    pairs = _pairs(folder, shards, resume)
+    pairs = _pairs(folder, shards, resume, listed)
     if init_from is None and (stored is None or stored.init_from is None):
         config = with_curve_of(pairs.train, config)
     if stored is not None:
@@ -303,9 +330,10 @@ def _checked(
     return folder, stored, pairs, config
 
 
-def _pairs(folder: Path, shards: str, resume: bool) -> RunShards:
-    """The pairs that the run was started with; a new run (or one of version 0.1) lists them now."""
-    kept = RunShards.read(folder) if resume else None
+def _pairs(folder: Path, shards: str, resume: bool, listed: RunShards | None) -> RunShards:
+    """The pairs that the run was started with; a new run (or one of version 0.1) lists them now, unless it gets them
+    as `listed`."""
+    kept = RunShards.read(folder) if resume else listed
     if kept is None:
         return RunShards(index_split(shards, "train"), index_split(shards, "val"))
     require_unchanged(kept.train)
@@ -356,6 +384,7 @@ def _record(
     plan: cluster.WorkerPlan,
     storage: str | None,
     tracking_uri: str,
+    features: str | None,
 ) -> StoredRun:
     """Write the run's folder and the MLflow run's params; from here on the run can be resumed."""
     registry.prepare_database(tracking_uri)
@@ -365,8 +394,9 @@ def _record(
     else:
         run_id = run_id or registry.create_run(tracking_uri, registry.EXPERIMENT, folder.name)
         start_from = str(init_from.resolve()) if init_from else None
-        run = StoredRun(configs.to_dict(config), shards, run_id, start_from, plan.workers, storage)
-    registry.log_config(tracking_uri, run.run_id, configs.flatten(config) | {"shards": shards})
+        run = StoredRun(configs.to_dict(config), shards, run_id, start_from, plan.workers, storage, features)
+    also = {"shards": shards} | ({"feature_network": features} if features else {})
+    registry.log_config(tracking_uri, run.run_id, configs.flatten(config) | also)
     folder.mkdir(parents=True, exist_ok=True)
     pairs.write(folder)
     run.write(folder)
@@ -463,13 +493,20 @@ def _fit(trainer: TorchTrainer, folder: Path, config: ExperimentConfig, *, progr
 
 
 def _finish(
-    folder: Path, run: StoredRun, result: ray.train.Result, tracking_uri: str, register: str | None, pairs: RunShards
+    folder: Path,
+    run: StoredRun,
+    result: ray.train.Result,
+    tracking_uri: str,
+    register: str | None,
+    pairs: RunShards,
+    keep: Literal["best", "last"],
 ) -> TrainResult:
-    """Register the best checkpoint if it is worth it, and put it in the run's model folder, which marks the run as
-    finished."""
+    """Register the best checkpoint (or the last) if it is worth it, and put it in the run's model folder, which marks
+    the run as finished."""
     if not result.best_checkpoints:
         raise TrainError(f"{folder}: expected at least one checkpoint, got none; see Ray's logs")
-    best, metrics = max(result.best_checkpoints, key=lambda pair: pair[1].get(SELECT_BY, float("-inf")))
+    order = (lambda pair: pair[1]["epoch"]) if keep == "last" else (lambda pair: pair[1].get(SELECT_BY, -math.inf))
+    best, metrics = max(result.best_checkpoints, key=order)
     aside = folder / f"{run_folder.MODEL}.partial"
     with best.as_directory() as source:
         shutil.rmtree(aside, ignore_errors=True)

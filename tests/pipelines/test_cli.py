@@ -84,6 +84,7 @@ def test_a_vgg_loss_is_refused_without_weights(verb, term, tiny_shards, tmp_path
 
     monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr("sdan.perceptual.st_lpips.find_spec", lambda name: None)  # no VGG16 either
     arguments = [*verb, tiny_shards, "--config", "smoke", "--set", f"loss.{term}=0.1"]
     assert run_here(monkeypatch, *arguments, data=tmp_path / "data") == 2
     written = capsys.readouterr().err
