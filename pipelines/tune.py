@@ -22,8 +22,8 @@ from pipelines.sweeping.state import SWEEPS
 from pipelines.sweeping.trainer import COST, TrialTrainer, register_winner
 from pipelines.training.progress import SELECT_BY
 from sdan.losses import VGG_WEIGHTS
-from sdan.perceptual.st_lpips import load_st_lpips
 from sdan.perceptual.features import load_features
+from sdan.perceptual.st_lpips import load_st_lpips
 from tuning import named_spaces, tracking
 from tuning.folder import CROPS, PAGE, RECORD
 from tuning.plan import MOST_AT_ONCE, SweepPlan

@@ -77,8 +77,8 @@ class LossConfig:
     """Weight of the halo term (ours): how far the zoomed picture goes beyond the target's darkest and brightest values
     nearby, as halos beside edges do. Added to the terms above, which charge a halo no more than a blur of its size."""
     perceptual_weight: float = 0.0
-    """Weight of the mean squared difference of VGG-19 features (Johnson et al. 2016); VGG16's where VGG-19's weights are
-    not at hand (sdan/perceptual/features.py), as for the next terms."""
+    """Weight of the mean squared difference of VGG-19 features (Johnson et al. 2016). Where VGG-19's weights are not at
+    hand, this and the next terms use VGG16 (sdan/perceptual/features.py)."""
     contextual_weight: float = 0.0
     """Weight of the contextual loss (CX) between VGG-19 features."""
     cobi_rgb_weight: float = 0.0

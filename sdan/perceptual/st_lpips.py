@@ -101,6 +101,7 @@ class STLPIPS(nn.Module):
             maps.append(F.relu(convolution(maps[-1])))
         return maps
 
+
 def halve(values: Tensor) -> Tensor:
     """Blur [N,C,H,W] by the binomial filter, (1, 2, 1) / 4 in both directions, then keep every second row and column.
 
