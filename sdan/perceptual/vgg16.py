@@ -26,6 +26,8 @@ STAGES = {
 """Name of a feature map -> the convolutions, by their names in the file, that lead to it from the map before."""
 CHANNELS = (64, 128, 256)
 """Channels of each stage."""
+MEAN_SQUARES = {"relu1_2": 0.0063, "relu2_2": 0.0029, "relu3_2": 0.0052}
+"""Mean square of each map's values over photographs: the means of the central 512 x 512 px of 12 City100 pictures."""
 SCALING = ("scaling_layer.shift", "scaling_layer.scale")
 
 
@@ -59,7 +61,8 @@ class VGG16Features(nn.Module):
 
         Returns:
             the names in STAGES -> [B,C,h,w] at about 1, 1/2 and 1/4 of the image's size: a map of side n is followed by
-            one of side n // 2 + 1.
+            one of side n // 2 + 1. Each is divided by the root of its MEAN_SQUARES: as they are, the values are so
+            small that the papers' loss weights, chosen for VGG-19's values of about 1, would have no effect.
         """
         with torch.autocast(image.device.type, enabled=False):
             values = (2 * image.float() - 1 - self.shift) / self.scale
@@ -67,7 +70,8 @@ class VGG16Features(nn.Module):
             for name, stage in zip(STAGES, self.stages, strict=True):
                 if maps:
                     values = halve(F.max_pool2d(values, 2, stride=1))
-                values = maps[name] = stage(values)
+                values = stage(values)
+                maps[name] = values / MEAN_SQUARES[name] ** 0.5
             return maps
 
 
