@@ -6,11 +6,13 @@ Nothing of it is registered: rows are trained to be compared, not to be used.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
 from pipelines import registry
@@ -63,9 +65,9 @@ class CompareRuns:
             f"{protocol}/{name}": value for protocol, found in scores.scores.items() for name, value in found.items()
         }
         values |= {"parameters": scores.parameters, "ms_per_megapixel": scores.ms_per_megapixel}
-        for name, value in values.items():
-            if value is not None and math.isfinite(value):
-                client.log_metric(run, name, float(value))
+        now = int(time.time() * 1000)
+        known = {name: float(value) for name, value in values.items() if value is not None and math.isfinite(value)}
+        client.log_batch(run, metrics=[Metric(name, value, now, 0) for name, value in known.items()])
         if scores.features:
             registry.log_config(self.uri, run, {"feature_network": scores.features})
         client.set_tag(run, REASON_TAG, "")

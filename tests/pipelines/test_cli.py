@@ -173,6 +173,9 @@ def test_options_that_are_left_out_are_those_of_shards(verb, given, expected, tm
         (["retrain", "nosuch", "SHARDS", "--vgg-weights", "nosuch.pth"], "nosuch.pth"),
         (["evaluate", "SHARDS", "--crops", "0"], "--crops: expected at least 1, got 0"),
         (["evaluate", "SHARDS", "--split", "dev"], "--split: expected"),
+        (["compare", "SHARDS", "--table", "3"], "--table: expected 1 or 2, got 3"),
+        (["compare", "SHARDS", "--table", "2", "--rows", "srgan"], "--rows, table 2: expected names of"),
+        (["compare", "EMPTY", "--table", "2"], "expected"),
     ],
 )
 def test_own_mistakes_come_before_bars_and_ray(arguments, said, tiny_shards, tmp_path, monkeypatch, capsys):

@@ -1,13 +1,19 @@
-"""A stand-in for `pipelines.train.train` that leaves what a finished run leaves, without Ray."""
+"""Stand-ins without Ray and MLflow: for `pipelines.train.train`, one that leaves what a finished run leaves; for
+`CompareRuns`, one that only gives ids."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipelines import config as configs
+from pipelines.comparing.rows import Row
+from pipelines.comparing.state import Comparison
 from pipelines.loader import with_curve_of
 from pipelines.train import TrainError
 from pipelines.training import run_folder
@@ -49,3 +55,28 @@ class StandIn:
         torch.manual_seed(config.train.seed)
         model = checkpoint.ARCHITECTURES[config.architecture](config.model)
         checkpoint.save(folder / run_folder.MODEL, model, config=configs.to_dict(config), scores={})
+
+
+class NoRuns:
+    """CompareRuns without MLflow."""
+
+    def __init__(self, tracking_uri: str, comparison: Comparison) -> None:
+        self.comparison = comparison
+
+    def with_parent(self, out: Path) -> Comparison:
+        self.comparison = replace(self.comparison, parent_run="parent")
+        self.comparison.write(out)
+        return self.comparison
+
+    def child(self, row: Row) -> str:
+        return f"run-of-{row.name}"
+
+    def finished(self, row: Row, scores: object) -> None: ...
+
+    def set_aside(self, row: Row, reason: str) -> None: ...
+
+    def artifacts(self, paths: list[Path]) -> None: ...
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        yield

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 from PIL import Image
-from stand_in import TINY, StandIn
+from stand_in import TINY, NoRuns, StandIn
 
 from pipelines import cluster, registry
 from pipelines.comparing import run, state, verb
@@ -18,6 +18,7 @@ from pipelines.comparing.tracking import EXPERIMENT, ROW_TAG
 from pipelines.comparing.verb import Options, compare
 from pipelines.config import ConfigError
 from pipelines.loader import ShardsError
+from sdan import metrics
 from sdan.perceptual import features
 from sdan.perceptual.weights import PerceptualError
 
@@ -35,12 +36,12 @@ def trainer(monkeypatch):
     return stand_in
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A data folder whose MLflow database exists: making one takes seconds."""
-    folder = tmp_path_factory.mktemp("data")
-    registry.prepare_database(registry.default_tracking_uri(folder))
-    return folder
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A data folder; without MLflow, whose database takes seconds to make, and without ST-LPIPS."""
+    monkeypatch.setattr(verb, "CompareRuns", NoRuns)
+    monkeypatch.setattr(metrics, "PERCEPTUAL", {})
+    return tmp_path / "data"
 
 
 def compared(shards, data, out, rows=SOME, table=1, said=None, **options):
@@ -54,7 +55,8 @@ def read_csv(path: Path) -> dict[tuple[str, str], dict[str, str]]:
         return {(line["row"], line["protocol"]): line for line in csv.DictReader(file)}
 
 
-def test_a_comparison_writes_tables_tiles_crops_and_runs(tiny_shards, data, trainer, tmp_path):
+def test_a_comparison_writes_tables_tiles_crops_and_runs(tiny_shards, trainer, tmp_path):
+    data = tmp_path / "data"
     result = compared(tiny_shards, data, tmp_path / "out")
     assert (result.finished, result.set_aside) == (3, {})
     assert trainer.trained == ["srresnet", "sdan-raw"]
@@ -99,7 +101,7 @@ def test_pictures_give_the_scores_that_the_table_prints(tiny_shards, data, train
             np.asarray(Image.open(folder / name), np.float64)[8:-8, 8:-8] / 255
             for name in ("bicubic-rendering.png", "target.png")
         )
-        assert -10 * np.log10(((shown - target) ** 2).mean()) == pytest.approx(tile["raw_psnr"], abs=0.02)
+        assert -10 * np.log10(((shown - target) ** 2).mean()) == pytest.approx(tile["raw_psnr"], abs=0.1)
 
 
 def test_the_same_command_goes_on_after_an_interrupt(tiny_shards, data, trainer, tmp_path):
@@ -152,7 +154,7 @@ def test_a_failed_row_is_set_aside_and_tried_again(tiny_shards, data, trainer, t
 
 
 def test_rows_without_weights_are_na_and_say_how(tiny_shards, data, trainer, tmp_path, monkeypatch, vgg_weights):
-    rows = ("srresnet", "srgan", "perceptual", "srresnet-cx-raw", "srresnet-cobi-raw")
+    rows = ("bicubic-camera", "srgan", "perceptual", "srresnet-cx-raw", "srresnet-cobi-raw")
 
     def none(path):
         raise PerceptualError("VGG-19: expected weights, got none; download them")
@@ -168,8 +170,9 @@ def test_rows_without_weights_are_na_and_say_how(tiny_shards, data, trainer, tmp
 
 
 def test_rows_side_by_side_give_the_same_table(tiny_shards, data, trainer, tmp_path):
-    one = compared(tiny_shards, data, tmp_path / "one")
-    two = compared(tiny_shards, data, tmp_path / "two", concurrent=2)
+    rows = ("srresnet", "sdan-raw")
+    one = compared(tiny_shards, data, tmp_path / "one", rows)
+    two = compared(tiny_shards, data, tmp_path / "two", rows, concurrent=2)
     keep = [line.rsplit("|", 2)[0] for line in one.table.splitlines()]  # without milliseconds
     assert [line.rsplit("|", 2)[0] for line in two.table.splitlines()] == keep
 
