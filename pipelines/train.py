@@ -224,19 +224,14 @@ def train(
     """
     cluster.check_workers(workers)
     folder, stored, pairs, config = _checked(shards, config, data, name, resume, init_from, pairs)
-    vgg = _features(config, stored, vgg_weights, progress=progress) if config.loss.needs_vgg else None
-    if config.loss.st_lpips_weight > 0:
-        load_st_lpips()  # fail here rather than in each worker
-    if progress and (note := alignment_note(pairs.train)):
-        print(f"train: {note}", file=sys.stderr, flush=True)
-    if progress and not ray.is_initialized():
-        print("train: starting Ray", file=sys.stderr, flush=True)
+    vgg = _features(config, stored, vgg_weights)
+    if progress:
+        _say_start(pairs, vgg)
     cluster.start_ray()
     plan = plan or cluster.plan_workers(workers or (stored.workers if stored else None))
     _check_speed(config, plan)
     tracking_uri = registry.default_tracking_uri(data)
-    features = network_name(vgg) if vgg is not None else None
-    run = _record(folder, stored, config, pairs, run_id, init_from, plan, storage, tracking_uri, features)
+    run = _record(folder, stored, config, pairs, run_id, init_from, plan, storage, tracking_uri, vgg)
     job = _job(folder, run, config, pairs, plan, vgg, tracking_uri)
     trainer = _trainer(folder, run, job, plan, callbacks, max_failures)
     with _mlflow_status(tracking_uri, run.run_id, terminate=run_id is None):
@@ -244,18 +239,34 @@ def train(
         return _finish(folder, run, result, tracking_uri, register, pairs, keep)
 
 
-def _features(
-    config: ExperimentConfig, stored: StoredRun | None, vgg_weights: Path | None, *, progress: bool
-) -> dict[str, Tensor]:
-    """The weights of the feature network; those of a resumed run must be of the same network as before."""
+def _features(config: ExperimentConfig, stored: StoredRun | None, vgg_weights: Path | None) -> dict[str, Tensor] | None:
+    """The weights of the feature network, or None if the loss needs none: fails here rather than in each worker.
+
+    Those of a resumed run must be of the same network as before.
+    """
+    if config.loss.st_lpips_weight > 0:
+        load_st_lpips()
+    if not config.loss.needs_vgg:
+        return None
     vgg = load_features(vgg_weights)
     found, before = network_name(vgg), stored.features if stored else None
     if before not in (None, found):
         raise TrainError(f"--resume, feature network: expected {before}, as when the run started, got {found}")
-    if progress and found == VGG16:
-        note = "no VGG-19 weights found; the feature losses use the VGG16 of stlpips-pytorch"
-        print(f"train: {note}; --vgg-weights PATH names those of VGG-19", file=sys.stderr, flush=True)
     return vgg
+
+
+def _say_start(pairs: RunShards, vgg: dict[str, Tensor] | None) -> None:
+    """Print what a user should know before the training, on stderr."""
+    notes = [alignment_note(pairs.train)]
+    if vgg is not None and network_name(vgg) == VGG16:
+        notes.append(
+            "no VGG-19 weights found, so the losses on features use the VGG16 of stlpips-pytorch; --vgg-weights PATH "
+            "names those of VGG-19"
+        )
+    if not ray.is_initialized():
+        notes.append("starting Ray")
+    for note in filter(None, notes):
+        print(f"train: {note}", file=sys.stderr, flush=True)
 
 
 def alignment_note(index: ShardIndex) -> str | None:
@@ -384,11 +395,11 @@ def _record(
     plan: cluster.WorkerPlan,
     storage: str | None,
     tracking_uri: str,
-    features: str | None,
+    vgg: dict[str, Tensor] | None,
 ) -> StoredRun:
     """Write the run's folder and the MLflow run's params; from here on the run can be resumed."""
     registry.prepare_database(tracking_uri)
-    shards = pairs.train.shards
+    shards, features = pairs.train.shards, network_name(vgg) if vgg is not None else None
     if stored is not None:
         run = replace(stored, config=configs.to_dict(config), workers=plan.workers)
     else:
