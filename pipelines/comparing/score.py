@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -191,7 +192,7 @@ def _crops_config(crop_px: int, scale: int) -> ExperimentConfig:
     return ExperimentConfig("crops", model, LossConfig(border_px=0), TrainConfig(crop_px=crop_px))
 
 
-def _of_network(trained: Trained | None) -> dict[str, object]:
+def _of_network(trained: Trained | None) -> dict[str, Any]:
     if trained is None:
         return {}
     return {
