@@ -206,8 +206,7 @@ def train(
         resume: continue the run `name` from its latest checkpoint; only values of CHANGEABLE may differ.
         storage: s3:// URI or shared folder for Ray Train's state and checkpoints; None: the run's folder.
         init_from: a checkpoint folder whose weights to start from.
-        vgg_weights: a torchvision vgg19 state dict, for a loss that compares its features; None: through torchvision,
-            else VGG16 (sdan/perceptual/features.py).
+        vgg_weights: for a loss that compares features, the path of sdan.perceptual.features.load_features.
         run_id: an existing MLflow run (a sweep's child), which the caller terminates; None: a new run.
         callbacks: Ray Train callbacks, called in the controller after each report.
         register: the registered model that gets the best checkpoint as a new version, if it beats the run's start and
