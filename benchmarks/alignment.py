@@ -128,15 +128,8 @@ def row_config(row: str, crops: int, batch: int, seed: int, changes: dict[str, A
 
 def start(row: str, config: ExperimentConfig) -> step.Training:
     """The row's network with its optimizer."""
-    training = step.start(config, None, CPU, lambda model: model)
-    if row != "srresnet":
-        return training
-    torch.manual_seed(config.train.seed)
-    model, averaged = SRResNet(config.model), SRResNet(config.model)
-    averaged.load_state_dict(model.state_dict())
-    optimizer = torch.optim.Adam(model.parameters(), lr=training.rate, betas=config.train.betas, fused=True)
-    averaged.eval().requires_grad_(False)
-    return replace(training, model=model, wrapped=model, averaged=averaged, optimizer=optimizer)  # type: ignore[arg-type]
+    chosen = replace(config, architecture="SRResNet") if row == "srresnet" else config
+    return step.start(chosen, None, CPU, lambda model: model)
 
 
 def train_row(

@@ -95,6 +95,7 @@ class Part:
 def parts_of(config: ExperimentConfig, batch: int) -> dict[str, Callable[[], object]]:
     """Name -> a call that runs one part of the step, forward and backward, on the inputs it has in the step."""
     training, inputs = step.start(config, None, CPU, lambda model: model), synthetic_inputs(config, batch, CPU)
+    assert isinstance(training.model, SDAN)
     parts = network_parts(training.model, inputs, config)
     for parameter in training.model.parameters():
         parameter.grad = torch.zeros_like(parameter)

@@ -560,6 +560,37 @@ def evaluate(
 
 
 @app.command(cls=ClusterCommand)
+def compare(
+    shards: Shards,
+    table: Annotated[int, typer.Option(metavar="1|2", help="The paper's table.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", metavar="DIR", help="Where to write and go on; default: DATA/compare/tableN.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Optimizer steps of each row; default: the epochs of its config.")
+    ] = None,
+    rows: Annotated[str, typer.Option(metavar="NAME,NAME", help="Some rows only, e.g. srresnet,sdan-raw.")] = "",
+    assignments: Assignments = None,
+    split: Annotated[str, typer.Option(help="The split that is scored: train, val or test.")] = "val",
+    crops: Annotated[int, typer.Option(metavar="N", help="Score at most N crops, spread over the split.")] = 64,
+    workers: Annotated[int | None, typer.Option(metavar="N", help="Train workers of a row; default: one.")] = None,
+    concurrent: Annotated[
+        int | None, typer.Option(metavar="N", help="Rows at once; default: one per GPU, or one.")
+    ] = None,
+    vgg_weights: VggWeights = None,
+) -> None:
+    """Train and score the rows of the paper's Table 1 or 2 alike; the same command goes on with unfinished rows."""
+    _INTERRUPTS.kept = f"finished rows are kept, the others go on from their last checkpoint; {GO_ON}"
+    from pipelines.comparing import verb
+
+    names = tuple(name.strip() for name in rows.split(",") if name.strip())
+    options = verb.Options(table, names, steps, tuple(assignments or ()), split, crops, workers, concurrent)
+    folder = out or verb.default_out(_data(), table)
+    result = verb.compare(shards, options, data=_data(), out=folder, vgg_weights=vgg_weights, say=_say)
+    _say(verb.summary(result))
+
+
+@app.command(cls=ClusterCommand)
 def tune(
     shards: Shards,
     trials: Annotated[int, typer.Option(metavar="N", help="Number of settings to try; --resume may raise it.")] = 8,

@@ -18,6 +18,8 @@ from typing import Any, Literal
 from sdan.losses import LossConfig
 from sdan.network import SDANConfig
 
+Architecture = Literal["SDAN", "SRResNet"]
+
 
 class ConfigError(ValueError):
     """A config name, key or value that is not allowed; the message says what was expected."""
@@ -144,6 +146,9 @@ class ExperimentConfig:
     model: SDANConfig = field(default_factory=SDANConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    architecture: Architecture = "SDAN"
+    """The network's class, a name of sdan.checkpoint.ARCHITECTURES. SRResNet has no alignment module: Table 1's
+    baseline."""
     first_schedule: tuple[int, float] | None = None
     """(epochs, learning rate) of the first training; fine-tunings use fixed shares of both. None before the first."""
 
@@ -157,7 +162,18 @@ class ExperimentConfig:
                 f"train.reduced_share: expected 0 for RAW (model.input={self.model.input}), got "
                 f"{self.train.reduced_share}; --set train.reduced_share=0"
             )
-        target_px = 2 * self.train.crop_px * self.model.scale
+        if self.architecture not in typing.get_args(Architecture):
+            expected = ", ".join(typing.get_args(Architecture))
+            raise ConfigError(f"architecture: expected one of {expected}, got {self.architecture!r}")
+        if self.architecture == "SRResNet" and self.loss.known_shift_weight > 0:
+            got = self.loss.known_shift_weight
+            raise ConfigError(f"loss.known_shift_weight: expected 0 for SRResNet, which has no offsets, got {got}")
+        if self.loss.adversarial_weight > 0 and self.train.accumulate > 1:
+            raise ConfigError(
+                "train.accumulate: expected 1 with loss.adversarial_weight above 0, because the discriminator "
+                f"normalises over the whole batch, got {self.train.accumulate}"
+            )
+        target_px = self.target_px
         most_px = (target_px - self.loss.min_px) // 2
         if self.loss.border_px > most_px:
             raise ConfigError(
@@ -169,6 +185,16 @@ class ExperimentConfig:
     def input_px(self) -> int:
         """Side of a training crop in the network's own input pixels."""
         return self.model.input_px(self.train.crop_px)
+
+    @property
+    def target_px(self) -> int:
+        """Side of a training crop in target pixels."""
+        return 2 * self.train.crop_px * self.model.scale
+
+    @property
+    def discriminator_px(self) -> int:
+        """Side of the pictures that the discriminator of adversarial training sees."""
+        return self.target_px - 2 * self.loss.border_px
 
 
 def paper_4x() -> ExperimentConfig:
@@ -312,7 +338,7 @@ def chosen(name: str | None, assignments: Iterable[str]) -> ExperimentConfig:
 
 def flatten(config: ExperimentConfig) -> dict[str, Any]:
     """Every value by its dotted name, e.g. {'model.packing_kernel': 8, ...}."""
-    flat: dict[str, Any] = {"name": config.name}
+    flat: dict[str, Any] = {"name": config.name, "architecture": config.architecture}
     for section in ("model", "loss", "train"):
         part = getattr(config, section)
         flat.update({f"{section}.{item.name}": getattr(part, item.name) for item in fields(part)})
@@ -335,6 +361,7 @@ def from_dict(stored: Mapping[str, Any]) -> ExperimentConfig:
     return ExperimentConfig(
         name=str(stored.get("name", "stored")),
         **known,
+        architecture=stored.get("architecture", "SDAN"),
         first_schedule=(int(first[0]), float(first[1])) if first else None,
     )
 

@@ -116,7 +116,9 @@ class Evaluation:
         lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
         for name in names:
             cells = [
-                _cell(self.rows[name].get(f"{target}_{metric}"), metric) for target in self.targets for metric in shown
+                score_cell(self.rows[name].get(f"{target}_{metric}"), metric)
+                for target in self.targets
+                for metric in shown
             ]
             lines.append("| " + " | ".join([name, *cells]) + " |")
         parts = ["\n".join(lines), self._difference_table(names, shown), self.notes()]
@@ -131,7 +133,7 @@ class Evaluation:
         lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
         for name in rows:
             found = self.differences[name]
-            cells = [_interval(found.get(f"{target}_{m}"), m) for target in self.targets for m in shown]
+            cells = [interval_cell(found.get(f"{target}_{m}"), m) for target in self.targets for m in shown]
             lines.append("| " + " | ".join([name, *cells]) + " |")
         return "\n".join(lines)
 
@@ -167,7 +169,7 @@ class Evaluation:
         return "\n".join(lines)
 
 
-def _interval(found: Interval | None, metric: str) -> str:
+def interval_cell(found: Interval | None, metric: str) -> str:
     """E.g. "+0.52 (+0.31 to +0.77)"."""
     if found is None or math.isnan(found.mean):
         return "n/a"
@@ -177,7 +179,7 @@ def _interval(found: Interval | None, metric: str) -> str:
     return f"{found.mean:+.{digits}f} ({found.low:+.{digits}f} to {found.high:+.{digits}f})"
 
 
-def _cell(value: float | None, metric: str) -> str:
+def score_cell(value: float | None, metric: str) -> str:
     if value is None or math.isnan(value):
         return "n/a"
     return f"{value:.2f}" if metric == "psnr" else f"{value:.4f}"
@@ -320,7 +322,7 @@ def examples(model: Network, held: HeldOut, count: int = EXAMPLES) -> np.ndarray
     plan = compute_plan(next(model.parameters()).device)
     target_name = "true_rgb" if "true_rgb" in held.batch else "hr_rgb"
     rows = []
-    for number in _by_detail(held.batch[target_name], count):
+    for number in by_detail(held.batch[target_name], count):
         part = held.select(range(number, number + 1))
         inputs = model_inputs(part.batch, model.config, plan.device)
         with plan.inference():
@@ -341,7 +343,7 @@ def _fit(image: np.ndarray, side_px: int = 320) -> np.ndarray:
     return image.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def _by_detail(images: torch.Tensor, count: int) -> list[int]:
+def by_detail(images: torch.Tensor, count: int) -> list[int]:
     """`count` crops evenly spaced between the most detailed and the median one, ranked by the target alone."""
     gray = images.float().mean(1)
     order = (gray.diff(dim=1).abs().mean((1, 2)) + gray.diff(dim=2).abs().mean((1, 2))).argsort(descending=True)

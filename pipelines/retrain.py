@@ -32,7 +32,7 @@ from pipelines.train import TrainResult
 from preprocessing.report.job_summary import job_summary
 from preprocessing.shards import PreprocessOptions, PreprocessReport, preprocess
 from preprocessing.storage import one_line, require_no_password
-from sdan.perceptual.vgg19 import load_vgg19
+from sdan.perceptual.features import load_features
 
 __all__ = ["RetrainError", "RetrainResult", "RetrainRunning", "fine_tuning", "retrain", "summary"]
 
@@ -97,7 +97,7 @@ def retrain(
     cluster.check_workers(workers)
     _check(raw, shards, margin_db, replay_share)
     if vgg_weights is not None or (config is not None and config.loss.needs_vgg):
-        load_vgg19(vgg_weights)  # fail here rather than after preprocessing
+        load_features(vgg_weights)  # fail here rather than after preprocessing
     uri = registry.default_tracking_uri(data)
     if "://" not in shards:
         shards = str(Path(shards).resolve())

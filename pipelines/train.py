@@ -8,6 +8,7 @@ progress is counted in crops, not in steps.
 from __future__ import annotations
 
 import logging
+import math
 import re
 import shutil
 import sys
@@ -16,7 +17,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray.train
 import torch
@@ -56,8 +57,8 @@ from preprocessing.storage import require_no_password
 from sdan import checkpoint
 from sdan.network import SDAN
 from sdan.ops.precision import slow_choice
+from sdan.perceptual.features import VGG16, load_features, network_name
 from sdan.perceptual.st_lpips import load_st_lpips
-from sdan.perceptual.vgg19 import load_vgg19
 from tuning.trial import reason_of
 
 CHANGEABLE = (
@@ -100,10 +101,10 @@ class TrainResult:
     name: str
     folder: Path
     model: Path
-    """The best checkpoint's folder."""
+    """The folder of the checkpoint that was kept."""
     run_id: str
     scores: dict[str, float]
-    """The best checkpoint's validation scores."""
+    """Its validation scores."""
     version: str | None
     """Its version in the registry; None if it was not registered."""
     champion: bool
@@ -205,6 +206,8 @@ def train(
     max_failures: int = 3,
     plan: cluster.WorkerPlan | None = None,
     gpu_wait_s: float = gpus.WAIT_S,
+    pairs: RunShards | None = None,
+    keep: Literal["best", "last"] = "best",
 ) -> TrainResult:
     """Train `config` on `shards`.
 
@@ -217,7 +220,7 @@ def train(
         storage: s3:// URI or shared folder for Ray Train's state and checkpoints; None: the run's folder.
         init_from: a checkpoint folder whose weights to start from.
         seen: names (loader.pair_names) of the pairs that `init_from` was trained on, for train.replay_share.
-        vgg_weights: a torchvision vgg19 state dict, for a loss that compares its features; None: through torchvision.
+        vgg_weights: for a loss that compares features, the path of sdan.perceptual.features.load_features.
         run_id: an existing MLflow run (a sweep's child), which the caller terminates; None: a new run.
         callbacks: Ray Train callbacks, called in the controller after each report.
         register: the registered model that gets the best checkpoint as a new version, if it beats the run's start and
@@ -225,6 +228,8 @@ def train(
         max_failures: maximum number of restarts from the last checkpoint after a worker or machine is lost.
         plan: the workers' resources, in place of `workers`; None: planned from all that Ray has.
         gpu_wait_s: how long to wait for GPUs that the cluster's autoscaler starts.
+        pairs: the pairs of a new run; None: all that `shards` has now.
+        keep: which checkpoint becomes the run's model: the best by SELECT_BY, or the last.
 
     Raises:
         TrainError, ConfigError, ShardsError, RunFolderError, PerceptualError: before Ray is started.
@@ -232,28 +237,52 @@ def train(
         TrainError: the training failed, or its model cannot be registered; what there is stays in the run.
     """
     cluster.check_workers(workers)
-    folder, stored, pairs, config = _checked(shards, config, data, name, resume, init_from, seen, storage)
-    vgg = _loss_weights(config, vgg_weights)
-    _say_start(pairs, progress)
+    folder, stored, pairs, config = _checked(shards, config, data, name, resume, init_from, seen, storage, pairs)
+    vgg = _features(config, stored, vgg_weights)
+    if progress:
+        _say_start(pairs, vgg)
     cluster.start_ray()
     wanted = workers or (stored.workers if stored else None)
     with gpus.requested(wanted, wait_s=gpu_wait_s, needed=plan is None):
         plan = plan or cluster.plan_workers(wanted)
         _check_speed(config, plan)
         tracking_uri = registry.default_tracking_uri(data)
-        run = _record(folder, stored, config, pairs, run_id, init_from, plan, storage, tracking_uri)
+        run = _record(folder, stored, config, pairs, run_id, init_from, plan, storage, tracking_uri, vgg)
         job = _job(folder, run, config, pairs, plan, vgg, tracking_uri)
         trainer = _trainer(folder, run, job, plan, callbacks, max_failures)
         with _mlflow_status(tracking_uri, run.run_id, terminate=run_id is None):
             result = _fit(trainer, folder, config, progress=progress)
-            return _finish(folder, run, result, tracking_uri, register, pairs)
+            return _finish(folder, run, result, tracking_uri, register, pairs, keep)
 
 
-def _say_start(pairs: RunShards, progress: bool) -> None:
-    if progress and (note := alignment_note(pairs.train)):
+def _features(config: ExperimentConfig, stored: StoredRun | None, vgg_weights: Path | None) -> dict[str, Tensor] | None:
+    """The weights of the feature network, or None if the loss needs none: fails here rather than in each worker.
+
+    Those of a resumed run must be of the same network as before.
+    """
+    if config.loss.st_lpips_weight > 0:
+        load_st_lpips()
+    if not config.loss.needs_vgg:
+        return None
+    vgg = load_features(vgg_weights)
+    found, before = network_name(vgg), stored.features if stored else None
+    if before not in (None, found):
+        raise TrainError(f"--resume, feature network: expected {before}, as when the run started, got {found}")
+    return vgg
+
+
+def _say_start(pairs: RunShards, vgg: dict[str, Tensor] | None) -> None:
+    """Print what a user should know before the training, on stderr."""
+    notes = [alignment_note(pairs.train)]
+    if vgg is not None and network_name(vgg) == VGG16:
+        notes.append(
+            "no VGG-19 weights found, so the losses on features use the VGG16 of stlpips-pytorch; --vgg-weights PATH "
+            "names those of VGG-19"
+        )
+    if not ray.is_initialized():
+        notes.append("starting Ray")
+    for note in filter(None, notes):
         print(f"train: {note}", file=sys.stderr, flush=True)
-    if progress and not ray.is_initialized():
-        print("train: starting Ray", file=sys.stderr, flush=True)
 
 
 def alignment_note(index: ShardIndex) -> str | None:
@@ -312,6 +341,7 @@ def _checked(
     init_from: Path | None,
     seen: Collection[str],
     storage: str | None,
+    listed: RunShards | None,
 ) -> tuple[Path, StoredRun | None, RunShards, ExperimentConfig]:
     """Every check that needs neither Ray nor MLflow; writes nothing."""
     require_no_password(storage or "")
@@ -319,7 +349,7 @@ def _checked(
         shards = str(Path(shards).resolve())  # train workers have other working directories
     folder = _folder(data, config, name, resume)
     stored = run_folder.read_run(folder) if resume else None
-    pairs = _pairs(folder, shards, resume, seen)
+    pairs = _pairs(folder, shards, resume, seen, listed)
     if init_from is None and (stored is None or stored.init_from is None):
         config = with_curve_of(pairs.train, config)
     if stored is not None:
@@ -330,9 +360,10 @@ def _checked(
     return folder, stored, pairs, config
 
 
-def _pairs(folder: Path, shards: str, resume: bool, seen: Collection[str]) -> RunShards:
-    """The pairs that the run was started with; a new run (or one of version 0.1) lists them now."""
-    kept = RunShards.read(folder) if resume else None
+def _pairs(folder: Path, shards: str, resume: bool, seen: Collection[str], listed: RunShards | None) -> RunShards:
+    """The pairs that the run was started with; a new run (or one of version 0.1) lists them now, unless it gets them
+    as `listed`."""
+    kept = RunShards.read(folder) if resume else listed
     if kept is None:
         train_index = index_split(shards, "train")
         return RunShards(with_new(train_index, seen) if seen else train_index, index_split(shards, "val"))
@@ -365,13 +396,6 @@ def _check_resumed(stored: StoredRun, config: ExperimentConfig, shards: str) -> 
             )
 
 
-def _loss_weights(config: ExperimentConfig, vgg_weights: Path | None) -> dict[str, Tensor] | None:
-    """VGG-19's weights if the loss needs them; checks those of ST-LPIPS here rather than in each worker."""
-    if config.loss.st_lpips_weight > 0:
-        load_st_lpips()
-    return load_vgg19(vgg_weights) if config.loss.needs_vgg else None
-
-
 def _check_speed(config: ExperimentConfig, plan: cluster.WorkerPlan) -> None:
     """Check train.cuda_graph, and warn of settings that are much slower than auto's."""
     train, device = config.train, torch.device("cuda" if plan.use_gpu else "cpu")
@@ -391,17 +415,19 @@ def _record(
     plan: cluster.WorkerPlan,
     storage: str | None,
     tracking_uri: str,
+    vgg: dict[str, Tensor] | None,
 ) -> StoredRun:
     """Write the run's folder and the MLflow run's params; from here on the run can be resumed."""
     registry.prepare_database(tracking_uri)
-    shards = pairs.train.shards
+    shards, features = pairs.train.shards, network_name(vgg) if vgg is not None else None
     if stored is not None:
         run = replace(stored, config=configs.to_dict(config), workers=plan.workers)
     else:
         run_id = run_id or registry.create_run(tracking_uri, registry.EXPERIMENT, folder.name)
         start_from = str(init_from.resolve()) if init_from else None
-        run = StoredRun(configs.to_dict(config), shards, run_id, start_from, plan.workers, storage)
-    registry.log_config(tracking_uri, run.run_id, configs.flatten(config) | {"shards": shards})
+        run = StoredRun(configs.to_dict(config), shards, run_id, start_from, plan.workers, storage, features)
+    also = {"shards": shards} | ({"feature_network": features} if features else {})
+    registry.log_config(tracking_uri, run.run_id, configs.flatten(config) | also)
     folder.mkdir(parents=True, exist_ok=True)
     pairs.write(folder)
     run.write(folder)
@@ -498,13 +524,20 @@ def _fit(trainer: TorchTrainer, folder: Path, config: ExperimentConfig, *, progr
 
 
 def _finish(
-    folder: Path, run: StoredRun, result: ray.train.Result, tracking_uri: str, register: str | None, pairs: RunShards
+    folder: Path,
+    run: StoredRun,
+    result: ray.train.Result,
+    tracking_uri: str,
+    register: str | None,
+    pairs: RunShards,
+    keep: Literal["best", "last"],
 ) -> TrainResult:
-    """Register the best checkpoint if it is worth it, and put it in the run's model folder, which marks the run as
-    finished."""
+    """Register the best checkpoint (or the last) if it is worth it, and put it in the run's model folder, which marks
+    the run as finished."""
     if not result.best_checkpoints:
         raise TrainError(f"{folder}: expected at least one checkpoint, got none; see Ray's logs")
-    best, metrics = max(result.best_checkpoints, key=lambda pair: pair[1].get(SELECT_BY, float("-inf")))
+    order = (lambda pair: pair[1]["epoch"]) if keep == "last" else (lambda pair: pair[1].get(SELECT_BY, -math.inf))
+    best, metrics = max(result.best_checkpoints, key=order)
     aside = folder / f"{run_folder.MODEL}.partial"
     with best.as_directory() as source:
         shutil.rmtree(aside, ignore_errors=True)

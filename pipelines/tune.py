@@ -22,8 +22,8 @@ from pipelines.sweeping.state import SWEEPS
 from pipelines.sweeping.trainer import COST, TrialTrainer, register_winner
 from pipelines.training.progress import SELECT_BY
 from sdan.losses import VGG_WEIGHTS
+from sdan.perceptual.features import load_features
 from sdan.perceptual.st_lpips import load_st_lpips
-from sdan.perceptual.vgg19 import load_vgg19
 from tuning import named_spaces, tracking
 from tuning.folder import CROPS, PAGE, RECORD
 from tuning.plan import MOST_AT_ONCE, SweepPlan
@@ -173,7 +173,7 @@ def _check_data(shards: str, config: ExperimentConfig, searched: Space, vgg_weig
     check_fit(index, with_curve_of(index, config))
     index_split(shards, "val")
     if config.loss.needs_vgg or {f"loss.{name}" for name in VGG_WEIGHTS} & set(searched):
-        load_vgg19(vgg_weights)  # fail here rather than in each trial
+        load_features(vgg_weights)  # fail here rather than in each trial
     if config.loss.st_lpips_weight > 0 or "loss.st_lpips_weight" in searched:
         load_st_lpips()
     return len(index.paths)

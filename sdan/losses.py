@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sdan import adversarial
+from sdan.adversarial import AdversarialKind
 from sdan.metrics import check_floating, check_pixels
 from sdan.network import SDANOutput
 from sdan.ops import offset_mask
 from sdan.perceptual import st_lpips, vgg19
 from sdan.perceptual.contextual import contextual_loss, map_points, patch_points
-from sdan.perceptual.vgg19 import VGG19Features
+from sdan.perceptual.features import FeatureNetwork
 from sdan.resample import enlarge_offset, low_pass, sample
 
 Kind = Literal["l1", "charbonnier"]
@@ -75,7 +77,8 @@ class LossConfig:
     """Weight of the halo term (ours): how far the zoomed picture goes beyond the target's darkest and brightest values
     nearby, as halos beside edges do. Added to the terms above, which charge a halo no more than a blur of its size."""
     perceptual_weight: float = 0.0
-    """Weight of the mean squared difference of VGG-19 features (Johnson et al. 2016)."""
+    """Weight of the mean squared difference of VGG-19 features (Johnson et al. 2016). Where VGG-19's weights are not at
+    hand, this and the next terms use VGG16 (sdan/perceptual/features.py)."""
     contextual_weight: float = 0.0
     """Weight of the contextual loss (CX) between VGG-19 features."""
     cobi_rgb_weight: float = 0.0
@@ -86,6 +89,11 @@ class LossConfig:
     """Weight of ST-LPIPS, a learnt distance that tolerates small shifts (sdan/perceptual/st_lpips.py). Costs 0.23
     million multiplications for each target pixel inside the border and each pass: 0.4 times the network's for srraw_4x,
     6 times for the starters. The extra `train` installs its weights (stlpips-pytorch)."""
+    adversarial_weight: float = 0.0
+    """Weight of the adversarial term, between the zoomed picture of the first pass and its target
+    (sdan/adversarial.py). 0: there is no discriminator."""
+    adversarial_kind: AdversarialKind = "standard"
+    """standard: as in SRGAN. relativistic: as in ESRGAN."""
     cobi_spatial_weight: float = 0.1
     """CoBi's w_s: the cost, in cosine distance, of a match at a distance of one picture side."""
     cobi_patch_px: int = 10
@@ -98,10 +106,16 @@ class LossConfig:
             raise ValueError(
                 f"self_target: expected one of {', '.join(get_args(SelfTarget))}, got {self.self_target!r}"
             )
+        if self.adversarial_kind not in get_args(AdversarialKind):
+            raise ValueError(
+                f"adversarial_kind: expected one of {', '.join(get_args(AdversarialKind))}, "
+                f"got {self.adversarial_kind!r}"
+            )
         terms = ("pixel_weight", *VGG_WEIGHTS, "cobi_rgb_weight", "st_lpips_weight")
         passes = ("align_weight", "reference_weight", "self_reference_weight")
         offsets = ("offset_smoothness_weight", "known_shift_weight")
-        for name in (*terms, *passes, *offsets, "halo_weight", "cobi_spatial_weight", "border_px"):
+        others = ("halo_weight", "adversarial_weight", "cobi_spatial_weight", "border_px")
+        for name in (*terms, *passes, *offsets, *others):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)!r}")
         if not any(getattr(self, name) > 0 for name in terms):
@@ -118,7 +132,7 @@ class LossConfig:
 
     @property
     def needs_vgg(self) -> bool:
-        """Whether any term compares VGG-19 features."""
+        """Whether any term compares features of a VGG network."""
         return any(getattr(self, name) > 0 for name in VGG_WEIGHTS)
 
     @property
@@ -130,6 +144,7 @@ class LossConfig:
     def min_px(self) -> int:
         """Every term accepts targets whose sides, after the border is cropped, have at least this many pixels."""
         sides = {"cobi_rgb_weight": self.cobi_patch_px, "st_lpips_weight": st_lpips.MIN_PX}
+        sides["adversarial_weight"] = adversarial.MIN_PX
         sides |= dict.fromkeys(VGG_WEIGHTS, vgg19.MIN_PX)
         return max([1, *(side for name, side in sides.items() if getattr(self, name) > 0)])
 
@@ -145,7 +160,7 @@ class LossTerms(NamedTuple):
 
 
 def sdan_loss(
-    output: SDANOutput, reference: Tensor, target: Tensor, config: LossConfig, vgg: VGG19Features | None = None
+    output: SDANOutput, reference: Tensor, target: Tensor, config: LossConfig, vgg: FeatureNetwork | None = None
 ) -> LossTerms:
     """Eq. 6: mean(|X' - Y'| M') * align_weight + mean(|zoomed - Y| M), the second term as configured.
 
@@ -205,7 +220,7 @@ def self_reference_loss(output: SDANOutput, low: Tensor, config: LossConfig) -> 
 
 
 def transfer_loss(
-    zoomed: Tensor, offset: Tensor, target: Tensor, config: LossConfig, vgg: VGG19Features | None = None
+    zoomed: Tensor, offset: Tensor, target: Tensor, config: LossConfig, vgg: FeatureNetwork | None = None
 ) -> Tensor:
     """Compare the deployed output, moved by the offset of the {X, Y'} pass, with the target (ours).
 
@@ -236,7 +251,7 @@ def transfer_loss(
 
 
 def _target_loss(
-    image: Tensor, target: Tensor, mask: Tensor, config: LossConfig, vgg: VGG19Features | None
+    image: Tensor, target: Tensor, mask: Tensor, config: LossConfig, vgg: FeatureNetwork | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(weighted sum of the configured terms, LossTerms.parts)."""
     parts = {}
@@ -262,7 +277,7 @@ def _halo(image: Tensor, target: Tensor, mask: Tensor, config: LossConfig) -> Te
 
 
 def _feature_terms(
-    image: Tensor, target: Tensor, mask: Tensor, config: LossConfig, vgg: VGG19Features | None
+    image: Tensor, target: Tensor, mask: Tensor, config: LossConfig, vgg: FeatureNetwork | None
 ) -> dict[str, Tensor]:
     """Name -> unweighted feature term, of cropped pictures.
 
@@ -282,10 +297,12 @@ def _feature_terms(
 
 
 def _vgg_terms(
-    image: Tensor, target: Tensor, mask: Tensor, config: LossConfig, vgg: VGG19Features | None
+    image: Tensor, target: Tensor, mask: Tensor, config: LossConfig, vgg: FeatureNetwork | None
 ) -> dict[str, Tensor]:
     if vgg is None:
-        raise ValueError("vgg: expected VGG-19 features for this loss, got None; pass VGG19Features(load_vgg19())")
+        raise ValueError(
+            "vgg: expected a feature network for this loss, got None; pass feature_network(load_features())"
+        )
     maps, terms = vgg(image), {}
     with torch.no_grad():
         target_maps = vgg(target)

@@ -41,7 +41,7 @@ def check_graph(config: ExperimentConfig, *, device_type: str, workers: Workers,
         precision: as in TrainConfig; the driver may not know yet what auto becomes.
 
     Raises:
-        ConfigError: several workers, no GPU, fp16 or a contextual loss.
+        ConfigError: several workers, no GPU, fp16, a contextual loss or an adversarial one.
     """
     if not config.train.cuda_graph:
         return
@@ -52,6 +52,8 @@ def check_graph(config: ExperimentConfig, *, device_type: str, workers: Workers,
         "one worker": (most == 1, f"up to {most} workers"),
         "a GPU": (device_type == "cuda", device_type),
         "bf16 or fp32": (precision != "fp16", precision),  # fp16's scaler was not tried inside a graph
+        # The discriminator's step was not tried inside a graph.
+        "no adversarial loss": (config.loss.adversarial_weight == 0, "loss.adversarial_weight above 0"),
         "no contextual loss": (not contextual, f"loss.{', loss.'.join(contextual)} above 0"),
     }
     for expected, (met, got) in needs.items():

@@ -66,6 +66,8 @@ class StoredRun:
     workers: int | tuple[int, int]
     storage: str | None = None
     """Where Ray Train keeps state and checkpoints; None: the run's folder."""
+    features: str | None = None
+    """The feature network of its losses, VGG19 or VGG16; None: they need none, or version 0.3 or earlier."""
 
     def write(self, folder: Path) -> None:
         """Write it to the run's folder, which is created if missing."""

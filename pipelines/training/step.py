@@ -19,13 +19,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.config import ExperimentConfig, TrainConfig
 from pipelines.loader import Inputs
+from pipelines.training.adversary import Adversary
 from pipelines.training.graph import GraphedStep, check_graph
+from pipelines.training.optimizer_state import restore_state, step_if, stored_state
 from sdan import checkpoint
+from sdan.baselines import Network
 from sdan.losses import LossConfig, sdan_loss, self_reference_loss, transfer_loss
 from sdan.network import SDAN, SDANOutput
 from sdan.offsets.known_shift import known_shift_loss, moved_reference
 from sdan.ops.precision import ComputePlan, compute_plan
-from sdan.perceptual.vgg19 import VGG19Features
+from sdan.perceptual.features import FeatureNetwork, feature_network
 from sdan.resample import low_pass
 
 
@@ -50,14 +53,19 @@ def learning_rate(step: int, epoch: float, config: TrainConfig) -> float:
 
 
 def training_loss(
-    model: nn.Module, inputs: Inputs, config: LossConfig, vgg: VGG19Features | None = None
+    model: nn.Module,
+    inputs: Inputs,
+    config: LossConfig,
+    vgg: FeatureNetwork | None = None,
+    adversary: Adversary | None = None,
 ) -> dict[str, Tensor]:
     """Eq. 6 with Y' as reference and, if self_reference_weight > 0, with the input's own rendering, as deployed.
 
     Both kinds of samples share one forward pass. Self-reference samples are compared with the camera JPG of the input's
     own frame and, through the offsets of the first kind, with the target (losses.transfer_loss). With
     loss.self_target=truth (simulated data) they are compared with the ideal picture by eq. 6. With known_shift_weight
-    > 0 the offset learner also gets the input's own picture, moved by a known field that it must find.
+    > 0 the offset learner also gets the input's own picture, moved by a known field that it must find. With an
+    `adversary` the zoomed picture of the first pass must also pass for its target.
 
     Returns:
         scalar tensors: `loss`, the weighted sum, and its terms by name.
@@ -80,11 +88,16 @@ def training_loss(
     if config.known_shift_weight > 0:
         terms["known_shift"] = _known_shift(model, inputs, config)
         total = total + config.known_shift_weight * terms["known_shift"]
+    if adversary is not None:
+        wanted = inputs.target if config.reference_weight > 0 else inputs.truth
+        assert wanted is not None  # by LossConfig: without reference samples the target is the truth
+        terms["adversarial"] = adversary.term(outputs[0].zoomed, wanted)
+        total = total + config.adversarial_weight * terms["adversarial"]
     return {"loss": torch.as_tensor(total), **terms}
 
 
 def _deployed_loss(
-    outputs: list[SDANOutput], inputs: Inputs, config: LossConfig, vgg: VGG19Features | None
+    outputs: list[SDANOutput], inputs: Inputs, config: LossConfig, vgg: FeatureNetwork | None
 ) -> dict[str, Tensor]:
     """The loss terms of the self-reference samples, the last of `outputs`."""
     alone = outputs[-1]
@@ -111,10 +124,10 @@ def _known_shift(model: nn.Module, inputs: Inputs, config: LossConfig) -> Tensor
 class Training:
     """Everything that a step changes and that a checkpoint must hold."""
 
-    model: SDAN
+    model: Network
     wrapped: nn.Module
     """`model`, inside DDP if there are several workers; steps run through it."""
-    averaged: SDAN
+    averaged: Network
     """Exponential moving average of the weights: what is validated and saved."""
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -126,8 +139,10 @@ class Training:
     """Share of the new weights in the average, 1 - decay: a float32 scalar on the device."""
     skipped_in_a_row: Tensor
     """Number of consecutive steps, up to the last, without a finite loss and gradient; counted on the device."""
-    vgg: VGG19Features | None = None
+    vgg: FeatureNetwork | None = None
     """The feature network of perceptual losses; not part of the checkpoint."""
+    adversary: Adversary | None = None
+    """The discriminator, with loss.adversarial_weight."""
     graph: GraphedStep | None = None
     """`device_step` as a CUDA graph, with train.cuda_graph."""
     step: int = 0
@@ -144,16 +159,13 @@ class Training:
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values for `restore`; the averaged weights are saved as the checkpoint's model."""
-        optimizer = self.optimizer.state_dict()
-        for group in optimizer["param_groups"]:  # as without a graph and its learning rate on the device
-            group.update(lr=float(self.rate), capturable=False)
         return {
             "model": self.model.state_dict(),
-            "optimizer": optimizer,
+            "optimizer": stored_state(self.optimizer, self.rate),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
             "crops": self.crops,
-        }
+        } | ({"adversary": self.adversary.state()} if self.adversary is not None else {})
 
     def restore(self, folder: Path) -> None:
         """Restore the averaged weights, raw weights, optimizer, step and position from a checkpoint folder."""
@@ -161,22 +173,14 @@ class Training:
         state = checkpoint.load_trainer_state(folder)
         self.averaged.load_state_dict(stored.model.state_dict())
         self.model.load_state_dict(state["model"])
-        self._restore_optimizer(state["optimizer"])
+        restore_state(self.optimizer, state["optimizer"], self.rate, capturable=self.graph is not None)
+        if self.graph is not None:
+            self.graph.forget()
+        if self.adversary is not None:
+            self.adversary.restore(state["adversary"])
         if state["scaler"]:  # empty if the run computed without fp16 so far
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.crops = int(state["step"]), int(state["crops"])
-
-    def _restore_optimizer(self, stored: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(stored)
-        for group in self.optimizer.param_groups:
-            group.update(lr=self.rate, capturable=self.graph is not None)
-        for parameter, moments in self.optimizer.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):
-                # The fused optimizer walks memory in order: the moments need the layout of the weights, which may
-                # have changed since the checkpoint.
-                moments[name] = torch.empty_like(parameter).copy_(moments[name])
-        if self.graph is not None:
-            self.graph.forget()
 
     def check_finite(self, config: TrainConfig) -> None:
         """Raise NotFiniteError after train.max_skipped consecutive skipped steps; checks every max_skipped steps."""
@@ -206,16 +210,17 @@ def start(
 
     Args:
         wrap: wraps the model for training (DDP if there are several workers).
-        vgg: vgg19.load_vgg19's weights, for a loss that needs them.
+        vgg: features.load_features' weights, for a loss that needs them.
     """
     train = config.train
     plan = plan_of(train, device)
     torch.manual_seed(train.seed)
-    model = SDAN(config.model)
+    architecture = checkpoint.ARCHITECTURES[config.architecture]
+    model = architecture(config.model)
     if init_from:
         model.load_state_dict(checkpoint.load(Path(init_from)).model.state_dict())
     model.to(device).to(memory_format=plan.memory_format)
-    averaged = SDAN(config.model).to(device).to(memory_format=plan.memory_format)
+    averaged = architecture(config.model).to(device).to(memory_format=plan.memory_format)
     averaged.load_state_dict(model.state_dict())
     rate = torch.tensor(train.learning_rate, device=device)
     optimizer = torch.optim.Adam(
@@ -234,7 +239,8 @@ def start(
         rate=rate,
         new_share=torch.tensor(1.0, device=device),
         skipped_in_a_row=torch.zeros((), dtype=torch.int32, device=device),
-        vgg=VGG19Features(vgg).to(device) if vgg is not None else None,
+        vgg=feature_network(vgg).to(device) if vgg is not None else None,
+        adversary=Adversary(config, device, rate) if config.loss.adversarial_weight > 0 else None,
     )
     if train.cuda_graph:
         workers = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
@@ -281,6 +287,8 @@ def device_step(training: Training, inputs: Inputs, config: ExperimentConfig) ->
     _average(training, good)
     fault = ~terms["loss"].isfinite() if training.scaler.is_enabled() else ~good
     training.skipped_in_a_row.add_(1).mul_(fault)
+    if training.adversary is not None:
+        terms |= training.adversary.step(good)
     return {**terms, "grad_norm": norm, "skipped": fault.float()}
 
 
@@ -294,7 +302,7 @@ def _gradients(training: Training, parts: list[Inputs], config: ExperimentConfig
     with training.plan.autocast():  # around all parts, because it casts each weight once until it ends
         for number, part in enumerate(parts, 1):
             with nullcontext() if number == len(parts) else _apart(training.wrapped):
-                terms = training_loss(training.wrapped, part, config.loss, training.vgg)
+                terms = training_loss(training.wrapped, part, config.loss, training.vgg, training.adversary)
                 # DDP exchanges gradients, not losses: a NaN gradient tells the other ranks about an infinite loss.
                 poison = torch.where(terms["loss"].detach().isfinite(), 1.0, math.nan)
                 with torch.autocast(training.plan.device.type, enabled=False):
@@ -324,9 +332,7 @@ def _optimizer_step(training: Training, good: Tensor) -> None:
         training.scaler.step(training.optimizer)  # skips gradients that unscale_ found not finite
         training.scaler.update()
         return
-    # GradScaler uses the same attribute to make a fused optimizer skip without waiting for the device.
-    training.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
-    training.optimizer.step()
+    step_if(training.optimizer, good)
 
 
 def _average(training: Training, good: Tensor) -> None:

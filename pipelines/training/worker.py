@@ -61,7 +61,7 @@ class TrainJob:
     init_from: str | None
     """A checkpoint folder whose weights to start from."""
     vgg: dict[str, Tensor] | None = field(repr=False)
-    """vgg19.load_vgg19's weights, for a loss that needs them."""
+    """features.load_features' weights, for a loss that needs them."""
 
 
 class TrainWorker:

@@ -52,7 +52,6 @@ class STLPIPS(nn.Module):
 
     shift: Tensor
     scale: Tensor
-    blur: Tensor
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -60,8 +59,6 @@ class STLPIPS(nn.Module):
         # Shift and scale are for pictures in [-1, 1].
         self.register_buffer("shift", weights["scaling_layer.shift"].float(), persistent=False)
         self.register_buffer("scale", weights["scaling_layer.scale"].float(), persistent=False)
-        taps = torch.tensor([0.25, 0.5, 0.25])
-        self.register_buffer("blur", torch.outer(taps, taps)[None, None], persistent=False)
         self.convolutions, self.heads = nn.ModuleList(), nn.ParameterList()
         for number, (name, (channels, features, kernel, padding)) in enumerate(LAYERS.items()):
             convolution = nn.Conv2d(channels, features, kernel, padding=padding)
@@ -97,18 +94,23 @@ class STLPIPS(nn.Module):
     def _maps(self, picture: Tensor) -> list[Tensor]:
         """The features of each layer: [N,C,h,w] at 1/2, 1/4, 1/8, 1/8 and 1/8 of the picture's size."""
         first, second, third, *rest = self.convolutions
-        maps = [F.relu(self._halve(first((2 * picture.float() - 1 - self.shift) / self.scale)))]
+        maps = [F.relu(halve(first((2 * picture.float() - 1 - self.shift) / self.scale)))]
         for convolution in (second, third):
-            maps.append(F.relu(convolution(self._halve(F.max_pool2d(maps[-1], 3, stride=1)))))
+            maps.append(F.relu(convolution(halve(F.max_pool2d(maps[-1], 3, stride=1)))))
         for convolution in rest:
             maps.append(F.relu(convolution(maps[-1])))
         return maps
 
-    def _halve(self, values: Tensor) -> Tensor:
-        """Blur by the binomial filter, (1, 2, 1) / 4 in both directions, then keep every second row and column."""
-        channels = values.shape[1]
-        padded = F.pad(values, (2, 2, 2, 2), mode="reflect")
-        return F.conv2d(padded, self.blur.expand(channels, 1, 3, 3), stride=2, groups=channels)
+
+def halve(values: Tensor) -> Tensor:
+    """Blur [N,C,H,W] by the binomial filter, (1, 2, 1) / 4 in both directions, then keep every second row and column.
+
+    Reflecting padding of 2 on each side: a side of n becomes (n + 1) // 2 + 1.
+    """
+    channels = values.shape[1]
+    taps = torch.tensor([0.25, 0.5, 0.25], device=values.device, dtype=values.dtype)
+    padded = F.pad(values, (2, 2, 2, 2), mode="reflect")
+    return F.conv2d(padded, torch.outer(taps, taps).expand(channels, 1, 3, 3), stride=2, groups=channels)
 
 
 def _unit(values: Tensor) -> Tensor:
@@ -136,7 +138,7 @@ def load_st_lpips() -> Mapping[str, Tensor]:
     Raises:
         PerceptualError: the package is not installed, or its file is damaged.
     """
-    path = _path()
+    path = package_file(WEIGHTS)
     if path is None:
         raise PerceptualError(f"ST-LPIPS: expected the package stlpips-pytorch, got none; pip install {REQUIREMENT}")
     remedy = f"pip install --force-reinstall {REQUIREMENT}"
@@ -148,11 +150,11 @@ def load_st_lpips() -> Mapping[str, Tensor]:
     return weights
 
 
-def _path() -> Path | None:
-    """The weight file in the installed package, which is found without importing it."""
+def package_file(name: str) -> Path | None:
+    """A file of the installed package, which is found without importing it; None: it is not installed."""
     found = find_spec(PACKAGE)
     places = (found and found.submodule_search_locations) or ()
-    return next((Path(place) / WEIGHTS for place in places), None)
+    return next((Path(place) / name for place in places), None)
 
 
 @lru_cache(maxsize=4)

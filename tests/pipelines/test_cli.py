@@ -95,6 +95,7 @@ def test_a_vgg_loss_is_refused_without_weights(verb, term, tiny_shards, tmp_path
 
     monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr("sdan.perceptual.st_lpips.find_spec", lambda name: None)  # no VGG16 either
     arguments = [*verb, tiny_shards, "--config", "smoke", "--set", f"loss.{term}=0.1"]
     assert run_here(monkeypatch, *arguments, data=tmp_path / "data") == 2
     written = capsys.readouterr().err
@@ -183,6 +184,9 @@ def test_options_that_are_left_out_are_those_of_shards(verb, given, expected, tm
         (["retrain", "nosuch", "SHARDS", "--vgg-weights", "nosuch.pth"], "nosuch.pth"),
         (["evaluate", "SHARDS", "--crops", "0"], "--crops: expected at least 1, got 0"),
         (["evaluate", "SHARDS", "--split", "dev"], "--split: expected"),
+        (["compare", "SHARDS", "--table", "3"], "--table: expected 1 or 2, got 3"),
+        (["compare", "SHARDS", "--table", "2", "--rows", "srgan"], "--rows, table 2: expected names of"),
+        (["compare", "EMPTY", "--table", "2"], "expected"),
     ],
 )
 def test_own_mistakes_come_before_bars_and_ray(arguments, said, tiny_shards, tmp_path, monkeypatch, capsys):

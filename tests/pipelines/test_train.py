@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from pipelines import config as configs
 from pipelines.retrain import fine_tuning
@@ -62,6 +63,15 @@ def test_a_resumed_run_keeps_its_shards(data, tiny_shards, tmp_path_factory):
     (data / "runs" / "cut" / "run.json").write_text(json.dumps(stored | {"shards": "s3://bucket/shards"}))
     with pytest.raises(TrainError, match="SHARDS: expected s3://bucket/shards"):
         train(str(elsewhere), configs.smoke(), data=data, name="cut", resume=True, progress=False)
+
+
+def test_a_resumed_run_keeps_its_feature_network(data, tiny_shards, vgg_weights, tmp_path):
+    config = configs.override(configs.smoke(), {"loss.perceptual_weight": 0.1})
+    run = StoredRun(configs.to_dict(config), str(tiny_shards), "0" * 32, None, 1, features="VGG16")
+    run.write(data / "runs" / "cut")
+    save_file(vgg_weights, tmp_path / "vgg.safetensors")
+    with pytest.raises(TrainError, match="feature network: expected VGG16, as when the run started, got VGG19"):
+        train(str(tiny_shards), config, data=data, name="cut", resume=True, vgg_weights=tmp_path / "vgg.safetensors")
 
 
 def test_resume_without_a_name_takes_the_newest_unfinished(data):

@@ -96,9 +96,9 @@ def test_a_searched_feature_loss_needs_its_weights(tiny_shards, no_ray, tmp_path
 
     monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr("sdan.perceptual.st_lpips.find_spec", lambda name: None)  # nor VGG16
     space = "SPACE = {'loss.perceptual_weight': loguniform(0.1, 1)}"
     refuse(tiny_shards, tmp_path / "data", "--vgg-weights PATH", space)
-    monkeypatch.setattr("sdan.perceptual.st_lpips.find_spec", lambda name: None)
     space = "SPACE = {'loss.st_lpips_weight': loguniform(0.1, 1)}"
     refuse(tiny_shards, tmp_path / "data", "expected the package stlpips-pytorch, got none", space)
 

@@ -1,0 +1,1 @@
+"""`sdan compare`: the rows of a table, trained and scored alike."""
