@@ -618,6 +618,7 @@ def _upgrade(uri: str) -> None:
     """What `mlflow db upgrade` does, in this process: its command would import MLflow again, for many seconds."""
     from mlflow.db import upgrade
 
+    assert upgrade.callback is not None  # the function of the click command
     quiet = [logging.getLogger(name) for name in ("mlflow.store.db.utils", "alembic")]
     levels = [logger.level for logger in quiet]
     for logger in quiet:

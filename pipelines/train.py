@@ -213,18 +213,16 @@ def train(
 
     Args:
         data: where runs, MLflow's database and artifacts are kept.
-        workers: number of DDP ranks, or (least, most) for a run that grows and shrinks with the cluster. None:
-            the stored value of a resumed run; in a new run one per GPU, or one without GPUs.
+        workers: DDP ranks, or (least, most) for an elastic run. None: as stored; in a new run one per GPU, or one.
         name: the run's folder name; None: made from the config and the time.
         resume: continue the run `name` from its latest checkpoint; only values of CHANGEABLE may differ.
         storage: s3:// URI or shared folder for Ray Train's state and checkpoints; None: the run's folder.
         init_from: a checkpoint folder whose weights to start from.
-        seen: names (loader.pair_names) of the pairs that `init_from` was trained on, for train.replay_share.
+        seen: the pairs (loader.pair_names) that `init_from` was trained on, for train.replay_share.
         vgg_weights: for a loss that compares features, the path of sdan.perceptual.features.load_features.
         run_id: an existing MLflow run (a sweep's child), which the caller terminates; None: a new run.
-        callbacks: Ray Train callbacks, called in the controller after each report.
-        register: the registered model that gets the best checkpoint as a new version, if it beats the run's start and
-            bicubic; None: not registered.
+        callbacks: of Ray Train, called in the controller.
+        register: the registered model that gets a version, if that beats the run's start and bicubic; None: none.
         max_failures: maximum number of restarts from the last checkpoint after a worker or machine is lost.
         plan: the workers' resources, in place of `workers`; None: planned from all that Ray has.
         gpu_wait_s: how long to wait for GPUs that the cluster's autoscaler starts.
@@ -232,25 +230,21 @@ def train(
         keep: which checkpoint becomes the run's model: the best by SELECT_BY, or the last.
 
     Raises:
-        TrainError, ConfigError, ShardsError, RunFolderError, PerceptualError: before Ray is started.
-        ClusterError: before training starts, too few resources.
-        TrainError: the training failed, or its model cannot be registered; what there is stays in the run.
+        TrainError, ConfigError, ShardsError, RunFolderError, PerceptualError, ClusterError: one line.
     """
     cluster.check_workers(workers)
     folder, stored, pairs, config = _checked(shards, config, data, name, resume, init_from, seen, storage, pairs)
     vgg = _features(config, stored, vgg_weights)
-    if progress:
-        _say_start(pairs, vgg)
+    _say_start(pairs, vgg, progress)
     cluster.start_ray()
-    wanted = workers or (stored.workers if stored else None)
-    with gpus.requested(wanted, wait_s=gpu_wait_s, needed=plan is None):
-        plan = plan or cluster.plan_workers(wanted)
-        _check_speed(config, plan)
+    workers = workers or (stored.workers if stored else None)
+    with gpus.requested(workers, wait_s=gpu_wait_s, needed=plan is None):
+        plan = _checked_speed(config, plan or cluster.plan_workers(workers))
         tracking_uri = registry.default_tracking_uri(data)
         run = _record(folder, stored, config, pairs, run_id, init_from, plan, storage, tracking_uri, vgg)
         job = _job(folder, run, config, pairs, plan, vgg, tracking_uri)
-        trainer = _trainer(folder, run, job, plan, callbacks, max_failures)
         with _mlflow_status(tracking_uri, run.run_id, terminate=run_id is None):
+            trainer = _trainer(folder, run, job, plan, callbacks, max_failures)
             result = _fit(trainer, folder, config, progress=progress)
             return _finish(folder, run, result, tracking_uri, register, pairs, keep)
 
@@ -271,8 +265,10 @@ def _features(config: ExperimentConfig, stored: StoredRun | None, vgg_weights: P
     return vgg
 
 
-def _say_start(pairs: RunShards, vgg: dict[str, Tensor] | None) -> None:
-    """Print what a user should know before the training, on stderr."""
+def _say_start(pairs: RunShards, vgg: dict[str, Tensor] | None, progress: bool) -> None:
+    """Print what a user should know before the training, on stderr, if `progress`."""
+    if not progress:
+        return
     notes = [alignment_note(pairs.train)]
     if vgg is not None and network_name(vgg) == VGG16:
         notes.append(
@@ -396,13 +392,14 @@ def _check_resumed(stored: StoredRun, config: ExperimentConfig, shards: str) -> 
             )
 
 
-def _check_speed(config: ExperimentConfig, plan: cluster.WorkerPlan) -> None:
-    """Check train.cuda_graph, and warn of settings that are much slower than auto's."""
+def _checked_speed(config: ExperimentConfig, plan: cluster.WorkerPlan) -> cluster.WorkerPlan:
+    """The plan, after a check of train.cuda_graph and a warning of settings that are much slower than auto's."""
     train, device = config.train, torch.device("cuda" if plan.use_gpu else "cpu")
     check_graph(config, device_type=device.type, workers=plan.workers, precision=train.precision)
     warning = slow_choice(device, train.precision, train.layout, tf32=train.use_tf32)
     if warning:
         logging.getLogger(__name__).warning(warning)
+    return plan
 
 
 def _record(
