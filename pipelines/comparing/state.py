@@ -9,6 +9,7 @@ oracle/TILE/NAME.png      the output with Y' as reference
 offsets/TILE/NAME.npy     float16 [2, H, W]: the offsets (dy, dx) of that pass, mosaic pixels
 tableN.md, tableN.csv     the table, written again after each row
 grid.png                  crops by method
+report.html               the tables and crops on one page (pipelines/reporting/)
 
 The trained networks are runs in DATA/runs (run_name).
 """

@@ -14,6 +14,7 @@ from pipelines import config as configs
 from pipelines.comparing import state
 from pipelines.comparing.grid import ROWS as GRID_ROWS
 from pipelines.comparing.grid import write_grid
+from pipelines.comparing.page import write_page
 from pipelines.comparing.rows import TABLES, CompareError, Row, chosen_rows, row_config
 from pipelines.comparing.run import RowTrainer, is_trained, load_row, plan_rows, train_rows
 from pipelines.comparing.score import Scorer
@@ -107,7 +108,7 @@ def compare(
 
 def summary(result: Result) -> str:
     """What `sdan compare` prints at the end."""
-    files = f"written to {result.out}: the table as .md and .csv, {state.GRID}, rows/, crops/"
+    files = f"written to {result.out}: report.html, the table as .md and .csv, {state.GRID}, rows/, crops/"
     lines = [result.table, f"{result.finished} rows finished, {len(result.set_aside)} set aside", files]
     return "\n".join(lines)
 
@@ -212,8 +213,11 @@ class _Work:
         tiles = [self.scorer.tiles[number] for number in self.scorer.examples(GRID_ROWS)]
         simulated = " (simulated)" if self.scorer.simulated else ""
         title = f"Table {self.comparison.table}: {self.scorer.scale}x zoom of held-out crops{simulated}"
-        write_grid(self.out, tiles, [found for _, found in rows if isinstance(found, RowScores)], title)
-        self.runs.artifacts([self.out / f"{name}.md", self.out / f"{name}.csv", self.out / state.GRID])
+        done = [found for _, found in rows if isinstance(found, RowScores)]
+        write_grid(self.out, tiles, done, title)
+        page = write_page(self.out, self.comparison, done, text)
+        files = [self.out / f"{name}.md", self.out / f"{name}.csv", self.out / state.GRID, *([page] if page else [])]
+        self.runs.artifacts(files)
         return text
 
     def _unfinished(self, *, networks: bool) -> Iterator[Row]:

@@ -82,9 +82,19 @@ def test_a_comparison_writes_tables_tiles_crops_and_runs(tiny_shards, trainer, t
     offset = np.load(tmp_path / "out" / "offsets" / folders[0].name / "sdan-raw.npy")
     assert offset.shape == (2, 32, 32) and offset.dtype == np.float16
     assert Image.open(tmp_path / "out" / "grid.png").width > 4 * 256
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert (
+        "SDAN (the paper&#39;s) (RAW), oracle" in page and "bicubic of the camera JPG against the true target" in page
+    )
+    assert page.count('data-label="target"') == 2
     client = MlflowClient(registry.default_tracking_uri(data))
     parent = json.loads((tmp_path / "out" / "compare.json").read_text())["parent_run"]
-    assert {item.path for item in client.list_artifacts(parent)} == {"table1.md", "table1.csv", "grid.png"}
+    assert {item.path for item in client.list_artifacts(parent)} == {
+        "table1.md",
+        "table1.csv",
+        "grid.png",
+        "report.html",
+    }
     experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
     children = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
     assert {child.data.tags[ROW_TAG] for child in children} == set(SOME)
