@@ -18,11 +18,10 @@ from PIL import Image
 
 from pipelines import config as configs
 from pipelines.loader import ShardIndex, index_split, model_inputs, of_pair
-from pipelines.reporting.contents import Method, Report, chosen_crops, tables_of
+from pipelines.reporting.contents import Method, Report, chosen_crops, gain_sentence, tables_of
 from pipelines.reporting.held_out_crops import zoomed_crops
 from pipelines.reporting.page import FILE as REPORT
 from pipelines.reporting.page import write_report
-from pipelines.reporting.sentences import gain_sentence
 from pipelines.scoring.bootstrap import LEVEL, Interval, difference_interval, mean_interval
 from pipelines.scoring.held_out import HeldOut, held_out
 from pipelines.scoring.pictures import labelled_grid, to_uint8

@@ -104,6 +104,13 @@ def shards_without_truth(tiny_shards, tmp_path_factory):
     return str(folder)
 
 
+@pytest.fixture(autouse=True)
+def _own_data_folder(monkeypatch):
+    """The command line, called in this process, names its --data in the environment: no other test must see it."""
+    monkeypatch.setenv("SDAN_DATA", "")
+    monkeypatch.delenv("SDAN_DATA")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _shut_down_ray():
     """Shut down Ray after each module that started it in this process, so that the next module can start it."""

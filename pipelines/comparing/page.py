@@ -15,9 +15,8 @@ from pipelines.comparing.score import as_interval
 from pipelines.comparing.state import Comparison, RowScores
 from pipelines.comparing.table import label
 from pipelines.evaluate import BASELINE
-from pipelines.reporting.contents import TARGET, Crop, Method, Report, chosen_crops, tables_of
+from pipelines.reporting.contents import TARGET, Crop, Method, Report, chosen_crops, gain_sentence, tables_of
 from pipelines.reporting.page import FILE, write_report
-from pipelines.reporting.sentences import gain_sentence
 from pipelines.scoring.bootstrap import Interval
 from pipelines.scoring.tile_scores import FILE as TILES
 

@@ -1,12 +1,15 @@
-"""What report.html shows: methods, crops and tables, as plain values."""
+"""What report.html shows: methods, crops, tables and findings in words, as plain values."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from pipelines.scoring.bootstrap import LEVEL, Interval
 
 TARGET = "target"
 """The name of the target's picture in Crop.pictures."""
@@ -95,3 +98,23 @@ def chosen_crops(gains: Sequence[float]) -> dict[int, str]:
         for number in numbers:
             chosen.setdefault(number, why)
     return chosen
+
+
+def gain_sentence(label: str, baseline: str, target: str, found: Interval) -> str:
+    """E.g. "SDAN (self) is 0.52 dB above bicubic of the camera JPG (95 % interval +0.31 to +0.77, 8 sequences)."
+
+    Args:
+        target: the target of the scores, for the text.
+        found: the PSNR of `label` minus that of `baseline`, dB.
+    """
+    against = f"against the {target} target"
+    if math.isnan(found.mean):
+        return f"{label} has no score {against}."
+    side = "above" if found.mean >= 0 else "below"
+    what = f"{label} is {abs(found.mean):.2f} dB {side} {baseline} {against}"
+    if math.isnan(found.low):
+        return f"{what}; one sequence only, so that nobody knows how far this holds for others."
+    interval = f"{100 * LEVEL:.0f} % interval {found.low:+.2f} to {found.high:+.2f}, {found.sequences} sequences"
+    if found.certain:
+        return f"{what} ({interval})."
+    return f"No difference larger than the noise: {what} ({interval})."

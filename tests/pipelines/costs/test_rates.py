@@ -6,6 +6,7 @@ from datetime import date
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipelines.costs import prices, rates
 from pipelines.costs.rates import Rate
@@ -37,5 +38,6 @@ def test_every_gpu_rate_has_an_instance_with_a_price():
 
 
 def test_the_instances_of_cluster_yaml_have_prices():
-    used = set(re.findall(r"InstanceType: (\S+)", (ROOT / "cluster.yaml").read_text()))
+    types = yaml.safe_load((ROOT / "cluster.yaml").read_text())["available_node_types"]
+    used = {each["node_config"]["InstanceType"] for each in types.values()}
     assert used <= set(prices.INSTANCES)

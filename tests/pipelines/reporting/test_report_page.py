@@ -7,11 +7,10 @@ import pytest
 from PIL import Image
 from report_example import HARMFUL, METHODS, report
 
-from pipelines.reporting.contents import chosen_crops, tables_of
+from pipelines.reporting.contents import chosen_crops, gain_sentence, tables_of
 from pipelines.reporting.histogram import histogram, limits
 from pipelines.reporting.page import render, write_report
 from pipelines.reporting.pictures import ERROR_LIMIT, error_map, offset_colours, uri
-from pipelines.reporting.sentences import gain_sentence
 from pipelines.scoring.bootstrap import Interval
 
 

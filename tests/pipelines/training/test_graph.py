@@ -18,6 +18,7 @@ from pipelines.config import ConfigError
 from pipelines.loader import CropStream, Inputs, index_split, model_inputs
 from pipelines.training import step
 from pipelines.training.graph import WARM_UPS, GraphedStep, GraphError, check_graph, record_on_cuda
+from pipelines.training.optimizer_state import restore_state
 from sdan import checkpoint
 
 CPU = torch.device("cpu")
@@ -179,7 +180,7 @@ def test_a_checkpoint_does_not_depend_on_the_graph(smoke):
     (group,) = graphed.state()["optimizer"]["param_groups"]
     assert (type(group["lr"]), group["capturable"]) == (float, False)
     assert group["lr"] == pytest.approx(1e-3, rel=1e-6)
-    graphed._restore_optimizer(graphed.state()["optimizer"])
+    restore_state(graphed.optimizer, graphed.state()["optimizer"], graphed.rate, capturable=True)
     (group,) = graphed.optimizer.param_groups
     assert group["lr"] is graphed.rate and group["capturable"] is True
 
