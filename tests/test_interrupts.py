@@ -176,15 +176,16 @@ def test_a_lost_cluster_is_one_line(raw, tmp_path, monkeypatch):
     """Ray itself would wait a minute for the head's GCS, and then end the command from C++."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    address = nodes.address  # None after its end
     try:
-        monkeypatch.setenv("RAY_ADDRESS", nodes.address)
+        monkeypatch.setenv("RAY_ADDRESS", address)
         with Command(tmp_path, "preprocess", raw, "shards", "--tile", "48", "--align", "ecc") as preprocess:
             preprocess.wait_for("pair/s")
             nodes.head_node.all_processes["gcs_server"][0].process.kill()
             line = preprocess.last_line(2)
     finally:
         nodes.shutdown()
-    assert line.startswith(f"sdan: Ray, {nodes.address}: expected it to run until the command ends, got no answer from")
+    assert line.startswith(f"sdan: Ray, {address}: expected it to run until the command ends, got no answer from")
     assert line.endswith(" s; finished pairs are kept; run the same command to go on")
 
 
