@@ -1,8 +1,8 @@
 """JSON schemas of what the manifests in k8s/ use: KubeRay's RayCluster, RayJob and RayCronJob (ray.io/v1), and kinds of
 Kubernetes itself.
 
-Written by hand after reading the documented API, for KubeRay 1.6: no package was found that ships KubeRay's own CRDs. Keys
-that exist but that the manifests do not use are left out where there are many. An unknown key is an error at every
+Written by hand after reading the documented API, for KubeRay 1.6: no package was found that ships KubeRay's own CRDs.
+Keys that exist but that the manifests do not use are left out where there are many. An unknown key is an error at every
 level.
 """
 
