@@ -29,6 +29,7 @@ CANARY = "c4narY7secretZq"
 SEQUENCES = 3
 PROGRAM = """
 import sys
+from pipelines.cli import app
 raw, shards, data = sys.argv[1:]
 options = [raw, shards, "--tile", "24", "--stride", "16", "--val", "00002"]
 smoke = ["--config", "smoke", "--workers", "1", "--set", "train.epochs=1", "--margin", "0"]
