@@ -434,7 +434,9 @@ def _digest(folder: Path) -> str:
 
 
 def limit_requests() -> None:
-    """Let MLflow's client give up after about a minute; by default it repeats a request for up to 15 minutes."""
+    """Let MLflow's client give up after about a minute, where it would repeat a request for up to 15, and keep it from
+    printing the server's address, which may hold a password, at the end of each run."""
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")  # seconds
 

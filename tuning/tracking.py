@@ -84,6 +84,7 @@ class PatientClient:
     def __init__(self, tracking_uri: str) -> None:
         # MLflow's own seven retries wait up to two minutes each: a server that was away for one is noticed too late.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # the address may hold a password
         self._client = MlflowClient(tracking_uri=tracking_uri)
 
     def __getattr__(self, name: str) -> Any:
