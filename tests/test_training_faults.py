@@ -115,12 +115,12 @@ def weights(folder):
     return (folder / "model" / WEIGHTS).read_bytes()
 
 
-def test_killed_workers_do_not_change_the_scores(tiny_shards, tmp_path, undisturbed):
+def test_a_killed_worker_does_not_change_the_scores(tiny_shards, tmp_path, undisturbed):
     folder = tmp_path / "runs" / "run"
     cluster.start_ray()
-    with At(folder, [2, 5], kill_a_train_worker) as kills:
+    with At(folder, [4], kill_a_train_worker) as kills:
         result = train(str(tiny_shards), CONFIG, data=tmp_path, workers=1, name="run", progress=False)
-    assert len(kills.struck) == 2
+    assert len(kills.struck) == 1
     assert scores(folder) == undisturbed  # bit-exact with one CPU worker
     assert_one_run(tmp_path, result.run_id, 10)
 
