@@ -255,8 +255,6 @@ def settings(
     """SDAN: from a folder of RAW zoom sequences to a model that zooms photographs."""
     _check_data(data)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    # Else MLflow prints the address of each run when it ends, with the user name and password of its server.
-    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     # It logs the traceback of errors that MLflow then raises; they end in one line (`_explanation`).
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     os.environ["SDAN_DATA"] = str(data)

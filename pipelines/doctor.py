@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from pipelines.checks import bucket, machine, tracking
+from pipelines.checks import bucket, machine, node
 from pipelines.checks.finding import Finding, run
 
 
@@ -30,7 +30,7 @@ def report(data: Path, *, say: Callable[[str], None], s3: str | None = None) -> 
     checks = {} if cluster else dict(machine.checks(data))
     checks |= {
         "Ray": _ray,
-        "MLflow": lambda: tracking.mlflow(data),
+        "MLflow": lambda: _mlflow(data),
         "S3": lambda: bucket.bucket(s3) if s3 else bucket.credentials(),
     }
     found = {}
@@ -52,6 +52,15 @@ def _ray() -> Finding:
     have = ray.cluster_resources()
     where = os.environ.get("RAY_ADDRESS", "a local instance")
     return Finding("Ray", "ok", f"{where}: {have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs")
+
+
+def _mlflow(data: Path) -> Finding:
+    """Whether MLflow's server answers, or its database in `data` can be used."""
+    from pipelines import registry
+
+    uri = registry.default_tracking_uri(data)
+    registry.prepare_database(uri)
+    return node.tracking(uri)
 
 
 def _nodes(data: Path, s3: str | None) -> list[Finding]:

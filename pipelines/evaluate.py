@@ -17,20 +17,19 @@ import torch
 from PIL import Image
 
 from pipelines import config as configs
-from pipelines.loader import ShardIndex, index_split, model_inputs, of_pair
+from pipelines.loader import ShardIndex, index_split, of_pair
 from pipelines.reporting.contents import Method, Report, chosen_crops, gain_sentence, tables_of
-from pipelines.reporting.held_out_crops import zoomed_crops
+from pipelines.reporting.held_out_crops import TARGET_COLUMNS, zoomed_crops
 from pipelines.reporting.page import FILE as REPORT
 from pipelines.reporting.page import write_report
 from pipelines.scoring.bootstrap import LEVEL, Interval, difference_interval, mean_interval
 from pipelines.scoring.held_out import HeldOut, held_out
-from pipelines.scoring.pictures import labelled_grid, to_uint8
+from pipelines.scoring.pictures import labelled_grid
 from pipelines.scoring.scores import (
     BORDER_PX,
     PROTOCOLS,
     TARGETS,
     PerCrop,
-    deployed,
     mean_scores,
     score_bicubic,
     score_model,
@@ -40,7 +39,6 @@ from preprocessing.schema import SPLITS
 from sdan import checkpoint, metrics
 from sdan.baselines import Network
 from sdan.ops.precision import compute_plan
-from sdan.resample import bicubic
 
 METRICS = ("psnr", "ssim", "lpips", "st_lpips")
 EXAMPLES = 4
@@ -98,13 +96,13 @@ class Evaluation:
     def gap_db(self) -> dict[str, float]:
         """oracle - self, in dB, by target."""
         return {
-            target: self.rows["SDAN (oracle)"][f"{target}_psnr"] - self.rows["SDAN (self)"][f"{target}_psnr"]
+            target: self.rows[LABELS["oracle"]][f"{target}_psnr"] - self.rows[LABELS["self"]][f"{target}_psnr"]
             for target in self.targets
         }
 
     def gain_db(self, target: str, over: str = BASELINE) -> float:
         """SDAN (self) - bicubic, in dB."""
-        return self.rows["SDAN (self)"][f"{target}_psnr"] - self.rows[over][f"{target}_psnr"]
+        return self.rows[LABELS["self"]][f"{target}_psnr"] - self.rows[over][f"{target}_psnr"]
 
     def table(self, protocols: Sequence[str] = PROTOCOLS) -> str:
         """The rows of `protocols` as a Markdown table, followed by `notes`."""
@@ -138,7 +136,7 @@ class Evaluation:
 
     def _offset_note(self) -> str:
         """What the oracle row's offsets are worth: a score that was bought by copying the reference has no gain."""
-        roughness = self.rows["SDAN (oracle)"].get("offset_roughness", math.nan)
+        roughness = self.rows[LABELS["oracle"]].get("offset_roughness", math.nan)
         gained = f"{self.alignment_gain:+.2f} dB" if math.isfinite(self.alignment_gain) else "n/a"
         true = f"; the true ones: {self.true_alignment_gain:+.2f} dB" if math.isfinite(self.true_alignment_gain) else ""
         parts = [f"alignment gain {gained} (bicubic moved by them, against raw{true})", f"roughness {roughness:.3f}"]
@@ -269,11 +267,11 @@ def evaluate_model(
         per_row[LABELS["rendering"]] = score_bicubic(model, held, device, "rendering", perceptual=perceptual)
     for protocol in PROTOCOLS:
         prefix = f"{protocol}_"
-        per_row[f"SDAN ({protocol})"] = {
+        per_row[LABELS[protocol]] = {
             name.removeprefix(prefix): values for name, values in scores.items() if name.startswith(prefix)
         }
     means = mean_scores(scores)
-    present = tuple(target for target in TARGETS if f"{target}_psnr" in per_row["SDAN (self)"])
+    present = tuple(target for target in TARGETS if f"{target}_psnr" in per_row[LABELS["self"]])
     intervals, differences = _intervals(per_row, held.sequences)
     return Evaluation(
         rows={name: mean_scores(values) for name, values in per_row.items()},
@@ -318,22 +316,15 @@ def examples(model: Network, held: HeldOut, count: int = EXAMPLES) -> np.ndarray
 
     Each row shows bicubic of the JPG | bicubic of the rendering, for a network of RAW | SDAN | target.
     """
-    plan = compute_plan(next(model.parameters()).device)
-    target_name = "true_rgb" if "true_rgb" in held.batch else "hr_rgb"
-    rows = []
-    for number in by_detail(held.batch[target_name], count):
-        part = held.select(range(number, number + 1))
-        inputs = model_inputs(part.batch, model.config, plan.device)
-        with plan.inference():
-            zoomed = deployed(model, inputs)
-        truth = part.batch[target_name].float() / 255
-        panels = {"bicubic, camera JPG": bicubic(inputs.camera, model.config.scale)}
-        if not model.config.is_rgb:
-            panels["bicubic, rendering"] = bicubic(inputs.rendering, model.config.scale)
-        panels |= {"SDAN (self)": zoomed, "target": truth}
-        rows.append([_fit(to_uint8(panel[0])) for panel in panels.values()])
-    simulated = " (simulated)" if target_name == "true_rgb" else ""
-    return labelled_grid(rows, list(panels), f"{model.config.scale}x zoom of held-out crops{simulated}")
+    target = "true" if "true_rgb" in held.batch else "raw"
+    labels = {"camera": "bicubic, camera JPG", "rendering": "bicubic, rendering", "self": LABELS["self"]}
+    if model.config.is_rgb:
+        del labels["rendering"]
+    chosen = [(number, "") for number in by_detail(held.batch[TARGET_COLUMNS[target]], count)]
+    crops = zoomed_crops(model, held, chosen, target=target, labels=labels)
+    rows = [[_fit(picture) for picture in crop.pictures.values()] for crop in crops]
+    simulated = " (simulated)" if target == "true" else ""
+    return labelled_grid(rows, list(crops[0].pictures), f"{model.config.scale}x zoom of held-out crops{simulated}")
 
 
 def _fit(image: np.ndarray, side_px: int = 320) -> np.ndarray:
@@ -369,19 +360,19 @@ def page_of(result: Evaluation, model: Network, held: HeldOut) -> Report:
         for row in result.rows
     ]
     scores = {method.label: method.psnr for method in methods}
-    chosen = chosen_crops(np.subtract(scores["SDAN (self)"], scores[BASELINE]).tolist())
+    chosen = chosen_crops(np.subtract(scores[LABELS["self"]], scores[BASELINE]).tolist())
     labels = {source: label for source, label in LABELS.items() if label in result.rows}
     tables, notes = tables_of(result.table())
     return Report(
         title=f"Evaluation{', simulated data' if result.simulated else ''}",
         sentences=[
             gain_sentence(label, BASELINE, target, result.differences[label][f"{target}_psnr"])
-            for label in ("SDAN (self)", "SDAN (oracle)")
+            for label in (LABELS["self"], LABELS["oracle"])
         ],
         methods=methods,
         baseline=BASELINE,
         target=target,
-        crops=zoomed_crops(model, held, chosen, target=target, labels=labels),
+        crops=zoomed_crops(model, held, chosen.items(), target=target, labels=labels),
         tables=tables,
         notes=notes,
     )

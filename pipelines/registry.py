@@ -606,9 +606,9 @@ def _migrate(tracking_uri: str, database: Path) -> None:
             aside.replace(database)
         else:
             _upgrade(tracking_uri)
+    except OSError:
+        raise
     except Exception as error:  # SQLAlchemy's, alembic's and MLflow's, each of many kinds
-        if isinstance(error, OSError):
-            raise
         reason = str(error).strip().splitlines() or ["no message"]
         raise RegistryError(
             f"{database}: expected a database that MLflow can upgrade, got {type(error).__name__}: {reason[0][:200]}; "

@@ -52,8 +52,8 @@ class SweepPlan:
         """Seconds of the whole sweep if no trial is stopped early; None: unknown."""
         if self.trial_s is None:
             return None
-        again = (self.repeats - 1) * 4  # the best three and the default setting
-        return self.trial_s * (rounds(self.num_trials, self.at_once) + rounds(again, self.at_once))
+        again = rounds(repeated_trials(self.repeats), self.at_once)
+        return self.trial_s * (rounds(self.num_trials, self.at_once) + again)
 
     def __str__(self) -> str:
         at_once = f"{self.at_once} at once" if self.at_once > 1 else "one after the other"
@@ -73,6 +73,11 @@ class SweepPlan:
         if self.time_budget_s is not None:
             lines.append(f"time budget: {duration(self.time_budget_s)}")
         return "\n".join(lines)
+
+
+def repeated_trials(repeats: int) -> int:
+    """How many trainings --repeats adds: the best three and the default setting, with each further seed."""
+    return 4 * (repeats - 1)
 
 
 def rounds(trials: int, at_once: int) -> int:

@@ -37,7 +37,7 @@ def checks(request: NodeRequest) -> dict[str, Callable[[], Finding]]:
     found = machine.checks(Path(request.data))
     found["data"] = lambda: shared_data(request)
     if request.tracking_uri:
-        found["MLflow"] = lambda: tracking_server(request.tracking_uri or "")
+        found["MLflow"] = lambda: tracking(request.tracking_uri or "")
     if request.s3:
         found["S3"] = lambda: bucket(request.s3 or "")
     return found
@@ -55,8 +55,8 @@ def shared_data(request: NodeRequest) -> Finding:
     )
 
 
-def tracking_server(uri: str) -> Finding:
-    """Whether this node reaches MLflow's server: rank 0 of a training writes from where it runs."""
+def tracking(uri: str) -> Finding:
+    """Whether this machine reaches MLflow: rank 0 of a training writes from where it runs."""
     from pipelines import registry
 
     count = len(registry.connect(uri).search_experiments())

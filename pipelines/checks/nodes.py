@@ -155,10 +155,8 @@ def clocks(nodes: Sequence[Node], here: Sequence[int], call: Call) -> Finding:
             (answer,) = call([(place, "now", ())], ANSWER_S)
             after = time.time()
             if not isinstance(answer, Exception):
-                best = min(
-                    best or (after - before, answer - (before + after) / 2),
-                    (after - before, answer - (before + after) / 2),
-                )
+                trip = (after - before, answer - (before + after) / 2)
+                best = min(best or trip, trip)
         if best is None:
             continue
         skew = max(0.0, abs(best[1]) - best[0] / 2)

@@ -44,18 +44,17 @@ def write_page(out: Path, comparison: Comparison, done: Sequence[RowScores], mar
         for row in done
         for protocol, found in scores[row.row].items()
     ]
-    best = max(others, key=lambda row: _gain(row, target).mean)
+    found_gains = {row.row: _gain(row, target) for row in others}
+    others.sort(key=lambda row: -found_gains[row.row].mean)
+    best = others[0]
     gains = [scores[best.row]["self"].get(tile, math.nan) - scores[CAMERA]["self"][tile] for tile in order]
     pictured = [
-        gain if _folder(out, state.CROPS, tile).is_dir() else math.nan for gain, tile in zip(gains, order, strict=True)
+        gain if (out / state.CROPS / tile).is_dir() else math.nan for gain, tile in zip(gains, order, strict=True)
     ]
     tables, notes = tables_of(markdown)
     report = Report(
         title=f"Table {comparison.table}{', simulated data' if base.simulated else ''}",
-        sentences=[
-            gain_sentence(_name(row, "self"), BASELINE, target, _gain(row, target))
-            for row in sorted(others, key=lambda row: -_gain(row, target).mean)
-        ],
+        sentences=[gain_sentence(_name(row, "self"), BASELINE, target, found_gains[row.row]) for row in others],
         methods=methods,
         baseline=_name(base, "self"),
         target=target,
@@ -95,11 +94,11 @@ def _crop(out: Path, tile: str, why: str, done: Sequence[RowScores], simulated: 
     for row in done:
         for protocol in row.scores:
             folder = state.ORACLE if protocol == "oracle" else state.CROPS
-            places[_name(row, protocol)] = _folder(out, folder, tile) / f"{row.row}.png"
-        stored = _folder(out, state.OFFSETS, tile) / f"{row.row}.npy"
+            places[_name(row, protocol)] = out / folder / tile / f"{row.row}.png"
+        stored = out / state.OFFSETS / tile / f"{row.row}.npy"
         if stored.is_file():
             offset = np.load(stored).astype(np.float32)
-    places[TARGET] = _folder(out, state.CROPS, tile) / (state.TRUE if simulated else state.TARGET)
+    places[TARGET] = out / state.CROPS / tile / (state.TRUE if simulated else state.TARGET)
     return Crop(tile, why, _pictures(places), offset)
 
 
@@ -110,7 +109,3 @@ def _pictures(places: Mapping[str, Path]) -> dict[str, np.ndarray]:
             with Image.open(path) as file:
                 pictures[name] = np.asarray(file.convert("RGB"))
     return pictures
-
-
-def _folder(out: Path, kind: str, tile: str) -> Path:
-    return out / kind / tile

@@ -17,7 +17,7 @@ from pipelines.sweeping.resources import crops_per_s, training_s
 from preprocessing.estimate import Estimate
 from preprocessing.storage import open_folder
 from sdan.network import SDAN
-from tuning.plan import rounds
+from tuning.plan import repeated_trials, rounds
 
 MEASURED_CORES = 2
 """Cores of the machine on which training and zooming on a CPU were measured."""
@@ -143,7 +143,7 @@ def sweep(
     held = index_split(shards, "val")
     config = with_curve_of(index, config)
     one, sources = _trainings(config, len(index.paths), data, workers, asked)
-    again = (options.repeats - 1) * 4  # the best three and the default setting, as in tuning/
+    again = repeated_trials(options.repeats)
     machines = []
     for name, hours, dollars in one:
         # A node with several GPUs trains as many trials at once: the same work, one rate per GPU.

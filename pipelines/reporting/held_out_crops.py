@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from torch import Tensor
@@ -20,9 +20,9 @@ TARGET_COLUMNS = {"raw": "hr_rgb", "true": "true_rgb"}
 
 
 def zoomed_crops(
-    model: Network, held: HeldOut, chosen: Mapping[int, str], *, target: str, labels: Mapping[str, str]
+    model: Network, held: HeldOut, chosen: Iterable[tuple[int, str]], *, target: str, labels: Mapping[str, str]
 ) -> list[Crop]:
-    """The crops `chosen` (number -> why), best first.
+    """The crops `chosen`, as (number, why), in that order.
 
     Args:
         model: on the device where it is to run.
@@ -31,10 +31,7 @@ def zoomed_crops(
     """
     model.eval()
     plan = compute_plan(next(model.parameters()).device)
-    return [
-        _crop(model, held.select(range(number, number + 1)), plan, why, target, labels)
-        for number, why in chosen.items()
-    ]
+    return [_crop(model, held.select(range(number, number + 1)), plan, why, target, labels) for number, why in chosen]
 
 
 def _crop(model: Network, part: HeldOut, plan: ComputePlan, why: str, target: str, labels: Mapping[str, str]) -> Crop:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from markupsafe import escape
 
 from pipelines.reporting.contents import TARGET, Crop, Report
 from pipelines.reporting.histogram import histogram, limits
 from pipelines.reporting.pictures import ERROR_LIMIT, error_map, error_scale, offset_colours, offset_wheel, uri
+from preprocessing.report.page import policy_hash, templates
 from preprocessing.storage import write_atomically
 
 FILE = "report.html"
@@ -28,23 +26,24 @@ def render(report: Report) -> str:
     """The page as HTML."""
     here = Path(__file__).parent
     style, script = ((here / f"report.{kind}").read_text() for kind in ("css", "js"))
-    pages = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(here), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
     reach = _reach(report)
-    return pages.get_template("report.html.j2").render(
-        report=report,
-        target=TARGET,
-        crops=[_shown(crop, reach) for crop in report.crops],
-        histograms=_histograms(report),
-        scale=uri(error_scale()) if report.crops else "",
-        error_limit=ERROR_LIMIT,
-        wheel=uri(offset_wheel()) if reach else "",
-        reach=reach,
-        style=style,
-        script=script,
-        style_hash=_digest(style),
-        script_hash=_digest(script),
+    return (
+        templates(here)
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            target=TARGET,
+            crops=[_shown(crop, reach) for crop in report.crops],
+            histograms=_histograms(report),
+            scale=uri(error_scale()) if report.crops else "",
+            error_limit=ERROR_LIMIT,
+            wheel=uri(offset_wheel()) if reach else "",
+            reach=reach,
+            style=style,
+            script=script,
+            style_hash=policy_hash(style),
+            script_hash=policy_hash(script),
+        )
     )
 
 
@@ -88,7 +87,3 @@ def _histograms(report: Report) -> dict[str, str]:
         label: histogram(each.tolist(), low, high, str(escape(f"{label} minus {report.baseline}, dB, tile by tile")))
         for label, each in differences.items()
     }
-
-
-def _digest(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

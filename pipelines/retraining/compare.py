@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.evaluate import Evaluation
+from pipelines.evaluate import LABELS, Evaluation
 from pipelines.scoring.bootstrap import LEVEL, Interval, difference_interval, mean_interval
 
-METHOD = "SDAN (self)"
+METHOD = LABELS["self"]
 """The row that is compared: what a user gets."""
 MARGIN_DB = 0.05
 """Default of --margin: the least mean gain, in dB, for which users get another model. It is a choice, not a

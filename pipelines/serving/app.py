@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import re
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -24,6 +22,7 @@ from pipelines.serving.desk import Answer, Desk, Wish
 from pipelines.serving.limits import Limits, Refused
 from pipelines.serving.models import Models
 from pipelines.zooming.request import DEFAULTS, Output, ZoomError, check_options, parse_crop
+from preprocessing.report.page import policy_hash
 
 WATCH_S = 5.0
 """How often the registry is asked for its champion."""
@@ -123,8 +122,7 @@ def _policy(page: str) -> str:
 
     def hashes(tag: str) -> str:
         parts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        digests = [base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in parts]
-        return " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
+        return " ".join(f"'{policy_hash(part)}'" for part in parts) or "'none'"
 
     rules = ("default-src 'none'", "img-src 'self' blob: data:", "connect-src 'self'", "base-uri 'none'")
     own = (f"script-src {hashes('script')}", f"style-src {hashes('style')}", "frame-ancestors 'none'")

@@ -4,7 +4,6 @@ The page (inspect.html.j2, inspect.css) has no script, and its Content-Security-
 """
 
 import base64
-import hashlib
 import io
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +20,7 @@ from PIL import Image
 
 from preprocessing.registration.shift import luminance
 from preprocessing.report.inventory import InspectError, Inventory, Pair, ranking, read_inventory
+from preprocessing.report.page import policy_hash, templates
 from preprocessing.schema import SCHEMA_VERSION, SPLITS, ShardInfo, decode
 from preprocessing.storage import Folder, one_line, open_folder
 
@@ -174,9 +173,7 @@ def _render(inventory: Inventory, worst: list[ShownPair], rest: list[ShownPair])
     residual = _residuals(pairs)
     here = Path(__file__).parent
     style = (here / "inspect.css").read_text()
-    pages = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(here), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
+    pages = templates(here)
     pages.filters |= {"number": _number, "count": _count, "size": _size, "focals": _focals}
     return pages.get_template("inspect.html.j2").render(
         inventory=inventory,
@@ -200,7 +197,7 @@ def _render(inventory: Inventory, worst: list[ShownPair], rest: list[ShownPair])
         rest=rest,
         listed=_LISTED,
         style=style,
-        style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
+        style_hash=policy_hash(style),
     )
 
 

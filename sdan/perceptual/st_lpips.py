@@ -138,23 +138,32 @@ def load_st_lpips() -> Mapping[str, Tensor]:
     Raises:
         PerceptualError: the package is not installed, or its file is damaged.
     """
-    path = package_file(WEIGHTS)
-    if path is None:
-        raise PerceptualError(f"ST-LPIPS: expected the package stlpips-pytorch, got none; pip install {REQUIREMENT}")
-    remedy = f"pip install --force-reinstall {REQUIREMENT}"
-    weights = read_state_dict(path, f"ST-LPIPS: {path}", remedy)
-    try:
-        check_weights(weights, _expected(), "stlpips-pytorch's alex_shift_tolerant")
-    except PerceptualError as error:
-        raise PerceptualError(f"ST-LPIPS: {path}: {error}; {remedy}") from error
-    return weights
+    return load_packaged("ST-LPIPS", WEIGHTS, _expected())
 
 
-def package_file(name: str) -> Path | None:
-    """A file of the installed package, which is found without importing it; None: it is not installed."""
+def load_packaged(network: str, file: str, expected: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Read a weight file of the installed package, which is found without importing it, onto the CPU.
+
+    Args:
+        network: what messages call it.
+        file: its path inside the package.
+        expected: name -> a tensor of the shape that the file must have.
+
+    Raises:
+        PerceptualError: the package is not installed, or its file is damaged.
+    """
     found = find_spec(PACKAGE)
     places = (found and found.submodule_search_locations) or ()
-    return next((Path(place) / name for place in places), None)
+    path = next((Path(place) / file for place in places), None)
+    if path is None:
+        raise PerceptualError(f"{network}: expected the package stlpips-pytorch, got none; pip install {REQUIREMENT}")
+    remedy = f"pip install --force-reinstall {REQUIREMENT}"
+    weights = read_state_dict(path, f"{network}: {path}", remedy)
+    try:
+        check_weights(weights, expected, f"stlpips-pytorch's {path.stem}")
+    except PerceptualError as error:
+        raise PerceptualError(f"{network}: {path}: {error}; {remedy}") from error
+    return weights
 
 
 @lru_cache(maxsize=4)

