@@ -106,6 +106,12 @@ def start_ray(*, resources: dict[str, float] | None = None) -> None:
             logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def is_our_own() -> bool:
+    """Whether this process started the Ray that it uses, which then ends with it."""
+    node = worker._global_node
+    return node is not None and node.is_head()
+
+
 @contextmanager
 def _own_sigterm() -> Iterator[None]:
     """Keep the caller's handler of SIGTERM: ray.init puts one in its place that prints a C++ stack and aborts."""

@@ -24,6 +24,9 @@ import torch
 from mlflow.exceptions import MlflowException
 from ray.exceptions import RayActorError, RaySystemError
 from ray.train import UserCallback
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.callback import RayTrainCallback
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
@@ -83,11 +86,20 @@ MAX_START_FAILURES = 60
 
 
 class _Trainer(TorchTrainer):
-    """A trainer that leaves the process's handler of Ctrl-C in place. Ray's own aborts the run for up to 14 seconds and
-    then exits, which hides the interrupt from its caller; the last checkpoint is safe without that."""
+    """Ray's trainer without what one run on one machine does not need.
+
+    Ray's handler of Ctrl-C aborts the run for up to 14 seconds and then exits, which hides the interrupt from its
+    caller; the last checkpoint is safe without that. SDAN reads its crops itself, so no actor has to split datasets. A
+    Ray that ends with this process needs no actor that frees the workers' resources when the driver is killed. Each of
+    the two actors is a process that loads Ray Train for seconds while the workers wait for it.
+    """
 
     def _register_sigint_handler(self, controller: Any) -> None:
         pass
+
+    def _create_default_callbacks(self) -> list[RayTrainCallback]:
+        needless = (DatasetsCallback, PlacementGroupCleanerCallback) if cluster.is_our_own() else DatasetsCallback
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, needless)]
 
 
 class TrainError(ValueError):
