@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
     assert said.startswith("2 pairs: 2 written")
     changes = [word for value in SMALL for word in ("--set", value)]
     sdan("train", "shards", "--config", "srraw_8x", *changes, "--name", "eight", "--workers", "1")
-    sdan("evaluate", "shards", "--model", "data/runs/eight/model", "-o", "scores")
+    sdan("evaluate", "shards", "--model", "data/runs/eight/model", "-o", "scores", "--crops", "2")
     sdan("zoom", "raw/00002/00005.dng", "-o", "zoomed.png", "--model", "data/runs/eight/model", "--crop", CROP)
     return folder
 

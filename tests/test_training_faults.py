@@ -27,7 +27,6 @@ from pipelines import config as configs
 from pipelines import train as training
 from pipelines.train import TrainError, train
 from pipelines.training import progress, run_folder
-from sdan import checkpoint
 from sdan.checkpoint import WEIGHTS
 
 pytestmark = pytest.mark.slow
@@ -125,16 +124,6 @@ def test_a_killed_worker_does_not_change_the_scores(tiny_shards, tmp_path, undis
     assert_one_run(tmp_path, result.run_id, 10)
 
 
-def test_losing_one_of_two_workers_changes_little(tiny_shards, tmp_path, undisturbed):
-    folder = tmp_path / "runs" / "run"
-    cluster.start_ray()
-    with At(folder, [3], kill_a_train_worker) as kills:
-        result = train(str(tiny_shards), CONFIG, data=tmp_path, workers=2, name="run", progress=False)
-    assert len(kills.struck) == 1
-    assert scores(folder)[10] == pytest.approx(undisturbed[10], abs=NOISE_DB)
-    assert_one_run(tmp_path, result.run_id, 10)
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -174,26 +163,6 @@ def attempts(path):
                 file.write(f"{sorted(map(str, map(type, worker_exceptions.values())))}\n")
 
     return Attempts()
-
-
-def test_a_killed_driver_resumes_as_one_run(tiny_shards, tmp_path, undisturbed, undisturbed_run):
-    settings = [part for key, value in SETTINGS.items() for part in ("--set", f"{key}={value}")]
-    base = [SDAN, "--data", str(tmp_path), "train", str(tiny_shards), "--config", "smoke", *settings, "--workers", "1"]
-    environment = {**os.environ, "RAY_ADDRESS": "", "OMP_NUM_THREADS": "1"}
-    folder = tmp_path / "runs" / "run"
-    driver = subprocess.Popen([*base, "--name", "run"], env=environment, start_new_session=True)
-    with At(folder, [4], lambda: os.killpg(driver.pid, signal.SIGKILL)) as kills:
-        driver.wait(timeout=300)
-    assert driver.returncode == -signal.SIGKILL and len(kills.struck) == 1
-    subprocess.run([*base, "--name", "run", "--resume"], check=True, env=environment, timeout=300)
-    found = reports(folder)
-    # The controller writes the line before it records the checkpoint, so a kill between the two repeats the line.
-    assert all(line[progress.SELECT_BY] == undisturbed[line["epoch"]] for line in found)
-    assert len(found) <= 11 + 1
-    assert weights(folder) == weights(undisturbed_run)
-    client = MlflowClient(registry.default_tracking_uri(tmp_path))
-    (run,) = client.search_runs([client.get_experiment_by_name("sdan").experiment_id])
-    assert_one_run(tmp_path, run.info.run_id, 10)
 
 
 @pytest.fixture
@@ -288,13 +257,27 @@ def s3(monkeypatch):
         moto.wait()
 
 
-def test_a_run_resumes_from_checkpoints_on_s3(s3, tiny_shards, tmp_path, monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", "")
-    base = [SDAN, "--data", str(tmp_path), "train", str(tiny_shards), "--config", "smoke", "--workers", "1"]
-    subprocess.run([*base, "--name", "run", "--storage", "s3://zoom/runs"], check=True, timeout=250)
+def test_a_killed_driver_resumes_from_s3_as_one_run(s3, tiny_shards, tmp_path, undisturbed, undisturbed_run):
+    """The checkpoints are in a bucket, as on a cluster. A run that keeps them in its folder has fewer parts."""
+    settings = [part for key, value in SETTINGS.items() for part in ("--set", f"{key}={value}")]
+    base = [SDAN, "--data", str(tmp_path), "train", str(tiny_shards), "--config", "smoke", *settings, "--workers", "1"]
+    environment = {**os.environ, "RAY_ADDRESS": "", "OMP_NUM_THREADS": "1"}
+    folder = tmp_path / "runs" / "run"
+    driver = subprocess.Popen(
+        [*base, "--name", "run", "--storage", "s3://zoom/runs"], env=environment, start_new_session=True
+    )
+    with At(folder, [4], lambda: os.killpg(driver.pid, signal.SIGKILL)) as kills:
+        driver.wait(timeout=300)
+    assert driver.returncode == -signal.SIGKILL and len(kills.struck) == 1
     stored = [entry["Key"] for entry in s3.list_objects_v2(Bucket="zoom")["Contents"]]
     assert any(key.startswith("runs/run/") and key.endswith("trainer.pt") for key in stored)
-    assert not list((tmp_path / "runs" / "run").glob("checkpoint*"))
-    subprocess.run([*base, "--name", "run", "--resume", "--set", "train.epochs=4"], check=True, timeout=250)
-    assert list(scores(tmp_path / "runs" / "run")) == [0, 1, 2, 3, 4]  # resumed from the checkpoint on S3
-    assert checkpoint.load(tmp_path / "runs" / "run" / "model").config["train"]["epochs"] in (2, 4)
+    assert not list(folder.glob("checkpoint*"))
+    subprocess.run([*base, "--name", "run", "--resume"], check=True, env=environment, timeout=300)
+    found = reports(folder)
+    # The controller writes the line before it records the checkpoint, so a kill between the two repeats the line.
+    assert all(line[progress.SELECT_BY] == undisturbed[line["epoch"]] for line in found)
+    assert len(found) <= 11 + 1
+    assert weights(folder) == weights(undisturbed_run)
+    client = MlflowClient(registry.default_tracking_uri(tmp_path))
+    (run,) = client.search_runs([client.get_experiment_by_name("sdan").experiment_id])
+    assert_one_run(tmp_path, run.info.run_id, 10)

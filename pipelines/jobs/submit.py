@@ -22,6 +22,8 @@ LOOK_S = 2.0
 """How often the state of a job is asked for when its log has ended."""
 LOST_S = 300.0
 """How long the job server may be unreachable while a job is followed."""
+AGENT_S = 60.0
+"""How long a cluster may take until one of its nodes accepts jobs; one that has just started or is busy needs it."""
 STOPPED = 143
 """Exit code for a job that somebody stopped, as of a process that got SIGTERM."""
 EXCLUDED = (
@@ -29,6 +31,10 @@ EXCLUDED = (
     *("*.egg-info", "dist", "build"),
 )
 """What is not uploaded of a working directory, in the syntax of .gitignore."""
+
+
+_NO_AGENT = "No available agent"
+"""What Ray's job server answers while no node has registered with it, or all are too busy to."""
 
 
 class JobError(ValueError):
@@ -144,7 +150,7 @@ def submit(
         make: makes the client of an address.
 
     Raises:
-        JobError: nothing answers there, the token is missing or wrong, or the job is refused.
+        JobError: nothing answers there, the token is missing or wrong, or the job is refused or not taken in AGENT_S.
         ClusterRequestError: no such working directory.
     """
     if working_dir is not None and not working_dir.is_dir():
@@ -153,11 +159,15 @@ def submit(
     runtime_env: dict[str, Any] = {"env_vars": env_vars}
     if working_dir is not None:
         runtime_env |= {"working_dir": str(working_dir.resolve()), "excludes": list(EXCLUDED)}
-    try:
-        client = make(address)
-        return Job(client, address, client.submit_job(entrypoint=command, runtime_env=runtime_env))
-    except Exception as error:  # requests', Ray's AuthenticationError, RuntimeError, ConnectionError and ValueError
-        raise _refused(address, error) from error
+    began = time.monotonic()
+    while True:
+        try:
+            client = make(address)
+            return Job(client, address, client.submit_job(entrypoint=command, runtime_env=runtime_env))
+        except Exception as error:  # requests', Ray's AuthenticationError, RuntimeError, ConnectionError and ValueError
+            if _NO_AGENT not in str(error) or time.monotonic() - began > AGENT_S:
+                raise _refused(address, error) from error
+        time.sleep(LOOK_S)
 
 
 def _probe(address: str) -> None:

@@ -98,6 +98,23 @@ def test_a_wrong_token_says_where_it_belongs(server):
         jobs.submit(server, "x", working_dir=None, env_vars={}, make=refuses)
 
 
+def test_a_cluster_that_is_still_starting_is_waited_for(server, monkeypatch):
+    """Ray's job server answers before a node can take jobs."""
+    client, refusals = FakeClient([], []), [RuntimeError("500: No available agent to submit job, try again later.")] * 2
+
+    def starting(address):
+        if refusals:
+            raise refusals.pop()
+        return client
+
+    jobs.submit(server, "x", working_dir=None, env_vars={}, make=starting)
+    assert [command for command, _ in client.submitted] == ["x"]
+    monkeypatch.setattr(jobs, "AGENT_S", -1.0)
+    refusals.append(RuntimeError("500: No available agent to submit job, please try again later."))
+    with pytest.raises(JobError, match="expected Ray's job server to take the job, got 500: No available agent"):
+        jobs.submit(server, "x", working_dir=None, env_vars={}, make=starting)
+
+
 def test_an_address_where_nothing_listens_is_one_line():
     with pytest.raises(JobError, match="expected Ray's job server, got Connection refused"):
         jobs.submit("http://127.0.0.1:9", "x", working_dir=None, env_vars={})
