@@ -49,6 +49,7 @@ from tuning.tracking import (
     NOTE_TAG,
     SECONDS,
     SWEEP_TAG,
+    EndOfTrial,
     SweepRun,
     TrialRow,
     best_name,
@@ -227,6 +228,7 @@ def _train_all(train: Train, space: Space, run: SweepRun, folder: Path, options:
     default = options.default if options.default and contains(space, options.default) else None
     plan = SearchPlan(limits.num_trials, record.grace_epochs, record.seed, limits.at_once, record.method, default)
     trial = make_trial(train, run, Path.cwd(), folder)
+    EndOfTrial.started[run.parent_run_id] = run
     if not search(trial, space, run, plan, folder, options.constraint):
         return False
     if record.repeats == 1:

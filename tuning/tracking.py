@@ -9,9 +9,9 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -53,8 +53,8 @@ RETRY_S = 3.0
 class SweepRun:
     """Where and how a sweep's trials are recorded; sent to every trial.
 
-    Ray Tune pickles it, inside EndOfTrial, into a sweep's folder: keep both names and these fields, so that sweeps can
-    be resumed.
+    Ray Tune pickles it, inside EndOfTrial and without its address, into a sweep's folder: keep both names and these
+    fields, so that sweeps can be resumed.
     """
 
     name: str
@@ -245,13 +245,20 @@ class EndOfTrial(tune.Callback):
 
     folder: Path | None = None
     """The sweep's; sweeps of older versions were pickled without it."""
+    started: ClassVar[dict[str, SweepRun]] = {}
+    """parent_run_id -> a sweep that this process has started or resumed."""
 
     def __init__(self, run: SweepRun, folder: Path | None = None) -> None:
         self.run = run
         self.folder = folder
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Ray Tune writes this to a file, and MLflow's address may hold a password.
+        return self.__dict__ | {"run": replace(self.run, tracking_uri="")}
+
     def setup(self, *arguments: Any, **info: Any) -> None:
-        """Once per start or resume, before the first trial."""
+        """Once per start or resume, before the first trial. A resumed sweep's MLflow may have another address."""
+        self.run = self.started.get(self.run.parent_run_id, self.run)
         self.pace = Pace(time.monotonic())
         self.limits = read_limits(self.folder)
         self.limits_read = 0.0

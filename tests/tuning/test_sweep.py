@@ -121,6 +121,13 @@ def test_every_trial_is_a_child_run_with_params_and_ended(sweep):
         assert run.info.status == ("FAILED" if row.status == "failed" else "FINISHED")
 
 
+def test_no_file_of_a_sweep_holds_mlflows_address(sweep):
+    """It may hold a password, and Ray Tune pickles what it is given."""
+    files = [path for path in (sweep[2] / "sweeps").rglob("*") if path.is_file()]
+    assert any(path.name == "tuner.pkl" for path in files)
+    assert [str(path) for path in files if b"sqlite:///" in path.read_bytes()] == []
+
+
 def test_metrics_of_both_processes_have_their_epochs(sweep):
     client = sweep[1]
     for row in trials_of(sweep, "here") + trials_of(sweep, "elsewhere"):
