@@ -42,6 +42,9 @@ SILENT_S = 20.0
 _PRINT = getattr(worker, "print_to_stdstream", print)
 """Ray's own function. The default is for benchmarks/on_gpu/bare_machine.py, which stands in for a missing Ray."""
 
+_RAYLET_DIED = "Raylet is terminated"
+"""How Ray's message about the end of a raylet begins; the end of the raylet's log follows."""
+
 MOST_NODES = 64
 """Nodes that are counted of a kind of which the autoscaler may start any number."""
 
@@ -198,8 +201,9 @@ def lost_processes() -> list[str]:
 
 def _print_unless_lost(data: dict[str, Any], ignore_prefix: bool) -> None:
     """Print a message of Ray. A local instance that dies sends its log, which is many lines; the command says it in one
-    (cli.py)."""
-    if not lost_processes():
+    (cli.py). The log may arrive when Ray is already shut down because of it."""
+    died = any(str(line).startswith(_RAYLET_DIED) for line in data.get("lines", ()))
+    if not lost_processes() and not (died and (is_our_own() or not ray.is_initialized())):
         _PRINT(data, ignore_prefix)
 
 

@@ -139,3 +139,17 @@ def test_a_cluster_whose_head_is_gone_is_lost(monkeypatch):
     assert f"head (GCS) at {address} for " in said
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "60")  # a head that may come back
     assert cluster.lost() is None
+
+
+@pytest.mark.parametrize(("ours", "running", "shown"), [(True, True, 0), (False, False, 0), (False, True, 1)])
+def test_the_log_of_our_own_lost_raylet_is_not_shown(ours, running, shown, monkeypatch):
+    """Its message can come after Ray was shut down for its sake; that of a cluster's other machine is shown."""
+    printed = []
+    monkeypatch.setattr(cluster, "_PRINT", lambda data, ignore_prefix: printed.append(data))
+    monkeypatch.setattr(cluster, "is_our_own", lambda: ours)
+    monkeypatch.setattr("ray.is_initialized", lambda: running)
+    monkeypatch.setattr(cluster, "lost_processes", list)
+    cluster._print_unless_lost({"lines": ["Raylet is terminated. Termination is unexpected.\n    a log\n"]}, False)
+    assert len(printed) == shown
+    cluster._print_unless_lost({"lines": ["another message"]}, False)
+    assert len(printed) == shown + 1
