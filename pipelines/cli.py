@@ -257,6 +257,8 @@ def settings(
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # It logs the traceback of errors that MLflow then raises; they end in one line (`_explanation`).
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    # It announces a wait of 300 s for a version that is there at once.
+    logging.getLogger("mlflow.store.model_registry.abstract_store").setLevel(logging.WARNING)
     os.environ["SDAN_DATA"] = str(data)
     if not os.environ.get("RAY_ADDRESS"):
         # Ray reads this when it is imported: a local Ray then listens only on 127.0.0.1.

@@ -146,11 +146,13 @@ class Evaluation:
 
     def notes(self) -> str:
         """What the numbers depend on: data, crops, border, valid pixels, gap between the protocols."""
-        gaps = ", ".join(f"{target} {gap:+.2f} dB" for target, gap in self.gap_db.items())
+        gaps = ", ".join(
+            f"{target} {gap:+.2f} dB" if math.isfinite(gap) else f"{target} n/a" for target, gap in self.gap_db.items()
+        )
+        valid = f"{100 * self.valid_share:.1f} %" if math.isfinite(self.valid_share) else "n/a"
         lines = [
             f"{'Simulated data. ' if self.simulated else ''}{self.crops} crops of {self.crop_px} packed pixels, "
-            f"split {self.split}; aligned: {100 * self.valid_share:.1f} % of pixels valid; "
-            f"network in {self.precision}.",
+            f"split {self.split}; aligned: {valid} of pixels valid; network in {self.precision}.",
             f"Oracle - self gap: {gaps}.",
         ]
         lines.append(self._offset_note())

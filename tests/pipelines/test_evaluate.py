@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -138,6 +139,14 @@ def test_one_target_gives_its_columns_alone(tiny_shards, model):
     assert result.targets == ("raw",) and result.crops == 1
     head = result.table().splitlines()[0]
     assert "raw PSNR" in head and "aligned" not in head and "true" not in head
+
+
+def test_the_notes_say_what_could_not_be_aligned(scored):
+    result, _ = scored
+    rows = {name: row | {"aligned_psnr": math.nan} for name, row in result.rows.items()}
+    notes = replace(result, rows=rows, valid_share=math.nan).notes()
+    assert "aligned: n/a of pixels valid" in notes and "raw +0.00 dB, aligned n/a, true" in notes
+    assert "nan" not in notes
 
 
 def test_one_protocol_gives_its_row_alone(scored):
