@@ -34,7 +34,7 @@ EXCLUDED = (
 
 
 _NO_AGENT = "No available agent"
-"""What Ray's job server answers while no node has registered with it, or all are too busy to."""
+"""Ray's answer while no node's agent has registered with its job server: the cluster starts, or a port is taken."""
 
 
 class JobError(ValueError):
@@ -188,10 +188,13 @@ def _refused(address: str, error: Exception) -> JobError:
             f"--cluster {address}: expected a valid token, got none or another; export RAY_AUTH_MODE=token and put the "
             "cluster's token in ~/.ray/auth_token (`ray get-auth-token` shows it on the head)"
         )
-    return JobError(
-        f"--cluster {address}: expected Ray's job server to take the job, got {_one_line(error)}; check the address "
-        "and that the cluster runs the same version of Ray"
-    )
+    remedy = "check the address and that the cluster runs the same version of Ray"
+    if _NO_AGENT in str(error):
+        remedy = (
+            "see dashboard_agent.log on the head; if another Ray there has its port, start one of them with "
+            "--dashboard-agent-listen-port"
+        )
+    return JobError(f"--cluster {address}: expected Ray's job server to take the job, got {_one_line(error)}; {remedy}")
 
 
 def _one_line(error: object) -> str:

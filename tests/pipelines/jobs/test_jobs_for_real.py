@@ -1,5 +1,6 @@
 """Jobs on a real cluster with token authentication: a wrong token, the log, the exit code."""
 
+import contextlib
 import os
 import secrets
 import signal
@@ -22,8 +23,10 @@ def head(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     (home / ".ray").mkdir()
     (home / ".ray/auth_token").write_text(secrets.token_hex(32))
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
-        port, dashboard = one.getsockname()[1], two.getsockname()[1]
+    # The agent, which takes the jobs, has a fixed port by default, and another Ray of this machine may hold it.
+    with contextlib.ExitStack() as held:
+        three = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+        port, dashboard, agent = (one.getsockname()[1] for one in three)
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
         "HOME": str(home),
         "PYTHONPATH": str(ROOT),
@@ -32,6 +35,7 @@ def head(tmp_path_factory):
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     options = f"--head --block --num-cpus=1 --node-ip-address=127.0.0.1 --port={port} --dashboard-port={dashboard}"
+    options += f" --dashboard-agent-listen-port={agent}"
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", *options.split()]
     log = (home / "log").open("w")
     process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
