@@ -2,8 +2,10 @@
 ST-LPIPS."""
 
 import os
+import sqlite3
 import sys
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
 # Two libraries that each use every core slow each other down more than tenfold on tensors this small.
@@ -118,6 +120,33 @@ def _shut_down_ray():
     ray = sys.modules.get("ray")
     if ray is not None and hasattr(ray, "is_initialized") and ray.is_initialized():
         ray.shutdown()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _copied_databases(tmp_path_factory):
+    """MLflow makes the first new database of this process by its migrations, which take seconds; later ones are copies.
+
+    Commands that tests start as processes of their own make theirs as users do.
+    """
+    if not {"mlflow", "pipelines.registry"} & sys.modules.keys():  # neither was imported by a test file
+        yield
+        return
+    from mlflow.store.db import utils
+
+    migrate, first = utils._initialize_tables, tmp_path_factory.mktemp("mlflow") / "first.db"
+
+    def initialize(engine):
+        if engine.url.get_backend_name() != "sqlite" or not utils._is_empty_database(engine):
+            migrate(engine)
+            return
+        if not first.exists():
+            migrate(utils.create_sqlalchemy_engine_with_retry(f"sqlite:///{first}"))
+        with closing(sqlite3.connect(first)) as source, closing(engine.raw_connection()) as target:
+            source.backup(target.driver_connection)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "_initialize_tables", initialize)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from pipelines import config as configs
 from pipelines.comparing.rows import Row
@@ -52,9 +53,20 @@ class StandIn:
         run.write(folder)
         if config.name == self.stop_at:
             raise KeyboardInterrupt
-        torch.manual_seed(config.train.seed)
         model = checkpoint.ARCHITECTURES[config.architecture](config.model)
+        draw_weights(model, config.train.seed)
         checkpoint.save(folder / run_folder.MODEL, model, config=configs.to_dict(config), scores={})
+
+
+def draw_weights(model: nn.Module, seed: int) -> None:
+    """Replace what a new network holds by values that depend on the seed alone. Rows are made by several threads here,
+    which would share PyTorch's generator; a real row is trained in a process of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    for values in model.parameters():
+        if values.dim() > 1 and values.any():
+            values.data = torch.randn(values.shape, generator=generator) / values[0].numel() ** 0.5
+        elif not (values == 1).all():
+            values.data.zero_()
 
 
 class NoRuns:
