@@ -419,7 +419,7 @@ def test_sweep_over_a_torch_trainer(slots, tmp_path, monkeypatch):
     """As in `sdan tune`: each trial starts Ray Train, whose controller reports, and ASHA can stop it."""
     monkeypatch.chdir(tmp_path)  # trials run in the caller's working folder
     space = {"lr": choice([0.1, 0.01])}
-    result = run_other(tmp_path, space, name="torch", train=torch_train, num_trials=3, max_epochs=3)
+    result = run_other(tmp_path, space, name="torch", train=torch_train, num_trials=2, max_epochs=3)
     assert {row.status for row in result.trials} <= {"finished", "stopped"}
     assert any(row.status == "finished" and row.epochs == 3 for row in result.trials)
     assert result.best_score == max(value for row in result.trials for _, value in row.history)
