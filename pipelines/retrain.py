@@ -29,6 +29,7 @@ from pipelines.retraining.lock import Held, RetrainRunning, hold
 from pipelines.retraining.phases import Settings, finish
 from pipelines.retraining.state import IDLE, Pending
 from pipelines.train import TrainResult
+from pipelines.training import run_folder
 from preprocessing.report.job_summary import job_summary
 from preprocessing.shards import PreprocessOptions, PreprocessReport, preprocess
 from preprocessing.storage import one_line, require_no_password
@@ -140,6 +141,7 @@ def _after_preprocessing(
     pending = state.pending(data, shards, report.notes)
     now = time.time()
     name = f"retrain-{time.strftime('%Y%m%d-%H%M%S', time.gmtime(now))}Z"
+    name = run_folder.new_name(name, data / run_folder.RUNS, data / state.FOLDER)
     set_aside = [f"{entry.sequence} {entry.pair}: {entry.reason}" for entry in report.quarantined]
     if pending is not None:
         report.notes.append(f"an unfinished retraining is continued: {pending.name}")

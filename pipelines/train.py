@@ -383,7 +383,8 @@ def _pairs(folder: Path, shards: str, resume: bool, seen: Collection[str], liste
 def _folder(data: Path, config: ExperimentConfig, name: str | None, resume: bool) -> Path:
     if resume:
         return run_folder.run_folder(data, name) if name else run_folder.newest_unfinished(data)
-    name = name or f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if name is None:
+        name = run_folder.new_name(f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}", data / run_folder.RUNS)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise TrainError(f"--name: expected letters, digits, '.', '_' and '-', got {name!r}; choose another name")
     folder = run_folder.run_folder(data, name)

@@ -23,6 +23,8 @@ _WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 if _WORKER:  # two workers that start Ray must not find each other's instance
     _RAY = Path(tempfile.gettempdir()) / f"ray-{os.getuid()}-{_WORKER}"
     _RAY.mkdir(exist_ok=True)
+    # The address of a Ray that was killed in an earlier run; ray.init would wait minutes for it.
+    (_RAY / "ray" / "ray_current_cluster").unlink(missing_ok=True)
     os.environ["RAY_TMPDIR"] = str(_RAY)
 
 TILE_PX, SCALE = 24, 4

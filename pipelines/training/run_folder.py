@@ -17,6 +17,7 @@ registered (train.py).
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -132,6 +133,16 @@ class _Live(TypedDict):
 def run_folder(data: Path, name: str) -> Path:
     """DATA/runs/NAME."""
     return data / RUNS / name
+
+
+def new_name(name: str, *folders: Path) -> str:
+    """`name`, or the first of `name-2`, `name-3`, ... after which no file or folder in `folders` is called.
+
+    Names from the time have seconds: two runs may start in the same one.
+    """
+    used = {entry.name.removesuffix(".md") for folder in folders if folder.is_dir() for entry in folder.iterdir()}
+    numbered = (f"{name}-{number}" for number in itertools.count(2))
+    return next(free for free in itertools.chain([name], numbered) if free not in used)
 
 
 def all_runs(data: Path) -> list[Path]:

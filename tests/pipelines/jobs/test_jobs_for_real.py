@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from ray._common.utils import reset_ray_address
 
 pytestmark = pytest.mark.slow
 
@@ -49,6 +50,7 @@ def head(tmp_path_factory):
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(60)
+        reset_ray_address()  # only `ray stop` removes it, and ray.init() of another test would wait for an answer there
 
 
 def _listens(port):

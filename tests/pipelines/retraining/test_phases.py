@@ -206,6 +206,15 @@ def test_a_better_model_is_promoted_and_the_run_explains_it(place):
         registry.rollback(uri)
 
 
+def test_two_retrainings_in_one_second_are_two_runs(place, monkeypatch):
+    (earlier,) = (place.folder / "data" / run_folder.RUNS).iterdir()
+    second = earlier.name.removeprefix("retrain-").removesuffix("Z")
+    monkeypatch.setattr(retrain.time, "strftime", lambda *_: second)
+    result = run(place.folder)
+    assert result.promoted and place.count("started") == 1
+    assert result.trained.folder.name == result.report.stem == f"{earlier.name}-2"
+
+
 def test_a_worse_model_is_registered_and_not_promoted(place):
     place.gain_db = 0.04
     result = run(place.folder)

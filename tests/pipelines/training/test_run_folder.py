@@ -34,6 +34,16 @@ def test_the_stored_index_is_read_back_unchanged(shards, tmp_path):
     assert RunShards.read(tmp_path) == stored
 
 
+def test_a_new_name_is_free_in_every_folder(tmp_path):
+    runs, reports = tmp_path / "runs", tmp_path / "retraining"
+    assert run_folder.new_name("demo-1.5", runs, reports) == "demo-1.5"
+    (runs / "demo-1.5").mkdir(parents=True)
+    reports.mkdir()
+    (reports / "demo-1.5-2.md").touch()
+    assert run_folder.new_name("demo-1.5", runs, reports) == "demo-1.5-3"
+    assert run_folder.new_name("demo-1", runs, reports) == "demo-1"
+
+
 def test_a_run_of_version_0_1_has_no_stored_index(tmp_path):
     """Version 0.1 wrote no shards.json."""
     assert RunShards.read(tmp_path) is None
