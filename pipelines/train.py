@@ -86,12 +86,12 @@ MAX_START_FAILURES = 60
 
 
 class _Trainer(TorchTrainer):
-    """Ray's trainer without what one run on one machine does not need.
+    """Ray's trainer without a handler and two actors that a run of SDAN does not need.
 
     Ray's handler of Ctrl-C aborts the run for up to 14 seconds and then exits, which hides the interrupt from its
     caller; the last checkpoint is safe without that. SDAN reads its crops itself, so no actor has to split datasets. A
-    Ray that ends with this process needs no actor that frees the workers' resources when the driver is killed. Each of
-    the two actors is a process that loads Ray Train for seconds while the workers wait for it.
+    Ray that ends with this process needs no actor that frees the workers' resources when the driver is killed; on a
+    cluster that actor stays. Each of the two is a process that loads Ray Train for seconds while the workers wait.
     """
 
     def _register_sigint_handler(self, controller: Any) -> None:

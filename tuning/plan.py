@@ -11,6 +11,8 @@ from tuning.space import SweepError
 
 MOST_AT_ONCE = 64
 """Largest number of trials at once. Each has a process of its own on the head, which uses no CPU."""
+REPEATED = 3
+"""How many of the best trials --repeats trains again with other seeds, besides the default setting."""
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _ROUNDING = 1e-6
 
@@ -76,8 +78,8 @@ class SweepPlan:
 
 
 def repeated_trials(repeats: int) -> int:
-    """How many trainings --repeats adds: the best three and the default setting, with each further seed."""
-    return 4 * (repeats - 1)
+    """How many trainings --repeats adds: REPEATED trials and the default setting, with each further seed."""
+    return (REPEATED + 1) * (repeats - 1)
 
 
 def rounds(trials: int, at_once: int) -> int:

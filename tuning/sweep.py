@@ -31,7 +31,7 @@ from tuning.folder import (
     write_json,
     write_live,
 )
-from tuning.plan import duration
+from tuning.plan import REPEATED, duration
 from tuning.search import METHODS, SearchPlan, repeat, require_slots, search
 from tuning.space import (
     Constraint,
@@ -61,9 +61,6 @@ from tuning.trial import TILES, Train, kept_tiles, make_trial
 from tuning.winners import Scored, Verdict, judge
 
 __all__ = ["RECORD", "Record", "SweepError", "SweepOptions", "SweepResult", "check_sweep", "run_sweep"]
-
-REPEATED = 3
-"""How many of the best trials are trained again with other seeds, besides the default setting."""
 
 
 class InterruptedSweepError(SweepError):
