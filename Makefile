@@ -30,10 +30,10 @@ demo: setup  ## simulate, preprocess, train, evaluate, zoom: small, on this mach
 	@$(BIN)/sdan --data $(DATA) demo
 
 test: setup  ## the test suite (under 12 minutes on 2 cores)
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not cluster" tests
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not cluster" tests
 
 test-slow: setup  ## kills, restarts, sweeps over the real trainer (about 45 minutes on 2 cores)
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow tests
 
 test-cluster: setup  ## ray up, jobs and lost machines on two hosts in network namespaces (root; an idle machine)
 	@$(BIN)/python -m pytest -m cluster -s tests/cluster

@@ -27,7 +27,19 @@ if _WORKER:  # two workers that start Ray must not find each other's instance
     (_RAY / "ray" / "ray_current_cluster").unlink(missing_ok=True)
     os.environ["RAY_TMPDIR"] = str(_RAY)
 
+LONGEST = (
+    *("test_training_faults.py", "test_end_to_end.py", "test_sweep.py", "test_kills.py", "test_interrupts.py"),
+    *("test_s3_faults.py", "test_raw_to_jpg.py", "test_eight_times.py", "test_ui.py", "test_tune.py"),
+    *("test_run_folder.py", "test_demo.py", "test_starter.py", "test_compare_in_ray.py", "test_sequences.py"),
+)
+"""The files that take longest, fast and slow tests together, longest first."""
 TILE_PX, SCALE = 24, 4
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the longest files: one process runs all tests of a file, and the last file should be a short one."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 def scene(seed: int, side: int) -> np.ndarray:

@@ -112,6 +112,11 @@ def test_test_file_names_are_unique(tracked):
     assert [name for name in tracked if re.match(r"(tests|benchmarks)/(.*/)?__init__\.py", name)] == []
 
 
+def test_the_files_to_start_with_exist(tracked, pytestconfig):
+    conftest = pytestconfig.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
+    assert set(conftest.LONGEST) <= {Path(name).name for name in tracked}
+
+
 def code_in(page: str) -> list[str]:
     """Pieces of code in a Markdown page: spans in backticks, indented lines, lines of fenced blocks."""
     fenced = re.findall(r"^ *```\w*\n(.*?)^ *```", page, re.MULTILINE | re.DOTALL)
