@@ -537,6 +537,9 @@ def evaluate(
     pair: Annotated[
         str | None, typer.Option(metavar="LR-HR", help="One pair of frames only; SR-RAW's test: 00006-00002.")
     ] = None,
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", help="Ray workers that score; 1: none; default: as many as pay.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("-o", metavar="DIR", help="Write report.html and tables here.")] = None,
     csv: Annotated[
         Path | None, typer.Option(metavar="FILE.csv", help="Write the rows of both protocols as CSV.")
@@ -547,12 +550,14 @@ def evaluate(
     from pipelines import registry
 
     targets = [target] if target else None
-    verb.check_request(split, targets, crops, [protocol])
+    verb.check_request(split, targets, crops, [protocol], workers=workers)
     if csv:
         csv.parent.mkdir(parents=True, exist_ok=True)
         csv.open("a").close()  # fail before the work, not after it
     folder = registry.resolve_model(registry.default_tracking_uri(_data()), model)
-    result = verb.evaluate(shards, folder, split=split, targets=targets, limit=crops, pair=pair, out=out)
+    result = verb.evaluate(
+        shards, folder, split=split, targets=targets, limit=crops, pair=pair, out=out, workers=workers
+    )
     _say(f"{model} on {shards}\n\n{result.table([protocol])}")
     if csv:
         csv.write_text(_as_csv(result.rows), encoding="utf-8")

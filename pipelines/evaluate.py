@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from pipelines import config as configs
-from pipelines.loader import ShardIndex, index_split, of_pair
+from pipelines.cluster import check_workers
+from pipelines.loader import ShardIndex, check_fit, index_split, of_pair, read_tile
 from pipelines.reporting.contents import Method, Report, chosen_crops, gain_sentence, tables_of
 from pipelines.reporting.held_out_crops import TARGET_COLUMNS, zoomed_crops
 from pipelines.reporting.page import FILE as REPORT
 from pipelines.reporting.page import write_report
 from pipelines.scoring.bootstrap import LEVEL, Interval, difference_interval, mean_interval
-from pipelines.scoring.held_out import HeldOut, held_out
+from pipelines.scoring.held_out import HeldOut, chosen_tiles, read_crops
+from pipelines.scoring.parts import Scored, by_detail, detail_of, score_crops, score_tiles
 from pipelines.scoring.pictures import labelled_grid
 from pipelines.scoring.scores import (
     BORDER_PX,
@@ -31,14 +32,11 @@ from pipelines.scoring.scores import (
     TARGETS,
     PerCrop,
     mean_scores,
-    score_bicubic,
-    score_model,
 )
 from pipelines.scoring.tile_scores import FILE, group_tables, tile_rows, write_tiles
 from preprocessing.schema import SPLITS
 from sdan import checkpoint, metrics
 from sdan.baselines import Network
-from sdan.ops.precision import compute_plan
 
 METRICS = ("psnr", "ssim", "lpips", "st_lpips")
 EXAMPLES = 4
@@ -194,6 +192,7 @@ def evaluate(
     pair: str | None = None,
     out: Path | None = None,
     perceptual: bool = True,
+    workers: int | None = None,
 ) -> Evaluation:
     """Score a checkpoint on a split and, with `out`, write table.md, groups.md, evaluation.json, tiles.parquet,
     examples.png and report.html there.
@@ -204,11 +203,12 @@ def evaluate(
         limit: the largest number of crops, spread evenly over the split; None: one per tile.
         pair: score one pair of frames only, e.g. "00006-00002".
         perceptual: also LPIPS and ST-LPIPS, which on a CPU take longer than all the rest.
+        workers: 1: score in this process; more: in so many of Ray's; None: in Ray's where that pays (parts.py).
 
     Raises:
-        EvaluateError, ShardsError, CheckpointError: one line that says what to do.
+        EvaluateError, ShardsError, CheckpointError, ClusterError: one line that says what to do.
     """
-    check_request(split, targets, limit)
+    check_request(split, targets, limit, workers=workers)
     index = shards if isinstance(shards, ShardIndex) else index_split(shards, split)
     if pair:
         index = of_pair(index, pair)
@@ -216,26 +216,45 @@ def evaluate(
         out.mkdir(parents=True, exist_ok=True)  # fail before the work, not after it
     stored = checkpoint.load(model_folder)
     config = configs.from_dict(stored.config)
-    held = held_out(index, config, limit=limit, align=True)
-    if targets and "true" in targets and "true_rgb" not in held.batch:
-        raise EvaluateError(
-            f"--target true, {index.shards}: expected simulated shards, got shards without truth; use raw or aligned"
-        )
-    crop_px = config.train.crop_px
-    result = evaluate_model(stored.model, held, split=split, crop_px=crop_px, targets=targets, perceptual=perceptual)
+    check_fit(index, config)
+    tiles = chosen_tiles(index, limit)
+    needs_truth = bool(targets and "true" in targets)
+    if needs_truth and read_tile(index, *tiles[0], ("true_rgb",))["true_rgb"] is None:  # fail before the work
+        raise _no_truth(index)
+    scored = score_tiles(stored.model, index, config, tiles, perceptual=perceptual, workers=workers)
+    if needs_truth and not scored.simulated:
+        raise _no_truth(index)
+    result = _summary(scored, split=split, crop_px=config.train.crop_px, targets=targets)
     if out is not None:
-        _write(out, result, stored.model, held)
+
+        def read(numbers: Sequence[int]) -> HeldOut:
+            return read_crops(index, config, [tiles[number] for number in numbers], align=True)
+
+        _write(out, result, stored.model, read, scored)
     return result
 
 
+def _no_truth(index: ShardIndex) -> EvaluateError:
+    return EvaluateError(
+        f"--target true, {index.shards}: expected simulated shards, got shards without truth; use raw or aligned"
+    )
+
+
 def check_request(
-    split: str, targets: Sequence[str] | None, limit: int | None, protocols: Sequence[str] = PROTOCOLS
+    split: str,
+    targets: Sequence[str] | None,
+    limit: int | None,
+    protocols: Sequence[str] = PROTOCOLS,
+    *,
+    workers: int | None = None,
 ) -> None:
     """Check the options of `sdan evaluate` before anything is loaded.
 
     Raises:
         EvaluateError: a name that does not exist, or fewer than one crop.
+        ClusterError: fewer than one worker.
     """
+    check_workers(workers)
     if split not in SPLITS:
         raise EvaluateError(f"--split: expected {', '.join(SPLITS)}, got {split!r}")
     for target in targets or ():
@@ -258,39 +277,32 @@ def evaluate_model(
     perceptual: bool = True,
 ) -> Evaluation:
     """Score one model and the baselines on crops that are already loaded; the scores never depend on TF32."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    plan = compute_plan(device)
-    model = model.to(device).to(memory_format=plan.memory_format)
-    scores = score_model(model, held, plan, perceptual=perceptual)
-    per_row: dict[str, PerCrop] = {
-        BASELINE: score_bicubic(model, held, device, "camera", perceptual=perceptual),
-    }
-    if "lr_render" in held.batch:
-        per_row[LABELS["rendering"]] = score_bicubic(model, held, device, "rendering", perceptual=perceptual)
-    for protocol in PROTOCOLS:
-        prefix = f"{protocol}_"
-        per_row[LABELS[protocol]] = {
-            name.removeprefix(prefix): values for name, values in scores.items() if name.startswith(prefix)
-        }
-    means = mean_scores(scores)
+    scored = score_crops(model, held, perceptual=perceptual)
+    return _summary(scored, split=split, crop_px=crop_px, targets=targets)
+
+
+def _summary(scored: Scored, *, split: str, crop_px: int, targets: Sequence[str] | None) -> Evaluation:
+    per_row = {label: scored.sources[source] for source, label in LABELS.items() if source in scored.sources}
     present = tuple(target for target in TARGETS if f"{target}_psnr" in per_row[LABELS["self"]])
-    intervals, differences = _intervals(per_row, held.sequences)
+    intervals, differences = _intervals(per_row, [columns["sequence"] for columns in scored.columns])
+    means = {name: mean_scores(values) for name, values in per_row.items()}
+    oracle = means[LABELS["oracle"]]
     return Evaluation(
-        rows={name: mean_scores(values) for name, values in per_row.items()},
+        rows=means,
         targets=tuple(targets) if targets else present,
-        crops=len(held),
+        crops=len(scored.columns),
         crop_px=crop_px,
         split=split,
-        simulated="true_rgb" in held.batch,
-        valid_share=float(held.aligned_mask.float().mean()) if held.aligned_mask is not None else math.nan,
-        epe_px=means.get("oracle_epe_px", math.nan),
-        alignment_gain=means["oracle_alignment_gain"],
-        true_alignment_gain=means.get("oracle_true_alignment_gain", math.nan),
-        missing={name: said for name, (_, why) in metrics.PERCEPTUAL.items() if perceptual and (said := why())},
-        precision=plan.precision,
+        simulated=scored.simulated,
+        valid_share=sum(scored.valid) / len(scored.valid),
+        epe_px=oracle.get("epe_px", math.nan),
+        alignment_gain=oracle["alignment_gain"],
+        true_alignment_gain=oracle.get("true_alignment_gain", math.nan),
+        missing=scored.missing,
+        precision=scored.precision,
         intervals=intervals,
         differences=differences,
-        tiles=tile_rows(per_row, held),
+        tiles=tile_rows(per_row, scored.columns),
     )
 
 
@@ -314,7 +326,13 @@ def _intervals(
 
 
 def examples(model: Network, held: HeldOut, count: int = EXAMPLES) -> np.ndarray:
-    """One row per crop, from the most detailed crop to the median one; uint8 [H, W, 3].
+    """`example_sheet` of `count` crops, from the most detailed to the median one."""
+    target = "true" if "true_rgb" in held.batch else "raw"
+    return example_sheet(model, held, by_detail(detail_of(held.batch[TARGET_COLUMNS[target]]), count))
+
+
+def example_sheet(model: Network, held: HeldOut, numbers: Sequence[int]) -> np.ndarray:
+    """One row per crop of `numbers`; uint8 [H, W, 3].
 
     Each row shows bicubic of the JPG | bicubic of the rendering, for a network of RAW | SDAN | target.
     """
@@ -322,8 +340,7 @@ def examples(model: Network, held: HeldOut, count: int = EXAMPLES) -> np.ndarray
     labels = {"camera": "bicubic, camera JPG", "rendering": "bicubic, rendering", "self": LABELS["self"]}
     if model.config.is_rgb:
         del labels["rendering"]
-    chosen = [(number, "") for number in by_detail(held.batch[TARGET_COLUMNS[target]], count)]
-    crops = zoomed_crops(model, held, chosen, target=target, labels=labels)
+    crops = zoomed_crops(model, held, [(number, "") for number in numbers], target=target, labels=labels)
     rows = [[_fit(picture) for picture in crop.pictures.values()] for crop in crops]
     simulated = " (simulated)" if target == "true" else ""
     return labelled_grid(rows, list(crops[0].pictures), f"{model.config.scale}x zoom of held-out crops{simulated}")
@@ -335,27 +352,27 @@ def _fit(image: np.ndarray, side_px: int = 320) -> np.ndarray:
     return image.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def by_detail(images: torch.Tensor, count: int) -> list[int]:
-    """`count` crops evenly spaced between the most detailed and the median one, ranked by the target alone."""
-    gray = images.float().mean(1)
-    order = (gray.diff(dim=1).abs().mean((1, 2)) + gray.diff(dim=2).abs().mean((1, 2))).argsort(descending=True)
-    ranks = torch.linspace(0, (len(order) - 1) / 2, min(count, len(order))).round().long()
-    return [int(number) for number in order[ranks]]
-
-
-def _write(out: Path, result: Evaluation, model: Network, held: HeldOut) -> None:
+def _write(
+    out: Path, result: Evaluation, model: Network, read: Callable[[Sequence[int]], HeldOut], scored: Scored
+) -> None:
+    """Write the files of `evaluate`; `read` reads crops by number."""
     (out / "table.md").write_text(result.table() + "\n")
     (out / "groups.md").write_text(group_tables(result.tiles, f"{result.targets[0]}_psnr"))
     write_tiles(out / FILE, result.tiles)
     stored: dict[str, Any] = {**asdict(result), "gap_db": result.gap_db}
     del stored["tiles"]  # in their own file
     (out / "evaluation.json").write_text(json.dumps(stored, indent=2))
-    Image.fromarray(examples(model, held)).save(out / "examples.png")
-    write_report(out / REPORT, page_of(result, model, held))
+    shown = by_detail(scored.detail["true_rgb" if scored.simulated else "hr_rgb"], EXAMPLES)
+    Image.fromarray(example_sheet(model, read(shown), range(len(shown)))).save(out / "examples.png")
+    write_report(out / REPORT, page_of(result, model, read))
 
 
-def page_of(result: Evaluation, model: Network, held: HeldOut) -> Report:
-    """The evaluation as report.html shows it: gains and pictures against its last target, true where it is known."""
+def page_of(result: Evaluation, model: Network, read: Callable[[Sequence[int]], HeldOut]) -> Report:
+    """The evaluation as report.html shows it: gains and pictures against its last target, true where it is known.
+
+    Args:
+        read: reads crops by number.
+    """
     target = result.targets[-1]
     methods = [
         Method(row, [tile.get(f"{target}_psnr", math.nan) for tile in result.tiles if tile["method"] == row])
@@ -374,7 +391,7 @@ def page_of(result: Evaluation, model: Network, held: HeldOut) -> Report:
         methods=methods,
         baseline=BASELINE,
         target=target,
-        crops=zoomed_crops(model, held, chosen.items(), target=target, labels=labels),
+        crops=zoomed_crops(model, read(list(chosen)), enumerate(chosen.values()), target=target, labels=labels),
         tables=tables,
         notes=notes,
     )

@@ -22,10 +22,10 @@ from pipelines.comparing import state
 from pipelines.comparing.rows import Row
 from pipelines.comparing.state import Ends, RowScores
 from pipelines.config import ExperimentConfig, TrainConfig
-from pipelines.evaluate import by_detail
 from pipelines.loader import ShardIndex, check_fit, model_inputs, with_curve_of
 from pipelines.scoring.bootstrap import Interval, difference_interval, mean_interval
 from pipelines.scoring.held_out import held_out
+from pipelines.scoring.parts import by_detail, detail_of
 from pipelines.scoring.pictures import to_uint8
 from pipelines.scoring.scores import PerCrop, deployed, mean_scores, score_bicubic, score_model
 from pipelines.scoring.tile_scores import FILE, tile_rows, write_tiles
@@ -120,7 +120,7 @@ class Scorer:
     def examples(self, count: int) -> list[int]:
         """The numbers of crops for the grid: of those with pictures, from the most detailed to the median one."""
         targets = self.held.batch["true_rgb" if self.simulated else "hr_rgb"][self.shown]
-        return list(dict.fromkeys(self.shown[place] for place in by_detail(targets, count)))
+        return list(dict.fromkeys(self.shown[place] for place in by_detail(detail_of(targets), count)))
 
     def _bicubic(self, source: str) -> PerCrop:
         # score_bicubic needs only a network's config.
@@ -181,7 +181,7 @@ class Scorer:
 
     def _tile_rows(self, row: Row, per_protocol: Mapping[str, PerCrop]) -> Iterator[dict[str, object]]:
         for protocol, scores in per_protocol.items():
-            rows = tile_rows({row.label: scores}, self.held)
+            rows = tile_rows({row.label: scores}, self.held.columns)
             for values, tile in zip(rows, self.tiles, strict=True):
                 yield {"method": values.pop("method"), "row": row.name, "protocol": protocol, "tile": tile, **values}
 

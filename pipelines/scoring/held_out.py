@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,9 @@ from sdan import augment
 
 OF_TILE = ("sequence", "pair", "row", "col", "camera", "focal_lr_mm", "focal_hr_mm", "iso_lr", "aligned_by")
 """The columns of the shards by which scores are grouped (preprocessing/schema.py)."""
+
+Tile = tuple[int, int]
+"""(number of the pair in the index, number of the tile in the pair)."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,22 @@ def held_out(index: ShardIndex, config: ExperimentConfig, *, limit: int | None, 
         ShardsError: the shards do not fit the config, or one cannot be read.
     """
     check_fit(index, config)
+    return read_crops(index, config, chosen_tiles(index, limit), align=align)
+
+
+def chosen_tiles(index: ShardIndex, limit: int | None) -> list[Tile]:
+    """At most `limit` tiles, evenly spaced in the list of all; None: all."""
     tiles = [(pair, tile) for pair, count in enumerate(index.tiles) for tile in range(count)]
     if limit is not None and limit < len(tiles):
         tiles = [tiles[int(place)] for place in np.linspace(0, len(tiles) - 1, limit).round()]
+    return tiles
+
+
+def read_crops(index: ShardIndex, config: ExperimentConfig, tiles: Sequence[Tile], *, align: bool) -> HeldOut:
+    """The central train.crop_px crop of each of the tiles.
+
+    Args, Raises: as held_out; that the shards suit the config is not checked.
+    """
     margin = 2 * ((index.info.tile_px - config.train.crop_px) // 2)
     plan = augment.CropPlan(row=margin, col=margin, flip_rows=False, flip_cols=False, transpose=False)
     window = slice(margin * config.model.scale, (margin + 2 * config.train.crop_px) * config.model.scale)

@@ -17,7 +17,7 @@ from pipelines.loader import Inputs, model_inputs
 from pipelines.scoring.held_out import HeldOut
 from sdan import metrics
 from sdan.baselines import Network
-from sdan.ops.precision import ComputePlan
+from sdan.ops.precision import ComputePlan, compute_plan
 from sdan.resample import bicubic
 
 BORDER_PX = 8
@@ -67,7 +67,7 @@ def score_model(
             scores = score_images(zoomed, part, perceptual=perceptual)
             scores |= metrics.offset_statistics(output.offset, output.mask, px_per_offset)
             if protocol == "oracle":
-                scores |= _offset_scores(output.offset.float().cpu(), part)
+                scores |= _offset_scores(output.offset.float(), part)
             _extend(collected, {f"{protocol}_{name}": values for name, values in scores.items()})
     return collected
 
@@ -79,14 +79,14 @@ def deployed(model: Network, inputs: Inputs) -> Tensor:
 
 def _offset_scores(offset: Tensor, part: HeldOut) -> PerCrop:
     """What the oracle's offsets are worth; for simulated data, beside the true ones. Lengths in mosaic pixels."""
-    camera, target = (part.batch[name].float() / 255 for name in ("lr_rgb", "hr_rgb"))
+    camera, target = (part.batch[name].to(offset.device).float() / 255 for name in ("lr_rgb", "hr_rgb"))
 
     def gain(field: Tensor) -> list[float]:
         return metrics.alignment_gain(camera, field, target, border_px=BORDER_PX).tolist()
 
     scores = {"alignment_gain": gain(offset)}
     if "true_flow" in part.batch:
-        flow = part.batch["true_flow"].float()  # in packed pixels, two mosaic pixels each
+        flow = part.batch["true_flow"].to(offset.device).float()  # in packed pixels, two mosaic pixels each
         scores["true_alignment_gain"] = gain(flow)
         scores["epe_px"] = (2 * metrics.resized_end_point_error(offset, flow)).tolist()
         scores["epe_inside_px"] = (2 * metrics.resized_end_point_error(offset, flow, inside=True)).tolist()
@@ -109,20 +109,21 @@ def score_images(images: Tensor, part: HeldOut, *, perceptual: bool = False) -> 
     """PSNR, SSIM and, with `perceptual`, LPIPS and ST-LPIPS against every target that the crops have.
 
     Args:
-        images: [N,3,sH,sW] in [0, 1] (clipped here).
+        images: [N,3,sH,sW] in [0, 1] (clipped here); the metrics are computed on their device.
         perceptual: for whole pictures only, without mask and border.
     """
-    images = images.float().cpu().clamp(0, 1)
+    images = images.float().clamp(0, 1)
     scores: PerCrop = {}
     for target in TARGETS:
-        wanted, mask = _target(part, target)
+        wanted, mask = _target(part, target, images.device)
         if wanted is None:
             continue
         scores[f"{target}_psnr"] = metrics.psnr(images, wanted, mask=mask, border_px=BORDER_PX).tolist()
         scores[f"{target}_ssim"] = metrics.ssim(images, wanted, mask=mask, border_px=BORDER_PX).tolist()
         if perceptual and mask is None:
             for name, (metric, _) in metrics.PERCEPTUAL.items():
-                distance = metric(images, wanted)
+                with compute_plan(images.device).tf32_flags():  # no TF32
+                    distance = metric(images, wanted)
                 if distance is not None:
                     scores[f"{target}_{name}"] = distance.tolist()
     return scores
@@ -137,14 +138,14 @@ def mean_scores(per_crop: PerCrop) -> dict[str, float]:
     return means
 
 
-def _target(part: HeldOut, name: str) -> tuple[Tensor | None, Tensor | None]:
+def _target(part: HeldOut, name: str, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
     if name == "raw":
-        return part.batch["hr_rgb"].float() / 255, None
+        return part.batch["hr_rgb"].to(device).float() / 255, None
     if name == "true":
-        return (part.batch["true_rgb"].float() / 255, None) if "true_rgb" in part.batch else (None, None)
+        return (part.batch["true_rgb"].to(device).float() / 255, None) if "true_rgb" in part.batch else (None, None)
     if part.aligned is None or part.aligned_mask is None:
         return None, None
-    return part.aligned.float() / 255, part.aligned_mask.float()
+    return part.aligned.to(device).float() / 255, part.aligned_mask.to(device).float()
 
 
 def _batches(model: Network, held: HeldOut, device: torch.device) -> Iterator[tuple[Inputs, HeldOut]]:

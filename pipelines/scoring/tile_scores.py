@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.scoring.held_out import HeldOut
 from pipelines.scoring.scores import PerCrop
 
 FILE = "tiles.parquet"
@@ -23,12 +22,12 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 """Title of a table of means -> the columns that name a row's group."""
 
 
-def tile_rows(per_row: Mapping[str, PerCrop], held: HeldOut) -> list[dict[str, Any]]:
-    """One row per method and tile: `method`, held_out.OF_TILE, and <target>_<metric>; NaN where there is none."""
+def tile_rows(per_row: Mapping[str, PerCrop], columns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row per method and tile: `method`, the tile's `columns` (held_out.OF_TILE), and <target>_<metric>, or NaN."""
     return [
-        {"method": method, **columns, **{name: values[number] for name, values in scores.items()}}
+        {"method": method, **of_tile, **{name: values[number] for name, values in scores.items()}}
         for method, scores in per_row.items()
-        for number, columns in enumerate(held.columns)
+        for number, of_tile in enumerate(columns)
     ]
 
 

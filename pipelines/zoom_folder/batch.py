@@ -30,7 +30,7 @@ SMALL = 4
 """Photographs below which a start of Ray on this machine does not pay."""
 _MAX_READ_FAILURES = 8
 """Stop after this many consecutive photographs that a bucket could not deliver; each has already been retried."""
-_CPUS_FOR_RAY = 8
+CPUS_FOR_RAY = 8
 """CPUs from which on several workers use this machine better than one."""
 _RUN_AGAIN = "fix this and run again; finished photographs are kept"
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}]"
@@ -192,7 +192,7 @@ def _require_progress(result: Result, target: Place) -> None:
 def _results(jobs: Sequence[Job], settings: Settings, bar: tqdm) -> Generator[Result]:
     if not jobs:
         return
-    if _ray_pays(jobs, settings.device):
+    if ray_pays(len(jobs), SMALL, settings.device):
         from pipelines.cluster import start_ray
         from pipelines.zoom_folder.pool import zoom_in_pool
 
@@ -212,13 +212,20 @@ def _move(bar: tqdm, before: int, done: int, total: int) -> None:
     bar.update(before + done / total - bar.n)
 
 
-def _ray_pays(jobs: Sequence[Job], device: str) -> bool:
+def ray_pays(count: int, small: int, device: str = "auto") -> bool:
+    """Whether Ray's workers are faster than this process: for photographs to zoom, and for crops to score.
+
+    Args:
+        count: the pieces of work.
+        small: pieces below which a start of Ray on this machine does not pay.
+        device: as Zoomer.load takes it.
+    """
     if importlib.util.find_spec("ray") is None or device.startswith("cuda:"):
         return False
     if os.environ.get("RAY_ADDRESS"):
         return True
-    several = (device != "cpu" and torch.cuda.is_available()) or (os.cpu_count() or 1) >= _CPUS_FOR_RAY
-    return several and len(jobs) >= SMALL
+    several = (device != "cpu" and torch.cuda.is_available()) or (os.cpu_count() or 1) >= CPUS_FOR_RAY
+    return several and count >= small
 
 
 @contextmanager

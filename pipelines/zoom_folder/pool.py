@@ -39,17 +39,19 @@ class Pool:
     gpus: float
 
 
-def plan_pool(nodes: Sequence[Mapping[str, float]]) -> Pool:
+def plan_pool(nodes: Sequence[Mapping[str, float]], *, cpus_each: int = CPUS, per_gpu: int = PER_GPU) -> Pool:
     """Fit workers into the machines; at least one.
 
     Args:
         nodes: each machine's resources by Ray's names: CPU, GPU, memory (bytes).
+        cpus_each: CPUs of a worker without a GPU; of fewer it takes all.
+        per_gpu: workers that share a GPU.
     """
     gpus = sum(int(node.get("GPU", 0)) for node in nodes)
     if gpus:
         least = min(node.get("CPU", 0) / int(node["GPU"]) for node in nodes if node.get("GPU", 0) >= 1)
-        return Pool(gpus * PER_GPU, max(0.0, min(1.0, least / PER_GPU)), 1 / PER_GPU)
-    cpus = min(CPUS, max(int(node.get("CPU", 0)) for node in nodes))
+        return Pool(gpus * per_gpu, max(0.0, min(1.0, least / per_gpu)), 1 / per_gpu)
+    cpus = min(cpus_each, max(int(node.get("CPU", 0)) for node in nodes))
     each = [min(int(node.get("CPU", 0)) // max(cpus, 1), int(node.get("memory", BYTES) // BYTES)) for node in nodes]
     return Pool(max(1, sum(each)), float(cpus), 0.0)
 

@@ -48,7 +48,7 @@ class InProcess:
 
 @pytest.fixture(autouse=True)
 def in_process(monkeypatch):
-    monkeypatch.setattr(batch, "_ray_pays", lambda *_: False)
+    monkeypatch.setattr(batch, "ray_pays", lambda *_: False)
     monkeypatch.setattr(batch, "ZoomWorker", InProcess)
 
 

@@ -38,18 +38,18 @@ def test_ray_is_used_where_it_pays(monkeypatch):
     monkeypatch.setattr(batch.torch.cuda, "is_available", lambda: False)
     for cpus, photographs, expected in ((2, 99, False), (16, 99, True), (16, 3, False)):
         monkeypatch.setattr(os, "cpu_count", lambda cpus=cpus: cpus)
-        assert batch._ray_pays([None] * photographs, "auto") == expected
+        assert batch.ray_pays(photographs, batch.SMALL) == expected
     monkeypatch.setenv("RAY_ADDRESS", "auto")
-    assert batch._ray_pays([None], "auto")
+    assert batch.ray_pays(1, batch.SMALL)
     monkeypatch.setattr(batch.importlib.util, "find_spec", lambda name: None)
-    assert not batch._ray_pays([None], "auto")
+    assert not batch.ray_pays(1, batch.SMALL)
 
 
 @pytest.mark.slow
 def test_a_folder_is_zoomed_with_ray(tmp_path, monkeypatch):
     """Also a model that only the driver's machine has; a crash and a damaged file are set aside."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([fake_decoder_path(tmp_path), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setattr(batch, "_ray_pays", lambda *_: True)
+    monkeypatch.setattr(batch, "ray_pays", lambda *_: True)
     monkeypatch.setattr(pool, "_CHUNK", 3)
     photos, out, warned = tmp_path / "in", tmp_path / "out", []
     raw = tmp_path / "raw.dng"
