@@ -486,8 +486,7 @@ def _trainer(
             use_gpu=plan.use_gpu,
             resources_per_worker={"CPU": plan.cpus_per_worker}
             | ({"GPU": plan.gpus_per_worker} if plan.use_gpu else {}),
-            # plan.threads divides the CPUs of all machines by the workers, so CPU workers spread evenly over them.
-            placement_strategy="PACK" if plan.use_gpu else "SPREAD",
+            placement_strategy=plan.placement,
         ),
         run_config=RunConfig(
             name=folder.name,
