@@ -197,9 +197,9 @@ def test_evaluation_and_zoom_run_as_jobs(cluster, trained):
         assert "bicubic" in cluster.desk.run(submitted(f"evaluate {URI}/shards {model}"), timeout=WAIT_S)
     with phase("zoom of a folder"):
         cluster.desk.run(submitted(f"zoom {URI}/photos -o {URI}/zoomed {model}"), timeout=WAIT_S)
-    raw = [Path(key).stem for key in keys(cluster, "photos")]
-    assert len(raw) == 3
-    assert [Path(key).name for key in keys(cluster, "zoomed") if key.endswith(".png")] == [f"{one}_4x.png" for one in raw]
+    expected = [f"{Path(key).stem}_4x.png" for key in keys(cluster, "photos")]
+    assert len(expected) == 3
+    assert [Path(key).name for key in keys(cluster, "zoomed") if key.endswith(".png")] == expected
 
 
 def test_preprocessing_survives_the_loss_of_a_node(cluster, shards):
