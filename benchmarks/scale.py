@@ -181,9 +181,10 @@ def schedule_variant(plan: Path, pairs: int) -> dict[str, dict[str, float]]:
 def stand_in(row: dict[str, Any]) -> dict[str, Any]:
     """A task that takes a job and returns a result, as preprocessing does, and does nothing else."""
     from preprocessing.pairs import PairResult
+    from preprocessing.plan import PairJob
 
-    job = json.loads(row["job"])
-    return asdict(PairResult(f"{job['sequence']}/{job['pair']}", "written", rows=40, bytes=60_000_000, seconds=1.6))
+    job = PairJob.from_dict(json.loads(row["job"]))
+    return asdict(PairResult(job.key, "written", rows=40, bytes=60_000_000, seconds=1.6))
 
 
 def _peak_mb() -> float:
