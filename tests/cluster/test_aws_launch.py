@@ -87,6 +87,7 @@ def test_ray_up_launches_the_head_within_its_policy(lab):
         assert up.poll() is None, said.read_text()[-3000:]
     finally:
         up.kill()
+        lab.desk.run("pkill -f '[r]ay up'")  # nsenter's end does not end what it started
     (head,) = heads(lab)
     assert head["InstanceType"] == "m6i.2xlarge" and head["ImageId"] == image
     tags = {tag["Key"]: tag["Value"] for tag in head["Tags"]}
