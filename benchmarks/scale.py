@@ -126,9 +126,12 @@ def simulate(pairs: int, work: Path) -> Iterator[str]:
     plan = work / f"plan-{pairs}.json"
     for variant in ("plan", "schedule"):
         command = [sys.executable, __file__, "--variant", variant, "--raw", str(raw), "--plan", str(plan)]
-        done = subprocess.run([*command, "--pairs", str(pairs)], capture_output=True, text=True, check=False, cwd=ROOT)
+        # stderr stays the console's: `schedule` reports its progress there.
+        done = subprocess.run(
+            [*command, "--pairs", str(pairs)], stdout=subprocess.PIPE, text=True, check=False, cwd=ROOT
+        )
         if done.returncode:
-            raise RuntimeError(f"{variant}: {done.stderr[-2000:]}")
+            raise RuntimeError(f"{variant}: exit code {done.returncode}")
         for phase, found in json.loads(done.stdout.splitlines()[-1]).items():
             count, seconds = found["count"], found["s"]
             yield f"| {phase} | {count:,} | {seconds:.1f} | {1e3 * seconds / count:.2f} | {found['mb']:.0f} |"
@@ -178,9 +181,10 @@ def schedule_variant(plan: Path, pairs: int) -> dict[str, dict[str, float]]:
 def stand_in(row: dict[str, Any]) -> dict[str, Any]:
     """A task that takes a job and returns a result, as preprocessing does, and does nothing else."""
     from preprocessing.pairs import PairResult
+    from preprocessing.plan import PairJob
 
-    job = json.loads(row["job"])
-    return asdict(PairResult(f"{job['sequence']}/{job['pair']}", "written", rows=40, bytes=60_000_000, seconds=1.6))
+    job = PairJob.from_dict(json.loads(row["job"]))
+    return asdict(PairResult(job.key, "written", rows=40, bytes=60_000_000, seconds=1.6))
 
 
 def _peak_mb() -> float:

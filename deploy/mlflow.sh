@@ -10,8 +10,11 @@ if [ -n "${SDAN_MLFLOW_VOLUME:-}" ] && ! mountpoint -q "$folder"; then
 fi
 mkdir -p "$folder"
 address=$(hostname -I | cut -d' ' -f1)
-export MLFLOW_DISABLE_TELEMETRY=true
+# MLflow's jobs evaluate language models; they would be seven more processes.
+export MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
 ~/venv/bin/mlflow db upgrade "sqlite:///$folder/mlflow.db"
-exec ~/venv/bin/mlflow server --backend-store-uri "sqlite:///$folder/mlflow.db" \
+# One process: with several, MLflow's web server kills each that is silent for five seconds, so on a busy head all of them
+# before they have started.
+exec ~/venv/bin/mlflow server --workers 1 --backend-store-uri "sqlite:///$folder/mlflow.db" \
     --artifacts-destination "$SDAN_BUCKET/mlartifacts" --host "$address" --port 5000 \
     --allowed-hosts "$address:5000,localhost:5000,127.0.0.1:5000"

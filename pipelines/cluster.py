@@ -285,6 +285,12 @@ class WorkerPlan:
     gpus_per_worker: float = 1.0
     """With use_gpu: less than 1 only if several trials of a sweep share a GPU."""
 
+    @property
+    def placement(self) -> str:
+        """Ray's placement strategy. `threads` counts the CPUs of all machines, so CPU workers spread over these; GPU
+        workers share as few machines as possible, because NCCL is fastest inside one."""
+        return "PACK" if self.use_gpu else "SPREAD"
+
 
 def parse_workers(text: str) -> Workers:
     """'4' -> 4; '1-4' -> (1, 4)."""

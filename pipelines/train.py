@@ -486,6 +486,7 @@ def _trainer(
             use_gpu=plan.use_gpu,
             resources_per_worker={"CPU": plan.cpus_per_worker}
             | ({"GPU": plan.gpus_per_worker} if plan.use_gpu else {}),
+            placement_strategy=plan.placement,
         ),
         run_config=RunConfig(
             name=folder.name,

@@ -4,7 +4,9 @@ the scheduler of Ray's autoscaler (spot before on demand)."""
 
 import copy
 import functools
+import os
 import re
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
@@ -178,6 +180,24 @@ def test_no_port_is_open_to_the_internet(file):
     assert all("RAY_AUTH_MODE=token" in command for command in (head, worker))
     assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
     assert all("ingress" not in key.lower() for key in config["provider"])
+
+
+@pytest.mark.parametrize(("failures", "code", "starts"), [(0, 0, 1), (2, 0, 3), (9, 1, 4)])
+def test_a_failed_start_of_a_worker_is_repeated(tmp_path, failures, code, starts):
+    (_, start) = yaml.safe_load(LOCAL.read_text())["worker_start_ray_commands"]
+    (tmp_path / "sdan.env").write_text("SDAN_BUCKET=s3://b\n")
+    ray = tmp_path / "venv" / "bin" / "ray"
+    ray.parent.mkdir(parents=True)
+    ray.write_text(
+        '#!/bin/sh\necho "$1 $RAY_AUTH_MODE $SDAN_BUCKET" >> ~/calls\n'
+        f'test "$1" != start || test $(grep -c start ~/calls) -gt {failures}\n'
+    )
+    ray.chmod(0o755)
+    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "RAY_HEAD_IP": "10.0.0.1"}
+    assert subprocess.run(["bash", "-c", start], env=environment, timeout=30).returncode == code
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert [line for line in calls if "start" in line] == ["start token s3://b"] * starts
+    assert len(calls) == starts + min(failures, starts), "what a failed start left is stopped"
 
 
 def test_the_cluster_page_names_commands_that_exist():

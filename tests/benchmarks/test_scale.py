@@ -8,6 +8,8 @@ import scale
 
 from pipelines.costs import prices, rates
 from preprocessing.pairs import PairResult
+from preprocessing.plan import PairJob
+from preprocessing.raw.exif import Exif
 
 
 def rows():
@@ -40,8 +42,10 @@ def test_training_is_only_given_where_it_was_measured():
 
 
 def test_the_stand_in_answers_as_the_job_does():
-    answer = scale.stand_in({"job": json.dumps({"sequence": "00001", "pair": "00006-00002"})})
-    assert PairResult(**answer).status == "written" and set(answer) == set(asdict(PairResult("", "")))
+    fields = dict.fromkeys(PairJob.__dataclass_fields__) | {"sequence": "00001", "lr": "00006", "hr": "00002"}
+    job = PairJob(**fields | {"lr_exif": Exif(), "hr_exif": Exif(), "fingerprint": "0" * 16})
+    answer = scale.stand_in({"job": json.dumps(asdict(job))})
+    assert PairResult(**answer) == PairResult(job.key, "written", rows=40, bytes=60_000_000, seconds=1.6)
 
 
 def test_memory_is_read_from_the_kernel():

@@ -17,6 +17,8 @@ import pytest
 from conftest import phase
 from lab import BUNDLE, DESK_IP, ROOT, LabError, wait_for
 
+from sdan import checkpoint
+
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 WAIT_S = 600.0
 """For what takes a minute alone on two cores."""
@@ -25,6 +27,8 @@ S3 = f"AWS_ENDPOINT_URL=http://{DESK_IP}:{bucket.PORT} {sys.executable} {Path(bu
 URI = f"s3://{bucket.NAME}"
 ADDRESS = "http://127.0.0.1:8265"
 HELD_OUT = "00003"
+CROPS = 48
+"""Of an epoch."""
 
 
 def configured(lab):
@@ -85,19 +89,37 @@ def progress(lab, name):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def killed_during(lab, command, begun):
-    """Run a job, power the worker off once `begun(its output)` is true, and wait for the job's end.
+def started(lab, command, log):
+    """Submit an sdan command as a job, its output in a file of the desk. Returns the process that follows the job."""
+    return lab.desk.serve(f"bash -c {shlex.quote(submitted(command))}", log.name)
+
+
+def during(lab, command, begun, act):
+    """Run a job, call `act` once `begun(its output)` is true, and wait for the job's end.
 
     Returns:
         The job's output.
     """
-    log = lab.desk.folder / f"{command.split()[0]}.txt"
-    job = lab.desk.serve(f"bash -c {shlex.quote(submitted(command))}", log.name)
+    log = lab.desk.folder / f"{command.split()[0]}-{len(list(lab.desk.folder.iterdir()))}.txt"
+    job = started(lab, command, log)
     wait_for(lambda: begun(log.read_text()) or job.poll() is not None, WAIT_S, f"{command}: its middle")
     assert job.poll() is None, log.read_text()[-3000:]
-    lab.worker.kill()
+    act()
     assert job.wait(WAIT_S) == 0, log.read_text()[-3000:]
     return log.read_text()
+
+
+def train_workers(lab):
+    """The number of processes of Ray Train's workers on each host."""
+    return [sum("ray::RayTrainWorker" in line for line in host.processes()) for host in (lab.head, lab.worker)]
+
+
+def crops_seen(lab, name):
+    """The position in the stream of crops of a run's newest checkpoint in the bucket."""
+    prefix = f"runs/{name}"
+    lab.desk.run(f"{S3} get {prefix} {prefix}", timeout=WAIT_S)
+    newest = max((lab.desk.home / prefix).glob("checkpoint_*/"))
+    return checkpoint.load_trainer_state(newest)["crops"]
 
 
 def back(lab):
@@ -123,7 +145,8 @@ def cluster(lab):
     lab.desk.serve(f"bash -c '{RAY} dashboard cluster-local.yaml'", "tunnel.txt")
     sdan = f"PATH={Path(sys.executable).parent}:$PATH sdan"
     lab.desk.run(f"{sdan} simulate raw --sequences 3 --width 512 --preset tripod --seed 1", timeout=WAIT_S)
-    lab.desk.run(f"{S3} create && {S3} put raw raw && {S3} put raw/{HELD_OUT} photos", timeout=WAIT_S)
+    lab.desk.run(f"mkdir photos && cp raw/{HELD_OUT}/0000[1-3].dng photos")
+    lab.desk.run(f"{S3} create && {S3} put raw raw && {S3} put photos photos", timeout=WAIT_S)
     wait_for(lambda: lab.head.answers(f"http://{lab.head.ip}:5000/health"), WAIT_S, "MLflow's server")
     return lab
 
@@ -148,12 +171,44 @@ def test_nodes_run_the_commit_of_the_config(cluster):
         assert host.run("cd / && ~/venv/bin/python -c 'import sdan; print(sdan.__file__)'").startswith(str(Path.home()))
 
 
+@pytest.fixture(scope="module")
+def trained(cluster, shards):
+    """The options of a training with a worker on each host that no one disturbed, and that came to its end."""
+    command = f"train {URI}/shards --config smoke --set train.crops_per_epoch={CROPS} --storage {URI}/runs"
+    with phase("train on both hosts, undisturbed: 4 epochs"):
+        during(
+            cluster,
+            f"{command} --epochs 4 --workers 2 --name whole",
+            lambda _: train_workers(cluster) == [1, 1],
+            lambda: None,
+        )
+    return command
+
+
+def test_training_runs_on_both_hosts_to_its_end(cluster, trained):
+    lines = progress(cluster, "whole")
+    assert [(line["epoch"], line["workers"]) for line in lines] == [(epoch, 2) for epoch in range(5)]
+    assert crops_seen(cluster, "whole") == 4 * CROPS
+
+
+def test_evaluation_and_zoom_run_as_jobs(cluster, trained):
+    model = "--model ~/data/runs/whole/model"
+    with phase("evaluate"):
+        assert "bicubic" in cluster.desk.run(submitted(f"evaluate {URI}/shards {model}"), timeout=WAIT_S)
+    with phase("zoom of a folder"):
+        cluster.desk.run(submitted(f"zoom {URI}/photos -o {URI}/zoomed {model}"), timeout=WAIT_S)
+    expected = [f"{Path(key).stem}_4x.png" for key in keys(cluster, "photos")]
+    assert len(expected) == 3
+    assert [Path(key).name for key in keys(cluster, "zoomed") if key.endswith(".png")] == expected
+
+
 def test_preprocessing_survives_the_loss_of_a_node(cluster, shards):
     with phase("preprocess, worker lost"):
-        killed_during(
+        during(
             cluster,
             f"preprocess {URI}/raw {URI}/again --tile 32 --val {HELD_OUT}",
             lambda said: re.search(r"\| [1-9]/9 ", said),
+            cluster.worker.kill,
         )
     found = shard_bytes(cluster, "again")
     assert len(shards) == 9 and found.keys() == shards.keys()
@@ -162,26 +217,19 @@ def test_preprocessing_survives_the_loss_of_a_node(cluster, shards):
         back(cluster)
 
 
-def test_training_on_two_nodes_survives_the_loss_of_one(cluster, shards):
-    options = "--config smoke --epochs 12 --set train.crops_per_epoch=48 --workers 2-3 --name run"
-    with phase("train, worker lost"):
-        said = killed_during(
-            cluster, f"train {URI}/shards {options} --storage {URI}/runs", lambda _: len(progress(cluster, "run")) >= 3
+def test_training_on_two_nodes_survives_the_loss_of_one(cluster, trained):
+    with phase("train, worker lost: 12 epochs"):
+        said = during(
+            cluster,
+            f"{trained} --epochs 12 --workers 2-3 --name run",
+            lambda _: len(progress(cluster, "run")) >= 3 and min(train_workers(cluster)) >= 1,
+            cluster.worker.kill,
         )
     epochs = [line["epoch"] for line in progress(cluster, "run")]
     assert epochs == sorted(set(epochs)) and epochs[-1] == 12, said
-    assert any("checkpoint" in key for key in keys(cluster, "runs"))
-    back(cluster)
-
-
-def test_evaluation_and_zoom_run_as_jobs(cluster, shards):
-    model = "--model ~/data/runs/run/model"
-    with phase("evaluate"):
-        assert "bicubic" in cluster.desk.run(submitted(f"evaluate {URI}/shards {model}"), timeout=WAIT_S)
-    with phase("zoom of a folder"):
-        cluster.desk.run(submitted(f"zoom {URI}/photos -o {URI}/zoomed {model}"), timeout=WAIT_S)
-    raw = [key for key in keys(cluster, "photos") if key.endswith(".dng")]
-    assert len([key for key in keys(cluster, "zoomed") if key.endswith(".png")]) >= len(raw) > 0
+    assert crops_seen(cluster, "run") == 12 * CROPS
+    with phase("the worker's return"):
+        back(cluster)
 
 
 def test_ray_down_leaves_nothing_running(cluster):

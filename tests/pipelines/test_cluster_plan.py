@@ -18,12 +18,13 @@ from pipelines.cluster import ClusterError, parse_workers, plan_workers, start_r
 def test_two_workers_on_two_cpus_leave_room_for_readers():
     plan = plan_workers(2, {"CPU": 2.0})
     assert plan.workers * plan.cpus_per_worker < 2
-    assert (plan.use_gpu, plan.threads) == (False, 1)
+    assert (plan.use_gpu, plan.threads, plan.placement) == (False, 1, "SPREAD")
 
 
 def test_gpus_set_the_default():
     plan = plan_workers(None, {"CPU": 32.0, "GPU": 8.0})
     assert (plan.workers, plan.use_gpu, plan.cpus_per_worker, plan.readers) == (8, True, 1.0, 3)
+    assert plan.placement == "PACK"
 
 
 @pytest.mark.parametrize(("workers", "cpus"), [(1, 1.0), (2, 2.0), (8, 9.0), (5, 6.0), (12, 9.0)])
