@@ -4,6 +4,7 @@ Heavy imports wait until a verb needs them, so that `sdan --help` is instant. A 
 where: expected A, got B; do C) and exit code 2, never in a traceback.
 """
 
+import atexit
 import csv as csv_format
 import functools
 import inspect as introspection
@@ -17,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
@@ -171,7 +172,7 @@ class _Interrupts:
     def end(self) -> NoReturn:
         """Print the line and exit."""
         self._say()
-        sys.exit(self.code)
+        _leave(cast("int", self.code))
 
     def _on_signal(self, number: int, frame: object) -> None:
         """Python calls it in the main thread, once that runs Python code."""
@@ -218,6 +219,15 @@ class _Interrupts:
             sys.stderr.write(before)
             _warn(line)
             sys.stderr.flush()
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit after Python's exit functions; Ray's ends its processes. The interpreter is not torn down: Ray may then wait
+    in C++, and GRACE_S no longer counts."""
+    atexit._run_exitfuncs()
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+    os._exit(code)
 
 
 def _of_signal(number: int) -> tuple[int, str]:

@@ -237,7 +237,13 @@ def read_tile(index: ShardIndex, pair: int, tile: int, columns: tuple[str, ...] 
         raise _changed(path, "none") from error
     except pa.ArrowException as error:
         raise _changed(path, one_line(error)) from error
-    return schema.decode({name: _first(table.column(name)) for name in table.column_names}, index.info)
+    try:
+        return schema.decode({name: _first(table.column(name)) for name in table.column_names}, index.info)
+    except ValueError as error:
+        raise ShardsError(
+            f"{path}: expected tiles of {index.info.tile_px} packed px at scale {index.info.scale}, as in the first "
+            f"shard of {index.shards}, got others ({one_line(error)}); delete it and preprocess again"
+        ) from error
 
 
 def _first(column: pa.ChunkedArray) -> Any:

@@ -56,7 +56,7 @@ from pipelines.training.run_log import deliver, log_data, log_gains
 from pipelines.training.seen import log_pairs
 from pipelines.training.verdict import Verdict, judge
 from pipelines.training.worker import TrainJob, train_worker
-from preprocessing.storage import require_no_password
+from preprocessing.storage import held, require_no_password
 from sdan import checkpoint
 from sdan.network import SDAN
 from sdan.ops.precision import slow_choice
@@ -247,18 +247,18 @@ def train(
     cluster.check_workers(workers)
     folder, stored, pairs, config = _checked(shards, config, data, name, resume, init_from, seen, storage, pairs)
     vgg = _features(config, stored, vgg_weights)
-    _say_start(pairs, vgg, progress)
-    cluster.start_ray()
-    workers = workers or (stored.workers if stored else None)
-    with gpus.requested(workers, wait_s=gpu_wait_s, needed=plan is None):
-        plan = _checked_speed(config, plan or cluster.plan_workers(workers))
-        tracking_uri = registry.default_tracking_uri(data)
-        run = _record(folder, stored, config, pairs, run_id, init_from, plan, storage, tracking_uri, vgg)
-        job = _job(folder, run, config, pairs, plan, vgg, tracking_uri)
-        with _mlflow_status(tracking_uri, run.run_id, terminate=run_id is None):
-            trainer = _trainer(folder, run, job, plan, callbacks, max_failures)
-            result = _fit(trainer, folder, config, progress=progress)
-            return _finish(folder, run, result, tracking_uri, register, pairs, keep)
+    with _own_folder(folder, fixed=bool(name or resume), child=run_id is not None) as folder:
+        _start_ray(pairs, vgg, progress)
+        workers = workers or (stored.workers if stored else None)
+        with gpus.requested(workers, wait_s=gpu_wait_s, needed=plan is None):
+            plan = _checked_speed(config, plan or cluster.plan_workers(workers))
+            tracking_uri = registry.default_tracking_uri(data)
+            run = _record(folder, stored, config, pairs, run_id, init_from, plan, storage, tracking_uri, vgg)
+            job = _job(folder, run, config, pairs, plan, vgg, tracking_uri)
+            with _mlflow_status(tracking_uri, run.run_id, terminate=run_id is None):
+                trainer = _trainer(folder, run, job, plan, callbacks, max_failures)
+                result = _fit(trainer, folder, config, progress=progress)
+                return _finish(folder, run, result, tracking_uri, register, pairs, keep)
 
 
 def _features(config: ExperimentConfig, stored: StoredRun | None, vgg_weights: Path | None) -> dict[str, Tensor] | None:
@@ -277,10 +277,8 @@ def _features(config: ExperimentConfig, stored: StoredRun | None, vgg_weights: P
     return vgg
 
 
-def _say_start(pairs: RunShards, vgg: dict[str, Tensor] | None, progress: bool) -> None:
-    """Print what a user should know before the training, on stderr, if `progress`."""
-    if not progress:
-        return
+def _start_ray(pairs: RunShards, vgg: dict[str, Tensor] | None, progress: bool) -> None:
+    """Start or join Ray; with `progress`, first print what a user should know before the training, on stderr."""
     notes = [alignment_note(pairs.train)]
     if vgg is not None and network_name(vgg) == VGG16:
         notes.append(
@@ -289,8 +287,9 @@ def _say_start(pairs: RunShards, vgg: dict[str, Tensor] | None, progress: bool) 
         )
     if not ray.is_initialized():
         notes.append("starting Ray")
-    for note in filter(None, notes):
+    for note in filter(None, notes if progress else ()):
         print(f"train: {note}", file=sys.stderr, flush=True)
+    cluster.start_ray()
 
 
 def alignment_note(index: ShardIndex) -> str | None:
@@ -391,6 +390,31 @@ def _folder(data: Path, config: ExperimentConfig, name: str | None, resume: bool
     if run_folder.is_run(folder):
         raise TrainError(f"--name {name}: expected a new name, got one that exists; add --resume to continue that run")
     return folder
+
+
+@contextmanager
+def _own_folder(folder: Path, *, fixed: bool, child: bool) -> Iterator[Path]:
+    """The run's folder, in which no other command trains meanwhile.
+
+    Args:
+        fixed: the user named the run, or resumes it; else another name is made if a run has taken this one since.
+        child: of a sweep or a comparison, which holds a folder of its own.
+    """
+    if child:
+        yield folder
+        return
+    name, began = folder.name, run_folder.is_run(folder)
+    while True:
+        with held(folder) as ours:
+            if ours and run_folder.is_run(folder) == began:
+                yield folder
+                return
+        if fixed:
+            raise TrainError(
+                f"--name {name}: expected a run that no other command trains, got one that is being trained; "
+                "wait until that ends, or choose another name"
+            )
+        folder = folder.with_name(run_folder.new_name(name, folder.parent))
 
 
 def _check_resumed(stored: StoredRun, config: ExperimentConfig, shards: str) -> None:

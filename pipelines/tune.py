@@ -21,6 +21,7 @@ from pipelines.sweeping.resources import check_request, command, crops_per_s, fu
 from pipelines.sweeping.state import SWEEPS
 from pipelines.sweeping.trainer import COST, TrialTrainer, register_winner
 from pipelines.training.progress import SELECT_BY
+from preprocessing.storage import held
 from sdan.losses import VGG_WEIGHTS
 from sdan.perceptual.features import load_features
 from sdan.perceptual.st_lpips import load_st_lpips
@@ -88,13 +89,13 @@ def tune(
     pairs = _check_data(shards, config, searched, vgg_weights)
     uri = registry.default_tracking_uri(data)
     registry.prepare_database(uri)
-    cluster.start_ray(resources={SLOT: float(MOST_AT_ONCE)})
-    plan, at_once = _plan(config, options, trials, data, pairs)
-    crops = (data / SWEEPS / name / CROPS).resolve()
-    trainer = TrialTrainer(
-        shards, config, data.resolve(), plan, name, vgg_weights, crops, COST in dict(options.objectives)
-    )
-    with _trial_lines():
+    with _own_folder(data / SWEEPS / name), _trial_lines():
+        cluster.start_ray(resources={SLOT: float(MOST_AT_ONCE)})
+        plan, at_once = _plan(config, options, trials, data, pairs)
+        crops = (data / SWEEPS / name / CROPS).resolve()
+        trainer = TrialTrainer(
+            shards, config, data.resolve(), plan, name, vgg_weights, crops, COST in dict(options.objectives)
+        )
         return run_sweep(
             trainer,
             searched,
@@ -211,6 +212,18 @@ def kept(data: Path, name: str) -> str:
     if not (data / SWEEPS / name / RECORD).is_file():
         return "no trial was started; run the command again"
     return f"sweep {name} keeps its finished trials and the checkpoints of the others; add --resume to go on"
+
+
+@contextmanager
+def _own_folder(folder: Path) -> Iterator[None]:
+    """Keep the sweep's folder from other commands."""
+    with held(folder) as ours:
+        if not ours:
+            raise SweepError(
+                f"--name {folder.name}: expected a sweep that no other command works on, got one that runs; "
+                "wait until that ends, or choose another name"
+            )
+        yield
 
 
 @contextmanager

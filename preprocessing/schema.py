@@ -8,14 +8,17 @@ t = tile size in packed pixels, s = scale.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field
+from typing_extensions import TypedDict  # pydantic refuses typing.TypedDict on Python 3.11
 
 from preprocessing.colour import RenderingCurve
 from preprocessing.shard_folder.set_aside import why_no_shards
+from preprocessing.shard_folder.small_json import SmallJsonError, parse_json
 from preprocessing.storage import open_folder
 
 SCHEMA_VERSION = 2
@@ -155,6 +158,20 @@ COLUMNS: Mapping[str, tuple[pa.DataType, str]] = {
 SCHEMA = pa.schema([pa.field(name, kind) for name, (kind, _) in COLUMNS.items()])
 
 
+class _Version(TypedDict):
+    """What every version's metadata says."""
+
+    schema_version: NotRequired[int]
+
+
+class _Described(TypedDict):
+    """What `encode` stores in a file's metadata, as far as it is read."""
+
+    tile_px: Annotated[int, Field(ge=1, le=2**16)]
+    scale: Annotated[int, Field(ge=1, le=2**8)]
+    options: dict[str, Any]
+
+
 class SchemaError(ValueError):
     """This version cannot read a shard folder or file. The message is one line and says why."""
 
@@ -237,12 +254,17 @@ def read_info(shards: str) -> ShardInfo:
 
 def info_of(schema: pa.Schema, path: str) -> ShardInfo:
     """The ShardInfo in a shard's Arrow schema; `path` is for messages."""
-    described = json.loads((schema.metadata or {}).get(_METADATA_KEY, b"{}"))
-    if described.get("schema_version") != SCHEMA_VERSION:
-        raise SchemaError(
-            f"{path}: expected schema version {SCHEMA_VERSION}, got {described.get('schema_version', 'none')}; "
-            "preprocess again into an empty folder"
-        )
+    stored = (schema.metadata or {}).get(_METADATA_KEY, b"{}")
+    try:
+        version = parse_json(stored, f"{path}, metadata", _Version).get("schema_version", "none")
+        if version != SCHEMA_VERSION:
+            raise SchemaError(
+                f"{path}: expected schema version {SCHEMA_VERSION}, got {version}; "
+                "preprocess again into an empty folder"
+            )
+        described = parse_json(stored, f"{path}, metadata", _Described)
+    except SmallJsonError as error:
+        raise SchemaError(f"{error}; delete the file and preprocess again") from error
     return ShardInfo(described["tile_px"], described["scale"], described["options"])
 
 

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import os
 import socket
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -225,6 +226,47 @@ def require_no_password(uri: str) -> None:
             f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}: expected a URI without user name and password, "
             "got one with them; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a profile or role"
         )
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[bool]:
+    """Hold a local folder, so that one command at a time works in it; False if another one holds it.
+
+    The folder is created if missing, and removed in the end if it is empty. The kernel releases it when this process
+    ends, however that ends. On a file system without locks nothing is held. Raises OSError.
+    """
+    descriptor = _lock_folder(folder)
+    try:
+        yield descriptor is not None
+    finally:
+        if descriptor is not None:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+            os.close(descriptor)
+
+
+def _lock_folder(folder: Path) -> int | None:
+    """A descriptor of the folder that has its lock; None if another one has it."""
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):  # its holder has just removed it
+                if not stat.S_ISDIR(folder.lstat().st_mode):
+                    raise
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                return None
+            except OSError:
+                return descriptor  # no locks here
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), folder.stat()):
+                    return descriptor
+            os.close(descriptor)
 
 
 def write_atomically(path: Path, data: bytes | str | pa.Buffer) -> None:

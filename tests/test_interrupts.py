@@ -192,6 +192,7 @@ def test_a_lost_cluster_is_one_line(raw, tmp_path, monkeypatch):
 def interrupted_here(monkeypatch, act, data):
     """`sdan status` in this process, doing `act` in place of its work; returns the exit code."""
     monkeypatch.setattr("pipelines.status.status", act)
+    monkeypatch.setattr(cli, "_leave", sys.exit)
     monkeypatch.setattr(sys, "argv", ["sdan", "--data", str(data), "status"])
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.raises(SystemExit) as ended:
@@ -245,6 +246,24 @@ def test_a_command_that_does_not_stop_is_ended(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_S)
     assert (done.returncode, done.stderr) == (130, "\nsdan: interrupted by Ctrl-C; run the command again\n")
+
+
+def test_an_exit_that_hangs_in_c_is_not_waited_for(tmp_path):
+    """As libraries in C++ may hang when the interpreter is torn down; exit functions of Python run all the same."""
+    code = (
+        "import atexit, ctypes, os, signal, sys\n"
+        "import pipelines.status\n"
+        "from pipelines import cli\n"
+        "libc = ctypes.CDLL(None)\n"
+        "libc['__cxa_atexit'](ctypes.cast(libc.pause, ctypes.c_void_p), None, None)\n"
+        "atexit.register(print, 'exit functions ran')\n"
+        "pipelines.status.status = lambda data: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.argv = ['sdan', '--data', 'data', 'status']\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_S)
+    assert (done.returncode, done.stderr) == (130, "sdan: interrupted by Ctrl-C; run the command again\n")
+    assert done.stdout == "exit functions ran\n"
 
 
 def test_the_handlers_are_put_back(tmp_path, monkeypatch):

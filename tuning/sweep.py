@@ -415,9 +415,9 @@ def _resume(folder: Path, asked: Record) -> Record:
 
 def _prepare_folder(folder: Path, resume: bool) -> None:
     try:
-        if not resume and folder.exists():
-            shutil.rmtree(folder)  # left by a start that was killed before it recorded anything
         folder.mkdir(parents=True, exist_ok=True)
+        for left in () if resume else folder.iterdir():  # by a start that was killed before it recorded anything
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
     except OSError as error:
         raise SweepError(
             f"{folder}: expected a writable folder, got: {error.strerror}; choose another folder"

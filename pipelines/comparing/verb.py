@@ -24,7 +24,7 @@ from pipelines.comparing.tracking import CompareRuns
 from pipelines.evaluate import check_request
 from pipelines.loader import ShardsError
 from pipelines.sweeping.trainer import cost
-from preprocessing.storage import write_atomically
+from preprocessing.storage import held, write_atomically
 
 
 @dataclass(frozen=True)
@@ -91,17 +91,22 @@ def compare(
         say(f"compare: goes on with {out}")
     scorer = Scorer(scored, crop_px, options.crops, out)
     _check_shards(rows, comparison, scorer)
-    out.mkdir(parents=True, exist_ok=True)
-    pairs.write(out)
-    runs = CompareRuns(registry.default_tracking_uri(data), comparison)
-    comparison = runs.with_parent(out)
-    scorer.save_targets()
-    work = _Work(comparison, rows, out, data, scorer, runs, say)
-    with runs.running():
-        work.pictures()
-        work.networks(options, pairs, vgg_weights and vgg_weights.resolve())
-        work.costs()
-        table = work.publish()
+    with held(out) as ours:
+        if not ours:
+            raise CompareError(
+                f"{out}: expected a folder in which no other command works, got one in use; "
+                "wait until that ends, or choose another -o"
+            )
+        pairs.write(out)
+        runs = CompareRuns(registry.default_tracking_uri(data), comparison)
+        comparison = runs.with_parent(out)
+        scorer.save_targets()
+        work = _Work(comparison, rows, out, data, scorer, runs, say)
+        with runs.running():
+            work.pictures()
+            work.networks(options, pairs, vgg_weights and vgg_weights.resolve())
+            work.costs()
+            table = work.publish()
     finished = sum(isinstance(found, RowScores) for _, found in work.scored())
     return Result(out, table, finished, dict(work.reasons))
 

@@ -63,15 +63,16 @@ def describe(now: dict[str, Any], report: dict[str, Any]) -> str:
 
 
 class ProgressLine:
-    """One live line on stderr: epoch, loss, PSNR, crops/s and time left, updated by a thread.
+    """The state of a run on stderr, by a thread: epoch, loss, PSNR, crops/s and time left.
 
-    A line above it says how the run computes, after each start of the workers that changes it.
+    In a terminal it is one line, which is redrawn; in a file a line for each change. A line above it says how the run
+    computes, after each start of the workers that changes it.
     """
 
     def __init__(self, folder: Path, epochs: int, *, enabled: bool) -> None:
         self.folder, self.epochs, self.enabled = folder, epochs, enabled
         self.began = time.time()
-        self.said = ""
+        self.said = self.shown = ""
         self.noted: set[str] = set()
         self.mlflow_answers = True
         self.stopped = threading.Event()
@@ -87,15 +88,15 @@ class ProgressLine:
             self.thread.join()
 
     def _follow(self) -> None:
-        # A log file keeps every state of the line, so write fewer of them there.
-        pause_s = 0.5 if sys.stderr.isatty() else 10.0
-        layout = "{desc}: {percentage:3.0f}%|{bar:20}| {postfix}"
-        with tqdm(total=self.epochs, desc="train", bar_format=layout, file=sys.stderr, mininterval=0) as bar:
-            while True:
-                last = self.stopped.wait(pause_s)
+        # A log file keeps every line, so fewer are written there, and none twice.
+        terminal = sys.stderr.isatty()
+        layout = "train: {percentage:3.0f}%|{bar:20}| {desc}"
+        bar = tqdm(total=self.epochs, bar_format=layout, file=sys.stderr, mininterval=0, disable=not terminal)
+        with bar:
+            self._show(bar)
+            while not self.stopped.wait(0.5 if terminal else 10.0):
                 self._show(bar)
-                if last:
-                    return
+            self._show(bar)
 
     def _note_mlflow(self) -> None:
         """Say once that MLflow does not take the run's points (RunLog keeps them in a file), and once that it does."""
@@ -123,6 +124,12 @@ class ProgressLine:
         if now.get("started", self.said) != self.said:
             self.said = now["started"]
             bar.write(f"train: {self.said}", file=sys.stderr)
+        state = describe(now, report)
+        if report and not now and report.get("time", 0.0) < self.began:
+            state += ", starting the workers"  # of a resumed run
+        if bar.disable and state != self.shown:
+            print(f"train: {state}", file=sys.stderr, flush=True)
+        self.shown = state
         bar.n = min(self.epochs, max(now.get("epoch", 0.0), report.get("epoch", 0.0)))
-        bar.postfix = describe(now, report)
+        bar.desc = state
         bar.refresh()

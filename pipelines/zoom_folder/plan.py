@@ -329,7 +329,7 @@ def _stored(target: Place) -> dict[str, Any] | None:
         if stored["version"] > _VERSION:
             raise ZoomError(f"{target.label(OPTIONS)}: expected version {_VERSION}, got a newer one; upgrade sdan")
         return {"round": int(stored["round"]), "options": dict(stored["options"])}
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         if isinstance(error, ZoomError):
             raise
         raise ZoomError(

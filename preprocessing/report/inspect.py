@@ -94,7 +94,13 @@ def _sheet(folder: Folder, inventory: Inventory) -> tuple[list[ShownPair], list[
     for pair in wanted:
         if inventory.info is None or left <= 0:
             break
-        shown.append(_show(folder, pair, inventory.info))
+        try:
+            shown.append(_show(folder, pair, inventory.info))
+        except ValueError as error:  # of another tile size or scale
+            reason = f"{pair.path}: expected tiles as in the first shard, got {one_line(error)}; delete it"
+            inventory.unreadable.append({"file": folder.relative(pair.path), "reason": reason})
+            inventory.pairs = [other for other in inventory.pairs if other is not pair]
+            continue
         left -= sum(len(picture) for picture in (shown[-1].lr, shown[-1].hr, shown[-1].difference)) * 3 // 4
     return shown[:_SHOWN_WORST], shown[_SHOWN_WORST:]
 

@@ -27,6 +27,7 @@ from preprocessing.simulator.scenery.canvas import Box
 from preprocessing.simulator.scenery.photographs import find_photographs, fingerprint
 from preprocessing.simulator.scenes import NUM_LEVELS, Scene, build_scene, level_of
 from preprocessing.simulator.wide_sensor import WideCamera
+from preprocessing.storage import held
 from preprocessing.truth.frame import FAR, NEAR, Exposure, FrameGeometry, Window
 from preprocessing.truth.reader import GEOMETRY_FILE
 
@@ -92,12 +93,24 @@ def simulate(
         raise SimulateError(
             f"{out}: expected a writable folder, got {error.strerror!r}; choose another output folder"
         ) from error
+    jobs = [_Job(seed, index, width_px, preset, raw_format, marks) for index in range(1, sequences + 1)]
+    with held(out) as ours:
+        if not ours:
+            raise SimulateError(
+                f"{out}: expected a folder in which no other command works, got one in use; "
+                "wait until that ends, or choose another output folder"
+            )
+        return _write_all(out, jobs, photos, progress or (lambda done, total: None))
+
+
+def _write_all(
+    out: Path, jobs: Sequence[_Job], photos: Sequence[Path], progress: Callable[[int, int], None]
+) -> list[Path]:
+    """Write the sequences that are not there yet; returns the folders of all."""
     folders = []
-    if progress:
-        progress(0, sequences)
-    for index in range(1, sequences + 1):
-        job = _Job(seed, index, width_px, preset, raw_format, marks)
-        folder = out / f"{index:05d}"
+    progress(0, len(jobs))
+    for job in jobs:
+        folder = out / f"{job.index:05d}"
         if not _is_done(folder, job):
             try:
                 _write_sequence(folder, job, photos)
@@ -106,8 +119,7 @@ def simulate(
                     f"{folder}: expected a writable folder, got {error.strerror!r}; check free space and permissions"
                 ) from error
         folders.append(folder)
-        if progress:
-            progress(index, sequences)
+        progress(job.index, len(jobs))
     return folders
 
 

@@ -1,18 +1,24 @@
 """Random bytes, other encodings and other JSON in every small file of a run: one line that names the file."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines import config as configs
 from pipelines import registry, status
+from pipelines.loader import ShardsError, index_split, read_tile
 from pipelines.registered import description
 from pipelines.retraining import state
 from pipelines.training import run_folder
 from pipelines.training.progress import describe
 from pipelines.training.run_folder import LIVE, PROGRESS, RUN, SHARDS, RunFolderError, RunShards, StoredRun
+from preprocessing import schema
+from preprocessing.report.inspect import inspect
 from preprocessing.shard_folder.small_json import SmallJsonError, parse_json, read_json
 from tuning import sweep
 
@@ -98,6 +104,40 @@ def test_damaged_shard_lists_and_sweeps_get_one_line(data, content):
     with pytest.raises(sweep.SweepError) as told:
         sweep._resume(data, None)
     one_line(told.value, data / sweep.RECORD)
+
+
+@damaged
+def test_a_shard_with_damaged_metadata_is_one_line(content, tmp_path):
+    path = tmp_path / "a.parquet"
+    with pytest.raises(schema.SchemaError) as error:
+        schema.info_of(pa.schema([]).with_metadata({b"sdan": content}), str(path))
+    one_line(error.value, path)
+
+
+@pytest.mark.parametrize("change", [{"tile_px": 0}, {"scale": "4"}, {"scale": 10**20}, {"options": None}])
+def test_metadata_with_wrong_values_is_one_line(change, tmp_path):
+    described = {"schema_version": schema.SCHEMA_VERSION, "tile_px": 24, "scale": 4, "options": {}, "columns": {}}
+    info = schema.info_of(pa.schema([]).with_metadata({b"sdan": json.dumps(described).encode()}), "a.parquet")
+    assert (info.tile_px, info.scale, info.options) == (24, 4, {})
+    stored = pa.schema([]).with_metadata({b"sdan": json.dumps(described | change).encode()})
+    with pytest.raises(
+        schema.SchemaError, match=f"a.parquet, metadata: expected JSON .*{next(iter(change))}.*; delete"
+    ):
+        schema.info_of(stored, "a.parquet")
+
+
+def test_a_shard_of_another_size_is_named(tiny_shards, tmp_path):
+    shards = shutil.copytree(tiny_shards, tmp_path / "shards")
+    other = sorted((shards / "split=train").iterdir())[1]
+    table = pq.read_table(other, partitioning=None)
+    place = table.schema.get_field_index("hr_rgb")
+    cut = pa.array([value.as_py()[:300] for value in table["hr_rgb"]], pa.binary())
+    pq.write_table(table.set_column(place, table.schema.field(place), cut), other, row_group_size=1)
+    index = index_split(str(shards), "train")
+    with pytest.raises(ShardsError, match=f"{other.name}: expected tiles of 24 packed px at scale 4.*; delete it"):
+        read_tile(index, 1, 0)
+    page = inspect(str(shards))
+    assert "Damaged shards" in page and f"{other.name}: expected tiles as in the first shard" in page
 
 
 @damaged

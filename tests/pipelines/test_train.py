@@ -9,11 +9,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pipelines import cluster
 from pipelines import config as configs
 from pipelines.retrain import fine_tuning
 from pipelines.train import TrainError, choose, kept, train, with_network_of
 from pipelines.training import run_folder
 from pipelines.training.run_folder import RunFolderError, StoredRun
+from preprocessing.storage import held
 from sdan import checkpoint, starter_folder
 from sdan.baselines import SRResNet
 from sdan.network import SDAN, SDANConfig
@@ -34,6 +36,30 @@ def test_a_refused_run_writes_nothing(tmp_path, tiny_shards):
     with pytest.raises(TrainError, match="--name: expected letters, digits"):
         train(str(tiny_shards), configs.smoke(), data=tmp_path, name="../a", progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_trains_is_not_trained_twice(data, tiny_shards, resume, monkeypatch):
+    monkeypatch.setattr(cluster, "start_ray", lambda: pytest.fail("Ray was started"))
+    name = "cut" if resume else "new"
+    with held(data / "runs" / name), pytest.raises(TrainError, match=f"--name {name}: expected a run that no other"):
+        train(str(tiny_shards), configs.smoke(), data=data, name=name, resume=resume, progress=False)
+
+
+def test_runs_of_one_second_train_in_folders_of_their_own(data, tiny_shards, monkeypatch):
+    """The other command has not recorded its run yet, or records it while this one waits."""
+    used = []
+
+    def stop():
+        used.append(sorted(folder.name for folder in (data / "runs").iterdir()))
+        raise cluster.ClusterError("stop")
+
+    monkeypatch.setattr(cluster, "start_ray", stop)
+    monkeypatch.setattr("pipelines.train.time.strftime", lambda *_: "now")
+    with held(data / "runs" / "smoke-now"), pytest.raises(cluster.ClusterError):
+        train(str(tiny_shards), configs.smoke(), data=data, progress=False)
+    assert used == [["cut", "smoke-now", "smoke-now-2"]]
+    assert [folder.name for folder in (data / "runs").iterdir()] == ["cut"]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from mlflow.tracking import MlflowClient
 from pipelines import config as configs
 from pipelines import registry, tune
 from pipelines.loader import index_split
+from preprocessing.storage import held
 
 CONFIG = configs.override(configs.smoke(), {"train.epochs": 1, "train.seed": 2})
 IMPORTS = "from tuning.space import choice, loguniform\n"
@@ -76,6 +77,11 @@ def test_a_wrong_space_is_refused_before_ray_starts(space, message, tiny_shards,
 )
 def test_wrong_options_are_refused_before_ray_starts(options, message, tiny_shards, no_ray, tmp_path):
     refuse(tiny_shards, tmp_path / "data", message, **options)
+
+
+def test_a_sweep_that_runs_is_not_started_again(tiny_shards, no_ray, tmp_path):
+    with held(tmp_path / "sweeps" / "one"), pytest.raises(ValueError, match="--name one: expected a sweep that no"):
+        tune.tune(str(tiny_shards), CONFIG, tune.Options(), data=tmp_path, name="one")
 
 
 def test_an_unknown_space_names_those_that_exist(tiny_shards, no_ray, tmp_path):

@@ -63,9 +63,11 @@ def test_the_folder_opens_as_it_is(tiny_shards, tmp_path):
     assert len(pandas.read_parquet(folder.root, columns=["sequence", "split"])) == 10
     assert pq.read_table(folder.root, columns=["sequence"]).num_rows == 10
     assert len(duckdb.read_parquet(folder.root).select("sequence").fetchall()) == 10
-    # The one that takes a pattern, since it reads files of any name. If this fails, docs/shards.md can be shortened.
-    with pytest.raises(polars.exceptions.InvalidOperationError, match="different file extensions"):
-        polars.scan_parquet(folder.root).select("sequence").collect()
+    assert polars.read_parquet(folder.root, use_pyarrow=True, columns=["sequence", "split"]).shape == (10, 2)
+    # Its own reader takes a pattern, since it reads files of any name. If these fail, docs/shards.md can be shortened.
+    for option in ({}, {"hidden_file_prefix": ("_", ".")}):
+        with pytest.raises(polars.exceptions.InvalidOperationError, match="different file extensions"):
+            polars.scan_parquet(folder.root, **option).select("sequence").collect()
     found = polars.scan_parquet(f"{folder.root}/split=*/*.parquet", hive_partitioning=True)
     assert found.select("sequence", "split").collect().shape == (10, 2)
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 from known_scene import write_sequence
 
-from preprocessing.storage import open_folder, write_atomically, writer_id
+from preprocessing.storage import held, open_folder, write_atomically, writer_id
 
 ROOT = str(Path(__file__).parents[2])
 
@@ -98,6 +98,53 @@ def test_write_atomically_needs_no_pyarrow_or_boto3(tmp_path):
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": ROOT})
     assert (tmp_path / "a").read_text() == "x"
+
+
+def test_a_held_folder_is_held_once(tmp_path):
+    with held(tmp_path / "a" / "b") as first, held(tmp_path / "a" / "b") as second:
+        assert first and not second
+        (tmp_path / "a" / "b" / "kept").touch()
+    with held(tmp_path / "a" / "b") as again:
+        assert again
+    with held(tmp_path / "empty"):
+        pass
+    assert (tmp_path / "a" / "b" / "kept").exists() and not (tmp_path / "empty").exists()
+
+
+def test_a_killed_holder_frees_the_folder(tmp_path):
+    code = (
+        "import os, signal, sys; from pathlib import Path; from preprocessing.storage import held\n"
+        "with held(Path(sys.argv[1])) as ours:\n"
+        "    print(ours, flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    command, environment = [sys.executable, "-c", code, str(tmp_path)], os.environ | {"PYTHONPATH": ROOT}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        assert process.stdout.readline() == b"True\n"
+        with held(tmp_path) as ours:
+            assert not ours
+        process.kill()
+        process.wait()
+        with held(tmp_path) as ours:
+            assert ours
+
+
+def test_holders_that_remove_the_folder_never_share_it(tmp_path):
+    """Each holder leaves an empty folder, which is removed while others open it."""
+    holders, most = [], []
+
+    def hold(number):
+        for _ in range(200):
+            with held(tmp_path / "a") as ours:
+                if ours:
+                    holders.append(number)
+                    most.append(len(holders))
+                    holders.remove(number)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(hold, range(4)))
+    assert set(most) == {1} and not (tmp_path / "a").exists()
 
 
 def test_readers_see_one_of_two_writers_whole(tmp_path):

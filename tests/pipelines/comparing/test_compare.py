@@ -18,6 +18,7 @@ from pipelines.comparing.tracking import EXPERIMENT, ROW_TAG
 from pipelines.comparing.verb import Options, compare
 from pipelines.config import ConfigError
 from pipelines.loader import ShardsError
+from preprocessing.storage import held
 from sdan import metrics
 from sdan.perceptual import features
 from sdan.perceptual.weights import PerceptualError
@@ -197,6 +198,11 @@ def test_another_command_in_the_same_folder_is_refused(tiny_shards, data, traine
     ):
         with pytest.raises(CompareError, match=f"-o .*out, {said}.*choose another -o"):
             compared(tiny_shards, data, tmp_path / "out", rows=("bicubic-camera",), **options)
+
+
+def test_a_folder_in_use_is_refused(tiny_shards, data, trainer, tmp_path):
+    with held(tmp_path / "out"), pytest.raises(CompareError, match=r"out: expected a folder in which no other command"):
+        compared(tiny_shards, data, tmp_path / "out", rows=("bicubic-camera",))
 
 
 def test_bad_requests_write_nothing(tiny_shards, data, trainer, tmp_path):

@@ -150,7 +150,8 @@ def test_a_name_that_is_too_long_is_set_aside(folder, tmp_path):
 def test_a_damaged_options_file_is_one_line(folder, tmp_path):
     out = tmp_path / "out"
     planned(out, folder)
-    for text, message in (("{", "got a damaged file"), (json.dumps({"version": 9}), "got a newer one; upgrade sdan")):
+    damaged = [(text, "got a damaged file") for text in ("{", "[" * 10**6, "[]", '{"version": "a"}')]
+    for text, message in (*damaged, (json.dumps({"version": 9}), "got a newer one; upgrade sdan")):
         (out / OPTIONS).write_text(text)
         with pytest.raises(ZoomError, match=message):
             planned(out, folder)

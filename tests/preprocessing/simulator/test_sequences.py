@@ -15,6 +15,7 @@ from preprocessing.raw import dng
 from preprocessing.simulator import sequences, truth_files
 from preprocessing.simulator.optics import FOCALS_MM
 from preprocessing.simulator.sequences import SimulateError, frame_size, simulate
+from preprocessing.storage import held
 from preprocessing.truth.reader import load_truth
 
 WIDTH = 384
@@ -158,6 +159,12 @@ def test_a_folder_without_readable_photographs_is_an_error(tmp_path: Path) -> No
     (tmp_path / "photos" / "bad.jpg").write_bytes(b"nothing")
     with pytest.raises(SimulateError, match="got 1 unreadable ones"):
         simulate(tmp_path / "out", scenes=tmp_path / "photos")
+
+
+def test_a_folder_in_use_is_an_error(tmp_path: Path) -> None:
+    """Else the second command would remove the sequence that the first one is writing."""
+    with held(tmp_path), pytest.raises(SimulateError, match="expected a folder in which no other command works"):
+        simulate(tmp_path, sequences=1, width_px=192)
 
 
 def test_an_output_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
