@@ -43,6 +43,8 @@ REPEAT_TAG = "sdan.repeat"
 OF_TAG = "sdan.repeat_of"
 NOTE_TAG = "mlflow.note.content"
 """MLflow shows this tag as the run's description."""
+NOTHING_LEFT = "sdan_nothing_left"
+"""In the last result that Ray Tune gets of a trial: its train function has returned."""
 SECONDS = "trial_seconds"
 PATIENCE_S = 300.0
 """How long a sweep waits for an MLflow that does not answer."""
