@@ -1,14 +1,16 @@
 """What a sweep costs besides its trainings: `python benchmarks/sweep_costs.py --out DIR PART`.
 
-by-hand    8 settings trained by 8 `sdan train`, half before and half after the same 8 in one `sdan tune` (a grid, no
-           trial stopped early), with trials of --epochs. "Start" is the time to the first point in MLflow, the scores
-           before the first step. Processor seconds are those of the command and of all processes below it.
+short      8 settings trained by 8 `sdan train`, half before and half after the same 8 in one `sdan tune` (a grid, no
+           trial stopped early). --settings takes the first of them only. "Start" is the time to the first point in
+           MLflow, the scores before the first step. Processor seconds are those of the command and of all processes
+           below it.
+long       the same with longer trainings.
 finished   a finished sweep of --trials stand-in trials, each of which has in MLflow and in the sweep's folder what a
            trial of `sdan tune` has. Two run through Ray Tune; the others are copies with other settings and scores, in
            MLflow's database, in Ray Tune's state, in Optuna's study and in the folder. The sweep is resumed with one
            trial more: how long until that starts, and how long from its end to the end of the command.
 
-Without PART both are run and written to benchmarks/RESULTS.md.
+Without PART all are run and written to benchmarks/RESULTS.md.
 """
 
 import argparse
@@ -72,7 +74,7 @@ class Spent:
 
 
 class Processor:
-    """Processor seconds of this process's child and of all processes below it, looked up twice a second."""
+    """Processor seconds of a process and of all processes below it, looked up twice a second."""
 
     def __init__(self, pid: int) -> None:
         self.root, self.seconds = psutil.Process(pid), dict[tuple[int, float], float]()
@@ -151,12 +153,14 @@ def by_hand(shards: str, data: Path, config: list[str], chosen: list[dict[str, A
     return Spent(starts, wall, cpu)
 
 
-def in_a_sweep(shards: str, data: Path, config: list[str], epochs: int) -> Spent:
+def in_a_sweep(shards: str, data: Path, config: list[str], epochs: int, chosen: list[dict[str, Any]]) -> Spent:
     """The settings by one `sdan tune`."""
     space = data / "grid.py"
     lines = [f"    {name!r}: choice({list(values)!r})," for name, values in GRID.items()]
-    space.write_text("\n".join(["from tuning.space import choice", "", "SPACE = {", *lines, "}", ""]))
-    many = len(settings())
+    constraint = ["def CONSTRAINT(values):", f"    return None if dict(values) in {chosen!r} else 'another day'"]
+    text = ["from tuning.space import choice", "", "SPACE = {", *lines, "}", "", "", *constraint, ""]
+    space.write_text("\n".join(text))
+    many = len(chosen)
     began, wall, cpu = run(
         ["tune", shards, *config, "--space", str(space), "--search", "grid", "--trials", str(many), "--grace",
          str(epochs)],
@@ -169,7 +173,7 @@ def in_a_sweep(shards: str, data: Path, config: list[str], epochs: int) -> Spent
     return Spent(sum(first - end for (first, _), end in zip(found, ends, strict=False)), wall, cpu)
 
 
-def hand_rows(out: Path, name: str, epochs: int, crops: int) -> Iterator[str]:
+def hand_rows(out: Path, name: str, chosen: list[dict[str, Any]], epochs: int, crops: int) -> Iterator[str]:
     """The table of `by-hand` for one length of training."""
     options = PreprocessOptions(scale=4, align="ecc", tile_px=32, stride_px=16)
     shards = make_shards("default", out, SEQUENCES, options=options, width_px=768)
@@ -178,12 +182,12 @@ def hand_rows(out: Path, name: str, epochs: int, crops: int) -> Iterator[str]:
     config = ["--config", "demo", *(text for key, value in values.items() for text in ("--set", f"{key}={value}"))]
     data = out / f"{name}-{time.strftime('%H%M%S')}"
     data.mkdir(parents=True)
-    half = len(settings()) // 2
-    first = by_hand(shards, data, config, settings()[:half])
-    sweep = in_a_sweep(shards, data, config, epochs)
-    last = by_hand(shards, data, config, settings()[half:])
+    half = len(chosen) // 2
+    first = by_hand(shards, data, config, chosen[:half])
+    sweep = in_a_sweep(shards, data, config, epochs, chosen)
+    last = by_hand(shards, data, config, chosen[half:])
     hand = Spent(first.start_s + last.start_s, first.wall_s + last.wall_s, first.cpu_s + last.cpu_s)
-    yield "| 8 trainings | starts, s | rest, s | whole, s | processor s |"
+    yield f"| {len(chosen)} trainings | starts, s | rest, s | whole, s | processor s |"
     yield "|---|---|---|---|---|"
     for text, each in (("by hand", hand), ("in a sweep", sweep)):
         rest = each.wall_s - each.start_s
@@ -332,13 +336,14 @@ def finished_rows(out: Path, many: int) -> Iterator[str]:
     os.environ["SDAN_STAND_IN_URI"] = uri = registry.default_tracking_uri(out)
     registry.prepare_database(uri)
     cluster.start_ray(resources={SLOT: 1.0})
-    if not (folder / RECORD).exists():
-        sweep_of_stand_ins(2, resume=False)
+    if not (out / "copied").exists():
+        sweep_of_stand_ins(2, resume=(folder / RECORD).exists())
         trial_id, *others = sorted(path.stem for path in (folder / TILES).glob("*.json"))
         copies = draw_copies(many - 1 - len(others))
         copy_runs(database, trial_id, copies)
         copy_state(folder, trial_id, copies)
         copy_files(folder, trial_id, copies)
+        (out / "copied").touch()
     began, spent = time.time(), time.process_time()
     sweep_of_stand_ins(many + 1, resume=True)
     ended, spent = time.time(), time.process_time() - spent
@@ -351,29 +356,27 @@ def finished_rows(out: Path, many: int) -> Iterator[str]:
 def main() -> int:
     """Measure, print, and write the section; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=("by-hand", "finished"), help="only this; nothing is written")
+    parser.add_argument("part", nargs="?", choices=("short", "long", "finished"), help="only this; nothing is written")
     parser.add_argument("--out", type=Path, required=True, help="for shards, runs and sweeps")
     parser.add_argument("--epochs", type=int, nargs=2, default=(2, 40), help="of the short and of the long trainings")
     parser.add_argument("--crops", type=int, nargs=2, default=(8, 160), help="in an epoch")
+    parser.add_argument("--settings", type=int, default=8, help="of the trainings by hand and in a sweep")
     parser.add_argument("--trials", type=int, default=1000, help="finished stand-in trials")
     chosen = parser.parse_args()
     out = chosen.out.resolve()
+    some = settings()[: chosen.settings]
     short, long = zip(chosen.epochs, chosen.crops, strict=True)
     tables: Tables = {
         "finished": (
             f"A sweep of {chosen.trials} finished trials",
             lambda: finished_rows(out / "large", chosen.trials),
         ),
-        "short": ("Short trainings by hand and in a sweep", lambda: hand_rows(out, "short", *short)),
-        "long": ("Longer trainings by hand and in a sweep", lambda: hand_rows(out, "long", *long)),
+        "short": ("Short trainings by hand and in a sweep", lambda: hand_rows(out, "short", some, *short)),
+        "long": ("Longer trainings by hand and in a sweep", lambda: hand_rows(out, "long", some, *long)),
     }
-    wanted = {"by-hand": ("short", "long"), "finished": ("finished",), None: tuple(tables)}[chosen.part]
     command = " ".join(["python benchmarks/sweep_costs.py", *sys.argv[1:]])
     origin = provenance(command, ("../sdan", "../pipelines", "../tuning"))
-    for name in wanted if chosen.part else ():
-        print(*tables[name][1](), sep="\n", flush=True)
-    if not chosen.part:
-        publish("sweep-costs", origin, tables, None)
+    publish("sweep-costs", origin + "; beside other work", tables, chosen.part)
     return 0
 
 
