@@ -378,9 +378,10 @@ def read_trials(run: SweepRun, client: MlflowClient | None = None) -> list[Trial
         page = client.search_runs([run.experiment_id], filter_string=query, page_token=page.token)
     sign = -1.0 if run.mode == "max" else 1.0
     rows.sort(key=lambda row: (math.inf if row.score is None else sign * row.score, row.trial_id))
-    best = [row if row.history else replace(row, history=_history(client, run, row.run_id))
-            for row in rows[:MOST_HISTORIES]]  # fmt: skip
-    return best + rows[MOST_HISTORIES:]
+    for number, row in enumerate(rows[:MOST_HISTORIES]):
+        if row.score is not None and not row.history:
+            rows[number] = replace(row, history=_history(client, run, row.run_id))
+    return rows
 
 
 def best_trial(trials: Sequence[TrialRow]) -> TrialRow | None:
