@@ -7,6 +7,7 @@ progress is counted in crops, not in steps.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import re
@@ -27,6 +28,7 @@ from ray.train import UserCallback
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import RayTrainCallback
+from ray.train.v2._internal.execution.controller.controller import TrainController
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
@@ -86,13 +88,21 @@ MAX_START_FAILURES = 60
 
 
 class _Trainer(TorchTrainer):
-    """Ray's trainer without a handler and two actors that a run of SDAN does not need.
+    """Ray's trainer without a handler and actors that a run of SDAN does not need.
 
     Ray's handler of Ctrl-C aborts the run for up to 14 seconds and then exits, which hides the interrupt from its
     caller; the last checkpoint is safe without that. SDAN reads its crops itself, so no actor has to split datasets. A
     Ray that ends with this process needs no actor that frees the workers' resources when the driver is killed; on a
-    cluster that actor stays. Each of the two is a process that loads Ray Train for seconds while the workers wait.
+    cluster that actor stays. A trial of a sweep is an actor itself, in which the controller can run. Each actor less is
+    a process less that loads Ray Train for seconds while the workers wait.
     """
+
+    def _initialize_and_run_controller(self, **options: Any) -> ray.train.Result:
+        if ray.get_runtime_context().get_actor_id() is None:
+            return super()._initialize_and_run_controller(**options)
+        controller = TrainController(**options)
+        asyncio.run(controller.run())
+        return controller.get_result()
 
     def _register_sigint_handler(self, controller: Any) -> None:
         pass

@@ -18,13 +18,15 @@ from optuna import distributions, samplers
 from optuna import logging as optuna_logging
 from optuna.trial import TrialState
 from ray import tune
+from ray.tune import tune as tune_run
+from ray.tune.execution.tune_controller import TuneController
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher, SearchGenerator
 from ray.tune.search.optuna import OptunaSearch
 
 from tuning.folder import REFUSED, Refused, read_limits, setting_key, write_json
 from tuning.space import Choice, Constraint, Distribution, Space, SweepError, Uniform, Value, combinations
-from tuning.tracking import REPEAT, EndOfTrial, SweepRun, TimeIsUpError, repeat_config
+from tuning.tracking import NOTHING_LEFT, REPEAT, EndOfTrial, SweepRun, TimeIsUpError, repeat_config
 
 SLOT = "trial_slot"
 """The Ray resource that limits how many trials run at once."""
@@ -111,7 +113,7 @@ def repeat(
         tuner = tune.Tuner(
             tune.with_resources(trial, {SLOT: 1}),
             param_space={REPEAT: tune.grid_search([repeat_config(*each) for each in missing])},
-            tune_config=tune.TuneConfig(max_concurrent_trials=max_concurrent),
+            tune_config=tune.TuneConfig(max_concurrent_trials=max_concurrent, reuse_actors=True),
             run_config=tune.RunConfig(
                 name=f"repeats-{int(time.time())}",  # what is missing is known from MLflow, so nothing is restored
                 storage_path=str(folder),
@@ -152,11 +154,22 @@ def _new_tuner(
             num_samples=1,  # Trials decides
             search_alg=Trials(Proposals(space, run, plan, folder, constraint), folder),
             scheduler=asha,
+            reuse_actors=True,
         ),
         run_config=tune.RunConfig(
             name=folder.name, storage_path=str(folder.parent), callbacks=[EndOfTrial(run, folder)], verbose=0
         ),
     )
+
+
+class _Controller(TuneController):
+    """Ray Tune's loop, which keeps the processes of trials for the next ones if their train functions have returned.
+
+    In the process of a trial that ASHA has stopped the training goes on until the process ends.
+    """
+
+    def _maybe_cache_trial_actor(self, trial: Any) -> bool:
+        return NOTHING_LEFT in trial.last_result and super()._maybe_cache_trial_actor(trial)
 
 
 class Trials(SearchGenerator):
@@ -301,18 +314,22 @@ def _tune_settings() -> Iterator[None]:
 
     Tune saves its state every second (default: 10 seconds or more), because a kill loses everything since the last
     save. Its progress tables are off, and so is its handler of Ctrl-C, which would hide the interrupt from the caller.
+    It writes no files of results, which MLflow has: at the end it would read all of them. Its loop is _Controller.
     """
     settings = {
         "TUNE_GLOBAL_CHECKPOINT_S": "1",
         "RAY_AIR_NEW_OUTPUT": "0",
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # further objectives may come with the last report only
     }
     missing = {key: value for key, value in settings.items() if key not in os.environ}
     os.environ.update(missing)
+    loop, tune_run.TuneController = tune_run.TuneController, _Controller
     try:
         yield
     finally:
+        tune_run.TuneController = loop
         for key in missing:
             del os.environ[key]
 

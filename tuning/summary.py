@@ -13,14 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tuning.space import Value
-from tuning.tracking import TrialRow, best_trial
+from tuning.tracking import MOST_HISTORIES, TrialRow, best_trial
 
 _COLOURS = {"finished": "#4a7fc1", "stopped": "#d98a3d"}
 _OTHER = "#8a8f98"
 _INK = "#7d8187"
 """Readable on white and on black: a picture does not follow the page's colour scheme."""
-_MOST_CURVES = 100
-"""Learning curves of the best trials; more could not be told apart."""
 _FEW = 6
 """An axis of at most this many values shows each of them."""
 _SIZE = (4.6, 3.3)
@@ -64,7 +62,7 @@ def plot_epochs(trials: Sequence[TrialRow], *, metric: str) -> Figure:
         figure = Figure(figsize=(5.4, 3.3), layout="constrained")
         axes = figure.add_subplot()
         best = best_trial(trials)
-        for row in reversed(trials[:_MOST_CURVES]):  # the best ones on top
+        for row in reversed(trials[:MOST_HISTORIES]):  # the best ones on top
             if row.history:
                 epochs, values = zip(*row.history, strict=True)
                 width, shade = (2.5, 1.0) if row is best else (1.0, 0.7)

@@ -339,13 +339,12 @@ def _ended_trials(run: SweepRun, folder: Path, options: SweepOptions, *, in_time
             f"sweep {run.name!r}: expected a finished trial within {duration(options.time_budget_s or 0)}, got none "
             f"(epoch {reached} of {run.max_epochs}); resume it with a larger --time-budget"
         )
-    running = [row for row in trials if row.status == "running"]
-    for row in running:
-        if in_time:  # Tune was killed before it saved this trial, and has started another
-            close_child(run.client(), row.run_id, "abandoned", "its record was lost when the sweep was killed")
-        else:
-            close_child(run.client(), row.run_id, "interrupted")
-    return read_trials(run) if running else trials
+    # In time: Tune was killed before it saved a trial, and has started another in its place.
+    status, reason = ("abandoned", "its record was lost when the sweep was killed") if in_time else ("interrupted", "")
+    for row in trials:
+        if row.status == "running":
+            close_child(run.client(), row.run_id, status, reason)
+    return [replace(row, status=status, reason=reason) if row.status == "running" else row for row in trials]
 
 
 def judge_trials(trials: list[TrialRow], folder: Path, run: SweepRun, default: Mapping[str, Value] | None) -> Verdict:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
 from mlflow import MlflowClient
-from mlflow.entities import Run
+from mlflow.entities import Metric, Run, RunTag
 from mlflow.exceptions import MlflowException
 from ray import tune
 
@@ -39,14 +39,20 @@ OVERRIDES_TAG = "sdan.overrides"
 STATUS_TAG = "sdan.status"
 REASON_TAG = "sdan.reason"
 BEST_TAG = "sdan.best"
+EPOCHS_TAG = "sdan.epochs"
+"""The last epoch of a trial that has ended."""
 REPEAT_TAG = "sdan.repeat"
 OF_TAG = "sdan.repeat_of"
 NOTE_TAG = "mlflow.note.content"
 """MLflow shows this tag as the run's description."""
+NOTHING_LEFT = "sdan_nothing_left"
+"""In the last result that Ray Tune gets of a trial: its train function has returned."""
 SECONDS = "trial_seconds"
 PATIENCE_S = 300.0
 """How long a sweep waits for an MLflow that does not answer."""
 RETRY_S = 3.0
+MOST_HISTORIES = 100
+"""Trials whose learning curves are read, the best ones: MLflow takes a request for each."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,7 @@ class TrialRow:
     """The best value of the sweep's metric over the trial's epochs."""
     epochs: int
     history: tuple[tuple[int, float], ...]
-    """(epoch, metric) in order."""
+    """(epoch, metric) in order; empty for trials that have ended and are not among the best MOST_HISTORIES."""
     reason: str
     """Why the trial failed, one line; empty if it did not."""
     repeat: int = 0
@@ -215,10 +221,12 @@ def log_metrics(client: MlflowClient, run_id: str, metrics: Mapping[str, float],
 
 
 def log_best(client: MlflowClient, run: SweepRun, run_id: str) -> None:
-    """Write a trial's score, that of its best epoch, as a metric to sort runs by."""
-    score = _score(run, _history(client, run, run_id))
+    """Write a trial's score, that of its best epoch, as a metric to sort runs by, and its last epoch."""
+    history = _history(client, run, run_id)
+    score = _score(run, history)
     if score is not None:
-        client.log_metric(run_id, best_name(run), score)
+        metric = Metric(best_name(run), score, int(time.time() * 1000), 0)
+        client.log_batch(run_id, metrics=[metric], tags=[RunTag(EPOCHS_TAG, str(history[-1][0]))])
 
 
 def best_name(run: SweepRun) -> str:
@@ -364,12 +372,16 @@ def read_trials(run: SweepRun, client: MlflowClient | None = None) -> list[Trial
     rows: list[TrialRow] = []
     page = client.search_runs([run.experiment_id], filter_string=query)
     while True:
-        rows.extend(_row(client, run, child) for child in page)
+        rows.extend(_ended_row(run, child) or _row(client, run, child) for child in page)
         if not page.token:
             break
         page = client.search_runs([run.experiment_id], filter_string=query, page_token=page.token)
     sign = -1.0 if run.mode == "max" else 1.0
-    return sorted(rows, key=lambda row: (math.inf if row.score is None else sign * row.score, row.trial_id))
+    rows.sort(key=lambda row: (math.inf if row.score is None else sign * row.score, row.trial_id))
+    for number, row in enumerate(rows[:MOST_HISTORIES]):
+        if row.score is not None and not row.history:
+            rows[number] = replace(row, history=_history(client, run, row.run_id))
+    return rows
 
 
 def best_trial(trials: Sequence[TrialRow]) -> TrialRow | None:
@@ -379,17 +391,30 @@ def best_trial(trials: Sequence[TrialRow]) -> TrialRow | None:
     return next((row for row in ended if row.score is not None), None)
 
 
+def _ended_row(run: SweepRun, child: Run) -> TrialRow | None:
+    """The row of a trial that has ended with a score, without its history, from what `log_best` wrote."""
+    tags, score = child.data.tags, child.data.metrics.get(best_name(run))
+    if tags.get(STATUS_TAG) not in ("finished", "stopped") or EPOCHS_TAG not in tags or score is None:
+        return None  # or a trial of an older version
+    return _as_row(run, child, (), score, int(tags[EPOCHS_TAG]))
+
+
 def _row(client: MlflowClient, run: SweepRun, child: Run) -> TrialRow:
-    run_id = child.info.run_id
-    history = _history(client, run, run_id)
+    history = _history(client, run, child.info.run_id)
+    return _as_row(run, child, history, _score(run, history), history[-1][0] if history else 0)
+
+
+def _as_row(
+    run: SweepRun, child: Run, history: tuple[tuple[int, float], ...], score: float | None, epochs: int
+) -> TrialRow:
     tags = child.data.tags
     return TrialRow(
         trial_id=tags[TRIAL_TAG],
-        run_id=run_id,
+        run_id=child.info.run_id,
         overrides=json.loads(tags[OVERRIDES_TAG]),
         status=tags.get(STATUS_TAG, "running"),
-        score=_score(run, history),
-        epochs=history[-1][0] if history else 0,
+        score=score,
+        epochs=epochs,
         history=history,
         reason=tags.get(REASON_TAG, ""),
         repeat=int(tags.get(REPEAT_TAG, "0")),

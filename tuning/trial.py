@@ -14,6 +14,7 @@ from ray.util.queue import Queue
 
 from tuning.space import SweepError, Value
 from tuning.tracking import (
+    NOTHING_LEFT,
     SECONDS,
     STATUS_TAG,
     SweepRun,
@@ -28,6 +29,8 @@ from tuning.tracking import (
 TILES = "tiles"
 """Folder in the sweep's folder: one file per trial with the per-tile scores of its best epoch."""
 _MOST_BYTES = 64_000_000
+READY_S = 60
+"""How long the next trial in a process waits for the end of the one before, which takes far less than a second."""
 Deliver = Callable[[dict[str, float], dict[str, float] | None], None]
 
 
@@ -126,6 +129,7 @@ def make_trial(train: Train, run: SweepRun, working_folder: Path, folder: Path) 
     """
 
     def sdan_trial(config: dict[str, Any]) -> None:
+        os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(READY_S)
         key, overrides = identify(config, tune.get_context().get_trial_id())
         if working_folder.is_dir():
             os.chdir(working_folder)  # Tune changes the working folder, which breaks relative paths
@@ -239,9 +243,9 @@ class _Delivery:
         self._held = {"epoch": 1} | self._objectives(values)
 
     def finish(self) -> None:
-        """Report the last epoch, which was held back, to Tune."""
+        """Report the last epoch, which was held back, to Tune; nothing is left to do in this process."""
         if self._held is not None:
-            tune.report(self._held)
+            tune.report(self._held | {NOTHING_LEFT: True})
 
     def replay(self) -> None:
         """Report the result that is recorded in MLflow to Tune."""

@@ -40,10 +40,14 @@ _WAIT_S = 30.0
 
 
 class Reporter(UserCallback):
-    """Passes every validation of a trial to the sweep; runs in Ray Train's controller."""
+    """Passes every validation of a trial to the sweep; runs in Ray Train's controller, in the trial's process."""
 
     def __init__(self, report: Callable[..., None]) -> None:
         self.report = report
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Ray Train also sends it to the workers, which do not call it: without `report`, which needs a queue there."""
+        return UserCallback, ()
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         # The names under which the run's own log has them.
@@ -91,7 +95,8 @@ class TrialTrainer:
         return scores
 
     def _train(self, config: ExperimentConfig, report: Any) -> TrainResult:
-        """Train; if MLflow does not answer at the start or the end, wait and go on from the last checkpoint."""
+        """Train; if MLflow does not answer at the start, at the end or to a report, wait and go on from the last
+        checkpoint."""
         name = f"{self.sweep}-{report.trial_id}"
         for left in reversed(range(_PATIENCE)):
             try:
@@ -110,10 +115,11 @@ class TrialTrainer:
                     plan=self.plan,
                 )
             except (TrainError, RegistryError, MlflowException) as error:
-                silent = isinstance(error, RegistryError | MlflowException) or isinstance(
-                    error.__cause__, RegistryError | MlflowException
-                )
-                if not silent or not left:
+                reporting = getattr(error.__cause__, "controller_failure", None)
+                silent = [
+                    isinstance(each, RegistryError | MlflowException) for each in (error, error.__cause__, reporting)
+                ]
+                if not any(silent) or not left:
                     raise
                 time.sleep(_WAIT_S)
         raise AssertionError("unreachable")

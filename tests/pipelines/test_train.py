@@ -4,15 +4,18 @@ import json
 import os
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import ray
 import torch
+from ray.train.v2.torch.torch_trainer import TorchTrainer
 from safetensors.torch import save_file
 
 from pipelines import cluster
 from pipelines import config as configs
 from pipelines.retrain import fine_tuning
-from pipelines.train import TrainError, choose, kept, train, with_network_of
+from pipelines.train import TrainError, _Trainer, choose, kept, train, with_network_of
 from pipelines.training import run_folder
 from pipelines.training.run_folder import RunFolderError, StoredRun
 from preprocessing.storage import held
@@ -213,3 +216,18 @@ def test_what_is_kept_is_of_this_command(tmp_path):
     (tmp_path / "runs" / "b" / run_folder.PROGRESS).write_text('{"epoch": 3, "epochs": 8}\n')
     expected = "run b has its checkpoint of epoch 3 of 8; add --resume --name b to go on"
     assert kept(tmp_path, None, 1001.0) == expected
+
+
+@pytest.mark.parametrize(("actor", "ran_by"), [(None, "an actor of its own"), ("a1", "this process")])
+def test_a_trial_needs_no_second_process_to_control_its_run(monkeypatch, actor, ran_by):
+    class Controller:
+        async def run(self):
+            self.ran_by = "this process"
+
+        def get_result(self):
+            return self.ran_by
+
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_actor_id=lambda: actor))
+    monkeypatch.setattr("pipelines.train.TrainController", Controller)
+    monkeypatch.setattr(TorchTrainer, "_initialize_and_run_controller", lambda self, **rest: "an actor of its own")
+    assert object.__new__(_Trainer)._initialize_and_run_controller() == ran_by

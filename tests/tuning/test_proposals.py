@@ -1,14 +1,18 @@
 """Which settings a search proposes: constraints, grids, finite spaces. Ray is not started."""
 
+from types import SimpleNamespace
+
 import pytest
 from ray import cloudpickle
+from ray.tune import tune as tune_run
+from ray.tune.execution.tune_controller import TuneController
 from ray.tune.search import Searcher
 
 from tuning.folder import LIMITS, Limits, read_refused, setting_key, write_json
-from tuning.search import Proposals, SearchPlan, Trials
+from tuning.search import Proposals, SearchPlan, Trials, _tune_settings
 from tuning.space import SweepError, choice, uniform
 from tuning.sweep import SweepOptions, check_search
-from tuning.tracking import SweepRun
+from tuning.tracking import NOTHING_LEFT, SweepRun
 
 GRID = {"kernel": choice([2, 4, 8]), "border": choice([0, 16])}
 
@@ -128,3 +132,13 @@ def test_a_finite_space_bounds_the_trials():
     assert check_search(GRID, odd, 5)[1] == 3
     with pytest.raises(SweepError, match="got rate: uniform"):
         check_search({"rate": uniform(0, 1)}, SweepOptions(method="grid"), 5)
+
+
+@pytest.mark.parametrize(("last_result", "kept"), [({"epoch": 3, NOTHING_LEFT: True}, True), ({"epoch": 1}, False)])
+def test_only_a_finished_trials_process_is_kept(monkeypatch, last_result, kept):
+    """A trial that ASHA has stopped still trains in its process."""
+    monkeypatch.setattr(TuneController, "_maybe_cache_trial_actor", lambda self, trial: True)
+    with _tune_settings():
+        loop = object.__new__(tune_run.TuneController)
+        assert loop._maybe_cache_trial_actor(SimpleNamespace(last_result=last_result)) is kept
+    assert tune_run.TuneController is TuneController

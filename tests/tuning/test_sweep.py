@@ -1,4 +1,5 @@
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -45,6 +46,8 @@ class Elsewhere:
 
 def train(overrides, report):
     kind, shift = overrides["kind"], overrides["model.shift"]
+    with Path("processes").open("a") as file:
+        file.write(f"{report.trial_id} {os.getpid()}\n")
     if kind == "raises":
         raise RuntimeError("packing kernel 4 does not divide 62\nsecond line")
     if kind == "dies":
@@ -144,6 +147,14 @@ def test_trials_continue_after_their_last_report(sweep):
         run = client.get_run(row.run_id)
         assert row.epochs == EPOCHS and run.data.tags["after_the_last_epoch"] == "reached"
         assert run.data.metrics["ssim"] == 0.8  # returned, not reported
+
+
+def test_a_finished_trials_process_runs_the_next_trial(sweep):
+    served = [line.split() for line in (sweep[2] / "processes").read_text().splitlines()]
+    finished = {row.trial_id: row.status == "finished" for row in sweep[0].trials}
+    kept = [finished[trial] for trial, _ in served[:-1]]
+    assert [first == second for (_, first), (_, second) in itertools.pairwise(served)] == kept
+    assert True in kept and False in kept
 
 
 def test_asha_stops_weak_trials_and_they_are_marked(sweep):

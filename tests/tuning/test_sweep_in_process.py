@@ -2,6 +2,7 @@
 
 import json
 from contextlib import suppress
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -154,6 +155,17 @@ def test_a_resume_writes_to_no_trial_that_has_ended(sweep, monkeypatch):
     monkeypatch.setattr(MlflowClient, "get_metric_history", counted := Counted(MlflowClient.get_metric_history))
     again = sweep(known, KERNELS, method="grid", resume=True)
     assert again == result and calls == [] and counted.calls == len(result.trials)
+
+
+def test_only_the_best_trials_histories_are_read(sweep, monkeypatch):
+    """Of a large sweep; score and last epoch of the others come with the list of runs."""
+    whole = sweep(known, KERNELS, method="grid")
+    monkeypatch.setattr("tuning.tracking.MOST_HISTORIES", 2)
+    monkeypatch.setattr(MlflowClient, "get_metric_history", counted := Counted(MlflowClient.get_metric_history))
+    part = sweep(known, KERNELS, method="grid", resume=True)
+    assert [len(row.history) for row in part.trials] == [2, 2, 0, 0, 0]
+    assert [replace(row, history=()) for row in part.trials] == [replace(row, history=()) for row in whole.trials]
+    assert counted.calls == 3  # of the best two, and of the failed one, which has no score
 
 
 def test_equal_trials_are_not_told_apart(sweep):

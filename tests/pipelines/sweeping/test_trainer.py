@@ -1,19 +1,22 @@
 """What a trial measures besides its training, without Ray: crops, cost, per-crop scores of a checkpoint."""
 
 import json
+import pickle
 from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
+from mlflow.exceptions import MlflowException
 from PIL import Image
+from ray.train import ControllerError, UserCallback
 
 from pipelines import cluster
 from pipelines import config as configs
 from pipelines.loader import index_split
 from pipelines.registry import RegistryError
 from pipelines.scoring.held_out import held_out
-from pipelines.sweeping.trainer import TrialTrainer, cost, register_winner, save_crops, tiles_of
+from pipelines.sweeping.trainer import Reporter, TrialTrainer, cost, register_winner, save_crops, tiles_of
 from pipelines.train import TrainError
 from pipelines.training.progress import SELECT_BY
 from pipelines.training.run_folder import HELD_OUT
@@ -52,6 +55,12 @@ def test_per_crop_scores_come_from_the_checkpoint(tmp_path):
     assert tiles_of(None) is None and tiles_of(Saved()) is None
     (tmp_path / HELD_OUT).write_text(json.dumps({"00001/a@0,0": 21.5}))
     assert tiles_of(Saved()) == {"00001/a@0,0": 21.5}
+
+
+def test_train_workers_get_no_report():
+    """Ray Train sends them its callbacks; a report would start a process there that nobody uses."""
+    unpicklable = Reporter(lambda metrics, tiles: None)
+    assert type(pickle.loads(pickle.dumps(unpicklable))) is UserCallback
 
 
 def test_a_stopped_winner_cannot_be_registered(tmp_path):
@@ -98,8 +107,10 @@ def test_a_trial_waits_for_mlflow_and_goes_on(tmp_path, monkeypatch):
 
     def stand_in(shards, config, **options):
         calls.append(options["resume"])
-        if len(calls) < 3:
+        if len(calls) == 1:
             raise TrainError("run s-t1: expected to register") from RegistryError("no answer")
+        if len(calls) == 2:  # of a report
+            raise TrainError("run s-t1: expected to finish") from ControllerError(MlflowException("no answer"))
         return "result"
 
     monkeypatch.setattr("pipelines.sweeping.trainer.train", stand_in)
