@@ -129,10 +129,12 @@ def score_crops(model: Network, held: HeldOut, *, perceptual: bool) -> Scored:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plan = compute_plan(device)
     model = model.to(device).to(memory_format=plan.memory_format)
-    scores = score_model(model, held, plan, perceptual=perceptual)
-    sources = {"camera": score_bicubic(model, held, device, "camera", perceptual=perceptual)}
-    if "lr_render" in held.batch:
-        sources["rendering"] = score_bicubic(model, held, device, "rendering", perceptual=perceptual)
+    scores = score_model(model, held, plan, perceptual=perceptual, by_plane=True)
+    sources = {
+        source: score_bicubic(model, held, device, source, perceptual=perceptual, by_plane=True)
+        for source, column in (("camera", "lr_rgb"), ("rendering", "lr_render"))
+        if column in held.batch
+    }
     for protocol in PROTOCOLS:
         start = f"{protocol}_"
         sources[protocol] = {
