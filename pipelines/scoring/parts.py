@@ -33,7 +33,7 @@ from sdan.ops.precision import compute_plan
 
 PART = 4 * BATCH
 """Crops of a part."""
-SMALL = 128
+SMALL = 64
 """Crops below which a start of Ray on this machine does not pay."""
 CPUS = 2
 """CPUs of a worker without a GPU: registration and reading keep one busy."""
