@@ -401,7 +401,7 @@ def in_rendering_look(
 
 def cut_crop(row: dict[str, Any], plan: augment.CropPlan, crop_px: int, scale: int) -> dict[str, np.ndarray]:
     """Cut one window from a decoded row and normalise its RAW, if it has one; truth columns are cut the same way."""
-    names = ("lr_raw", *IMAGES, "true_rgb", "true_flow")
+    names = ("lr_raw", *IMAGES, "true_rgb", "true_flow", "true_near")
     sample = {name: torch.from_numpy(row[name].copy()) for name in names if row.get(name) is not None}
     if "lr_raw" in sample:
         sample["lr_raw"] = raw_input.normalise(

@@ -193,18 +193,21 @@ def _true_columns(
     truth: Truth | None, job: PairJob, tile: Mapping[str, Any], options: PreprocessOptions
 ) -> dict[str, NDArray[Any] | None]:
     if truth is None:
-        return {"true_rgb": None, "true_flow": None}
+        return {"true_rgb": None, "true_flow": None, "true_near": None}
     side = 2 * options.tile_px
     rect = (tile["origin_row"] + 2 * tile["row"], tile["origin_col"] + 2 * tile["col"], side, side)
     try:
         picture = truth.true_rgb(job.lr, rect, options.scale)
-        flow = truth.true_flow(job.lr, job.hr, rect, LensMap.from_numbers(tile["lr_to_hr_lens"]))
+        lr_to_hr = LensMap.from_numbers(tile["lr_to_hr_lens"])
+        flow = truth.true_flow(job.lr, job.hr, rect, lr_to_hr)
+        near = truth.true_near(job.lr, job.hr, rect, lr_to_hr)
     except (ValueError, OSError) as error:
         where = f"{job.folder}/{TRUTH_FOLDER}".lstrip("/")
         raise TileError(
             f"{where}: expected a simulated sequence's truth, got {one_line(error)}; simulate it again, or delete it"
         ) from error
-    return {"true_rgb": None if picture is None else picture.transpose(2, 0, 1), "true_flow": flow}
+    rgb = None if picture is None else picture.transpose(2, 0, 1)
+    return {"true_rgb": rgb, "true_flow": flow, "true_near": near}
 
 
 def _parquet(rows: Sequence[Mapping[str, Any]], info: ShardInfo) -> pa.Buffer:

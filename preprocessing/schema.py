@@ -32,9 +32,10 @@ ARRAYS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "hr_rgb": ("uint8", ("3", "2ts", "2ts")),
     "true_rgb": ("uint8", ("3", "2ts", "2ts")),
     "true_flow": ("float16", ("2", "t", "t")),
+    "true_near": ("uint8", ("2", "t", "t")),
 }
-"""Binary columns: dtype (little-endian) and shape. true_rgb and true_flow are null except for simulated pairs,
-lr_raw and lr_render for pairs of pictures without RAW."""
+"""Binary columns: dtype (little-endian) and shape. Those of the truth are null except for simulated pairs, lr_raw and
+lr_render for pairs of pictures without RAW."""
 
 RAW_ARRAYS = ("lr_raw", "lr_render")
 """Arrays that only pairs with RAW have."""
@@ -56,6 +57,11 @@ COLUMNS: Mapping[str, tuple[pa.DataType, str]] = {
         pa.binary(),
         "float16 [2, t, t] or null: simulated only, (dy, dx) in packed pixels:"
         " the content of hr_rgb at p is at p + flow(p) in lr_raw",
+    ),
+    "true_near": (
+        pa.binary(),
+        "uint8 [2, t, t] or null: simulated only, 1 where true_rgb (first) and hr_rgb (second) show the scene's near"
+        " plane, 0 where they show the far one",
     ),
     "lr_source": (pa.string(), "camera (lr_rgb is the camera's JPG) or rendering (no JPG: LibRaw's rendering)"),
     "hr_source": (pa.string(), "camera or rendering, the same for hr_rgb"),

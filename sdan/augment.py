@@ -74,8 +74,8 @@ def apply(sample: Mapping[str, Tensor], plan: CropPlan, crop_px: int, scale: int
 
     Args:
         sample: lr_raw [4,t,t] (R, G1, G2, B), lr_render and lr_rgb [3,2t,2t], hr_rgb and true_rgb [3,2ts,2ts],
-            true_flow [2,t,t] (dy, dx in packed pixels), black_level and wb [4]; any may be missing, and other names
-            are returned unchanged.
+            true_flow [2,t,t] (dy, dx in packed pixels), true_near [2,t,t], black_level and wb [4]; any may be missing,
+            and other names are returned unchanged.
         plan: the window.
         crop_px: side of the window, packed pixels.
         scale: the zoom s.
@@ -87,7 +87,7 @@ def apply(sample: Mapping[str, Tensor], plan: CropPlan, crop_px: int, scale: int
         ValueError: the window reaches outside a picture.
     """
     result = dict(sample)
-    for name in ("lr_raw", "lr_render", "lr_rgb", "hr_rgb", "true_rgb", "true_flow"):
+    for name in ("lr_raw", "lr_render", "lr_rgb", "hr_rgb", "true_rgb", "true_flow", "true_near"):
         if name in sample:
             _check(name, sample[name], plan, crop_px, scale)
     if "lr_raw" in sample:
@@ -98,6 +98,9 @@ def apply(sample: Mapping[str, Tensor], plan: CropPlan, crop_px: int, scale: int
             result[name] = _crop(sample[name], plan, 2 * crop_px, factor)
     if "true_flow" in sample:
         result["true_flow"] = _crop_flow(sample["true_flow"], plan, crop_px)
+    if "true_near" in sample:  # a flipped window starts half a packed pixel off the grid: the nearest pixel
+        rows, cols = (slice(start // 2, start // 2 + crop_px) for start in (plan.row, plan.col))
+        result["true_near"] = _flip(sample["true_near"][:, rows, cols], plan).contiguous()
     if plan.transpose:
         for name in ("black_level", "wb"):
             if name in sample:
@@ -135,7 +138,7 @@ def _crop_flow(flow: Tensor, plan: CropPlan, crop_px: int) -> Tensor:
 
 
 def _check(name: str, image: Tensor, plan: CropPlan, crop_px: int, scale: int) -> None:
-    factor = {"lr_raw": 1, "true_flow": 1, "lr_render": 2, "lr_rgb": 2}.get(name, 2 * scale)
+    factor = {"lr_raw": 1, "true_flow": 1, "true_near": 1, "lr_render": 2, "lr_rgb": 2}.get(name, 2 * scale)
     height, width = image.shape[-2] * 2 / factor, image.shape[-1] * 2 / factor
     if plan.row + 2 * crop_px > height or plan.col + 2 * crop_px > width:
         raise ValueError(

@@ -58,6 +58,8 @@ def tile_row(sequence: str, number: int, tile_px: int = TILE_PX) -> dict:
     high = scene(hash((int(sequence), number)) % 2**31, 2 * tile_px * SCALE)
     low = cv2.resize(high, (2 * tile_px, 2 * tile_px), interpolation=cv2.INTER_AREA)
     linear = (low.astype(np.float32) / 255) ** 2.2 * 15000 + 512
+    near = np.zeros((2, tile_px, tile_px), np.uint8)
+    near[:, :, : tile_px // 2] = number % 2  # the near plane hides half of every other tile
     planes = (linear[::2, ::2, 0], linear[::2, 1::2, 1], linear[1::2, ::2, 1], linear[1::2, 1::2, 2])
     chw = {name: np.ascontiguousarray(image.transpose(2, 0, 1)) for name, image in (("low", low), ("high", high))}
     return dict.fromkeys(schema.COLUMNS) | {
@@ -69,6 +71,7 @@ def tile_row(sequence: str, number: int, tile_px: int = TILE_PX) -> dict:
         "hr_rgb": chw["high"],
         "true_rgb": chw["high"],
         "true_flow": np.zeros((2, tile_px, tile_px), np.float16),
+        "true_near": near,
         "black_level": [512.0] * 4,
         "wb": [1.0] * 4,
         "wb_source": "camera",
@@ -110,7 +113,7 @@ def shards_without_truth(tiny_shards, tmp_path_factory):
     folder = tmp_path_factory.mktemp("real")
     for source in Path(tiny_shards).rglob("*.parquet"):
         table = pq.read_table(source)
-        for name in ("true_rgb", "true_flow"):
+        for name in ("true_rgb", "true_flow", "true_near"):
             place = table.schema.get_field_index(name)
             field = table.schema.field(place)
             table = table.set_column(place, field, pa.nulls(len(table), field.type))

@@ -98,7 +98,7 @@ class Scorer:
     def score_network(self, row: Row, trained: Trained) -> RowScores:
         """Score a trained row by both protocols (one, for a network that ignores the reference) and write its files."""
         model = trained.model.to(self.plan.device).to(memory_format=self.plan.memory_format)
-        found = score_model(model, self.held, self.plan, row.protocols, perceptual=True)
+        found = score_model(model, self.held, self.plan, row.protocols, perceptual=True, by_plane=True)
         per_protocol = {
             protocol: {
                 name.removeprefix(f"{protocol}_"): values
@@ -125,7 +125,7 @@ class Scorer:
     def _bicubic(self, source: str) -> PerCrop:
         # score_bicubic needs only a network's config.
         shape = SRResNet(_crops_config(1, self.scale).model)
-        return score_bicubic(shape, self.held, self.plan.device, source, perceptual=True)
+        return score_bicubic(shape, self.held, self.plan.device, source, perceptual=True, by_plane=True)
 
     def _save_outputs(self, row: Row, model: Network, config: SDANConfig) -> None:
         for number in self.shown:

@@ -28,8 +28,8 @@ class HeldOut:
     """Fixed crops of a held-out split, stacked."""
 
     batch: dict[str, Tensor]
-    """Columns of `CropStream.crop`, stacked: lr_raw and lr_render if the shards have RAW; true_rgb and true_flow if
-    every crop has them."""
+    """Columns of `CropStream.crop`, stacked: lr_raw and lr_render if the shards have RAW; true_rgb, true_flow and
+    true_near if every crop has them."""
     names: tuple[str, ...]
     """sequence/pair@row,col of each crop."""
     columns: tuple[dict[str, Any], ...]

@@ -33,7 +33,7 @@ from sdan.ops.precision import compute_plan
 
 PART = 4 * BATCH
 """Crops of a part."""
-SMALL = 128
+SMALL = 64
 """Crops below which a start of Ray on this machine does not pay."""
 CPUS = 2
 """CPUs of a worker without a GPU: registration and reading keep one busy."""
@@ -129,10 +129,12 @@ def score_crops(model: Network, held: HeldOut, *, perceptual: bool) -> Scored:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plan = compute_plan(device)
     model = model.to(device).to(memory_format=plan.memory_format)
-    scores = score_model(model, held, plan, perceptual=perceptual)
-    sources = {"camera": score_bicubic(model, held, device, "camera", perceptual=perceptual)}
-    if "lr_render" in held.batch:
-        sources["rendering"] = score_bicubic(model, held, device, "rendering", perceptual=perceptual)
+    scores = score_model(model, held, plan, perceptual=perceptual, by_plane=True)
+    sources = {
+        source: score_bicubic(model, held, device, source, perceptual=perceptual, by_plane=True)
+        for source, column in (("camera", "lr_rgb"), ("rendering", "lr_render"))
+        if column in held.batch
+    }
     for protocol in PROTOCOLS:
         start = f"{protocol}_"
         sources[protocol] = {

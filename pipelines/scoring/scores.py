@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate, max_pool2d
 
 from pipelines.loader import Inputs, model_inputs
 from pipelines.scoring.held_out import HeldOut
@@ -22,9 +23,16 @@ from sdan.resample import bicubic
 
 BORDER_PX = 8
 """Target pixels excluded from the scores along each side of a crop."""
+EDGE_PX = 2
+"""Packed pixels on each side of a boundary between the near and the far plane that count as a depth edge."""
+PLANES = ("far", "near", "edges")
+"""The parts of a simulated picture of which `<target>_psnr_<plane>` is the PSNR."""
 BATCH = 4
 PROTOCOLS = ("self", "oracle")
 TARGETS = ("raw", "aligned", "true")
+
+_VIEWS = {"true": 0, "raw": 1}
+"""Target -> the entry of true_near for its view."""
 
 PerCrop = dict[str, list[float]]
 """Metric name -> one value per crop; NaN if a crop has no such target."""
@@ -37,6 +45,7 @@ def score_model(
     protocols: Sequence[str] = PROTOCOLS,
     *,
     perceptual: bool = False,
+    by_plane: bool = False,
 ) -> PerCrop:
     """Score a model's outputs, and its offsets: their statistics, their alignment gain and, for simulated data, their
     end-point error.
@@ -48,6 +57,7 @@ def score_model(
         model: on the plan's device, in its layout.
         protocols: self (the reference is the input's rendering) and oracle (the reference is made from the target).
         perceptual: also compute the metrics of metrics.PERCEPTUAL whose weights are there.
+        by_plane: also PSNR by PLANES, where the crops have true_near.
 
     Returns:
         scores by name; those of offsets are in mosaic pixels, and of the oracle protocol also `alignment_gain`.
@@ -64,7 +74,7 @@ def score_model(
             if protocol == "self" and not model.offset_channels:
                 with plan.inference():
                     zoomed = deployed(model, inputs)
-            scores = score_images(zoomed, part, perceptual=perceptual)
+            scores = score_images(zoomed, part, perceptual=perceptual, by_plane=by_plane)
             scores |= metrics.offset_statistics(output.offset, output.mask, px_per_offset)
             if protocol == "oracle":
                 scores |= _offset_scores(output.offset.float(), part)
@@ -94,23 +104,30 @@ def _offset_scores(offset: Tensor, part: HeldOut) -> PerCrop:
 
 
 def score_bicubic(
-    model: Network, held: HeldOut, device: torch.device, source: str, *, perceptual: bool = False
+    model: Network,
+    held: HeldOut,
+    device: torch.device,
+    source: str,
+    *,
+    perceptual: bool = False,
+    by_plane: bool = False,
 ) -> PerCrop:
     """Score the bicubic enlargement of `source`: "camera" (the camera JPG) or "rendering" (LibRaw's)."""
     collected: PerCrop = {}
     for inputs, part in _batches(model, held, device):
         picture = inputs.camera if source == "camera" else part.batch["lr_render"].to(device).float() / 255
         enlarged = bicubic(picture, model.config.scale)
-        _extend(collected, score_images(enlarged, part, perceptual=perceptual))
+        _extend(collected, score_images(enlarged, part, perceptual=perceptual, by_plane=by_plane))
     return collected
 
 
-def score_images(images: Tensor, part: HeldOut, *, perceptual: bool = False) -> PerCrop:
+def score_images(images: Tensor, part: HeldOut, *, perceptual: bool = False, by_plane: bool = False) -> PerCrop:
     """PSNR, SSIM and, with `perceptual`, LPIPS and ST-LPIPS against every target that the crops have.
 
     Args:
         images: [N,3,sH,sW] in [0, 1] (clipped here); the metrics are computed on their device.
         perceptual: for whole pictures only, without mask and border.
+        by_plane: also PSNR by PLANES against raw and true, where the crops have true_near.
     """
     images = images.float().clamp(0, 1)
     scores: PerCrop = {}
@@ -120,6 +137,10 @@ def score_images(images: Tensor, part: HeldOut, *, perceptual: bool = False) -> 
             continue
         scores[f"{target}_psnr"] = metrics.psnr(images, wanted, mask=mask, border_px=BORDER_PX).tolist()
         scores[f"{target}_ssim"] = metrics.ssim(images, wanted, mask=mask, border_px=BORDER_PX).tolist()
+        if by_plane and target in _VIEWS and "true_near" in part.batch:
+            for plane, shown in plane_masks(part.batch["true_near"][:, _VIEWS[target]], images.shape[-1]).items():
+                values = metrics.psnr(images, wanted, mask=shown.to(images.device), border_px=BORDER_PX)
+                scores[f"{target}_psnr_{plane}"] = values.tolist()
         if perceptual and mask is None:
             for name, (metric, _) in metrics.PERCEPTUAL.items():
                 with compute_plan(images.device).tf32_flags():  # no TF32
@@ -127,6 +148,23 @@ def score_images(images: Tensor, part: HeldOut, *, perceptual: bool = False) -> 
                 if distance is not None:
                     scores[f"{target}_{name}"] = distance.tolist()
     return scores
+
+
+def plane_masks(near: Tensor, size: int) -> dict[str, Tensor]:
+    """Which pixels of a target show which of PLANES; one at least EDGE_PX from the other plane is far or near.
+
+    Args:
+        near: [N, t, t], 1 where a packed pixel shows the near plane.
+        size: side of the target, pixels.
+
+    Returns:
+        plane -> float [N, 1, size, size], 1 where a pixel counts.
+    """
+    shown = near[:, None].float()
+    side = 2 * EDGE_PX + 1
+    some, none = max_pool2d(shown, side, 1, EDGE_PX), max_pool2d(1 - shown, side, 1, EDGE_PX)
+    masks = {"far": 1 - some, "near": 1 - none, "edges": some * none}
+    return {plane: interpolate(mask, size=(size, size), mode="nearest") for plane, mask in masks.items()}
 
 
 def mean_scores(per_crop: PerCrop) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.scoring.scores import PerCrop
+from pipelines.scoring.scores import EDGE_PX, PLANES, PerCrop
 
 FILE = "tiles.parquet"
 GROUPS: Mapping[str, tuple[str, ...]] = {
@@ -40,7 +40,7 @@ def write_tiles(path: Path, rows: list[dict[str, Any]]) -> None:
 def group_tables(rows: list[dict[str, Any]], metric: str) -> str:
     """Markdown: for each entry of GROUPS the mean of `metric` per group and method, and the number of tiles.
 
-    Groups of one kind that has only one group are left out, but for pairs.
+    Groups of one kind that has only one group are left out, but for pairs. Simulated data also gets means by plane.
     """
     methods = list(dict.fromkeys(row["method"] for row in rows))
     parts = []
@@ -56,7 +56,24 @@ def group_tables(rows: list[dict[str, Any]], metric: str) -> str:
             means = " | ".join(_mean(values[method]) for method in methods)
             lines.append(f"| {name} | {len(values[methods[0]])} | {means} |")
         parts.append("\n".join(lines))
+    if planes := _plane_table(rows, metric, methods):
+        parts.append(planes)
     return f"Means of {metric}.\n\n" + "\n\n".join(parts) + "\n"
+
+
+def _plane_table(rows: list[dict[str, Any]], metric: str, methods: Sequence[str]) -> str:
+    """Markdown: the means of `metric` by PLANES, and the tiles that show each; "" for real data."""
+    lines = [f"| plane | tiles | {' | '.join(methods)} |", "|" + " --- |" * (len(methods) + 2)]
+    for plane in PLANES:
+        of_plane = [(row["method"], row.get(f"{metric}_{plane}")) for row in rows]
+        known = [(method, value) for method, value in of_plane if value is not None and not math.isnan(value)]
+        if known:
+            means = " | ".join(_mean([value for name, value in known if name == method]) for method in methods)
+            lines.append(f"| {plane} | {sum(name == methods[0] for name, _ in known)} | {means} |")
+    if len(lines) == 2:
+        return ""
+    lines.append(f"\nEdges: at most {EDGE_PX} packed pixels from a boundary between the near and the far plane.")
+    return "\n".join(lines)
 
 
 def _shown(value: Any) -> str:

@@ -88,9 +88,7 @@ class Truth:
         Returns float16 [2, h/2, w/2]: (dy, dx) in packed pixels (2 RAW pixels).
         """
         lr, hr = self.frames[lr_stem], self.frames[hr_stem]
-        top, left, height, width = rect
-        x, y = np.meshgrid(left + np.arange(width // 2) * 2 + 1.0, top + np.arange(height // 2) * 2 + 1.0)
-        at = np.stack([x, y], axis=-1)
+        at = _packed_centres(rect)
         to_hr = lr_to_hr or partial(apply, nominal_lr_to_hr(lr, hr))
         in_jpg = to_hr(at.reshape(-1, 2)).reshape(at.shape)
         in_raw = in_jpg + np.array(hr.jpg_origin)
@@ -100,6 +98,19 @@ class Truth:
             found[near] = lr.from_scene(hr.to_scene(in_raw[near], NEAR), NEAR)
         flow = (found - at) / 2
         return np.asarray(np.moveaxis(flow[..., ::-1], -1, 0), np.float16)
+
+    def true_near(
+        self, lr_stem: str, hr_stem: str, rect: Window, lr_to_hr: Callable[[Points], Points]
+    ) -> npt.NDArray[np.uint8]:
+        """Where each packed pixel of a rectangle of the short frame shows the near plane.
+
+        Args as `true_flow`.
+        Returns uint8 [2, h/2, w/2], 1 for near: by the short frame itself, and by the long JPG that the map puts there.
+        """
+        at = _packed_centres(rect)
+        in_hr = lr_to_hr(at.reshape(-1, 2)).reshape(at.shape)
+        shown = (self.shows_near(lr_stem, at - self.frames[lr_stem].jpg_origin), self.shows_near(hr_stem, in_hr))
+        return np.stack(shown).astype(np.uint8)
 
     def true_lr_to_hr(
         self, lr_stem: str, hr_stem: str, lr_xy: npt.NDArray[np.float64]
@@ -117,6 +128,13 @@ class Truth:
         at = np.floor(jpg_xy / NEAR_SHRINK).astype(int)
         row, column = np.clip(at[..., 1], 0, mask.shape[0] - 1), np.clip(at[..., 0], 0, mask.shape[1] - 1)
         return np.asarray(mask[row, column] > 127)
+
+
+def _packed_centres(rect: Window) -> Points:
+    """(x, y) of the centre of each packed pixel of a rectangle, RAW pixels: [h/2, w/2, 2]."""
+    top, left, height, width = rect
+    x, y = np.meshgrid(left + np.arange(width // 2) * 2 + 1.0, top + np.arange(height // 2) * 2 + 1.0)
+    return np.stack([x, y], axis=-1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -92,7 +92,10 @@ def test_the_files_have_the_same_numbers(scored):
         scores = [tile["raw_psnr"] for tile in tiles if tile["method"] == name]
         assert np.mean(scores) == pytest.approx(result.rows[name]["raw_psnr"])
     assert {(tile["sequence"], tile["camera"], tile["focal_hr_mm"]) for tile in tiles} == {("00005", "test", 240.0)}
-    assert "| 00005 / 00005-00001 | 2 |" in (out / "groups.md").read_text()
+    groups = (out / "groups.md").read_text()
+    assert "| 00005 / 00005-00001 | 2 |" in groups
+    assert "| far | 2 |" in groups and "| near | 1 |" in groups and "| edges | 1 |" in groups
+    assert {tile["raw_psnr_near"] is None or tile["raw_psnr_near"] > 0 or tile["col"] == 0 for tile in tiles} == {True}
     assert "11-tap Gaussian window" in table and "95 % interval: none, which takes two sequences or more (1)" in table
     assert stored["targets"] == ["raw", "aligned", "true"]
 
@@ -158,6 +161,7 @@ def test_one_protocol_gives_its_row_alone(scored):
 def test_real_shards_have_no_true_target(shards_without_truth, model):
     result = evaluate(shards_without_truth, model)
     assert result.targets == ("raw", "aligned") and not result.simulated and math.isnan(result.epe_px)
+    assert not any("near" in name for tile in result.tiles for name in tile)
     assert "Simulated" not in result.notes() and "End-point error" not in result.notes()
     with pytest.raises(EvaluateError, match=r"--target true, .*: expected simulated shards, got shards without truth"):
         evaluate(shards_without_truth, model, targets=["true"])

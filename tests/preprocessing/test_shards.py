@@ -300,6 +300,7 @@ def test_rows_contain_the_simulators_truth(tmp_path):
         row = decode(pq.read_table(path).to_pylist()[0], info)
         assert np.abs(row["true_flow"].astype(float)).max() * 2 * 4 < 0.05  # HR pixels; the nominal map is exact here
         assert np.corrcoef(row["true_rgb"].ravel(), row["hr_rgb"].ravel())[0, 1] > 0.95
+        assert row["true_near"].shape == row["true_flow"].shape and row["true_near"].max() <= 1
     (tmp_path / "raw" / "00001" / "truth" / "geometry.json").write_text("{}")
     report = run((tmp_path / "raw", tmp_path / "shards"))
     assert len(report.quarantined) == 3 and all("truth" in reason for reason in reasons(report).values())

@@ -85,6 +85,19 @@ def test_every_plan_keeps_pictures_registered_and_the_phase(plan):
     assert all(value.is_contiguous() for value in result.values())
 
 
+@pytest.mark.parametrize("plan", plans())
+def test_the_near_plane_stays_on_its_pixels(plan):
+    """Each packed pixel of the crop keeps the mark of the nearest packed pixel of the tile."""
+    numbers = torch.arange(TILE * TILE).reshape(TILE, TILE)
+    found = apply({"true_near": torch.stack([numbers, -numbers])}, plan, CROP, SCALE)["true_near"]
+    rows, columns = (start // 2 + torch.arange(CROP) for start in (plan.row, plan.col))
+    rows = rows.flip(0) if plan.flip_rows else rows
+    columns = columns.flip(0) if plan.flip_cols else columns
+    expected = numbers[rows][:, columns]
+    expected = expected.T if plan.transpose else expected
+    assert torch.equal(found, torch.stack([expected, -expected]))
+
+
 @pytest.mark.parametrize("plan", list(plans()), ids=str)
 def test_the_true_flow_still_points_at_the_same_position(plan):
     """The field is flipped and transposed with the pictures: both ends of a displacement keep their scene position."""

@@ -46,6 +46,21 @@ def inner_rect(truth: Truth, hr_stem: str, lr_stem: str) -> tuple[int, int, int,
     return top, left, height, width
 
 
+def test_both_frames_show_the_near_plane_at_one_place(truth: Truth) -> None:
+    """What the long JPG shows at p as near is near in the short frame at p + flow(p), but for the masks' coarseness."""
+    rect = inner_rect(truth, "00001", "00005")
+    affine = partial(apply, nominal_lr_to_hr(truth.frames["00005"], truth.frames["00001"]))
+    own, long = truth.true_near("00005", "00001", rect, affine)
+    assert 0.005 < long.mean() < 0.9 and own.shape == long.shape == (rect[2] // 2, rect[3] // 2)
+    flow = truth.true_flow("00005", "00001", rect).astype(np.float64)
+    y, x = np.mgrid[0 : own.shape[0], 0 : own.shape[1]]
+    rows, columns = np.rint(y + flow[0]).astype(int), np.rint(x + flow[1]).astype(int)
+    inside = (rows >= 0) & (rows < own.shape[0]) & (columns >= 0) & (columns < own.shape[1])
+    moved, unmoved = own[rows.clip(0, own.shape[0] - 1), columns.clip(0, own.shape[1] - 1)], own
+    wrong = [(seen != long)[inside].mean() for seen in (moved, unmoved)]
+    assert wrong[0] < 0.03 and wrong[0] < wrong[1]
+
+
 @pytest.mark.parametrize(("lr_stem", "hr_stem"), PAIRS)
 def test_flow_aligns_the_pair(handheld: Path, truth: Truth, lr_stem: str, hr_stem: str) -> None:
     """The ideal picture sampled at p + flow(p) matches the long JPG seen through the nominal map; at p it does not."""
