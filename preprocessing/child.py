@@ -24,7 +24,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 class ChildProcess:
-    """`python -m MODULE PARENT ARGUMENTS`. It starts at the first request, and again after it has died."""
+    """`python -P -m MODULE PARENT ARGUMENTS`. It starts at the first request, and again after it has died.
+
+    -P: Ray's workers run in a home folder, whose checkout `sdan` would otherwise be taken for the package `sdan`.
+    """
 
     def __init__(self, module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
         """
@@ -43,7 +46,7 @@ class ChildProcess:
         """Raises OSError if no process can be started."""
         if self._child is None:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", self._module, str(os.getpid()), *self._arguments],
+                [sys.executable, "-P", "-m", self._module, str(os.getpid()), *self._arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

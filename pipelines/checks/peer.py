@@ -85,7 +85,7 @@ def _python(module: str, request: dict[str, Any], timeout_s: float) -> str:
     """
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    command = [sys.executable, "-m", module, json.dumps(request)]
+    command = [sys.executable, "-P", "-m", module, json.dumps(request)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment, check=False)
     except subprocess.TimeoutExpired as error:

@@ -36,6 +36,8 @@ def main(action, *arguments):
             client.upload_file(str(path), NAME, f"{prefix}/{path.relative_to(folder)}")
     elif action == "get":
         for key in keys(client, arguments[0]):
+            if key.endswith("/"):  # PyArrow marks folders so
+                continue
             target = Path(arguments[1]) / key.removeprefix(arguments[0]).lstrip("/")
             target.parent.mkdir(parents=True, exist_ok=True)
             client.download_file(NAME, key, str(target))

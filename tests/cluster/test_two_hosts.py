@@ -19,8 +19,8 @@ from lab import BUNDLE, DESK_IP, ROOT, LabError, wait_for
 
 from sdan import checkpoint
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
-WAIT_S = 600.0
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
+WAIT_S = 1200.0
 """For what takes a minute alone on two cores."""
 RAY = f"export RAY_AUTH_MODE=token RAY_UP_enable_autoscaler_v2=0 PATH={Path(sys.executable).parent}:$PATH; ray"
 S3 = f"AWS_ENDPOINT_URL=http://{DESK_IP}:{bucket.PORT} {sys.executable} {Path(bucket.__file__)}"
