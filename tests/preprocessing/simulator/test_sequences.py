@@ -164,7 +164,7 @@ def test_a_folder_without_readable_photographs_is_an_error(tmp_path: Path) -> No
 def test_a_folder_in_use_is_an_error(tmp_path: Path) -> None:
     """Else the second command would remove the sequence that the first one is writing."""
     with held(tmp_path), pytest.raises(SimulateError, match="expected a folder in which no other command works"):
-        simulate(tmp_path, sequences=1, width_px=192)
+        simulate(tmp_path, sequences=1, width_px=WIDTH)
 
 
 def test_an_output_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
