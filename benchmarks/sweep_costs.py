@@ -43,10 +43,10 @@ from results import Tables, provenance, publish  # noqa: E402
 from pipelines import cluster, registry  # noqa: E402
 from pipelines import config as configs  # noqa: E402
 from preprocessing.plan import PreprocessOptions  # noqa: E402
-from tuning.folder import CROPS, RECORD  # noqa: E402
+from tuning.folder import CROPS, RECORD, Record, read_json  # noqa: E402
 from tuning.search import SLOT, Proposals, SearchPlan, Trials, optuna_space  # noqa: E402
 from tuning.space import check_space, choice, loguniform, uniform  # noqa: E402
-from tuning.sweep import SweepOptions, run_sweep  # noqa: E402
+from tuning.sweep import SweepOptions, _finish, run_sweep  # noqa: E402
 from tuning.tracking import OVERRIDES_TAG, TRIAL_TAG, SweepRun  # noqa: E402
 from tuning.trial import TILES  # noqa: E402
 
@@ -391,10 +391,8 @@ def main() -> int:
     some = settings()[: chosen.settings]
     short, long = zip(chosen.epochs, chosen.crops, strict=True)
     tables: Tables = {
-        "finished": (
-            f"A sweep of {chosen.trials} finished trials",
-            lambda: finished_rows(out / "large", chosen.trials),
-        ),
+        "summary": (f"Summary of {chosen.trials} finished trials", lambda: summary_rows(out / NAME, chosen.trials)),
+        "resume": (f"Resume after {chosen.trials} finished trials", lambda: resume_rows(out / NAME, chosen.trials)),
         "short": ("Short trainings by hand and in a sweep", lambda: hand_rows(out, "short", some, *short)),
         "long": ("Longer trainings by hand and in a sweep", lambda: hand_rows(out, "long", some, *long)),
     }
