@@ -45,7 +45,7 @@ from pipelines import config as configs  # noqa: E402
 from preprocessing.plan import PreprocessOptions  # noqa: E402
 from tuning.folder import CROPS, RECORD, Record, read_json  # noqa: E402
 from tuning.search import SLOT, Proposals, SearchPlan, Trials, optuna_space  # noqa: E402
-from tuning.space import check_space, choice, loguniform, uniform  # noqa: E402
+from tuning.space import Space, check_space, choice, loguniform, uniform  # noqa: E402
 from tuning.sweep import SweepOptions, _finish, run_sweep  # noqa: E402
 from tuning.tracking import OVERRIDES_TAG, TRIAL_TAG, SweepRun  # noqa: E402
 from tuning.trial import TILES  # noqa: E402
@@ -53,7 +53,7 @@ from tuning.trial import TILES  # noqa: E402
 GRID = {"model.packing_kernel": (2, 4), "loss.align_weight": (0.1, 1.0), "loss.self_reference_weight": (0.0, 1.0)}
 """The 8 settings."""
 SEQUENCES = {"val": 5, "train": 4}
-SPACE = {
+SPACE: Space = {
     "model.packing_kernel": choice([2, 4, 8, 16]),
     "loss.align_weight": loguniform(0.05, 2.0),
     "loss.self_reference_weight": uniform(0.0, 2.0),
@@ -282,7 +282,7 @@ def changed(row: dict[str, Any], copy: Copy) -> dict[str, Any]:
     """A row of one of MLflow's tables, for a copy."""
     key, value = row.get("key"), row.get("value")
     if key in ("val_psnr", "best_val_psnr"):
-        value += copy.gain
+        value = row["value"] + copy.gain
     known = {TRIAL_TAG: copy.trial_id, OVERRIDES_TAG: json.dumps(copy.overrides), **copy.overrides}
     new = row | {"run_uuid": copy.run_id} | ({"value": str(known[key]) if key in known else value} if key else {})
     return {name: each.replace(row["run_uuid"], copy.run_id) if name == "artifact_uri" else each
