@@ -5,10 +5,10 @@ short      8 settings trained by 8 `sdan train`, half before and half after the 
            MLflow, the scores before the first step. Processor seconds are those of the command and of all processes
            below it.
 long       the same with longer trainings.
-finished   a finished sweep of --trials stand-in trials, each of which has in MLflow and in the sweep's folder what a
-           trial of `sdan tune` has. Two run through Ray Tune; the others are copies with other settings and scores, in
-           MLflow's database, in Ray Tune's state, in Optuna's study and in the folder. The sweep is resumed with one
-           trial more: how long until that starts, and how long from its end to the end of the command.
+summary    the end of a sweep of --trials stand-in trials, each of which has in MLflow and in the sweep's folder what a
+           trial of `sdan tune` has: reading them, judging, table, page. Two ran through Ray Tune; the others are copies
+           with other settings and scores, in MLflow's database, Ray Tune's state, Optuna's study and the folder.
+resume     that sweep is resumed with one trial more: how long until the trial starts, and from its end to the end.
 
 Without PART all are run and written to benchmarks/RESULTS.md.
 """
@@ -43,17 +43,17 @@ from results import Tables, provenance, publish  # noqa: E402
 from pipelines import cluster, registry  # noqa: E402
 from pipelines import config as configs  # noqa: E402
 from preprocessing.plan import PreprocessOptions  # noqa: E402
-from tuning.folder import CROPS, RECORD  # noqa: E402
+from tuning.folder import CROPS, RECORD, Record, read_json  # noqa: E402
 from tuning.search import SLOT, Proposals, SearchPlan, Trials, optuna_space  # noqa: E402
-from tuning.space import check_space, choice, loguniform, uniform  # noqa: E402
-from tuning.sweep import SweepOptions, run_sweep  # noqa: E402
+from tuning.space import Space, check_space, choice, loguniform, uniform  # noqa: E402
+from tuning.sweep import SweepOptions, _finish, run_sweep  # noqa: E402
 from tuning.tracking import OVERRIDES_TAG, TRIAL_TAG, SweepRun  # noqa: E402
 from tuning.trial import TILES  # noqa: E402
 
 GRID = {"model.packing_kernel": (2, 4), "loss.align_weight": (0.1, 1.0), "loss.self_reference_weight": (0.0, 1.0)}
 """The 8 settings."""
 SEQUENCES = {"val": 5, "train": 4}
-SPACE = {
+SPACE: Space = {
     "model.packing_kernel": choice([2, 4, 8, 16]),
     "loss.align_weight": loguniform(0.05, 2.0),
     "loss.self_reference_weight": uniform(0.0, 2.0),
@@ -282,7 +282,7 @@ def changed(row: dict[str, Any], copy: Copy) -> dict[str, Any]:
     """A row of one of MLflow's tables, for a copy."""
     key, value = row.get("key"), row.get("value")
     if key in ("val_psnr", "best_val_psnr"):
-        value += copy.gain
+        value = row["value"] + copy.gain
     known = {TRIAL_TAG: copy.trial_id, OVERRIDES_TAG: json.dumps(copy.overrides), **copy.overrides}
     new = row | {"run_uuid": copy.run_id} | ({"value": str(known[key]) if key in known else value} if key else {})
     return {name: each.replace(row["run_uuid"], copy.run_id) if name == "artifact_uri" else each
@@ -328,27 +328,49 @@ def copy_files(folder: Path, trial_id: str, copies: list[Copy]) -> None:
         shutil.copy(picture, picture.with_stem(copy.trial_id))
 
 
-def finished_rows(out: Path, many: int) -> Iterator[str]:
-    """The table of `finished`."""
+def make_large(out: Path, many: int) -> Path:
+    """Make the finished sweep in `out`, if it is not there yet, and return its folder."""
     out.mkdir(parents=True, exist_ok=True)
     os.chdir(out)
-    database, folder = out / "mlflow.db", out / "sweeps" / NAME
     os.environ["SDAN_STAND_IN_URI"] = uri = registry.default_tracking_uri(out)
-    registry.prepare_database(uri)
-    cluster.start_ray(resources={SLOT: 1.0})
+    folder = out / "sweeps" / NAME
     if not (out / "copied").exists():
+        registry.prepare_database(uri)
+        cluster.start_ray(resources={SLOT: 1.0})
         sweep_of_stand_ins(2, resume=(folder / RECORD).exists())
         trial_id, *others = sorted(path.stem for path in (folder / TILES).glob("*.json"))
         copies = draw_copies(many - 1 - len(others))
-        copy_runs(database, trial_id, copies)
+        copy_runs(out / "mlflow.db", trial_id, copies)
         copy_state(folder, trial_id, copies)
         copy_files(folder, trial_id, copies)
         (out / "copied").touch()
+    return folder
+
+
+def summary_rows(out: Path, many: int) -> Iterator[str]:
+    """The table of `summary`."""
+    folder = make_large(out, many)
+    record, uri = read_json(folder / RECORD, Record), os.environ["SDAN_STAND_IN_URI"]
+    run = SweepRun(
+        record.name, uri, registry.open_experiment(uri, record.experiment), record.parent_run_id, record.metric,
+        record.mode, record.max_epochs,
+    )  # fmt: skip
+    began, spent = time.time(), time.process_time()
+    result = _finish(run, folder, check_space(SPACE), SweepOptions(), in_time=True)
+    yield "| trials | summary, s | processor s |"
+    yield "|---|---|---|"
+    yield f"| {len(result.trials)} | {time.time() - began:.1f} | {time.process_time() - spent:.1f} |"
+
+
+def resume_rows(out: Path, many: int) -> Iterator[str]:
+    """The table of `resume`."""
+    make_large(out, many)
+    cluster.start_ray(resources={SLOT: 1.0})
     began, spent = time.time(), time.process_time()
     sweep_of_stand_ins(many + 1, resume=True)
     ended, spent = time.time(), time.process_time() - spent
     started, trained = (float(text) for text in (out / "times").read_text().split())
-    yield "| until the next trial starts, s | from its end to the summary, s | processor s of the command |"
+    yield "| until the next trial starts, s | from its end to the end of the command, s | processor s of the command |"
     yield "|---|---|---|"
     yield f"| {started - began:.1f} | {ended - trained:.1f} | {spent:.1f} |"
 
@@ -356,7 +378,9 @@ def finished_rows(out: Path, many: int) -> Iterator[str]:
 def main() -> int:
     """Measure, print, and write the section; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=("short", "long", "finished"), help="only this; nothing is written")
+    parser.add_argument(
+        "part", nargs="?", choices=("short", "long", "summary", "resume"), help="only this; nothing is written"
+    )
     parser.add_argument("--out", type=Path, required=True, help="for shards, runs and sweeps")
     parser.add_argument("--epochs", type=int, nargs=2, default=(2, 40), help="of the short and of the long trainings")
     parser.add_argument("--crops", type=int, nargs=2, default=(8, 160), help="in an epoch")
@@ -367,10 +391,8 @@ def main() -> int:
     some = settings()[: chosen.settings]
     short, long = zip(chosen.epochs, chosen.crops, strict=True)
     tables: Tables = {
-        "finished": (
-            f"A sweep of {chosen.trials} finished trials",
-            lambda: finished_rows(out / "large", chosen.trials),
-        ),
+        "summary": (f"Summary of {chosen.trials} finished trials", lambda: summary_rows(out / NAME, chosen.trials)),
+        "resume": (f"Resume after {chosen.trials} finished trials", lambda: resume_rows(out / NAME, chosen.trials)),
         "short": ("Short trainings by hand and in a sweep", lambda: hand_rows(out, "short", some, *short)),
         "long": ("Longer trainings by hand and in a sweep", lambda: hand_rows(out, "long", some, *long)),
     }

@@ -93,8 +93,9 @@ class _Trainer(TorchTrainer):
     Ray's handler of Ctrl-C aborts the run for up to 14 seconds and then exits, which hides the interrupt from its
     caller; the last checkpoint is safe without that. SDAN reads its crops itself, so no actor has to split datasets. A
     Ray that ends with this process needs no actor that frees the workers' resources when the driver is killed; on a
-    cluster that actor stays. A trial of a sweep is an actor itself, in which the controller can run. Each actor less is
-    a process less that loads Ray Train for seconds while the workers wait.
+    cluster, and in a trial, which may die while the sweep goes on, that actor stays. A trial of a sweep is an actor
+    itself, in which the controller can run. Each actor less is a process less that loads Ray Train for seconds while
+    the workers wait.
     """
 
     def _initialize_and_run_controller(self, **options: Any) -> ray.train.Result:

@@ -169,7 +169,7 @@ class _Controller(TuneController):
     """
 
     def _maybe_cache_trial_actor(self, trial: Any) -> bool:
-        return NOTHING_LEFT in trial.last_result and super()._maybe_cache_trial_actor(trial)
+        return NOTHING_LEFT in trial.last_result and bool(super()._maybe_cache_trial_actor(trial))
 
 
 class Trials(SearchGenerator):
@@ -325,11 +325,12 @@ def _tune_settings() -> Iterator[None]:
     }
     missing = {key: value for key, value in settings.items() if key not in os.environ}
     os.environ.update(missing)
-    loop, tune_run.TuneController = tune_run.TuneController, _Controller
+    module = cast("Any", tune_run)
+    loop, module.TuneController = module.TuneController, _Controller
     try:
         yield
     finally:
-        tune_run.TuneController = loop
+        module.TuneController = loop
         for key in missing:
             del os.environ[key]
 

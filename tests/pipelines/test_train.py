@@ -9,6 +9,9 @@ from types import SimpleNamespace
 import pytest
 import ray
 import torch
+from ray.train.v2._internal.callbacks.user_callback import UserCallbackHandler
+from ray.train.v2._internal.execution.controller.controller import TrainController
+from ray.train.v2._internal.execution.controller.state import RunningState
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 from safetensors.torch import save_file
 
@@ -231,3 +234,23 @@ def test_a_trial_needs_no_second_process_to_control_its_run(monkeypatch, actor, 
     monkeypatch.setattr("pipelines.train.TrainController", Controller)
     monkeypatch.setattr(TorchTrainer, "_initialize_and_run_controller", lambda self, **rest: "an actor of its own")
     assert object.__new__(_Trainer)._initialize_and_run_controller() == ran_by
+
+
+def test_a_stopped_trials_run_ends_with_it(monkeypatch):
+    """ASHA's decision comes as SystemExit from the report, which Ray Train's controller passes on."""
+
+    def stop(**arguments):
+        raise SystemExit(0)
+
+    class Controller(TrainController):
+        def __init__(self):
+            self._state = RunningState()
+
+        async def _step(self):
+            handler = UserCallbackHandler([SimpleNamespace(after_report=stop)], None)
+            handler.after_report(SimpleNamespace(checkpoint=None), [])
+
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_actor_id=lambda: "a1"))
+    monkeypatch.setattr("pipelines.train.TrainController", Controller)
+    with pytest.raises(SystemExit):
+        object.__new__(_Trainer)._initialize_and_run_controller()
