@@ -190,7 +190,8 @@ def _score_part(
         return score_crops(model, read_crops(index, config, tiles, align=True), perceptual=perceptual)
     except OSError as error:
         raise ShardsError(
-            f"SHARDS, {index.shards}: expected readable shards, got {one_line(error)}; check the path and run again"
+            f"SHARDS, {index.shards}: expected readable shards, got {one_line(error)}; check disk and connection, or "
+            "remove this file and preprocess again"
         ) from error
     except torch.OutOfMemoryError as error:
         raise ClusterError(
