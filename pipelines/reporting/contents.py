@@ -113,7 +113,7 @@ def gain_sentence(label: str, baseline: str, target: str, found: Interval) -> st
     side = "above" if found.mean >= 0 else "below"
     what = f"{label} is {abs(found.mean):.2f} dB {side} {baseline} {against}"
     if math.isnan(found.low):
-        return f"{what}; one sequence only, so that nobody knows how far this holds for others."
+        return f"{what}; one sequence only, so there is no confidence interval."
     interval = f"{100 * LEVEL:.0f} % interval {found.low:+.2f} to {found.high:+.2f}, {found.sequences} sequences"
     if found.certain:
         return f"{what} ({interval})."

@@ -14,6 +14,7 @@ from torch import Tensor
 from pipelines.config import ExperimentConfig
 from pipelines.loader import ShardIndex, check_fit, cut_crop, in_rendering_look, read_tile
 from preprocessing.registration.aligned_target import align_to
+from preprocessing.storage import one_line
 from sdan import augment
 
 OF_TILE = ("sequence", "pair", "row", "col", "camera", "focal_lr_mm", "focal_hr_mm", "iso_lr", "aligned_by")
@@ -82,14 +83,17 @@ def chosen_tiles(index: ShardIndex, limit: int | None) -> list[Tile]:
 def read_crops(index: ShardIndex, config: ExperimentConfig, tiles: Sequence[Tile], *, align: bool) -> HeldOut:
     """The central train.crop_px crop of each of the tiles.
 
-    Args, Raises: as held_out; that the shards suit the config is not checked.
+    Args, Raises: as held_out, but that the shards suit the config is not checked; OSError names the file.
     """
     margin = 2 * ((index.info.tile_px - config.train.crop_px) // 2)
     plan = augment.CropPlan(row=margin, col=margin, flip_rows=False, flip_cols=False, transpose=False)
     window = slice(margin * config.model.scale, (margin + 2 * config.train.crop_px) * config.model.scale)
     names, columns, samples, aligned = [], [], [], []
     for pair, tile in tiles:
-        row = read_tile(index, pair, tile)
+        try:
+            row = read_tile(index, pair, tile)
+        except OSError as error:  # a disk or network error, or a damaged page: say where
+            raise OSError(f"{index.paths[pair]}: {one_line(error)}") from error
         if config.train.look == "rendering":
             row |= in_rendering_look(index, pair, row, row)
         names.append(f"{row['sequence']}/{row['pair']}@{row['row']},{row['col']}")

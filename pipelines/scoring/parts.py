@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import cv2
 import ray
 import ray.data
 import torch
@@ -190,7 +191,8 @@ def _score_part(
         return score_crops(model, read_crops(index, config, tiles, align=True), perceptual=perceptual)
     except OSError as error:
         raise ShardsError(
-            f"SHARDS, {index.shards}: expected readable shards, got {one_line(error)}; check the path and run again"
+            f"SHARDS, {index.shards}: expected readable shards, got {one_line(error)}; check disk and connection, or "
+            "remove this file and preprocess again"
         ) from error
     except torch.OutOfMemoryError as error:
         raise ClusterError(
@@ -206,7 +208,7 @@ def _in_pool(
     config: ExperimentConfig,
     parts: Sequence[Sequence[Tile]],
     perceptual: bool,
-) -> Iterator[tuple[int, Scored]]:
+) -> Generator[tuple[int, Scored]]:
     """(number of the part, its scores) as they arrive; a part whose workers died every time has none."""
     rows = [{"number": number, "tiles": json.dumps(part)} for number, part in enumerate(parts)]
     shared = ray.put((model.cpu(), index, config))
@@ -237,6 +239,7 @@ class PartScorer:
             shared: reference to (model, index, config).
         """
         torch.set_num_threads(threads)
+        cv2.setNumThreads(threads)
         self._model, self._index, self._config = ray.get(shared)
         self._perceptual = perceptual
 
