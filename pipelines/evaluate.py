@@ -24,7 +24,7 @@ from pipelines.reporting.page import FILE as REPORT
 from pipelines.reporting.page import write_report
 from pipelines.scoring.bootstrap import LEVEL, Interval, difference_interval, mean_interval
 from pipelines.scoring.held_out import HeldOut, chosen_tiles, read_crops
-from pipelines.scoring.parts import Scored, by_detail, detail_of, score_crops, score_tiles
+from pipelines.scoring.parts import Scored, by_detail, detail_of, placed, score_crops, score_tiles
 from pipelines.scoring.pictures import labelled_grid
 from pipelines.scoring.scores import (
     BORDER_PX,
@@ -230,6 +230,7 @@ def evaluate(
         def read(numbers: Sequence[int]) -> HeldOut:
             return read_crops(index, config, [tiles[number] for number in numbers], align=True)
 
+        placed(stored.model)  # for the pictures: Ray's workers have computed the scores with copies
         _write(out, result, stored.model, read, scored)
     return result
 

@@ -30,7 +30,7 @@ from preprocessing.shards import quiet_ray_data, require_only_deaths
 from preprocessing.storage import one_line
 from sdan import metrics
 from sdan.baselines import Network
-from sdan.ops.precision import compute_plan
+from sdan.ops.precision import ComputePlan, compute_plan
 
 PART = 4 * BATCH
 """Crops of a part."""
@@ -125,11 +125,17 @@ def plan_scorers(nodes: Sequence[Mapping[str, float]], asked: int | None) -> Poo
     return Pool(asked, fits.cpus * PER_GPU / each_gpu, 1 / each_gpu)
 
 
+def placed(model: Network) -> ComputePlan:
+    """Move the model to this process's GPU, if there is one, and into the layout of the plan that is returned."""
+    plan = compute_plan(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(plan.device).to(memory_format=plan.memory_format)
+    return plan
+
+
 def score_crops(model: Network, held: HeldOut, *, perceptual: bool) -> Scored:
     """Score a model and the baselines on loaded crops, on a GPU if there is one; the scores never depend on TF32."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    plan = compute_plan(device)
-    model = model.to(device).to(memory_format=plan.memory_format)
+    plan = placed(model)
+    device = plan.device
     scores = score_model(model, held, plan, perceptual=perceptual, by_plane=True)
     sources = {
         source: score_bicubic(model, held, device, source, perceptual=perceptual, by_plane=True)
