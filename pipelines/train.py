@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import re
 import shutil
 import sys
@@ -27,6 +28,7 @@ from ray.exceptions import RayActorError, RaySystemError
 from ray.train import UserCallback
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
 from ray.train.v2._internal.execution.callback import RayTrainCallback
 from ray.train.v2._internal.execution.controller.controller import TrainController
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -83,8 +85,11 @@ CHANGEABLE = (
 """The values that a resumed run may change. They affect neither the network nor which crops it sees."""
 RESIZE_CHECK_S = 30.0
 """How often an elastic run checks whether more workers fit. Growing repeats the steps since the last checkpoint."""
-MAX_START_FAILURES = 60
-"""How often the workers may fail to start, at about a minute each. This leaves time to replace a lost machine."""
+START_LIMIT_S = 3600.0
+"""For how long starting the workers is tried again. This leaves time to replace a lost machine."""
+START_S, ELASTIC_START_S = 60.0, 20.0
+"""How long one start waits for room for the workers, and that of an elastic run. Ray still counts a machine that was
+just lost, so the first start after that asks for too many; the next one takes the workers that are left."""
 
 
 class _Trainer(TorchTrainer):
@@ -511,6 +516,8 @@ def _trainer(
     callbacks: Sequence[UserCallback],
     max_failures: int,
 ) -> TorchTrainer:
+    start_s = ELASTIC_START_S if isinstance(plan.workers, tuple) else START_S
+    os.environ[WORKER_GROUP_START_TIMEOUT_S_ENV_VAR] = str(start_s)  # Ray hands it to its controller
     return _Trainer(
         train_worker,
         train_loop_config={"job": job},
@@ -527,7 +534,8 @@ def _trainer(
             name=folder.name,
             storage_path=run.storage or str(folder.parent.resolve()),
             failure_config=FailureConfig(
-                max_failures=max_failures, controller_failure_limit=min(max_failures, 1) * MAX_START_FAILURES
+                max_failures=max_failures,
+                controller_failure_limit=min(max_failures, 1) * round(START_LIMIT_S / start_s),
             ),
             checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=SELECT_BY),
             callbacks=[*callbacks, ProgressFile(folder), StopOnPermanentError()],

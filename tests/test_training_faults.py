@@ -173,7 +173,12 @@ def two_machines(monkeypatch):
         initialize_head=True,
         head_node_args={
             "num_cpus": 1,
-            "_system_config": {"health_check_period_ms": 500, "health_check_failure_threshold": 4},
+            "include_dashboard": False,
+            "_system_config": {
+                "health_check_period_ms": 500,
+                "health_check_failure_threshold": 4,
+                "idle_worker_killing_time_threshold_ms": 60_000,  # as start_ray sets it
+            },
         },
     )
     second = nodes.add_node(num_cpus=1)
@@ -189,8 +194,9 @@ def test_a_run_shrinks_to_one_worker_and_grows_again(two_machines, tiny_shards, 
     """The second machine's raylet is killed, the first continues alone, and a new machine joins."""
     nodes, second = two_machines
     monkeypatch.setattr(training, "RESIZE_CHECK_S", 3.0)
+    monkeypatch.setattr(training, "ELASTIC_START_S", 4.0)
     folder = tmp_path / "runs" / "run"
-    config = configs.override(CONFIG, {"train.epochs": 40})
+    config = configs.override(CONFIG, {"train.epochs": 30})
 
     def lose_a_machine():
         os.kill(second.all_processes["raylet"][0].process.pid, signal.SIGKILL)
@@ -212,9 +218,9 @@ def test_a_run_shrinks_to_one_worker_and_grows_again(two_machines, tiny_shards, 
     sizes = [line["workers"] for line in lines]
     changes = [size for number, size in enumerate(sizes) if number == 0 or size != sizes[number - 1]]
     assert changes[:3] == [2, 1, 2], changes
-    assert [line["epoch"] for line in lines] == list(range(41))
+    assert [line["epoch"] for line in lines] == list(range(31))
     assert scores(folder)[10] == pytest.approx(undisturbed[10], abs=NOISE_DB)
-    assert_one_run(tmp_path, result.run_id, 40)
+    assert_one_run(tmp_path, result.run_id, 30)
 
 
 class Sized(At):
