@@ -32,7 +32,7 @@ demo: setup  ## simulate, preprocess, train, evaluate, zoom: small, on this mach
 test: setup  ## the test suite (under 12 minutes on 2 cores)
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not cluster" tests
 
-test-slow: setup  ## kills, restarts, sweeps over the real trainer (about 45 minutes on 2 cores)
+test-slow: setup  ## kills, restarts, sweeps over the real trainer (about 50 minutes on 2 slow cores)
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow tests
 
 test-cluster: setup  ## ray up, jobs and lost machines on two hosts in network namespaces (root; an idle machine)
