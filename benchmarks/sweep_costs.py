@@ -14,6 +14,7 @@ Without PART all are run and written to benchmarks/RESULTS.md.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -103,11 +104,7 @@ class Processor:
 
 def settings() -> list[dict[str, Any]]:
     """All of GRID."""
-    names = list(GRID)
-    found: list[dict[str, Any]] = [{}]
-    for name in names:
-        found = [each | {name: value} for each in found for value in GRID[name]]
-    return found
+    return [dict(zip(GRID, values, strict=True)) for values in itertools.product(*GRID.values())]
 
 
 def run(command: list[str], data: Path, log: Path) -> tuple[float, float, float]:
@@ -174,7 +171,7 @@ def in_a_sweep(shards: str, data: Path, config: list[str], epochs: int, chosen: 
 
 
 def hand_rows(out: Path, name: str, chosen: list[dict[str, Any]], epochs: int, crops: int) -> Iterator[str]:
-    """The table of `by-hand` for one length of training."""
+    """The table of `short` or `long`."""
     options = PreprocessOptions(scale=4, align="ecc", tile_px=32, stride_px=16)
     shards = make_shards("default", out, SEQUENCES, options=options, width_px=768)
     values = {"train.epochs": epochs, "train.crops_per_epoch": crops, "train.validate_every": max(1, epochs // 2),
@@ -398,7 +395,7 @@ def main() -> int:
     }
     command = " ".join(["python benchmarks/sweep_costs.py", *sys.argv[1:]])
     origin = provenance(command, ("../sdan", "../pipelines", "../tuning"))
-    publish("sweep-costs", origin + "; beside other work", tables, chosen.part)
+    publish("sweep-costs", origin, tables, chosen.part)
     return 0
 
 

@@ -314,9 +314,14 @@ def check_workers(workers: Workers | None) -> None:
         raise ClusterError(f"--workers: expected at least 1, got {least}")
 
 
+def running_nodes() -> list[dict[str, float]]:
+    """Resources of each node that Ray has now, by Ray's names: CPU, GPU, memory (bytes)."""
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
 def node_resources() -> list[dict[str, float]]:
     """Resources of each node that Ray has, and of each that its autoscaler may still start."""
-    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    nodes = running_nodes()
     return nodes + _nodes_to_come(state.get_cluster_config(), nodes)
 
 

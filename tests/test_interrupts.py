@@ -227,6 +227,12 @@ def test_a_lost_cluster_ends_the_command(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == "sdan: Ray, head:6379: expected an answer, got none; run the command again\n"
 
 
+def run_code(code, folder):
+    """The finished interpreter that has run `sdan status` in `folder`, changed by `code`."""
+    code += "sys.argv = ['sdan', '--data', 'data', 'status']\ncli.main()\n"
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=LIMIT_S)
+
+
 def test_a_command_that_does_not_stop_is_ended(tmp_path):
     code = (
         "import os, signal, sys, threading, time\n"
@@ -241,10 +247,8 @@ def test_a_command_that_does_not_stop_is_ended(tmp_path):
         "            signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
         "pipelines.status.status = work\n"
         "cli.GRACE_S = 0.5\n"
-        "sys.argv = ['sdan', '--data', 'data', 'status']\n"
-        "cli.main()\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_S)
+    done = run_code(code, tmp_path)
     assert (done.returncode, done.stderr) == (130, "\nsdan: interrupted by Ctrl-C; run the command again\n")
 
 
@@ -258,10 +262,8 @@ def test_an_exit_that_hangs_in_c_is_not_waited_for(tmp_path):
         "libc['__cxa_atexit'](ctypes.cast(libc.pause, ctypes.c_void_p), None, None)\n"
         "atexit.register(print, 'exit functions ran')\n"
         "pipelines.status.status = lambda data: os.kill(os.getpid(), signal.SIGINT)\n"
-        "sys.argv = ['sdan', '--data', 'data', 'status']\n"
-        "cli.main()\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_S)
+    done = run_code(code, tmp_path)
     assert (done.returncode, done.stderr) == (130, "sdan: interrupted by Ctrl-C; run the command again\n")
     assert done.stdout == "exit functions ran\n"
 

@@ -27,7 +27,7 @@ from pipelines.scoring.bootstrap import Interval, difference_interval, mean_inte
 from pipelines.scoring.held_out import held_out
 from pipelines.scoring.parts import by_detail, detail_of
 from pipelines.scoring.pictures import to_uint8
-from pipelines.scoring.scores import PerCrop, deployed, mean_scores, score_bicubic, score_model
+from pipelines.scoring.scores import PerCrop, deployed, mean_scores, of_protocol, score_bicubic, score_model
 from pipelines.scoring.tile_scores import FILE, tile_rows, write_tiles
 from sdan import metrics
 from sdan.baselines import Network, SRResNet
@@ -99,14 +99,7 @@ class Scorer:
         """Score a trained row by both protocols (one, for a network that ignores the reference) and write its files."""
         model = trained.model.to(self.plan.device).to(memory_format=self.plan.memory_format)
         found = score_model(model, self.held, self.plan, row.protocols, perceptual=True, by_plane=True)
-        per_protocol = {
-            protocol: {
-                name.removeprefix(f"{protocol}_"): values
-                for name, values in found.items()
-                if name.startswith(f"{protocol}_")
-            }
-            for protocol in row.protocols
-        }
+        per_protocol = {protocol: of_protocol(found, protocol) for protocol in row.protocols}
         self._save_outputs(row, model, trained.config.model)
         return self._written(row, per_protocol, trained)
 

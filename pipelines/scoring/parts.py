@@ -15,17 +15,16 @@ from typing import Any
 
 import cv2
 import ray
-import ray.data
 import torch
 from torch import Tensor
 
-from pipelines.cluster import ClusterError, start_ray
+from pipelines.cluster import ClusterError, running_nodes, start_ray
 from pipelines.config import ExperimentConfig
 from pipelines.loader import ShardIndex, ShardsError
 from pipelines.scoring.held_out import HeldOut, Tile, read_crops
-from pipelines.scoring.scores import BATCH, PROTOCOLS, PerCrop, score_bicubic, score_model
+from pipelines.scoring.scores import BATCH, PROTOCOLS, PerCrop, of_protocol, score_bicubic, score_model
 from pipelines.zoom_folder.batch import ray_pays
-from pipelines.zoom_folder.pool import Pool, plan_pool
+from pipelines.zoom_folder.pool import RETRIES, Pool, mapped, plan_pool
 from preprocessing.shards import quiet_ray_data, require_only_deaths
 from preprocessing.storage import one_line
 from sdan import metrics
@@ -40,8 +39,6 @@ CPUS = 2
 """CPUs of a worker without a GPU: registration and reading keep one busy."""
 PER_GPU = 4
 """Workers that share a GPU: some read and register tiles on the CPU while another computes."""
-_RETRIES = 2
-"""Retries of a part whose worker died."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ def score_tiles(
     if workers == 1 or (workers is None and not ray_pays(len(tiles), SMALL)):
         return joined([_score_part(model, index, config, part, perceptual) for part in parts])
     start_ray()
-    pool = plan_scorers([node["Resources"] for node in ray.nodes() if node["Alive"]], workers)
+    pool = plan_scorers(running_nodes(), workers)
     found: dict[int, Scored] = {}
     with closing(_in_pool(pool, model, index, config, parts, perceptual)) as results:
         for number, scored in results:
@@ -96,7 +93,7 @@ def score_tiles(
     if lost := len(parts) - len(found):
         raise ClusterError(
             f"SHARDS, {index.shards}: expected the scores of {len(parts)} parts, got none of {lost}, whose Ray workers "
-            f"died {_RETRIES + 1} times each, perhaps for memory; use a smaller --workers"
+            f"died {RETRIES + 1} times each, perhaps for memory; use a smaller --workers"
         )
     return joined([found[number] for number in range(len(parts))])
 
@@ -142,11 +139,7 @@ def score_crops(model: Network, held: HeldOut, *, perceptual: bool) -> Scored:
         for source, column in (("camera", "lr_rgb"), ("rendering", "lr_render"))
         if column in held.batch
     }
-    for protocol in PROTOCOLS:
-        start = f"{protocol}_"
-        sources[protocol] = {
-            name.removeprefix(start): values for name, values in scores.items() if name.startswith(start)
-        }
+    sources |= {protocol: of_protocol(scores, protocol) for protocol in PROTOCOLS}
     mask = held.aligned_mask
     return Scored(
         sources=sources,
@@ -219,16 +212,8 @@ def _in_pool(
     rows = [{"number": number, "tiles": json.dumps(part)} for number, part in enumerate(parts)]
     shared = ray.put((model.cpu(), index, config))
     with quiet_ray_data() as failures:
-        results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-            PartScorer,  # type: ignore[arg-type]  # Ray Data takes callable classes, too
-            fn_constructor_kwargs={"shared": shared, "perceptual": perceptual, "threads": max(1, int(pool.cpus))},
-            compute=ray.data.ActorPoolStrategy(size=min(pool.workers, len(rows)), max_tasks_in_flight_per_actor=1),
-            num_cpus=pool.cpus,
-            num_gpus=pool.gpus,
-            max_restarts=-1,
-            max_task_retries=_RETRIES,
-        )
-        for row in results.iter_rows():
+        threads = max(1, int(pool.cpus))
+        for row in mapped(rows, PartScorer, pool, shared=shared, perceptual=perceptual, threads=threads):
             if row["error"]:
                 kind = ShardsError if row["kind"] == ShardsError.__name__ else ClusterError
                 raise kind(row["error"])

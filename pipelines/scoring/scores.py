@@ -82,6 +82,12 @@ def score_model(
     return collected
 
 
+def of_protocol(scores: PerCrop, protocol: str) -> PerCrop:
+    """One protocol's part of what `score_model` returns, without its name in front."""
+    start = f"{protocol}_"
+    return {name.removeprefix(start): values for name, values in scores.items() if name.startswith(start)}
+
+
 def deployed(model: Network, inputs: Inputs) -> Tensor:
     """The zoomed picture as `sdan zoom` makes it, {X, X}: [N,3,sH,sW]."""
     return model.zoom_at(inputs.x, model.find_offset(inputs.x, inputs.self_reference), inputs.rendering)

@@ -13,6 +13,7 @@ from typing import Any
 import ray
 import ray.data
 
+from pipelines.cluster import running_nodes
 from pipelines.zoom_folder.plan import Job
 from pipelines.zoom_folder.worker import Result, Settings, ZoomWorker, sweep_temporary, temporary_folder
 from preprocessing.shards import quiet_ray_data, require_only_deaths
@@ -24,8 +25,8 @@ PER_GPU = 2
 """Workers that share a GPU: one reads or writes a photograph while the other computes."""
 BYTES = 2_000_000_000
 """Memory that a worker may need; a machine with less for each gets fewer."""
-_RETRIES = 2
-"""Retries of a photograph whose actor died."""
+RETRIES = 2
+"""Retries of a row whose actor died: a photograph, or a part of a split."""
 _CHUNK = 1000
 """Photographs of one Ray Data job, which limits what the driver holds of its plan."""
 
@@ -62,7 +63,7 @@ def zoom_in_pool(settings: Settings, jobs: Sequence[Job]) -> Iterator[Result]:
     Raises:
         PreprocessError: Ray's workers cannot run this sdan.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = running_nodes()
     if settings.device == "cpu":
         nodes = [node | {"GPU": 0.0} for node in nodes]
     pool = plan_pool(nodes)
@@ -73,19 +74,25 @@ def zoom_in_pool(settings: Settings, jobs: Sequence[Job]) -> Iterator[Result]:
     with quiet_ray_data() as failures:
         while chunk := list(itertools.islice(rest, _CHUNK)):
             rows = [{"job": json.dumps(asdict(job))} for job in chunk]
-            results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-                ZoomActor,  # type: ignore[arg-type]  # Ray Data takes callable classes, too
-                fn_constructor_kwargs={"settings": asdict(settings), "models": models, "threads": threads},
-                compute=ray.data.ActorPoolStrategy(size=min(pool.workers, len(chunk)), max_tasks_in_flight_per_actor=1),
-                num_cpus=pool.cpus,
-                num_gpus=pool.gpus,
-                max_restarts=-1,
-                max_task_retries=_RETRIES,
-            )
-            for row in results.iter_rows():
+            for row in mapped(rows, ZoomActor, pool, settings=asdict(settings), models=models, threads=threads):
                 result = json.loads(row["result"])
                 yield Result(**result | {"notes": tuple(result["notes"])})
             require_only_deaths(failures)
+
+
+def mapped(rows: list[dict[str, Any]], actor: type, pool: Pool, **arguments: Any) -> Iterator[dict[str, Any]]:
+    """What the pool's actors, each `actor(**arguments)`, make of the rows, as it arrives. A row whose actor died every
+    time is left out. Called inside `quiet_ray_data`."""
+    results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        actor,
+        fn_constructor_kwargs=arguments,
+        compute=ray.data.ActorPoolStrategy(size=min(pool.workers, len(rows)), max_tasks_in_flight_per_actor=1),
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus,
+        max_restarts=-1,
+        max_task_retries=RETRIES,
+    )
+    yield from results.iter_rows()
 
 
 class ZoomActor:
